@@ -1,0 +1,147 @@
+"""`sparse_attention`: exact attention over the pairs of a pattern, on a chosen backend.
+
+Legend: B batch, H query heads, G key heads (G divides H), Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..plan import BlockPlan, cached_plan
+from . import blockwise, flex, reference
+from .dropout import draw_seed
+from .merge import merge
+from .operator import attention as attention_operator
+
+__all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
+
+logger = logging.getLogger(__name__)
+
+# each has `refuses(q, plan, dropout)`, a reason or None, and the differentiable `attend`
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "flex": flex}
+# what "auto" tries, in this order
+PREFERENCE = ("flex", "blockwise")
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern,
+    *,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    marks: Tensor | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that `pattern` holds, and no others.
+
+    Positions are counted per sequence: position 0 is the first real token of a left-padded row and of each packed
+    document. A query that may see nothing gives 0 (and lse -inf), with zero gradient.
+
+    Args:
+        q: `[B, H, Q, D]`.
+        k, v: `[B, G, K, D]`; G divides H, and query head h reads key head `h // (H / G)`. v may have another head dim.
+        pattern: a `Pattern`, its text, or a `BlockPlan` (which brings the batch data of its own).
+        key_padding_mask: `[B, K]`, true on real tokens.
+        segment_ids: `[B, K]` integers that number the packed documents, each of which is contiguous.
+        marks: `[B, K]`, true on the tokens that `marked()` speaks of.
+        q_offset: key index of the first query; by default the queries are the last Q of the K positions (decoding).
+        scale: what multiplies `q @ k`; by default `D ** -0.5`.
+        dropout: probability with which an attention weight is dropped. The caller decides whether it is training.
+        backend: "reference", "blockwise", "flex" or "auto".
+        return_lse: also return the log-sum-exp of the scores, `[B, H, Q]`, differentiable.
+
+    Returns:
+        out `[B, H, Q, D]` in the dtype of q, and lse in float32 (float64 for float64) if asked for.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, a bad pattern.
+        NotImplementedError: a backend that was asked for by name cannot run here; the message says why.
+    """
+    _check_tensors(q, k, v, dropout)
+    _check_backend(backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    seed = draw_seed() if dropout else None
+    if isinstance(pattern, BlockPlan):
+        plan = _checked_plan(pattern, q, k, (key_padding_mask, segment_ids, marks, q_offset))
+        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scale, dropout, seed)
+        return (out, lse) if return_lse else out
+    q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    batch = key_padding_mask, segment_ids, marks
+    if torch.compiler.is_compiling():
+        out, lse = attention_operator(q, k, v, *batch, seed, str(pattern), q_offset, scale, dropout, backend)
+    else:
+        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device)
+        _check_plan(plan, q)
+        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scale, dropout, seed)
+    return (out, lse) if return_lse else out
+
+
+def choose(backend: str, q: Tensor, plan: BlockPlan, dropout: float) -> ModuleType:
+    """The module that runs this call. Only "auto" may choose, and it says what it chose, once."""
+    if backend != "auto":
+        reason = BACKENDS[backend].refuses(q, plan, dropout)
+        if reason:
+            raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
+        return BACKENDS[backend]
+    # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
+    names = PREFERENCE if q.shape[2] >= plan.block_size else ("blockwise",)
+    name = next(name for name in names if BACKENDS[name].refuses(q, plan, dropout) is None)
+    _say(name, q.device.type, str(q.dtype), bool(dropout))
+    return BACKENDS[name]
+
+
+@lru_cache
+def _say(name: str, device: str, dtype: str, dropout: bool) -> None:
+    logger.info("attention on %s in %s%s runs on backend %r", device, dtype, " with dropout" * dropout, name)
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; the known ones are 'auto', {', '.join(map(repr, BACKENDS))}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"{shapes}: each must be [batch, heads, length, head dim]")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: batch, key heads, key length and head dim must agree")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+    if len({t.dtype for t in (q, k, v)}) > 1 or len({t.device for t in (q, k, v)}) > 1:
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device} must agree")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v are {q.dtype}; they must be floating point")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+
+
+def _checked_plan(plan: BlockPlan, q: Tensor, k: Tensor, batch: tuple) -> BlockPlan:
+    if torch.compiler.is_compiling():
+        raise ValueError("a BlockPlan cannot enter a compiled graph; pass the pattern and the batch data instead")
+    if any(value is not None for value in batch):
+        raise ValueError("key_padding_mask, segment_ids, marks and q_offset belong to build_plan when a plan is given")
+    if (plan.q_len, plan.kv_len) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"the plan is for {plan.q_len} queries and {plan.kv_len} keys; q has {q.shape[2]} and k {k.shape[2]}"
+        )
+    _check_plan(plan, q)
+    return plan.to(q.device)
+
+
+def _check_plan(plan: BlockPlan, q: Tensor) -> None:
+    if plan.heads and len(plan.heads) != q.shape[1]:
+        raise ValueError(f"per_head names {len(plan.heads)} patterns; q has {q.shape[1]} heads")
+    if plan.batch_rows not in (1, q.shape[0]):
+        raise ValueError(f"the batch data has {plan.batch_rows} rows; q has {q.shape[0]}")

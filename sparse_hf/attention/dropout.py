@@ -1,0 +1,44 @@
+"""Dropout of attention weights as a pure function of (seed, batch, head, query, key).
+
+A counter-based generator draws the same mask whatever the order of blocks, so that the backward pass, activation
+checkpointing and every backend see one and the same mask (Salmon et al., 2011, "Parallel random numbers: as easy as
+1, 2, 3").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def draw_seed() -> Tensor:
+    """A fresh seed from torch's CPU generator, which activation checkpointing restores: `[]` int64."""
+    return torch.randint(0, _WORD, (), dtype=torch.int64)
+
+
+def kept(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout: float, device) -> Tensor:
+    """Which weights survive, `[batch, heads, queries, keys]` bool."""
+    return kept_at(
+        seed.to(device),
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(heads, device=device)[:, None, None],
+        torch.arange(queries, device=device)[:, None],
+        torch.arange(keys, device=device),
+        dropout,
+    )
+
+
+def kept_at(seed: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, dropout: float) -> Tensor:
+    """`kept` at broadcastable int64 index tensors."""
+    rows = _mix(_mix(_mix(seed ^ b) ^ h) ^ q)
+    return _mix(rows ^ _mix(k + 0x9E3779B9)) >= int(dropout * (_WORD + 1))
+
+
+def _mix(x: Tensor) -> Tensor:
+    # a 32-bit finaliser in int64; multipliers below 2^31, so that no product overflows
+    x = x & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x31848BAB) & _WORD
+    return x ^ (x >> 16)

@@ -1,0 +1,208 @@
+"""FlexAttention with block masks taken from the plan's tables: the default on a GPU.
+
+`create_block_mask` would materialise n x n; the plan's tables are compact already. FlexAttention wants them rectangular,
+so that one long row (a global query) or column (a sink) would make them (n / block)^2: long rows and columns are split off
+as calls of their own and merged by log-sum-exp.
+
+Legend: B, P as in `BlockPlan`; W widest row of a table; i query block, j key block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..plan import BlockPlan
+from .merge import merge
+
+# kernels work on 128 x 128 tiles, and lengths that divide by it need no bounds checks
+TILE = 128
+# a row of the table is long if it has more than this many times the median's blocks, plus a few
+LONG, FEW = 4, 16
+# distinct shapes and patterns that may be compiled in one process, before an error says so
+MAX_KERNELS = 256
+
+
+def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
+    if dropout:
+        return "FlexAttention has no dropout of attention weights; use backend='blockwise' or dropout=0"
+    if q.device.type != "cuda":
+        return f"it needs a GPU and q is on {q.device}: FlexAttention has no backward and no lse elsewhere"
+    if q.dtype == torch.float64:
+        return "FlexAttention has no float64; use backend='blockwise'"
+    if plan.block_size % TILE:
+        return f"the plan has blocks of {plan.block_size}; FlexAttention needs a multiple of {TILE}"
+    return None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Out `[B, H, Q, D]` and lse `[B, H, Q]` in float32, differentiable."""
+    q, k, v = (_pad(t, plan.block_size) for t in (q, k, v))
+    parts = []
+    for piece in pieces(plan):
+        out, lse = _call(_gather(q, piece.q_blocks, plan), *(_gather(t, piece.kv_blocks, plan) for t in (k, v)), piece, scale)
+        parts.append((_scatter(out, piece, plan, q, 0.0), _scatter(lse[..., None], piece, plan, q, -torch.inf)[..., 0]))
+    out, lse = parts[0] if len(parts) == 1 else merge(parts)
+    return out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
+    with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS, accumulated_recompile_limit=4 * MAX_KERNELS):
+        out, aux = _compiled()(
+            q, k, v, block_mask=piece.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+    return out, aux.lse
+
+
+@lru_cache(maxsize=1)
+def _compiled():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _pad(t: Tensor, block_size: int) -> Tensor:
+    short = -t.shape[2] % block_size
+    return torch.nn.functional.pad(t, (0, 0, 0, short)) if short else t.contiguous()
+
+
+def _tokens(blocks: Tensor, plan: BlockPlan) -> Tensor:
+    return (blocks[:, None] * plan.block_size + torch.arange(plan.block_size, device=blocks.device)).flatten()
+
+
+def _gather(t: Tensor, blocks: Tensor | None, plan: BlockPlan) -> Tensor:
+    return t if blocks is None else t.index_select(2, _tokens(blocks, plan))
+
+
+def _scatter(t: Tensor, piece: Piece, plan: BlockPlan, q: Tensor, fill: float) -> Tensor:
+    if piece.q_blocks is None:
+        return t
+    whole = t.new_full((*t.shape[:2], q.shape[2], t.shape[3]), fill)
+    return whole.index_copy(2, _tokens(piece.q_blocks, plan), t)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Part of a plan as one FlexAttention call: a `BlockMask` over the chosen query and key blocks (None: all)."""
+
+    q_blocks: Tensor | None
+    kv_blocks: Tensor | None
+    mask: object
+
+
+@lru_cache(maxsize=32)
+def pieces(plan: BlockPlan) -> tuple[Piece, ...]:
+    """The plan's blocks, long rows and long columns apart."""
+    return tuple(_pieces(plan))
+
+
+def _pieces(plan: BlockPlan) -> Iterator[Piece]:
+    counts = plan.row_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    group, i, j = row // plan.q_blocks, row % plan.q_blocks, plan.columns.long()
+    # the kernels read past the last key (padding) in a full block, so the ragged last block is evaluated instead
+    full = plan.full & ((j + 1) * plan.block_size <= plan.kv_len)
+    groups = plan.batch_rows * len(plan.patterns)
+    long_rows = _long(group, i, groups, plan.q_blocks)
+    in_row = _member(i, long_rows, plan.q_blocks)
+    long_columns = _long(group[~in_row], j[~in_row], groups, plan.kv_blocks)
+    in_column = _member(j, long_columns, plan.kv_blocks) & ~in_row
+    rest = ~in_row & ~in_column
+    if rest.any() or not len(row):
+        yield _piece(plan, group[rest], i[rest], j[rest], full[rest], None, None)
+    if in_row.any():
+        place = torch.searchsorted(long_rows, i[in_row])
+        yield _piece(plan, group[in_row], place, j[in_row], full[in_row], long_rows, None)
+    if in_column.any():
+        place = torch.searchsorted(long_columns, j[in_column])
+        yield _piece(plan, group[in_column], i[in_column], place, full[in_column], None, long_columns)
+
+
+def _long(group: Tensor, line: Tensor, groups: int, lines: int) -> Tensor:
+    """The lines (rows or columns) of the table that are long in any of its groups, ascending."""
+    counts = torch.bincount(group * lines + line, minlength=groups * lines).view(groups, lines)
+    used = counts[counts > 0]
+    limit = LONG * int(used.median()) + FEW if len(used) else FEW
+    return (counts > limit).any(0).nonzero().flatten()
+
+
+def _member(line: Tensor, chosen: Tensor, lines: int) -> Tensor:
+    flags = torch.zeros(lines, dtype=torch.bool, device=line.device)
+    flags[chosen] = True
+    return flags[line]
+
+
+def _piece(plan: BlockPlan, group, i, j, full, q_blocks: Tensor | None, kv_blocks: Tensor | None) -> Piece:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows = plan.q_blocks if q_blocks is None else len(q_blocks)
+    columns = plan.kv_blocks if kv_blocks is None else len(kv_blocks)
+    forward = _table(plan, group, i, j, full, rows)
+    backward = _table(plan, group, j, i, full, columns)
+    mask = BlockMask(
+        seq_lengths=(rows * plan.block_size, columns * plan.block_size),
+        kv_num_blocks=forward[0],
+        kv_indices=forward[1],
+        full_kv_num_blocks=forward[2],
+        full_kv_indices=forward[3],
+        q_num_blocks=backward[0],
+        q_indices=backward[1],
+        full_q_num_blocks=backward[2],
+        full_q_indices=backward[3],
+        BLOCK_SIZE=(plan.block_size, plan.block_size),
+        mask_mod=_mask_mod(plan, q_blocks, kv_blocks),
+    )
+    return Piece(q_blocks, kv_blocks, mask)
+
+
+def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Tensor, rows: int) -> list[Tensor]:
+    """Partial counts `[B, H, rows]` and indices `[B, H, rows, W]`, then the same of full blocks: all int32.
+
+    Both index tables get one width: torch 2.11 addresses the second with the strides of the first.
+    """
+    groups = plan.batch_rows * len(plan.patterns)
+    line = group * rows + row
+    order = (line * (int(column.max()) + 1 if len(column) else 1) + column).argsort()
+    line, column, full = line[order], column[order], full[order]
+    counts = [torch.bincount(line[kind], minlength=groups * rows) for kind in (~full, full)]
+    width = max(1, *(int(c.max()) if len(c) else 0 for c in counts))
+    out = []
+    for kind, count in zip((~full, full), counts, strict=True):
+        place = torch.arange(int(count.sum()), device=line.device) - (count.cumsum(0) - count)[line[kind]]
+        indices = torch.zeros(groups * rows, width, dtype=torch.int32, device=line.device)
+        indices[line[kind], place] = column[kind].int()
+        out += [count.int(), indices]
+    heads = list(plan.heads) or [0]
+    shaped = (t.view(plan.batch_rows, len(plan.patterns), rows, *t.shape[1:]) for t in out)
+    return [t[:, heads].contiguous() for t in shaped]
+
+
+def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None):
+    size, q_len, kv_len = plan.block_size, plan.q_len, plan.kv_len
+    heads = torch.tensor(plan.heads, device=plan.device) if plan.heads else None
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if q_blocks is not None:
+            q = q_blocks[q // size] * size + q % size
+        if kv_blocks is not None:
+            k = kv_blocks[k // size] * size + k % size
+        exists = (q < q_len) & (k < kv_len)
+        q, k = q.clamp(max=q_len - 1), k.clamp(max=kv_len - 1)
+        if heads is None:
+            return exists & plan.allows(b, 0, q, k)
+        allowed = (heads[h] == 0) & plan.allows(b, 0, q, k)
+        for p in range(1, len(plan.patterns)):
+            allowed = allowed | ((heads[h] == p) & plan.allows(b, p, q, k))
+        return exists & allowed
+
+    return mask_mod

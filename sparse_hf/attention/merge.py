@@ -1,0 +1,22 @@
+"""Exact merge of attention over disjoint sets of keys, by log-sum-exp.
+
+Global rows, sinks, LSH rounds and remote shards are all this merge (Rabe and Staats, arXiv:2112.05682).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge `(out [..., Q, D], lse [..., Q])` pairs; a part that saw nothing has lse -inf. Differentiable."""
+    top = torch.stack([lse for _, lse in parts]).amax(0).detach()
+    # a row that no part saw: subtracting -inf would give NaN
+    finite = top.where(top > -torch.inf, 0)
+    weights = [(lse - finite).exp() for _, lse in parts]
+    total = torch.stack(weights).sum(0)
+    seen = total > 0
+    total = total.where(seen, 1)
+    out = sum(part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights, strict=True))
+    return out.to(parts[0][0].dtype), (finite + total.log()).where(seen, -torch.inf)

@@ -1,0 +1,43 @@
+"""The specification: a masked softmax over the dense mask. O(n^2), for tests and for reading.
+
+Legend: B batch, H query heads, G key heads, R = H / G, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import BlockPlan
+from .dropout import kept
+
+
+def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
+    return None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Out `[B, H, Q, D]` and lse `[B, H, Q]`, differentiable, in the dtype of q (float32 inside for half types)."""
+    repeats = q.shape[1] // k.shape[1]
+    work = torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.to(work).repeat_interleave(repeats, dim=1) for t in (k, v))
+    mask = plan.to_dense()[:, list(plan.heads) or [0]]  # [B or 1, H or 1, Q, K]
+    sees = mask.any(-1, keepdim=True)
+    scores = q.to(work) @ k.transpose(-1, -2) * scale  # [B, H, Q, K]
+    # a row that sees nothing gets harmless scores here and is emptied below, so that no NaN enters the backward
+    scores = scores.masked_fill(~mask & sees, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp() * sees
+    if dropout:
+        weights = weights * kept(seed, *weights.shape, dropout, weights.device) / (1 - dropout)
+    out = (weights @ v).to(q.dtype)
+    return out, lse.masked_fill(~sees.squeeze(-1), -torch.inf)
+
+
+def weights(q: Tensor, k: Tensor, plan: BlockPlan, scale: float | None) -> Tensor:
+    """The attention weights `[B, H, Q, K]` themselves, before dropout: to look at, on short texts."""
+    # with the identity for values, the output is the weights
+    identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+    return attend(q, k, identity, plan, q.shape[-1] ** -0.5 if scale is None else scale, 0.0, None)[0]

@@ -1,0 +1,137 @@
+"""Time, memory, correctness and the facts that a figure is worth nothing without."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VERSIONS = ("torch", "transformers", "triton", "flash-attn-4", "sparse-hf")
+
+
+def environment(device: torch.device) -> dict:
+    """Hardware and versions."""
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor()}, {os.cpu_count()} cores"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], None], device: torch.device, repeats: int, budget: float) -> float:
+    """Median time of one call after a warm-up; stops early when `budget` seconds are spent."""
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    taken = [time.perf_counter() - begin]
+    if taken[0] > budget:
+        return taken[0]
+    taken.clear()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+        if time.perf_counter() - begin > budget:
+            break
+    return statistics.median(taken)
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
+    """Highest memory during one call above what was held before it; None where the system does not tell."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        work()
+        return None
+    # memory that earlier calls freed but the allocator kept would hide what this one takes
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    # 5 resets the peak of the resident set, see proc(5)
+    clear.write_text("5")
+    before = _status(status, "VmRSS")
+    work()
+    return _status(status, "VmHWM") - before
+
+
+def _status(path: Path, key: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def slope(lengths: list[int], values: list[float]) -> float | None:
+    """Exponent of the power law through the points: least squares in logarithms."""
+    points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v and v > 0]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (statistics.mean(axis) for axis in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def row_error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan, rows: int = 64) -> float:
+    """Largest relative error of `rows` random output rows against dense attention over the same pairs in float64."""
+    chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:rows].sort().values.to(q.device)
+    keys = torch.arange(k.shape[2], device=q.device)
+    mask = plan.allows(torch.zeros(1, 1, dtype=torch.long, device=q.device), 0, chosen[:, None], keys[None, :])
+    repeats = q.shape[1] // k.shape[1]
+    worst = 0.0
+    # head by head, so that the rows of one head are all that exists in float64
+    for h in range(q.shape[1]):
+        key, value = (t[0, h // repeats].double() for t in (k, v))
+        scores = q[0, h, chosen].double() @ key.T * q.shape[-1] ** -0.5
+        exact = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+        worst = max(worst, float((out[0, h, chosen].double() - exact).norm() / exact.norm()))
+    return worst
+
+
+def write_json(result: dict, path: str | Path) -> None:
+    """Write beside the target and rename, so that a file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -1,0 +1,155 @@
+"""What every sparse model class adds to its dense parent."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .config import own_implementation
+
+GLOBAL_MASK_DOC = """
+
+    global_attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
+        1 on the tokens that the pattern's `marked()` speaks of: they attend to all tokens and all attend to them."""
+
+
+class SparseMixin:
+    """Attention by the configuration's pattern, marks from `global_attention_mask` or `global_token_ids`.
+
+    Comes before the dense class among the bases: `class SparseBertModel(SparseMixin, BertModel)`.
+    """
+
+    # the mean over this process's labels is turned into the mean over the whole step, see `_rescaled`
+    accepts_loss_kwargs = True
+    # heads whose parent already divides by `num_items_in_batch`
+    _parent_scales_loss = False
+    _supports_context_parallel = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedModel) and "forward" not in cls.__dict__:
+            cls.forward = _with_marks(cls)
+
+    def post_init(self):
+        super().post_init()
+        adopt(self)
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        return super().get_correct_attn_implementation(own_implementation(requested_attention), is_init_check)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        return super()._check_and_adjust_attn_implementation(own_implementation(attn_implementation), *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        # `generate` would make the mask ahead for static caches and take it for a tensor
+        return attention_mask
+
+
+class SparseGenerationMixin(SparseMixin):
+    """For heads that generate: a causal language model, whose parent divides its loss by `num_items_in_batch`."""
+
+    _parent_scales_loss = True
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        # the whole text so far is here, of which the model itself sees only the last token: marks are made here
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        given = kwargs.get("global_attention_mask")
+        if self.config.uses_marks and (given is not None or self.config.global_token_ids):
+            short = 0 if given is None else input_ids.shape[1] - given.shape[1]
+            given = given if not short else torch.nn.functional.pad(given, (0, short))
+            inputs["global_attention_mask"] = _marks(self.config, input_ids, given)
+        return inputs
+
+
+def _with_marks(cls):
+    """The parent's forward with one more argument, `global_attention_mask`, visible to Trainer and to `generate`."""
+    parent = super(cls, cls).forward
+
+    @functools.wraps(parent)
+    def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        _refuse_weights(self.config, kwargs)
+        marks = _forward_marks(self.config, input_ids, global_attention_mask, kwargs)
+        if marks is not None:
+            kwargs["global_attention_mask"] = marks
+        if self._parent_scales_loss and num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        output = parent(self, *args, **kwargs)
+        if not self._parent_scales_loss and num_items_in_batch is not None and kwargs.get("labels") is not None:
+            output = _rescaled(output, kwargs["labels"], num_items_in_batch)
+        return output
+
+    signature = inspect.signature(parent)
+    extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
+    parameters = [p for p in signature.parameters.values() if p.name != extra.name]
+    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    forward.__signature__ = signature.replace(parameters=[*parameters[:place], extra, *parameters[place:]])
+    forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC
+    return forward
+
+
+def _forward_marks(config, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
+    if not config.uses_marks:
+        if given is not None:
+            raise ValueError("global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`")
+        return None
+    if given is None and config.global_token_ids:
+        if input_ids is None:
+            raise ValueError("global_token_ids need input_ids; with inputs_embeds pass global_attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "global_token_ids cannot be found in a cache; pass global_attention_mask for all keys, [batch, cached + new]"
+            )
+    return _marks(config, input_ids, given)
+
+
+def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """Marks given by hand, and the tokens named in the configuration: bool of the shape of what was given."""
+    found = None
+    if config.global_token_ids and input_ids is not None:
+        found = torch.isin(input_ids, torch.tensor(config.global_token_ids, device=input_ids.device))
+    if given is None:
+        return found
+    given = given.bool()
+    if found is None:
+        return given
+    # with a cache the ids are only the last of the keys
+    return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
+
+
+def _refuse_weights(config, kwargs) -> None:
+    if kwargs.get("output_attentions") and config._attn_implementation != "sparse_reference":
+        raise ValueError(
+            "attention weights are n x n, which sparse attention never makes; to look at a short text use "
+            "attn_implementation='sparse_reference'"
+        )
+
+
+def _rescaled(output, labels: Tensor, num_items_in_batch):
+    """Turn the mean over this batch's labels into its share of the mean over all labels of the optimizer step.
+
+    Trainer passes their number and then neither divides by accumulation steps nor averages over processes, so that a head
+    that keeps the plain mean would train with a loss that is too large by both.
+    """
+    share = (labels != -100).sum() / num_items_in_batch
+    if isinstance(output, tuple):
+        return (output[0] * share, *output[1:])
+    output.loss = output.loss * share
+    return output
+
+
+# dense class -> sparse class, filled by `register_family`
+COUNTERPARTS: dict[type, type] = {}
+
+
+def adopt(model: PreTrainedModel) -> None:
+    """Give the models inside `model` (the encoder inside a head) their sparse class too."""
+    for module in model.modules():
+        if type(module) in COUNTERPARTS:
+            module.__class__ = COUNTERPARTS[type(module)]

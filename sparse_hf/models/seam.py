@@ -1,0 +1,198 @@
+"""The one place where sparse attention meets Transformers: its attention and mask interfaces.
+
+Each of our names is registered in both. The mask function hands on what it was told (`MaskRequest`), untouched, and the
+attention function takes the layer's pattern from the configuration. What a query may see is the pattern AND the model's
+own mask AND padding: a pattern can only remove pairs.
+
+Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from ..attention import reference, sparse_attention
+from ..plan import build_plan
+from .config import IMPLEMENTATIONS
+
+# arguments of other models' attention that would change the scores: refused rather than ignored
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
+# class names of modules that attend to another sequence: their cost is linear in it, and they stay dense
+CROSS_ATTENTION = {"BertCrossAttention"}
+
+
+@dataclass
+class MaskRequest:
+    """What the model asked its mask function for."""
+
+    attention_mask: Tensor | None  # [B, K] bool, true on real tokens
+    mask_function: Callable
+    q_offset: int
+
+    def to(self, device) -> MaskRequest:
+        return replace(self, attention_mask=None if self.attention_mask is None else self.attention_mask.to(device))
+
+
+def sparse_mask(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **_
+) -> MaskRequest:
+    """What Transformers calls once per forward pass, with keywords."""
+    if not isinstance(kv_offset, int) or kv_offset:
+        raise NotImplementedError(
+            "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "
+            "reads only the keys that its pattern holds"
+        )
+    if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+        short = kv_length - attention_mask.shape[-1]
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
+    return MaskRequest(attention_mask, mask_function, q_offset)
+
+
+def sparse_attention_forward(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0, *, backend: str, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
+    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute")
+    if type(module).__name__ in CROSS_ATTENTION:
+        return _cross_attention(query, key, value, attention_mask, scaling, dropout), None
+    request = _as_request(attention_mask, query, key)
+    is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
+    pattern = module.config.layer_pattern(module.layer_idx, is_causal)
+    batch = {
+        "key_padding_mask": request.attention_mask,
+        "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
+        "marks": _marks(kwargs.get("global_attention_mask"), query, key),
+        "q_offset": int(request.q_offset),
+    }
+    wants_weights = kwargs.get("output_attentions") and backend == "reference"
+    if opaque is not None or wants_weights:
+        pattern = _plan(pattern, batch, opaque, query, key)
+        batch = {}
+    out = sparse_attention(query, key, value, pattern, **batch, scale=scaling, dropout=dropout, backend=backend)
+    weights = reference.weights(query, key, pattern, scaling) if wants_weights else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _plan(pattern: str, batch: dict, opaque: Callable | None, query: Tensor, key: Tensor):
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a mask function that sparse_hf does not know, a 4-D attention mask or attention weights cannot be compiled; "
+            "pass a 2-D attention mask, or run without torch.compile"
+        )
+    if opaque is not None and batch["key_padding_mask"] is None:
+        # an opaque mask may differ from row to row, which the plan learns from the batch size of its data
+        batch["key_padding_mask"] = torch.ones(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return build_plan(pattern, query.shape[2], key.shape[2], mask_function=opaque, device=key.device, **batch)
+
+
+def _as_request(attention_mask, query: Tensor, key: Tensor) -> MaskRequest:
+    if isinstance(attention_mask, MaskRequest):
+        return attention_mask
+    q_offset = key.shape[2] - query.shape[2]
+    if attention_mask is None:
+        return MaskRequest(None, None, q_offset)
+    return MaskRequest(None, partial(_explicit_mask, _as_bool(attention_mask, query, key), q_offset), q_offset)
+
+
+def _as_bool(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A `[B or 1, 1, Q, K]` mask that the user made: bool (true: may see) or additive (0: may see)."""
+    expected = (query.shape[2], key.shape[2])
+    if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != expected:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask must be [batch, 1, {expected[0]}, {expected[1]}]")
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+        raise ValueError("a 4-D attention_mask that adds other values than 0 and -inf is a bias, which is not supported")
+    return allowed
+
+
+def _explicit_mask(mask: Tensor, q_offset: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return mask[b if mask.shape[0] > 1 else torch.zeros_like(b), 0, q - q_offset, k]
+
+
+def _reading(mask_function: Callable | None, module_is_causal: bool) -> tuple[bool, Callable | None]:
+    """Is the mask causal, and what of it must be evaluated element by element (None: nothing)?"""
+    if mask_function is causal_mask_function:
+        return True, None
+    if mask_function is bidirectional_mask_function:
+        return False, None
+    # models build overlays of their own only for packing, which positions tell us; a graph cannot look into closures
+    if mask_function is None or torch.compiler.is_compiling():
+        return bool(module_is_causal), None
+    leaves = list(_leaves(mask_function))
+    known = {"causal_mask_function", "bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"}
+    if all(getattr(leaf, "__qualname__", "") in known for leaf in leaves):
+        return any(leaf is causal_mask_function for leaf in leaves), None
+    return False, mask_function
+
+
+COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
+
+
+def _leaves(mask_function: Callable) -> Iterator[Callable]:
+    """The mask functions that Transformers joined into this one."""
+    if getattr(mask_function, "__qualname__", "") not in COMBINATORS:
+        yield mask_function
+        return
+    for cell in mask_function.__closure__:
+        inner = cell.cell_contents
+        for part in inner if isinstance(inner, tuple) else (inner,):
+            if callable(part):
+                yield from _leaves(part)
+
+
+def _documents(position_ids: Tensor | None, attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Number the packed documents `[B, K]`: one begins where positions stop growing. Whole sequences only (no cache)."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != key.shape[2] or query.shape[2] != key.shape[2]:
+        return None
+    previous = position_ids[:, :-1]
+    if attention_mask is not None:
+        # compare with the last real token: padding repeats positions
+        index = torch.arange(key.shape[2], device=key.device).expand_as(attention_mask)
+        last_real = torch.where(attention_mask, index, 0).cummax(1).values
+        previous = position_ids.expand_as(attention_mask).gather(1, last_real[:, :-1])
+    restarts = position_ids[:, 1:] <= previous
+    if attention_mask is not None:
+        restarts = restarts & attention_mask[:, 1:]
+    if not torch.compiler.is_compiling() and not restarts.any():
+        return None
+    documents = torch.nn.functional.pad(restarts.long().cumsum(1), (1, 0))
+    return documents.expand(key.shape[0], -1)
+
+
+def _marks(global_attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if global_attention_mask is None:
+        return None
+    # multiple choice gives [batch, choices, K]
+    marks = global_attention_mask.reshape(-1, global_attention_mask.shape[-1])
+    if marks.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"global_attention_mask has shape {tuple(global_attention_mask.shape)}; it must cover all {key.shape[2]} keys of "
+            f"{key.shape[0]} rows, those in the cache included"
+        )
+    return marks.to(device=key.device, dtype=torch.bool)
+
+
+def _cross_attention(query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling, dropout: float) -> Tensor:
+    mask = attention_mask.attention_mask if isinstance(attention_mask, MaskRequest) else attention_mask
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+for _name, _backend in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, partial(sparse_attention_forward, backend=_backend))
+    AttentionMaskInterface.register(_name, sparse_mask)

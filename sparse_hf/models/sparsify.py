@@ -1,0 +1,57 @@
+"""`sparsify`: the sparse counterpart of a model in memory, with its weights shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import dense_class, family_of
+from .mixin import COUNTERPARTS
+
+
+def sparsify(model: PreTrainedModel, pattern, layers=None, global_token_ids: Sequence[int] = ()) -> PreTrainedModel:
+    """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
+
+    Args:
+        model: a model of a supported family, dense or already sparse.
+        pattern: a `Pattern` or its text.
+        layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
+        global_token_ids: token ids that `marked()` speaks of wherever they occur.
+
+    Raises:
+        ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
+    """
+    family = family_of(model.config.model_type)
+    if type(model) not in COUNTERPARTS and type(model) not in family.classes:
+        heads = ", ".join(dense_class(c).__name__ for c in family.classes)
+        raise ValueError(f"{type(model).__name__} has no sparse counterpart; of {family.dense_type} there are {heads}")
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"accelerate's hooks on {hooked[0] or 'the model'!r} hold on to the dense modules; call sparsify before "
+            "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+        )
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
+    return _shared_copy(model, model.config, config, {})
+
+
+def _shared_copy(module: nn.Module, old_config, new_config, done: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the module tree around the same parameters and buffers."""
+    if id(module) in done:
+        return done[id(module)]
+    twin = copy.copy(module)
+    done[id(module)] = twin
+    for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        twin.__dict__[name] = module.__dict__[name].copy()
+    twin._modules = {
+        name: None if child is None else _shared_copy(child, old_config, new_config, done)
+        for name, child in module._modules.items()
+    }
+    for name, value in module.__dict__.items():
+        if value is old_config:
+            twin.__dict__[name] = new_config
+    twin.__class__ = COUNTERPARTS.get(type(module), type(module))
+    return twin

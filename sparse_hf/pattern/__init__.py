@@ -1,0 +1,27 @@
+"""Patterns: what may attend to what. Frozen values that join with `|` and `&` and read and write as text."""
+
+from . import recipes
+from .base import EMPTY, FULL, PARTIAL, Pattern
+from .explicit import BlockTable, PerHead, RandomBlocks
+from .parse import PatternError
+from .primitives import Chunk, First, Fixed, Marked, Stride, Window, causal, full
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "BlockTable",
+    "Chunk",
+    "First",
+    "Fixed",
+    "Marked",
+    "Pattern",
+    "PatternError",
+    "PerHead",
+    "RandomBlocks",
+    "Stride",
+    "Window",
+    "causal",
+    "full",
+    "recipes",
+]

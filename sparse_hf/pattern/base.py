@@ -1,0 +1,143 @@
+"""What a pattern is: a set of (query position, key position) pairs, with three closed forms.
+
+Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of a rectangle of pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# the state of a rectangle of pairs; PARTIAL is always a permitted answer
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+# (of the queries, of the keys): bool per element for `allows`, state of the range for `blocks`
+Marks = tuple[Tensor, Tensor]
+
+
+class Pattern:
+    """A frozen value without length, batch or device. `|` is union, `&` is intersection; nothing else."""
+
+    # the word of the text form
+    word: ClassVar[str] = ""
+
+    def allows(self, q: Tensor, k: Tensor, marks: Marks | None = None) -> Tensor:
+        """Element by element: does the pattern hold the pair (q, k)? Bool, of the joint shape of q and k.
+
+        Plain tensor arithmetic, so that kernels can trace it. `marks` says which positions are marked; None: none is.
+        """
+        raise NotImplementedError
+
+    def blocks(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, marks: Marks | None = None) -> Tensor:
+        """EMPTY, PARTIAL or FULL for rectangles given by their corners: int8.
+
+        `marks` holds a state for each range: 0 none of its positions is marked, 1 some, 2 all.
+        """
+        raise NotImplementedError
+
+    def reachable(self, k: Tensor, q: Tensor) -> Tensor:
+        """Can any query at or after q still see key k? A superset is sound. Bool."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> tuple[Pattern, ...] | None:
+        """One pattern per head, or None if all heads share this one."""
+        return None
+
+    @property
+    def uses_marks(self) -> bool:
+        """Does it ask which tokens are marked?"""
+        return False
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        """Read the text form; `Pattern.parse(str(p)) == p`. Recipes may be called by name."""
+        from .parse import parse
+
+        return parse(text)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return _join(Union, self, other)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return _join(Intersection, self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a pattern has no truth value; write | for union and & for intersection, not `or` and `and`")
+
+    def __repr__(self) -> str:
+        values = (getattr(self, field.name) for field in fields(self))
+        return f"{self.word}({', '.join(map(repr, values))})"
+
+
+@dataclass(frozen=True, repr=False)
+class _Joined(Pattern):
+    parts: tuple[Pattern, ...]
+    symbol: ClassVar[str] = ""
+
+    def __repr__(self) -> str:
+        # & binds tighter than |, so only a union inside an intersection needs parentheses
+        loose = isinstance(self, Intersection)
+        texts = (f"({part})" if loose and isinstance(part, Union) else str(part) for part in self.parts)
+        return f" {self.symbol} ".join(texts)
+
+    @property
+    def uses_marks(self) -> bool:
+        return any(part.uses_marks for part in self.parts)
+
+
+class Union(_Joined):
+    symbol = "|"
+
+    def allows(self, q, k, marks=None):
+        return reduce(torch.Tensor.__or__, [part.allows(q, k, marks) for part in self.parts])
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        return reduce(torch.maximum, [part.blocks(q0, q1, k0, k1, marks) for part in self.parts])
+
+    def reachable(self, k, q):
+        return reduce(torch.Tensor.__or__, [part.reachable(k, q) for part in self.parts])
+
+
+class Intersection(_Joined):
+    symbol = "&"
+
+    def allows(self, q, k, marks=None):
+        return reduce(torch.Tensor.__and__, [part.allows(q, k, marks) for part in self.parts])
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        return reduce(torch.minimum, [part.blocks(q0, q1, k0, k1, marks) for part in self.parts])
+
+    def reachable(self, k, q):
+        return reduce(torch.Tensor.__and__, [part.reachable(k, q) for part in self.parts])
+
+
+def _join(kind: type[_Joined], left: Pattern, right: Pattern) -> Pattern:
+    if not isinstance(right, Pattern):
+        return NotImplemented
+    for side in (left, right):
+        if side.heads is not None:
+            raise TypeError(f"per_head stands outermost; put {kind.symbol} inside it, head by head")
+    parts = (p for side in (left, right) for p in (side.parts if type(side) is kind else (side,)))
+    return kind(tuple(parts))
+
+
+def whole(name: str, value, least: int) -> int:
+    """`value` if it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+def joint(q: Tensor, k: Tensor) -> Tensor:
+    """True everywhere, in the joint shape: positions are never negative."""
+    return (q >= 0) & (k >= 0)
+
+
+def state(empty: Tensor, full: Tensor) -> Tensor:
+    """FULL where `full`, else EMPTY where `empty`, else PARTIAL: int8."""
+    return torch.where(full, FULL, torch.where(empty, EMPTY, PARTIAL)).to(torch.int8)

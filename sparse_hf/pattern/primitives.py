@@ -1,0 +1,177 @@
+"""The primitives that are plain arithmetic on positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import EMPTY, Pattern, joint, state, whole
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Pattern):
+    """Keys from `left` before the query to `right` after it, both ends inclusive; None is no limit."""
+
+    left: int | None
+    right: int | None
+    word = "window"
+
+    def __post_init__(self):
+        for name in ("left", "right"):
+            if getattr(self, name) is not None:
+                whole(f"window: {name}", getattr(self, name), 0)
+
+    def allows(self, q, k, marks=None):
+        allowed = joint(q, k)
+        if self.left is not None:
+            allowed = allowed & (k >= q - self.left)
+        if self.right is not None:
+            allowed = allowed & (k <= q + self.right)
+        return allowed
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        full = joint(q0, k0)
+        empty = ~full
+        if self.left is not None:
+            empty, full = empty | (k1 < q0 - self.left), full & (k0 >= q1 - self.left)
+        if self.right is not None:
+            empty, full = empty | (k0 > q1 + self.right), full & (k1 <= q0 + self.right)
+        return state(empty, full)
+
+    def reachable(self, k, q):
+        return joint(q, k) if self.left is None else q <= k + self.left
+
+
+@dataclass(frozen=True, repr=False)
+class First(Pattern):
+    """Pairs whose query or key is among the first `n` positions: sinks in a causal model, global tokens in an encoder."""
+
+    n: int
+    word = "first"
+
+    def __post_init__(self):
+        whole("first: n", self.n, 0)
+
+    def allows(self, q, k, marks=None):
+        return (q < self.n) | (k < self.n)
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        return state((q0 >= self.n) & (k0 >= self.n), (q1 < self.n) | (k1 < self.n))
+
+    def reachable(self, k, q):
+        return (q < self.n) | (k < self.n)
+
+
+@dataclass(frozen=True, repr=False)
+class Marked(Pattern):
+    """Pairs whose query or key is marked in this batch: `global_attention_mask`, or token ids named in the configuration."""
+
+    word = "marked"
+
+    def allows(self, q, k, marks=None):
+        return ~joint(q, k) if marks is None else marks[0] | marks[1]
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        if marks is None:
+            return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
+        return torch.maximum(*marks)
+
+    def reachable(self, k, q):
+        return joint(q, k)
+
+    @property
+    def uses_marks(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, repr=False)
+class Stride(Pattern):
+    """Pairs whose distance is a multiple of `step` (Child et al., arXiv:1904.10509, section 4.2).
+
+    `window(a, b) & stride(d)` is a dilated window.
+    """
+
+    step: int
+    word = "stride"
+
+    def __post_init__(self):
+        whole("stride: step", self.step, 1)
+
+    def allows(self, q, k, marks=None):
+        return (q - k) % self.step == 0
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        # a multiple of step lies between the smallest and the largest distance?
+        least, most = q0 - k1, q1 - k0
+        none = torch.div(most, self.step, rounding_mode="floor") * self.step < least
+        single = (least == most) & ~none
+        return state(none, single | (self.step == 1))
+
+    def reachable(self, k, q):
+        return joint(q, k)
+
+
+@dataclass(frozen=True, repr=False)
+class Fixed(Pattern):
+    """Same block of `block` positions, or the key is one of the last `summary` of its block (arXiv:1904.10509, 4.2)."""
+
+    block: int
+    summary: int
+    word = "fixed"
+
+    def __post_init__(self):
+        whole("fixed: block", self.block, 1)
+        if whole("fixed: summary", self.summary, 0) > self.block:
+            raise ValueError(f"fixed: summary is {self.summary}; it must be at most block, {self.block}")
+
+    def allows(self, q, k, marks=None):
+        return (q // self.block == k // self.block) | self._summary(k)
+
+    def _summary(self, k):
+        return k % self.block >= self.block - self.summary
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        same = (q0 // self.block == q1 // self.block) & (k0 // self.block == k1 // self.block)
+        same = same & (q0 // self.block == k0 // self.block)
+        apart = (q1 // self.block < k0 // self.block) | (k1 // self.block < q0 // self.block)
+        # position of the last key in its block, counted from the end: a summary key lies in the range if the range
+        # reaches one of its block's last positions, or wraps into the next block
+        reaches = self._summary(k1) | (k0 // self.block != k1 // self.block)
+        only = self._summary(k0) & self._summary(k1) & (k0 // self.block == k1 // self.block)
+        only = only | joint(q0, k0) if self.summary == self.block else only
+        return state(apart & ~(reaches & (self.summary > 0)), same | only)
+
+    def reachable(self, k, q):
+        return (k // self.block >= q // self.block) | self._summary(k)
+
+
+@dataclass(frozen=True, repr=False)
+class Chunk(Pattern):
+    """Query and key in the same chunk of `size` positions."""
+
+    size: int
+    word = "chunk"
+
+    def __post_init__(self):
+        whole("chunk: size", self.size, 1)
+
+    def allows(self, q, k, marks=None):
+        return q // self.size == k // self.size
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        q_first, q_last, k_first, k_last = (x // self.size for x in (q0, q1, k0, k1))
+        return state((q_last < k_first) | (k_last < q_first), (q_first == q_last) & (k_first == k_last) & (q_first == k_first))
+
+    def reachable(self, k, q):
+        return k // self.size >= q // self.size
+
+
+def causal() -> Pattern:
+    """Every key up to the query."""
+    return Window(None, 0)
+
+
+def full() -> Pattern:
+    """Every pair: dense attention."""
+    return Window(None, None)

@@ -1,0 +1,178 @@
+"""Plans: where the work of a pattern is, for these lengths and this batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from .block_plan import BlockPlan, MaskFunction, Run
+from .build import Grid, list_blocks
+from .layout import Layout, make_layout
+
+__all__ = ["BlockPlan", "MaskFunction", "Run", "build_plan", "cached_plan", "make_layout"]
+
+BLOCK_SIZE = 128
+
+
+def build_plan(
+    pattern: Pattern | str,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    q_offset: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    marks: Tensor | None = None,
+    mask_function: MaskFunction | None = None,
+    block_size: int = BLOCK_SIZE,
+    device=None,
+) -> BlockPlan:
+    """List the non-empty blocks of `pattern` for these lengths and this batch.
+
+    Positions are counted per sequence: position 0 is the first real token of a left-padded row and of each packed
+    document, so that packed equals separate and left-padded equals unpadded for every pattern.
+
+    Args:
+        pattern: a `Pattern` or its text; `per_head(...)` gives each head its own.
+        q_len, kv_len: numbers of queries and keys; `kv_len` defaults to `q_len`.
+        q_offset: key index of the first query; by default the queries are the last of the keys (decoding).
+        key_padding_mask: `[B, K]`, true on real tokens.
+        segment_ids: `[B, K]` integers that number the packed documents.
+        marks: `[B, K]`, true on the tokens that `marked()` speaks of.
+        mask_function: further `(batch, head, query, key) -> bool` mask on key coordinates, ANDed to the pattern. It is
+            opaque, so that every block is evaluated element by element.
+        block_size: queries and keys per block.
+        device: where the tables live; by default that of the batch data, else the CPU.
+
+    Raises:
+        ValueError: lengths or shapes that do not fit together.
+    """
+    pattern = _as_pattern(pattern)
+    kv_len = q_len if kv_len is None else kv_len
+    q_offset = _checked_offset(q_len, kv_len, q_offset)
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    heads = pattern.heads or (pattern,)
+    patterns = tuple(dict.fromkeys(heads))
+    asked_marks = marks if any(p.uses_marks for p in patterns) else None
+    layout = make_layout(kv_len, key_padding_mask, segment_ids, asked_marks)
+    given = next((t for t in (key_padding_mask, segment_ids, marks) if t is not None), None)
+    device = torch.device(device or (given.device if given is not None else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    # a mask function may look at the batch row, so that rows alike in every other respect may still differ
+    batch_rows = given.shape[0] if mask_function is not None and given is not None else layout.rows
+    grid = Grid(q_len, kv_len, q_offset, block_size)
+    # the tables are small and their making is many small steps: the CPU is the place for it
+    on_host = layout.to("cpu")
+    row_offsets, columns, full = _tables(patterns, grid, on_host, batch_rows, mask_function is not None)
+    plan = BlockPlan(
+        patterns=patterns,
+        heads=tuple(patterns.index(p) for p in heads) if pattern.heads else (),
+        q_len=q_len,
+        kv_len=kv_len,
+        q_offset=q_offset,
+        block_size=block_size,
+        batch_rows=batch_rows,
+        layout=on_host,
+        row_offsets=row_offsets,
+        columns=columns,
+        full=full,
+        mask_function=mask_function,
+    )
+    return plan.to(device)
+
+
+def cached_plan(pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tuple, device) -> BlockPlan:
+    """`build_plan`, remembered: by its arguments when no batch data enters, else by the content of that data.
+
+    `batch` is `(key_padding_mask, segment_ids, marks)`. Remembering by content is a pure function: a plan is reused only
+    where building it again would give the same tables.
+    """
+    key = (pattern, q_len, kv_len, q_offset, str(device))
+    if all(t is None for t in batch):
+        return _plan_without_batch(*key)
+    for known, data, plan in _RECENT:
+        if known == key and _same(data, batch):
+            return plan
+    plan = _build(*key, batch)
+    _RECENT.appendleft((key, tuple(None if t is None else t.clone() for t in batch), plan))
+    return plan
+
+
+# plans of the last few batches: the layers of a model ask for the same one after the other
+_RECENT: deque = deque(maxlen=8)
+
+
+@lru_cache(maxsize=64)
+def _plan_without_batch(*key) -> BlockPlan:
+    return _build(*key, (None, None, None))
+
+
+def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, batch: tuple) -> BlockPlan:
+    return build_plan(
+        pattern,
+        q_len,
+        kv_len,
+        q_offset=q_offset,
+        key_padding_mask=batch[0],
+        segment_ids=batch[1],
+        marks=batch[2],
+        device=device,
+    )
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    return all(
+        (a is None) == (b is None) and (a is None or (a.device == b.device and torch.equal(a, b)))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _as_pattern(pattern: Pattern | str) -> Pattern:
+    if isinstance(pattern, Pattern):
+        return pattern
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern is a {type(pattern).__name__}; give a Pattern or its text, like 'window(255, 0)'")
+    return _parsed(pattern)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Pattern:
+    return Pattern.parse(text)
+
+
+def _checked_offset(q_len: int, kv_len: int, q_offset: int | None) -> int:
+    if q_len < 0 or kv_len < 0:
+        raise ValueError(f"lengths are q_len={q_len}, kv_len={kv_len}; they must not be negative")
+    q_offset = kv_len - q_len if q_offset is None else q_offset
+    if q_offset < 0 or q_offset + q_len > kv_len:
+        raise ValueError(
+            f"{q_len} queries from key index {q_offset} do not lie within {kv_len} keys; queries are tokens of the key "
+            "sequence (self-attention), so pass q_offset with q_offset + q_len <= kv_len"
+        )
+    return q_offset
+
+
+def _tables(patterns, grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool):
+    # [B * P * Nq] rows: pattern by pattern, then interleaved by sorting on the joint row number
+    rows, columns, full = [], [], []
+    layout_rows = layout.rows
+    for p, pattern in enumerate(patterns):
+        row, column, is_full = list_blocks(pattern, grid, layout, layout_rows, "cpu", cap_at_partial)
+        repeats = batch_rows // layout_rows
+        for copy in range(repeats):
+            b, i = row // max(1, grid.q_blocks) + copy, row % max(1, grid.q_blocks)
+            rows.append((b * len(patterns) + p) * grid.q_blocks + i)
+            columns.append(column)
+            full.append(is_full)
+    row, column, is_full = torch.cat(rows), torch.cat(columns), torch.cat(full)
+    if len(rows) > 1:
+        order = row.argsort(stable=True)
+        row, column, is_full = row[order], column[order], is_full[order]
+    counts = torch.bincount(row, minlength=batch_rows * len(patterns) * grid.q_blocks)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), column.int(), is_full

@@ -1,0 +1,181 @@
+"""`BlockPlan`: the waist between patterns and backends.
+
+Legend: B batch rows (1 when all are alike), P distinct patterns (1 unless heads differ), Nq query blocks, N listed blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from .layout import Layout
+
+# a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Key blocks `first..last` (inclusive) that stand side by side in one query block, and which of them are partial.
+
+    `partial` holds inclusive block ranges within the run; the rest of the run is full.
+    """
+
+    first: int
+    last: int
+    partial: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which key blocks each query block attends to, as compact tables: O(non-empty blocks), never O(n^2).
+
+    `row_offsets` is `[B * P * Nq + 1]` int64, `columns` `[N]` int32 and `full` `[N]` bool: query block i of batch row b
+    under pattern p owns the entries `row_offsets[r] : row_offsets[r + 1]` with `r = (b * P + p) * Nq + i`, in ascending
+    order of key block. Partial blocks are evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when
+    all heads share one.
+    """
+
+    patterns: tuple[Pattern, ...]
+    heads: tuple[int, ...]
+    q_len: int
+    kv_len: int
+    q_offset: int
+    block_size: int
+    batch_rows: int
+    layout: Layout
+    row_offsets: Tensor
+    columns: Tensor
+    full: Tensor
+    mask_function: MaskFunction | None = None
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.q_len // self.block_size)
+
+    @property
+    def kv_blocks(self) -> int:
+        return -(-self.kv_len // self.block_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.columns.device
+
+    def to(self, device) -> BlockPlan:
+        if torch.device(device) == self.device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("row_offsets", "columns", "full", "layout")}
+        return replace(self, **moved)
+
+    def allows(self, b: Tensor, p: int, q: Tensor, k: Tensor) -> Tensor:
+        """Element by element: may query q see key k? Indices (not positions) that broadcast; `b` is the batch row.
+
+        Nothing here depends on tensor values, so that a compiled kernel can trace it.
+        """
+        x = q + self.q_offset
+        layout, pattern = self.layout, self.patterns[p]
+        row = b if layout.rows > 1 else torch.zeros_like(b)
+        marks = None
+        if layout.marks is not None and pattern.uses_marks:
+            marks = (layout.marks[row, x], layout.marks[row, k])
+        if layout.start is None:
+            allowed = pattern.allows(x, k, marks)
+        else:
+            origin, key_origin = layout.start[row, x], layout.start[row, k]
+            allowed = (origin == key_origin) & (origin >= 0)
+            # outside a shared sequence positions mean nothing, but they stay non-negative
+            allowed = allowed & pattern.allows(x - origin, k - key_origin, marks)
+        if layout.real is not None:
+            allowed = allowed & layout.real[row, x] & layout.real[row, k]
+        if self.mask_function is not None:
+            allowed = allowed & self.mask_function(b, torch.zeros_like(b), x, k)
+        return allowed
+
+    def mask(self, b: int, p: int, q_range: tuple[int, int], k_range: tuple[int, int]) -> Tensor:
+        """`allows` on a rectangle of indices (ends exclusive): `[queries, keys]` bool."""
+        q = torch.arange(*q_range, device=self.device)[:, None]
+        k = torch.arange(*k_range, device=self.device)[None, :]
+        b = torch.full((1, 1), b, device=self.device)
+        return self.allows(b, p, q, k).expand(q.shape[0], k.shape[1])
+
+    def block_range(self, first: int, last: int, length: int) -> tuple[int, int]:
+        """Indices (end exclusive) that the blocks `first..last` cover."""
+        return first * self.block_size, min((last + 1) * self.block_size, length)
+
+    @cached_property
+    def runs(self) -> list[list[Run]]:
+        """Per row of the table, its key blocks as runs of neighbours: what a backend that takes slices loops over."""
+        columns, offsets = self.columns.tolist(), self.row_offsets.tolist()
+        full = self.full.tolist()
+        return [
+            list(_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+
+    def row_counts(self) -> Tensor:
+        """Keys per query, `[B, P, Q]` int64: exact, block by block."""
+        counts = torch.zeros(self.batch_rows, len(self.patterns), self.q_len, dtype=torch.int64)
+        for row, runs in enumerate(self.runs):
+            (b, p), i = divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
+            q_range = self.block_range(i, i, self.q_len)
+            into = counts[b, p, slice(*q_range)]
+            for run in runs:
+                into += _length(self.block_range(run.first, run.last, self.kv_len))
+                for first, last in run.partial:
+                    k_range = self.block_range(first, last, self.kv_len)
+                    into += self.mask(b, p, q_range, k_range).sum(1).cpu() - _length(k_range)
+        return counts
+
+    @cached_property
+    def pairs(self) -> int:
+        """Number of (query, key) pairs over all batch rows and distinct patterns of the plan."""
+        return int(self.row_counts().sum())
+
+    @property
+    def density(self) -> float:
+        """Share of all pairs that the plan holds."""
+        everything = self.q_len * self.kv_len * self.batch_rows * len(self.patterns)
+        return self.pairs / everything if everything else 0.0
+
+    def to_dense(self) -> Tensor:
+        """The whole mask `[B, P, Q, K]` bool, from the tables. O(n^2): for the reference backend and tests."""
+        dense = torch.zeros(
+            self.batch_rows, len(self.patterns), self.q_len, self.kv_len, dtype=torch.bool, device=self.device
+        )
+        for row, runs in enumerate(self.runs):
+            (b, p), i = divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
+            q_range = self.block_range(i, i, self.q_len)
+            for run in runs:
+                dense[b, p, slice(*q_range), slice(*self.block_range(run.first, run.last, self.kv_len))] = True
+                for first, last in run.partial:
+                    k_range = self.block_range(first, last, self.kv_len)
+                    dense[b, p, slice(*q_range), slice(*k_range)] = self.mask(b, p, q_range, k_range)
+        return dense
+
+
+def _length(bounds: tuple[int, int]) -> int:
+    return bounds[1] - bounds[0]
+
+
+def _runs(columns: list[int], full: list[bool]) -> Iterator[Run]:
+    begin = 0
+    for at in range(1, len(columns) + 1):
+        if at == len(columns) or columns[at] != columns[at - 1] + 1:
+            yield Run(columns[begin], columns[at - 1], tuple(_partial(columns[begin:at], full[begin:at])))
+            begin = at
+
+
+def _partial(columns: list[int], full: list[bool]) -> Iterator[tuple[int, int]]:
+    first = None
+    for column, is_full in zip(columns, full, strict=True):
+        if is_full and first is not None:
+            yield first, column - 1
+            first = None
+        elif not is_full and first is None:
+            first = column
+    if first is not None:
+        yield first, columns[-1]

@@ -1,0 +1,143 @@
+"""From a pattern to the list of its non-empty blocks, by refinement.
+
+Coarse squares of the (query, key) plane are classified with the pattern's closed form `blocks`; empty ones are dropped,
+the others are cut in four, down to the block size. The work is proportional to what is found, never to n^2.
+
+Legend: b batch row, i query block, j key block; q0..q1 and k0..k1 are inclusive corners in key coordinates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pattern import EMPTY, FULL, PARTIAL, Pattern
+from .layout import Layout
+
+# blocks per side of the coarsest squares, and how many blocks one sweep may list at most if all were full
+COARSE = 64
+SWEEP = 1 << 22
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The plane that is cut into blocks."""
+
+    q_len: int
+    kv_len: int
+    q_offset: int
+    block_size: int
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.q_len // self.block_size)
+
+    @property
+    def kv_blocks(self) -> int:
+        return -(-self.kv_len // self.block_size)
+
+    def corners(self, i: Tensor, j: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        side = size * self.block_size
+        q0, k0 = i * side, j * side
+        q1 = (q0 + side).clamp(max=self.q_len) - 1
+        k1 = (k0 + side).clamp(max=self.kv_len) - 1
+        return q0 + self.q_offset, q1 + self.q_offset, k0, k1
+
+
+class Classifier:
+    """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks."""
+
+    def __init__(self, pattern: Pattern, layout: Layout, kv_len: int):
+        self.pattern, self.layout = pattern, layout
+        self.real = _running_count(layout.real)
+        # marks only matter to a pattern that asks for them
+        self.marks = _running_count(layout.marks) if pattern.uses_marks else None
+
+    def __call__(self, b: Tensor, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
+        if self.layout.start is None:
+            return self.pattern.blocks(q0, q1, k0, k1, self._mark_states(b, q0, q1, k0, k1))
+        # two ranges that do not overlap share at most one sequence, the one that runs from the earlier into the later;
+        # two that overlap are told apart only if one sequence holds both
+        disjoint = torch.minimum(q1, k1) < torch.maximum(q0, k0)
+        first = torch.where(disjoint, torch.minimum(q1, k1), torch.minimum(q0, k0))
+        last = torch.where(disjoint, torch.maximum(q0, k0), torch.maximum(q1, k1))
+        start, end = self.layout.start[b, last].long(), self.layout.end[b, last].long()
+        shared = (start >= 0) & (self.layout.start[b, first] == start)
+        mixed = ~disjoint & ~shared & (start >= 0)
+        inside = [torch.maximum(q0, start), torch.minimum(q1, end), torch.maximum(k0, start), torch.minimum(k1, end)]
+        empty = ~shared | (inside[0] > inside[1]) | (inside[2] > inside[3])
+        a0, a1, c0, c1 = (torch.where(empty, start.clamp(min=0), corner) for corner in inside)
+        marks = self._mark_states(b, a0, a1, c0, c1)
+        origin = start.clamp(min=0)
+        state = self.pattern.blocks(a0 - origin, a1 - origin, c0 - origin, c1 - origin, marks)
+        whole = (q0 >= start) & (q1 <= end) & (k0 >= start) & (k1 <= end)
+        if self.real is not None:
+            whole &= (self._count(self.real, b, q0, q1) == q1 - q0 + 1) & (
+                self._count(self.real, b, k0, k1) == k1 - k0 + 1
+            )
+        state = torch.where(whole, state, state.clamp(max=PARTIAL))
+        return torch.where(mixed, PARTIAL, torch.where(empty, EMPTY, state)).to(torch.int8)
+
+    def _mark_states(self, b, q0, q1, k0, k1):
+        if self.marks is None:
+            return None
+        return tuple(self._mark_state(b, x0, x1) for x0, x1 in ((q0, q1), (k0, k1)))
+
+    def _mark_state(self, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        found = self._count(self.marks, b, x0, x1)
+        return ((found > 0).to(torch.int8) + (found == x1 - x0 + 1)).to(torch.int8)
+
+    @staticmethod
+    def _count(running: Tensor, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return running[b, x1 + 1] - running[b, x0]
+
+
+def _running_count(flags: Tensor | None) -> Tensor | None:
+    if flags is None:
+        return None
+    return torch.nn.functional.pad(flags.long().cumsum(1), (1, 0))
+
+
+def list_blocks(
+    pattern: Pattern, grid: Grid, layout: Layout, batch_rows: int, device, cap_at_partial: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The non-empty blocks in row-major order.
+
+    Returns `row = b * q_blocks + i` and `column = j` (int64) and `full` (bool), one entry per block.
+    """
+    classify = Classifier(pattern, layout, grid.kv_len)
+    strips = -(-grid.q_blocks // COARSE)
+    step = max(1, SWEEP // max(1, COARSE * grid.kv_blocks))
+    found = []
+    for b in range(batch_rows):
+        for strip in range(0, strips, step):
+            found.append(_refine(classify, grid, b, range(strip, min(strip + step, strips)), device, cap_at_partial))
+    if not found:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return nothing, nothing, nothing.bool()
+    rows, columns, full = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows, columns, full
+
+
+def _refine(classify: Classifier, grid: Grid, b: int, strips: range, device, cap_at_partial: bool):
+    i = torch.arange(strips.start, strips.stop, device=device)
+    j = torch.arange(-(-grid.kv_blocks // COARSE), device=device)
+    i, j = (side.reshape(-1) for side in torch.meshgrid(i, j, indexing="ij"))
+    size = COARSE
+    while True:
+        row = torch.full_like(i, b)
+        state = classify(row, *grid.corners(i, j, size))
+        kept = state > EMPTY
+        i, j, state = i[kept], j[kept], state[kept]
+        if size == 1:
+            break
+        size //= 2
+        i = torch.stack((2 * i, 2 * i, 2 * i + 1, 2 * i + 1), 1).reshape(-1)
+        j = torch.stack((2 * j, 2 * j + 1, 2 * j, 2 * j + 1), 1).reshape(-1)
+        exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
+        i, j = i[exists], j[exists]
+    order = (i * grid.kv_blocks + j).argsort()
+    full = (state == FULL) & (not cap_at_partial)
+    return b * grid.q_blocks + i[order], j[order], full[order]
