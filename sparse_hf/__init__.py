@@ -4,7 +4,7 @@ Importing this registers the sparse models with the Auto classes and patches not
 """
 
 from .attention import sparse_attention
-# convert
+from .convert import convert
 from .models import *  # noqa: F403
 from .models import __all__ as _models
 from .pattern import *  # noqa: F403
@@ -12,4 +12,4 @@ from .pattern import __all__ as _pattern
 from .plan import BlockPlan, build_plan
 from .version import __version__
 
-__all__ = ["BlockPlan", "__version__", "build_plan", "sparse_attention", *_models, *_pattern]
+__all__ = ["BlockPlan", "__version__", "build_plan", "convert", "sparse_attention", *_models, *_pattern]

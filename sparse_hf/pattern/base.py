@@ -43,6 +43,10 @@ class Pattern:
         """Can any query at or after q still see key k? A superset is sound. Bool."""
         raise NotImplementedError
 
+    def on(self, device) -> Pattern:
+        """An equal pattern whose lookup tables, if it has any, are on `device`, where a kernel can trace them."""
+        return self
+
     @property
     def heads(self) -> tuple[Pattern, ...] | None:
         """One pattern per head, or None if all heads share this one."""
@@ -84,6 +88,9 @@ class _Joined(Pattern):
         loose = isinstance(self, Intersection)
         texts = (f"({part})" if loose and isinstance(part, Union) else str(part) for part in self.parts)
         return f" {self.symbol} ".join(texts)
+
+    def on(self, device) -> Pattern:
+        return type(self)(tuple(part.on(device) for part in self.parts))
 
     @property
     def uses_marks(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -98,8 +99,14 @@ class BlockTable(Pattern):
         rows = tuple(tuple(sorted({whole("block_table: a key block", j, 0) for j in row})) for row in self.rows)
         object.__setattr__(self, "rows", rows)
 
+    def on(self, device) -> BlockTable:
+        bound = copy.copy(self)
+        # not a field: equality and the text form know nothing of it
+        object.__setattr__(bound, "bound", _layout(self, str(device)))
+        return bound
+
     def allows(self, q, k, marks=None):
-        table = _layout(self, str(q.device))
+        table = self.bound if hasattr(self, "bound") else _layout(self, str(q.device))
         block, key = q // self.size, k // self.size
         inside = (block < table.shape[0]) & (key < table.shape[1])
         return inside & table[block.clamp(max=table.shape[0] - 1), key.clamp(max=table.shape[1] - 1)]

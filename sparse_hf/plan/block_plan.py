@@ -54,6 +54,9 @@ class BlockPlan:
     full: Tensor
     mask_function: MaskFunction | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "patterns", tuple(p.on(self.device) for p in self.patterns))
+
     @property
     def q_blocks(self) -> int:
         return -(-self.q_len // self.block_size)
