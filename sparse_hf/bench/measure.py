@@ -55,21 +55,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], None], device: torch.device, repeats: int, budget: float) -> float:
-    """Median time of one call after a warm-up; stops early when `budget` seconds are spent."""
-    begin = time.perf_counter()
+    """Median time of one call, after one that is not counted (it may compile); no more once `budget` seconds are spent."""
     work()
     synchronize(device)
-    taken = [time.perf_counter() - begin]
-    if taken[0] > budget:
-        return taken[0]
-    taken.clear()
-    for _ in range(repeats):
+    begin, taken = time.perf_counter(), []
+    while len(taken) < repeats and (not taken or time.perf_counter() - begin < budget):
         start = time.perf_counter()
         work()
         synchronize(device)
         taken.append(time.perf_counter() - start)
-        if time.perf_counter() - begin > budget:
-            break
     return statistics.median(taken)
 
 

@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+FAST := -q -n 2
+
+.PHONY: help demo test check test-all test-gpu bench cards
+
+help:  ## print these targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch first and by its exact version: what else is installed then takes it as it is
+$(STAMP): setup.py constraints.txt sparse_hf/version.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (under 10 minutes on 2 cores)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the fast tests
+	$(BIN)/python -m pytest $(FAST)
+
+check: $(STAMP)  ## lint, format, and the table of who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+test-all: $(STAMP)  ## every test that needs no GPU
+	$(BIN)/python -m pytest $(FAST) -m "not gpu"
+
+test-gpu: $(STAMP)  ## the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(STAMP)  ## attention beside dense SDPA on this machine, into docs/results
+	$(BIN)/sparse-hf bench attention --out docs/results/attention-local.json
+
+cards: $(STAMP)  ## write model_cards/ from the demo's conversions
+	$(BIN)/python examples/make_cards.py

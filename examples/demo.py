@@ -1,0 +1,200 @@
+"""The main job on real weights: two checkpoints made sparse, and what that costs and saves.
+
+A decoder (SmolLM2-135M, from a 4-bit GGUF file) gets a sliding window with sinks; an encoder (all-MiniLM-L6-v2) grows from
+512 to 4,096 positions with a window and a global CLS token. Every figure is measured here, in a process of its own.
+
+    python examples/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GgufConfig
+
+import sparse_hf
+from examples.assets import CACHE, GUTENBERG, MINILM, SMOLLM2, fetch
+from sparse_hf.testing import AllocationInterceptor
+
+DECODER_PATTERN = "window(511, 0) | first(4)"
+ENCODER_PATTERN = "window(128, 128) | first(1)"
+TOKENS, ENCODER_TOKENS = 8192, 4096
+# the front matter, table of contents and extracts come first
+SKIPPED_CHARACTERS = 20_000
+FOLDERS = CACHE / "demo"
+
+
+def prepare() -> dict[str, Path]:
+    """The four folders that are measured: each made once and kept."""
+    folders = {name: FOLDERS / name for name in ("smollm2", "smollm2-sparse", "minilm-sparse")}
+    gguf, folders["minilm"] = fetch(SMOLLM2), fetch(MINILM)
+    if not folders["smollm2"].exists():
+        print("dequantising SmolLM2-135M from GGUF ...", flush=True)
+        name = next(iter(SMOLLM2.members.values()))
+        quantization = GgufConfig(gguf_file=name, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf, gguf_file=name, quantization_config=quantization, dtype=torch.float32
+        )
+        partial = FOLDERS / "smollm2.partial"
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf, gguf_file=name).save_pretrained(partial)
+        partial.rename(folders["smollm2"])
+    sparse_hf.convert(folders["smollm2"], folders["smollm2-sparse"], DECODER_PATTERN, overwrite=True)
+    sparse_hf.convert(
+        folders["minilm"], folders["minilm-sparse"], ENCODER_PATTERN, max_length=ENCODER_TOKENS, overwrite=True
+    )
+    return folders
+
+
+def moby_dick() -> str:
+    return (fetch(GUTENBERG) / "moby_dick.txt").read_text(encoding="utf-8", errors="replace")[SKIPPED_CHARACTERS:]
+
+
+@torch.inference_mode()
+def perplexity(model, ids: torch.Tensor) -> float:
+    """Of every token but the first; logits chunk by chunk, for all of them at once would be 1.6 GB."""
+    hidden = model.model(ids, use_cache=False).last_hidden_state[0]
+    losses = []
+    for start in range(0, ids.shape[1] - 1, 1024):
+        stop = min(start + 1024, ids.shape[1] - 1)
+        logits = model.lm_head(hidden[start:stop]).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="sum"))
+    return float((sum(losses) / (ids.shape[1] - 1)).exp())
+
+
+def measure_decoder(folder: Path) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(moby_dick()[: 8 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
+    assert ids.shape[1] == TOKENS, f"the text has only {ids.shape[1]} tokens"
+    perplexity(model, ids[:, :512])
+    before, start = _peak(), time.perf_counter()
+    result = perplexity(model, ids)
+    taken, peak = time.perf_counter() - start, _peak() - before
+    with AllocationInterceptor(TOKENS) as seen, torch.inference_mode():
+        model.model(ids, use_cache=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name the capital of France."}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    text = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    said = tokenizer.decode(text[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return {
+        "class": type(model).__name__,
+        "quality": result,
+        "seconds": taken,
+        "peak": peak,
+        "quadratic": len(seen.quadratic),
+        "said": said,
+    }
+
+
+@torch.inference_mode()
+def embed(model, tokenizer, text: str, length: int) -> torch.Tensor:
+    """Mean over tokens, of length 1."""
+    batch = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+    states = model(**batch).last_hidden_state[0]
+    return torch.nn.functional.normalize(states.mean(0), dim=0)
+
+
+def measure_encoder(folder: Path, dense: bool) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if dense:
+        # the stock class on the grown table of positions
+        config = BertConfig(**{k: v for k, v in _json(folder / "config.json").items() if k not in ("model_type", "sparse_attention")})
+        model = BertModel.from_pretrained(folder, config=config, attn_implementation="sdpa").eval()
+    else:
+        model = AutoModel.from_pretrained(folder).eval()
+    text = moby_dick()
+    embed(model, tokenizer, text[:2000], 512)
+    before, start = _peak(), time.perf_counter()
+    document = embed(model, tokenizer, text, ENCODER_TOKENS)
+    taken, peak = time.perf_counter() - start, _peak() - before
+    with AllocationInterceptor(ENCODER_TOKENS) as seen:
+        embed(model, tokenizer, text, ENCODER_TOKENS)
+    return {
+        "class": type(model).__name__,
+        "embedding": document.tolist(),
+        "seconds": taken,
+        "peak": peak,
+        "quadratic": len(seen.quadratic),
+    }
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_own_process(what: str, folder: Path) -> dict:
+    """Run one measurement apart, so that its peak of memory is its own."""
+    print(f"measuring {what} ...", flush=True)
+    command = [sys.executable, __file__, "--measure", what, "--folder", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"measuring {what} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: dict[str, dict]) -> Table:
+    shown = Table(title="dense beside sparse, same weights, this machine")
+    for column in ("", "class", "quality", "seconds", "peak memory", "tensors with two length dimensions"):
+        shown.add_column(column, justify="right")
+    alike = torch.tensor(results["encoder dense"]["embedding"]) @ torch.tensor(results["encoder sparse"]["embedding"])
+    for name, found in results.items():
+        quality = f"perplexity {found['quality']:.2f}" if "quality" in found else f"cosine to dense {float(alike):.3f}"
+        if name == "encoder dense":
+            quality = ""
+        values = (found["class"], quality, f"{found['seconds']:.1f}", f"{found['peak'] / 2**20:,.0f} MiB", str(found["quadratic"]))
+        shown.add_row(name, *values)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if arguments.measure:
+        kind, _, which = arguments.measure.partition(" ")
+        found = measure_decoder(arguments.folder) if kind == "decoder" else measure_encoder(arguments.folder, which == "dense")
+        print(json.dumps(found))
+        return
+    FOLDERS.mkdir(parents=True, exist_ok=True)
+    folders, begin = prepare(), time.perf_counter()
+    results = {
+        "decoder dense": in_own_process("decoder dense", folders["smollm2"]),
+        "decoder sparse": in_own_process("decoder sparse", folders["smollm2-sparse"]),
+        "encoder dense": in_own_process("encoder dense", folders["minilm-sparse"]),
+        "encoder sparse": in_own_process("encoder sparse", folders["minilm-sparse"]),
+    }
+    console = Console(width=140)
+    console.print(table(results))
+    console.print(f"decoder: SmolLM2-135M (dequantised from 4 bits), {DECODER_PATTERN}, first {TOKENS:,} tokens of Moby Dick")
+    console.print(f"encoder: all-MiniLM-L6-v2, 512 -> {ENCODER_TOKENS:,} positions by tiled copy, {ENCODER_PATTERN}, not fine-tuned")
+    console.print(f"asked for the capital of France, dense says {results['decoder dense']['said']!r}", markup=False)
+    console.print(f"                               sparse says {results['decoder sparse']['said']!r}", markup=False)
+    console.print(f"measured in {time.perf_counter() - begin:.0f} s; the sparse folders are in {FOLDERS}")
+    (FOLDERS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

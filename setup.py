@@ -1,0 +1,33 @@
+import runpy
+
+from setuptools import find_packages, setup
+
+version = runpy.run_path("sparse_hf/version.py")["__version__"]
+
+train = ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18"]
+evaluate = ["datasets>=4.0", "evaluate>=0.4.6", "scikit-learn>=1.5"]
+gguf = ["gguf>=0.19"]
+
+setup(
+    name="sparse-hf",
+    version=version,
+    description="Sparse attention for Hugging Face Transformers: one pattern language, exact on every backend",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["sparse_hf", "sparse_hf.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0", "typer>=0.15", "rich>=13"],
+    extras_require={
+        "train": train,
+        "eval": evaluate,
+        "gguf": gguf,
+        "flash": ["flash-attn-4>=4.0.0b16"],
+        "plot": ["matplotlib>=3.9"],
+        "dev": [
+            *train, *evaluate, *gguf, "hypothesis>=6.100", "matplotlib>=3.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12",
+        ],
+    },
+    entry_points={"console_scripts": ["sparse-hf = sparse_hf.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)  # fmt: skip

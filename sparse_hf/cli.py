@@ -1,0 +1,136 @@
+"""The command `sparse-hf`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Sparse attention for Transformers: look at patterns, convert checkpoints, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Is it fast? Peers beside ours in one run, correctness checked first.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+PATTERN_HELP = "A pattern, like 'window(256, 256) | first(1)', or a recipe, like 'longformer(attention_window=512)'."
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from sparse_hf.version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
+) -> None:
+    # read by `main` from the command line, where errors are caught
+    del version, debug
+
+
+@app.command()
+def show(
+    pattern: Annotated[str, typer.Argument(help=PATTERN_HELP)],
+    length: Annotated[int, typer.Option(help="Tokens.")] = 4096,
+    num_heads: Annotated[int, typer.Option(help="Query heads, for FLOPs and memory.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="Numbers per head, for FLOPs.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens per block of the plan.")] = 128,
+    marked: Annotated[str, typer.Option(help="Positions that marked() speaks of, like '0,17'.")] = "",
+    png: Annotated[Path | None, typer.Option(help="Also draw the pattern to this file.")] = None,
+) -> None:
+    """Print a pattern as a picture, and its costs beside dense attention."""
+    from sparse_hf.show import render, save_png
+
+    options = {
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "marked": tuple(_number(part) for part in marked.split(",") if part.strip()),
+    }
+    Console().print(render(pattern, length, **options))
+    if png:
+        save_png(pattern, length, png, **options)
+        Console(stderr=True).print(f"drawn to {png}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)],
+    layers: Annotated[str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Positions of the result; by default as many as before.")] = None,
+    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds something.")] = False,
+) -> None:
+    """Write the sparse counterpart of a dense checkpoint."""
+    import sparse_hf
+
+    ids = [_number(part) for part in global_token_ids.split(",") if part.strip()]
+    written = sparse_hf.convert(
+        source, out, pattern, layers=layers, max_length=max_length, global_token_ids=ids, overwrite=overwrite
+    )
+    typer.echo(f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})")
+
+
+@bench.command("attention")
+def bench_attention(
+    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384,65536",
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "window(511, 0)",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
+    budget: Annotated[float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")] = 60,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """One attention layer, ours beside dense SDPA, forward and backward, length by length."""
+    from sparse_hf.bench import run_attention
+
+    run_attention(
+        [_number(part) for part in lengths.split(",")],
+        pattern,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        backends=[name.strip() for name in backends.split(",") if name.strip()] or None,
+        budget=budget,
+        out=out,
+    )
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text.strip()!r} is not a whole number") from None
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one clear line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print("[bold red]error:[/]", end=" ")
+        Console(stderr=True, markup=False, highlight=False).print(str(error), soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Look at a pattern: as a picture, and in numbers beside dense attention.
+
+Legend: n length, B block size, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .pattern import EMPTY, FULL, PARTIAL, Pattern
+from .plan import BlockPlan, build_plan
+
+# up to this length the receptive field is exact; above, it is computed on blocks
+EXACT_FIELD = 2048
+# blocks per side of the matrix on which the receptive field of a long sequence is computed
+FIELD_BLOCKS = 2048
+COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
+SHADES = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A pattern at one length, for one layer, in numbers. FLOPs count the pattern's own pairs; bytes are per layer."""
+
+    pattern: str
+    length: int
+    pairs: int
+    density: float
+    keys_per_query: tuple[int, float, int]  # least, mean, most
+    blocks: tuple[int, int, int]  # empty, partial, full
+    layers_to_reach: int | None
+    reach_note: str
+    flops_forward: int
+    flops_step: int
+    dense_flops_forward: int
+    table_bytes: int
+    score_bytes: int
+
+
+def describe(
+    pattern: Pattern | str, length: int, *, num_heads: int = 12, head_dim: int = 64, block_size: int = 128, marked=()
+) -> Description:
+    """Count what a pattern holds at a length.
+
+    Args:
+        pattern: a pattern or its text; of `per_head(...)`, numbers are means over heads.
+        length: tokens n.
+        num_heads, head_dim, block_size: of the layer.
+        marked: positions that `marked()` speaks of.
+
+    Raises:
+        ValueError: a bad pattern, or a length below 1.
+    """
+    plan = _plan(pattern, length, block_size, marked)
+    counts = plan.row_counts()
+    pairs = int(counts.sum() // counts.shape[1])
+    full = int(plan.full.sum())
+    partial = len(plan.full) - full
+    layers, note = _layers_to_reach(plan)
+    return Description(
+        pattern=str(_parsed(pattern)),
+        length=length,
+        pairs=pairs,
+        density=plan.density,
+        keys_per_query=(int(counts.min()), float(counts.double().mean()), int(counts.max())),
+        blocks=(counts.shape[1] * plan.q_blocks * plan.kv_blocks - full - partial, partial, full),
+        layers_to_reach=layers,
+        reach_note=note,
+        flops_forward=4 * head_dim * num_heads * pairs,
+        flops_step=14 * head_dim * num_heads * pairs,
+        dense_flops_forward=4 * head_dim * num_heads * length * length,
+        table_bytes=sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full)),
+        score_bytes=4 * num_heads * length * length,
+    )
+
+
+def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -> Group:
+    """The picture, then the numbers, for a terminal; options as in `describe`."""
+    facts = describe(pattern, length, **options)
+    plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
+    parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
+    for p, one in enumerate(plan.patterns):
+        heads = [str(h) for h, own in enumerate(plan.heads) if own == p]
+        if heads:
+            parts.append(Text(f"heads {', '.join(heads)}: {one}"))
+        parts.append(_picture(one, length, min(width, length), options.get("marked", ())))
+    parts.append(Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none"))
+    parts.append(_numbers(facts))
+    if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
+        parts.append(Text("marked() comes from the batch, and nothing is marked here; give positions with --marked"))
+    return Group(*parts)
+
+
+def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_size: int = 128, marked=(), **_) -> Path:
+    """Draw the blocks of the pattern, empty, partial and full, to a PNG file.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        FileNotFoundError: the folder does not exist.
+    """
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+    plan = _plan(pattern, length, block_size, marked)
+    # a cell per block, as backends see them, until blocks would be too small to tell apart
+    cells = min(length, max(32, min(plan.q_blocks, 256)))
+    figure = Figure(figsize=(5.2 * len(plan.patterns) + 0.8, 6.2), layout="constrained")
+    axes = figure.subplots(1, len(plan.patterns), squeeze=False)[0]
+    for p, (axis, one) in enumerate(zip(axes, plan.patterns, strict=True)):
+        states = _grid(one, length, cells, marked)
+        axis.imshow(
+            states, cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
+            extent=(0, length, length, 0),
+        )  # fmt: skip
+        heads = ", ".join(str(h) for h, own in enumerate(plan.heads) if own == p)
+        axis.set_title(f"heads {heads}\n{one}" if heads else str(one), fontsize=11, wrap=True)
+        axis.set_xlabel("key position (tokens)")
+        axis.set_ylabel("query position (tokens)")
+    names = {EMPTY: "no pair", PARTIAL: "some pairs", FULL: "every pair"}
+    handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    side = -(-length // cells)
+    figure.suptitle(f"{length:,} tokens, {plan.density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
+        figure.savefig(file, format="png", dpi=120)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def _parsed(pattern: Pattern | str) -> Pattern:
+    return pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+
+
+def _plan(pattern: Pattern | str, length: int, block_size: int, marked) -> BlockPlan:
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be at least 1 token")
+    return build_plan(_parsed(pattern), length, marks=_marks(length, marked), block_size=block_size)
+
+
+def _marks(length: int, marked) -> torch.Tensor | None:
+    outside = [x for x in marked if not 0 <= x < length]
+    if outside:
+        raise ValueError(f"marked positions {outside} lie outside the {length} tokens")
+    if not marked:
+        return None
+    marks = torch.zeros(1, length, dtype=torch.bool)
+    marks[0, list(marked)] = True
+    return marks
+
+
+def _grid(pattern: Pattern, length: int, cells: int, marked) -> torch.Tensor:
+    """States of `cells` x `cells` rectangles that tile the plane, by the closed form."""
+    edges = torch.linspace(0, length, cells + 1).long()
+    first, last = edges[:-1], edges[1:] - 1
+    marks = _marks(length, marked)
+    states = None
+    if marks is not None:
+        sums = torch.nn.functional.pad(marks[0].long().cumsum(0), (1, 0))
+        found = sums[last + 1] - sums[first]
+        state = ((found > 0).to(torch.int8) + (found == last - first + 1)).to(torch.int8)
+        states = tuple(torch.broadcast_tensors(state[:, None], state[None, :]))
+    corners = torch.broadcast_tensors(first[:, None], last[:, None], first[None, :], last[None, :])
+    return pattern.blocks(*corners, states)
+
+
+def _picture(pattern: Pattern, length: int, cells: int, marked) -> Text:
+    # a character is about twice as high as wide: two columns for one row
+    rows = max(1, cells // 2)
+    wide = _grid(pattern, length, 2 * rows, marked).view(rows, 2, 2 * rows)
+    # two rows share a character: it is full if both are, empty if both are
+    same = wide[:, 0] == wide[:, 1]
+    states = torch.where(same, wide[:, 0], PARTIAL).tolist()
+    border = "+" + "-" * 2 * rows + "+"
+    lines = [border, *("|" + "".join(SHADES[s] for s in row) + "|" for row in states), border]
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _numbers(facts: Description) -> Table:
+    table = Table(show_header=True)
+    for column in ("", "sparse", "dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    least, mean, most = facts.keys_per_query
+    n = facts.length
+    table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{n * n:,}")
+    table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
+    table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
+    table.add_row("layers until every token reaches every other", facts.reach_note, "1")
+    table.add_row("FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G")
+    table.add_row(
+        "FLOPs per layer, forward and backward",
+        f"{facts.flops_step / 1e9:,.2f} G",
+        f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
+    )
+    table.add_row("memory per layer: block table, or scores", _size(facts.table_bytes), _size(facts.score_bytes))
+    return table
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _layers_to_reach(plan: BlockPlan) -> tuple[int | None, str]:
+    """Layers until every token has heard of every other it may hear of (earlier ones only, if nothing looks ahead)."""
+    step, size = _adjacency(plan)
+    n = step.shape[0]
+    looks_ahead = bool(torch.triu(step, 1).any())
+    wanted = torch.ones_like(step, dtype=torch.bool) if looks_ahead else torch.tril(torch.ones_like(step)).bool()
+    whom = "every other token" if looks_ahead else "every earlier token"
+    unit = "" if size == 1 else f" (in blocks of {size} tokens)"
+    seen, layers = step.clone(), 1
+    while True:
+        if bool((seen | ~wanted).all()):
+            return layers, f"{layers}, to {whom}{unit}"
+        # squaring would skip the exact number, so one layer is added at a time, on 0/1 floats
+        grown = (seen.float() @ step.float()) > 0
+        grown |= seen
+        if bool((grown == seen).all()) or layers > 4 * n:
+            return None, f"never reaches {whom}{unit}"
+        seen, layers = grown, layers + 1
+        if layers > 1000:
+            return None, f"more than 1,000, to {whom}{unit}"
+
+
+def _adjacency(plan: BlockPlan) -> tuple[torch.Tensor, int]:
+    """Who hears whom in one layer, heads together, `[n, n]` or block by block; with the size of a block."""
+    if plan.q_len <= EXACT_FIELD:
+        return plan.to_dense()[0].any(0), 1
+    # blocks of the plan, joined until the matrix is small
+    join = -(-plan.q_blocks // FIELD_BLOCKS)
+    side = -(-plan.q_blocks // join)
+    counts = plan.row_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts)), counts) % plan.q_blocks
+    step = torch.zeros(side, side, dtype=torch.bool)
+    step[row // join, plan.columns.long() // join] = True
+    return step, join * plan.block_size

@@ -1,0 +1,82 @@
+"""Plans hold the pairs of their pattern, in tables that stay small."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import pytest
+import torch
+from tests import oracle
+from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
+
+from sparse_hf import build_plan
+
+
+@pytest.mark.parametrize("case", SCENARIOS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_tables_hold_the_pairs_of_the_pattern(pattern, causal, case):
+    pattern = causal_form(pattern) if causal else pattern
+    for length in (1, 63, 100, 257):
+        batch = scenario(case, length)
+        q_len = batch.pop("q_len")
+        expected = oracle.dense_mask(pattern, q_len, length, **batch)
+        for block_size in (16, 128):
+            plan = build_plan(
+                pattern, q_len, length, key_padding_mask=batch["real"], segment_ids=batch["documents"],
+                marks=batch["marks"], block_size=block_size,
+            )  # fmt: skip
+            heads = list(plan.heads) or [0]
+            found = plan.to_dense()[:, heads].expand(expected.shape[0], -1, -1, -1)
+            assert torch.equal(found, expected.expand_as(found))
+            assert torch.equal(plan.row_counts(), plan.to_dense().sum(-1))
+
+
+def test_a_million_tokens_are_planned_in_no_time():
+    tracemalloc.start()
+    begin = time.process_time()
+    plan = build_plan("window(512, 0) | first(4)", 1_000_000)
+    taken = time.process_time() - begin
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tables = sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full))
+    # a generous bound: the figure itself is in docs/results
+    assert taken < 20 and peak < 200e6 and tables < 2e6
+    assert len(plan.columns) < 8 * plan.q_blocks
+
+
+def test_rows_that_are_alike_share_one_plan():
+    alike = torch.ones(8, 300, dtype=torch.bool)
+    alike[:, 200:] = False
+    assert build_plan("window(9, 9)", 300, key_padding_mask=alike).batch_rows == 1
+    assert build_plan("window(9, 9)", 300, key_padding_mask=torch.ones(8, 300)).layout.real is None
+    alike[3, 150:] = False
+    assert build_plan("window(9, 9)", 300, key_padding_mask=alike).batch_rows == 8
+    marks = torch.rand(8, 300) < 0.1
+    assert build_plan("window(9, 9)", 300, marks=marks).batch_rows == 1
+
+
+def test_density_and_pairs_count_the_pattern():
+    plan = build_plan("window(None, 0)", 1000)
+    assert plan.pairs == 1000 * 1001 // 2 and plan.density == pytest.approx(0.5005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q_len": 5, "kv_len": 3}, "5 queries from key index -2 do not lie within 3 keys"),
+        ({"q_len": 5, "block_size": 0}, "block_size is 0"),
+        ({"q_len": 5, "key_padding_mask": torch.ones(2, 4)}, r"key_padding_mask has shape \(2, 4\).*\[batch, 5\]"),
+        ({"q_len": 5, "key_padding_mask": torch.ones(2, 5), "segment_ids": torch.ones(3, 5)}, "batch sizes differ"),
+        ({"q_len": 4, "segment_ids": torch.tensor([[0, 1, 0, 0]])}, "row 0 has a document in several pieces"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_plan("window(1, 1)", **arguments)
+
+
+def test_a_pattern_of_the_wrong_kind_is_refused():
+    with pytest.raises(TypeError, match="give a Pattern or its text"):
+        build_plan(512, 10)

@@ -1,0 +1,83 @@
+"""Who may import whom: the table of docs/ARCHITECTURE.md, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sparse_hf"
+# module -> the modules of ours that it may import
+ALLOWED = {
+    "pattern": set(),
+    "plan": {"pattern"},
+    "attention": {"plan"},
+    "models": {"attention", "plan", "pattern"},
+    "convert": {"models", "plan", "pattern", "version"},
+    "bench": {"models", "attention", "plan", "pattern"},
+    "show": {"plan", "pattern"},
+    "testing": set(),
+    "version": set(),
+    "cli": {"sparse_hf", "show", "bench", "version"},
+    "__init__": {"attention", "convert", "models", "pattern", "plan", "version"},
+}
+NO_TRANSFORMERS = {"pattern", "plan", "attention", "show", "testing"}
+IMPLEMENTATIONS = {"reference", "blockwise", "flex"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, relative ones made absolute."""
+    found = set()
+    package = ("sparse_hf", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {name} if node.module else {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_is_in_the_table():
+    modules = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert modules - {"__pycache__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_follow_the_table(module):
+    target = PACKAGE / module
+    files = target.rglob("*.py") if target.is_dir() else [PACKAGE / f"{module}.py"]
+    for file in files:
+        for name in imports(file):
+            top, _, rest = name.partition(".")
+            if top == "sparse_hf":
+                ours = rest.split(".")[0] or "sparse_hf"
+                assert ours == module or ours in ALLOWED[module], f"{file.name} imports {name}"
+            if module in NO_TRANSFORMERS:
+                assert top != "transformers", f"{file.name} imports transformers"
+            if module == "pattern":
+                assert not name.startswith("torch.nn"), f"{file.name} imports {name}"
+
+
+def test_attention_implementations_do_not_import_each_other():
+    for name in IMPLEMENTATIONS:
+        others = {f"sparse_hf.attention.{other}" for other in IMPLEMENTATIONS - {name}}
+        assert not imports(PACKAGE / "attention" / f"{name}.py") & others
+
+
+def test_importing_loads_only_torch_and_transformers():
+    heavy = ["datasets", "evaluate", "accelerate", "peft", "matplotlib", "typer", "gguf"]
+    # the model classes of Transformers load what they need themselves
+    code = f"""
+import sys, torch
+from transformers import AutoModel, BertModel, LlamaForCausalLM
+before = set(sys.modules)
+import sparse_hf
+print([m for m in {heavy} if m in set(sys.modules) - before])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
