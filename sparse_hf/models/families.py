@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .mixin import COUNTERPARTS
 
@@ -51,6 +52,9 @@ def register_family(dense_type: str, config_class, heads: dict, **positions) -> 
     for sparse_class, auto_class in heads.items():
         COUNTERPARTS[dense_class(sparse_class)] = sparse_class
         auto_class.register(config_class, sparse_class)
+        # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes
+        # the same key in every version
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse_class), sparse_class._can_record_outputs)
     FAMILIES[dense_type] = family
     return family
 

@@ -119,7 +119,8 @@ def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | N
     given = given.bool()
     if found is None:
         return given
-    # with a cache the ids are only the last of the keys
+    # multiple choice flattens its ids on the way in; with a cache the ids are only the last of the keys
+    given = given.reshape(*found.shape[:-1], given.shape[-1])
     return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
 
 
