@@ -123,7 +123,7 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     for p, (axis, one) in enumerate(zip(axes, plan.patterns, strict=True)):
         states = _grid(one, length, cells, marked)
         axis.imshow(
-            states, cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
+            states.numpy(), cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
             extent=(0, length, length, 0),
         )  # fmt: skip
         heads = ", ".join(str(h) for h, own in enumerate(plan.heads) if own == p)
