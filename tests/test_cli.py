@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.models.families import dense_model
 
 from sparse_hf.show import describe, save_png
+from tests.models.families import dense_model
 
 
 def run(*arguments: str):
@@ -37,10 +37,23 @@ def test_convert_writes_a_folder(tmp_path):
 
 
 def test_bench_writes_figures_with_versions(tmp_path):
-    done = run("bench", "attention", "--lengths", "256,512", "--heads", "2", "--device", "cpu", "--out", str(tmp_path / "r.json"))
+    done = run(
+        "bench",
+        "attention",
+        "--lengths",
+        "256,512",
+        "--heads",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "r.json"),
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    assert {r["name"] for r in result["rows"]} == {"blockwise", "sdpa_dense"} and result["environment"]["versions"]["torch"]
+    assert {r["name"] for r in result["rows"]} == {"blockwise", "sdpa_dense"} and result["environment"]["versions"][
+        "torch"
+    ]
     assert all(r["relative_error"] < 1e-5 for r in result["rows"] if r["name"] == "blockwise")
 
 

@@ -46,7 +46,9 @@ def attend(
     q, k, v = (_pad(t, plan.block_size) for t in (q, k, v))
     parts = []
     for piece in pieces(plan):
-        out, lse = _call(_gather(q, piece.q_blocks, plan), *(_gather(t, piece.kv_blocks, plan) for t in (k, v)), piece, scale)
+        out, lse = _call(
+            _gather(q, piece.q_blocks, plan), *(_gather(t, piece.kv_blocks, plan) for t in (k, v)), piece, scale
+        )
         parts.append((_scatter(out, piece, plan, q, 0.0), _scatter(lse[..., None], piece, plan, q, -torch.inf)[..., 0]))
     out, lse = parts[0] if len(parts) == 1 else merge(parts)
     return out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
@@ -58,7 +60,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[
     # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
     with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS, accumulated_recompile_limit=4 * MAX_KERNELS):
         out, aux = _compiled()(
-            q, k, v, block_mask=piece.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            q,
+            k,
+            v,
+            block_mask=piece.mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=True),
         )
     return out, aux.lse

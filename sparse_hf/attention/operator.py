@@ -7,7 +7,6 @@ it can. Eager code does not come here: it calls the backend directly.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..plan import cached_plan
 
@@ -20,7 +19,9 @@ _ARGUMENTS = (
 @torch.library.custom_op("sparse_hf::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def attention(q, k, v, key_padding_mask, segment_ids, marks, seed, pattern, q_offset, scale, dropout, backend):
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    out, lse = _attend(q, k, v, (key_padding_mask, segment_ids, marks), seed, pattern, q_offset, scale, dropout, backend)
+    out, lse = _attend(
+        q, k, v, (key_padding_mask, segment_ids, marks), seed, pattern, q_offset, scale, dropout, backend
+    )
     return out.contiguous(), lse.contiguous()
 
 

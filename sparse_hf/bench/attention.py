@@ -86,7 +86,8 @@ def _one_length(n, pattern, shape, place, backends, repeats, budget, earlier) ->
     generator = torch.Generator(place).manual_seed(n)
     sizes = [(1, h, n, shape["head_dim"]) for h in (shape["heads"], shape["kv_heads"], shape["kv_heads"])]
     q, k, v = (
-        torch.randn(size, generator=generator, device=place).to(DTYPES[shape["dtype"]]).requires_grad_() for size in sizes
+        torch.randn(size, generator=generator, device=place).to(DTYPES[shape["dtype"]]).requires_grad_()
+        for size in sizes
     )
     plan = build_plan(pattern, n, device=place)
     parsed = Pattern.parse(pattern)
@@ -110,7 +111,9 @@ def _figures(name, call, tensors, plan, shape, place, repeats, budget) -> dict:
         out = call()
         error = None if name == DENSE else row_error(*tensors, out, plan)
         if error is not None and error > TOLERANCE[shape["dtype"]]:
-            raise AssertionError(f"{name} at n={n} is off by {error:.1e}; at most {TOLERANCE[shape['dtype']]:.0e} is right")
+            raise AssertionError(
+                f"{name} at n={n} is off by {error:.1e}; at most {TOLERANCE[shape['dtype']]:.0e} is right"
+            )
         del out
         forward = seconds(lambda: call(), place, repeats, budget)
     grad = torch.ones(1, shape["heads"], n, shape["head_dim"], device=place, dtype=tensors[0].dtype)
@@ -148,13 +151,17 @@ def _slopes(rows: list[dict]) -> dict:
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in rows if r["name"] == name]
         lengths = [r["n"] for r in mine]
-        slopes[name] = {key: slope(lengths, [r[key] or 0 for r in mine]) for key in ("forward_s", "step_s", "peak_bytes")}
+        slopes[name] = {
+            key: slope(lengths, [r[key] or 0 for r in mine]) for key in ("forward_s", "step_s", "peak_bytes")
+        }
     return slopes
 
 
 def _table(result: dict) -> Table:
     facts = result["environment"]
-    title = f"{result['pattern']}, {result['heads']} heads of {result['head_dim']}, {result['dtype']}, {facts['hardware']}"
+    title = (
+        f"{result['pattern']}, {result['heads']} heads of {result['head_dim']}, {result['dtype']}, {facts['hardware']}"
+    )
     table = Table(title=title)
     for column in ("n", "backend", "forward", "forward + backward", "against dense", "extra memory / held", "error"):
         table.add_column(column, justify="right")

@@ -67,7 +67,8 @@ def convert(
     family = family_of(found.config["model_type"])
     config = family.config_class.from_dense(found.config, pattern, layers, global_token_ids)
     config.architectures = [
-        family.architectures.get(name, name) for name in found.config.get("architectures") or [family.classes[0].__name__]
+        family.architectures.get(name, name)
+        for name in found.config.get("architectures") or [family.classes[0].__name__]
     ]
     positions = _new_positions(config, family, max_length)
     with (
@@ -86,9 +87,10 @@ def convert(
 def _convert_gguf(file: Path, out, pattern, layers, max_length, global_token_ids, overwrite, progress) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a .gguf file, a folder or a hub id")
-    with whole_folder(Path(out), overwrite, 8 * file.stat().st_size) as folder, tempfile.TemporaryDirectory(
-        dir=folder
-    ) as dense:
+    with (
+        whole_folder(Path(out), overwrite, 8 * file.stat().st_size) as folder,
+        tempfile.TemporaryDirectory(dir=folder) as dense,
+    ):
         logger.warning("dequantising %s to float32, which takes a minute or so", file.name)
         dequantise(file, Path(dense))
         convert(
@@ -116,7 +118,9 @@ def _new_positions(config, family: Family, max_length: int | None) -> int | None
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens")
     if max_length + family.position_offset < old:
-        raise ValueError(f"max_length is {max_length}; the checkpoint has {old} positions, and cutting them off loses weights")
+        raise ValueError(
+            f"max_length is {max_length}; the checkpoint has {old} positions, and cutting them off loses weights"
+        )
     config.max_position_embeddings = max_length + family.position_offset
     return max_length if family.position_tables else None
 

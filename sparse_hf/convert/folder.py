@@ -41,7 +41,9 @@ def whole_folder(out: Path, overwrite: bool, bytes_needed: int) -> Iterator[Path
         _replace(partial, out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            message = f"the disk of {out.parent} is full; about {bytes_needed:,} bytes are needed. Nothing was left behind"
+            message = (
+                f"the disk of {out.parent} is full; about {bytes_needed:,} bytes are needed. Nothing was left behind"
+            )
             raise OSError(errno.ENOSPC, message) from error
         raise
     finally:

@@ -60,7 +60,9 @@ def find_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{source} is no local folder and could not be fetched from the hub: {reason}") from error
+        raise FileNotFoundError(
+            f"{source} is no local folder and could not be fetched from the hub: {reason}"
+        ) from error
 
 
 def open_source(folder: Path) -> Source:
@@ -75,7 +77,7 @@ def open_source(folder: Path) -> Source:
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved checkpoint")
     config = read_json(path)
     if not config.get("model_type"):
-        raise ValueError(f"{path} names no model_type, so its family is unknown; add it, like \"model_type\": \"bert\"")
+        raise ValueError(f'{path} names no model_type, so its family is unknown; add it, like "model_type": "bert"')
     shards = _shards(folder)
     for shard in shards:
         _check(shard)
@@ -122,4 +124,6 @@ def _check(shard: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{shard} has no readable header; the checkpoint was only half written") from error
     if 8 + length + last != size:
-        raise ValueError(f"{shard} has {size:,} bytes and its header promises {8 + length + last:,}; it was only half written")
+        raise ValueError(
+            f"{shard} has {size:,} bytes and its header promises {8 + length + last:,}; it was only half written"
+        )

@@ -1,8 +1,8 @@
 """What a sparse model's `config.json` says: one key, `sparse_attention`.
 
-    {"patterns": {"sparse": "window(255, 0) | first(4)", "dense": "window(None, None)"},
-     "layers": ["sparse", "sparse", "dense"],
-     "global_token_ids": []}
+{"patterns": {"sparse": "window(255, 0) | first(4)", "dense": "window(None, None)"},
+ "layers": ["sparse", "sparse", "dense"],
+ "global_token_ids": []}
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ KEYS = ("patterns", "layers", "global_token_ids")
 DENSE = "dense"
 MARKED = str(Marked())
 # the attention implementations of a sparse model, and what stock names stand for: never silently dense
-IMPLEMENTATIONS = {"sparse": "auto", "sparse_reference": "reference", "sparse_blockwise": "blockwise", "sparse_flex": "flex"}
+IMPLEMENTATIONS = {
+    "sparse": "auto",
+    "sparse_reference": "reference",
+    "sparse_blockwise": "blockwise",
+    "sparse_flex": "flex",
+}
 STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
 
 
@@ -80,7 +85,9 @@ class SparseConfigMixin:
         num_layers = values.get("num_hidden_layers") or cls().num_hidden_layers
         for key in ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention"):
             values.pop(key, None)
-        values["sparse_attention"] = describe_layers(parse_layers(layers, num_layers, pattern), pattern, global_token_ids)
+        values["sparse_attention"] = describe_layers(
+            parse_layers(layers, num_layers, pattern), pattern, global_token_ids
+        )
         return cls(**values)
 
     def validate_sparse_attention(self) -> None:
@@ -96,7 +103,9 @@ class SparseConfigMixin:
             )
         patterns, layers = spec["patterns"], spec["layers"]
         if not isinstance(patterns, dict) or not isinstance(layers, list):
-            raise ValueError("sparse_attention.patterns must be an object (name -> pattern) and .layers a list of names")
+            raise ValueError(
+                "sparse_attention.patterns must be an object (name -> pattern) and .layers a list of names"
+            )
         if len(layers) != self.num_hidden_layers:
             raise ValueError(
                 f"sparse_attention.layers has {len(layers)} entries; the model has {self.num_hidden_layers} layers"
@@ -116,10 +125,8 @@ class SparseConfigMixin:
 
     def layer_pattern(self, layer: int, is_causal: bool = False) -> str:
         """The text of a layer's pattern, cut to the past if the model is causal."""
-        if self.sparse_attention is None:
-            text = str(full())
-        else:
-            text = self.sparse_attention["patterns"][self.sparse_attention["layers"][layer]]
+        spec = self.sparse_attention
+        text = str(full()) if spec is None else spec["patterns"][spec["layers"][layer]]
         return _past(text) if is_causal else text
 
     @property
@@ -202,7 +209,9 @@ def _split_spec(text: str):
     for entry in entries:
         where, equals, what = entry.partition("=")
         if not equals or not what.strip():
-            raise ValueError(f"layers: cannot read {entry.strip()!r}; write RANGE=PATTERN, like '0-3=dense, 8=window(64, 0)'")
+            raise ValueError(
+                f"layers: cannot read {entry.strip()!r}; write RANGE=PATTERN, like '0-3=dense, 8=window(64, 0)'"
+            )
         yield where.strip(), what.strip()
 
 

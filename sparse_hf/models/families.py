@@ -68,4 +68,6 @@ def family_of(model_type: str) -> Family:
     for family in FAMILIES.values():
         if model_type in (family.dense_type, family.sparse_type):
             return family
-    raise ValueError(f"model type {model_type!r} has no sparse counterpart; supported are {', '.join(sorted(FAMILIES))}")
+    raise ValueError(
+        f"model type {model_type!r} has no sparse counterpart; supported are {', '.join(sorted(FAMILIES))}"
+    )

@@ -96,7 +96,9 @@ def _with_marks(cls):
 def _forward_marks(config, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
     if not config.uses_marks:
         if given is not None:
-            raise ValueError("global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`")
+            raise ValueError(
+                "global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`"
+            )
         return None
     if given is None and config.global_token_ids:
         if input_ids is None:

@@ -41,7 +41,14 @@ class MaskRequest:
 
 
 def sparse_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **_
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=causal_mask_function,
+    attention_mask=None,
+    **_,
 ) -> MaskRequest:
     """What Transformers calls once per forward pass, with keywords."""
     if not isinstance(kv_offset, int) or kv_offset:
@@ -56,12 +63,23 @@ def sparse_mask(
 
 
 def sparse_attention_forward(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0, *, backend: str, **kwargs
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    *,
+    backend: str,
+    **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported:
-        raise NotImplementedError(f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute")
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
+        )
     if type(module).__name__ in CROSS_ATTENTION:
         return _cross_attention(query, key, value, attention_mask, scaling, dropout), None
     request = _as_request(attention_mask, query, key)
@@ -108,12 +126,16 @@ def _as_bool(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A `[B or 1, 1, Q, K]` mask that the user made: bool (true: may see) or additive (0: may see)."""
     expected = (query.shape[2], key.shape[2])
     if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != expected:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask must be [batch, 1, {expected[0]}, {expected[1]}]")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask must be [batch, 1, {expected[0]}, {expected[1]}]"
+        )
     if mask.dtype == torch.bool:
         return mask
     allowed = mask == 0
     if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
-        raise ValueError("a 4-D attention_mask that adds other values than 0 and -inf is a bias, which is not supported")
+        raise ValueError(
+            "a 4-D attention_mask that adds other values than 0 and -inf is a bias, which is not supported"
+        )
     return allowed
 
 
@@ -154,7 +176,12 @@ def _leaves(mask_function: Callable) -> Iterator[Callable]:
 
 def _documents(position_ids: Tensor | None, attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """Number the packed documents `[B, K]`: one begins where positions stop growing. Whole sequences only (no cache)."""
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != key.shape[2] or query.shape[2] != key.shape[2]:
+    if (
+        position_ids is None
+        or position_ids.ndim != 2
+        or position_ids.shape[1] != key.shape[2]
+        or query.shape[2] != key.shape[2]
+    ):
         return None
     previous = position_ids[:, :-1]
     if attention_mask is not None:

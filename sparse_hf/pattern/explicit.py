@@ -56,7 +56,9 @@ class RandomBlocks(Pattern):
         """The key block that `block` draws from a stratum, and whether the stratum holds any."""
         reach = self._range(block)
         low, high = stratum * reach // self.count, (stratum + 1) * reach // self.count
-        number = _mix(_mix(_mix((block & _WORD) ^ (self.seed & _WORD)) + stratum & _WORD) + (self.seed >> 32 & _WORD) & _WORD)
+        number = _mix(
+            _mix(_mix((block & _WORD) ^ (self.seed & _WORD)) + stratum & _WORD) + (self.seed >> 32 & _WORD) & _WORD
+        )
         return low + number % (high - low).clamp(min=1), high > low
 
     def allows(self, q, k, marks=None):
@@ -95,7 +97,9 @@ class BlockTable(Pattern):
     def __post_init__(self):
         whole("block_table: size", self.size, 1)
         if not isinstance(self.rows, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in self.rows):
-            raise ValueError(f"block_table: rows is {self.rows!r}; it must hold one tuple of key blocks per query block")
+            raise ValueError(
+                f"block_table: rows is {self.rows!r}; it must hold one tuple of key blocks per query block"
+            )
         rows = tuple(tuple(sorted({whole("block_table: a key block", j, 0) for j in row})) for row in self.rows)
         object.__setattr__(self, "rows", rows)
 

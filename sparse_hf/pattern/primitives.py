@@ -161,7 +161,9 @@ class Chunk(Pattern):
 
     def blocks(self, q0, q1, k0, k1, marks=None):
         q_first, q_last, k_first, k_last = (x // self.size for x in (q0, q1, k0, k1))
-        return state((q_last < k_first) | (k_last < q_first), (q_first == q_last) & (k_first == k_last) & (q_first == k_first))
+        return state(
+            (q_last < k_first) | (k_last < q_first), (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
+        )
 
     def reachable(self, k, q):
         return k // self.size >= q // self.size

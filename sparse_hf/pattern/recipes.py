@@ -25,7 +25,9 @@ def bigbird(block_size: int = 64, num_random_blocks: int = 3, num_global_blocks:
     the last block global too, which would need the length.
     """
     side = 3 * block_size // 2
-    return Window(side, side) | First(num_global_blocks * block_size) | RandomBlocks(num_random_blocks, block_size, seed)
+    return (
+        Window(side, side) | First(num_global_blocks * block_size) | RandomBlocks(num_random_blocks, block_size, seed)
+    )
 
 
 def sparse_transformer(stride: int = 128, mode: str = "strided", summary: int = 8) -> Pattern:

@@ -115,9 +115,7 @@ class BlockPlan:
         """Per row of the table, its key blocks as runs of neighbours: what a backend that takes slices loops over."""
         columns, offsets = self.columns.tolist(), self.row_offsets.tolist()
         full = self.full.tolist()
-        return [
-            list(_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        return [list(_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
     def row_counts(self) -> Tensor:
         """Keys per query, `[B, P, Q]` int64: exact, block by block."""

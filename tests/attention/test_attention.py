@@ -6,12 +6,12 @@ import logging
 
 import pytest
 import torch
-from tests import oracle
 
 from sparse_hf import BlockPlan, build_plan, sparse_attention
 from sparse_hf.attention import merge
 from sparse_hf.attention.dropout import kept
 from sparse_hf.testing import AllocationInterceptor
+from tests import oracle
 
 # 101 blocks of 128: no other dimension here is near the length or its blocks
 LONG = 12_928
@@ -124,8 +124,16 @@ def test_auto_says_what_it_chose_once(caplog):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"backend": "fast"}, ValueError, "backend is 'fast'; the known ones are 'auto', 'reference', 'blockwise', 'flex'"),
-        ({"backend": "flex"}, NotImplementedError, "backend 'flex' cannot run this call: it needs a GPU and q is on cpu"),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend is 'fast'; the known ones are 'auto', 'reference', 'blockwise', 'flex'",
+        ),
+        (
+            {"backend": "flex"},
+            NotImplementedError,
+            "backend 'flex' cannot run this call: it needs a GPU and q is on cpu",
+        ),
         ({"dropout": 1.0}, ValueError, r"dropout is 1.0; it must be in \[0, 1\)"),
         ({"q": torch.zeros(1, 3, 10, 8)}, ValueError, "2 key heads do not divide 3 query heads"),
         ({"q": torch.zeros(4, 10, 8)}, ValueError, "each must be"),
@@ -140,7 +148,12 @@ def test_auto_says_what_it_chose_once(caplog):
     ],
 )
 def test_bad_input_is_refused(change, error, message):
-    given = {"q": torch.zeros(1, 4, 10, 8), "k": torch.zeros(1, 2, 10, 8), "v": torch.zeros(1, 2, 10, 8), "pattern": "first(1)"}
+    given = {
+        "q": torch.zeros(1, 4, 10, 8),
+        "k": torch.zeros(1, 2, 10, 8),
+        "v": torch.zeros(1, 2, 10, 8),
+        "pattern": "first(1)",
+    }
     given = {**given, **change}
     tensors = [given.pop(name) for name in ("q", "k", "v", "pattern")]
     with pytest.raises(error, match=message):

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tests import oracle
-from tests.table import LENGTHS, PATTERNS, SCENARIOS, SHAPES, causal_form, scenario
 
 from sparse_hf import sparse_attention
+from tests import oracle
+from tests.table import LENGTHS, PATTERNS, SCENARIOS, SHAPES, causal_form, scenario
 
 BATCH = 2
 # an implementation may err this many times as much as dense attention in the same dtype does, plus a few roundings
@@ -19,7 +19,11 @@ NAMES = ("out", "lse", "grad q", "grad k", "grad v")
 
 ALL = list(itertools.product(PATTERNS, ("causal", "bidirectional"), LENGTHS, SCENARIOS))
 # every pattern meets every scenario both ways in the fast suite, at a length that walks through the table; all in the slow one
-FAST = {i for i, case in enumerate(ALL) if LENGTHS.index(case[2]) == (i // len(SCENARIOS) // len(LENGTHS) + i) % len(LENGTHS)}
+FAST = {
+    i
+    for i, case in enumerate(ALL)
+    if LENGTHS.index(case[2]) == (i // len(SCENARIOS) // len(LENGTHS) + i) % len(LENGTHS)
+}
 
 
 def cases(step: int = 1, shift: int = 0):
@@ -45,7 +49,9 @@ def compare(backend: str, pattern: str, length: int, case: str, shape, dtype, de
     batch = scenario(case, length, BATCH)
     q_len = batch.pop("q_len")
     mask = oracle.dense_mask(pattern, q_len, length, **batch)
-    exact = oracle.gradients(lambda q, k, v: oracle.attention(q, k, v, mask), *tensors(shape, q_len, length, torch.float64))
+    exact = oracle.gradients(
+        lambda q, k, v: oracle.attention(q, k, v, mask), *tensors(shape, q_len, length, torch.float64)
+    )
     plain = oracle.gradients(lambda q, k, v: oracle.attention(q, k, v, mask), *tensors(shape, q_len, length, dtype))
     given = {"key_padding_mask": batch["real"], "segment_ids": batch["documents"], "marks": batch["marks"]}
     given = {name: None if value is None else value.to(device) for name, value in given.items()}
@@ -61,7 +67,9 @@ def compare(backend: str, pattern: str, length: int, case: str, shape, dtype, de
         right, got, dense = (torch.where(empty, 0, t.double()) for t in (right, got, dense))
         scale = right.abs().max().clamp(min=1)
         error, allowed = (got - right).abs().max() / scale, (dense - right).abs().max() / scale
-        assert error <= SLACK * allowed + ROUNDINGS[dtype], f"{name} errs by {error:.1e}, dense attention by {allowed:.1e}"
+        assert error <= SLACK * allowed + ROUNDINGS[dtype], (
+            f"{name} errs by {error:.1e}, dense attention by {allowed:.1e}"
+        )
 
 
 @pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases())

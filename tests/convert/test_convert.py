@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tests.models.families import HEADS, dense_model, inputs
 
 import sparse_hf
 from sparse_hf.convert import folder as folder_module
 from sparse_hf.convert import weights as weights_module
+from tests.models.families import HEADS, dense_model, inputs
 
 PATTERN = "window(16, 16) | first(1)"
 
@@ -81,7 +81,10 @@ def test_tokenizer_and_generation_config_travel(tmp_path):
     (tmp_path / "dense" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "dense" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512, "pad_token": "x"}))
     sparse_hf.convert(tmp_path / "dense", tmp_path / "sparse", "sliding_window(64)", max_length=2048, progress=False)
-    written = {name: json.loads((tmp_path / "sparse" / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    written = {
+        name: json.loads((tmp_path / "sparse" / name).read_text())
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
     assert written["tokenizer.json"]["truncation"]["max_length"] == 2048
     assert written["tokenizer_config.json"] == {"model_max_length": 2048, "pad_token": "x"}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
@@ -108,7 +111,11 @@ def test_a_sparse_checkpoint_converts_again(bert, tmp_path):
         ({"pattern": "per_head(first(1), first(2))"}, ValueError, "names 2 patterns; the model has 4 heads"),
         ({"max_length": 100}, ValueError, "max_length is 100; the checkpoint has 160 positions"),
         ({"max_length": True}, ValueError, "it must be a number of tokens"),
-        ({"source": "/nowhere/at/all"}, FileNotFoundError, "is no folder with a checkpoint, no .gguf file and no hub id"),
+        (
+            {"source": "/nowhere/at/all"},
+            FileNotFoundError,
+            "is no folder with a checkpoint, no .gguf file and no hub id",
+        ),
         ({"source": "/nowhere/model.gguf"}, FileNotFoundError, "does not exist; give a .gguf file"),
     ],
 )
@@ -145,7 +152,11 @@ def damage(folder: Path, how: str) -> None:
         ("cut", ValueError, "its header promises .* only half written"),
         ("no header", ValueError, "no readable header; the checkpoint was only half written"),
         ("no weights", FileNotFoundError, "has no weights: neither"),
-        ("missing shard", FileNotFoundError, r"names \['model-00001-of-00002.safetensors'\], which are not in the folder"),
+        (
+            "missing shard",
+            FileNotFoundError,
+            r"names \['model-00001-of-00002.safetensors'\], which are not in the folder",
+        ),
         ("no config", FileNotFoundError, "has no config.json"),
         ("cut config", ValueError, "is not readable JSON"),
         ("gpt2", ValueError, "'gpt2' has no sparse counterpart; supported are bert, llama"),

@@ -10,7 +10,8 @@ BERT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "n
         "num_attention_heads": 4, "max_position_embeddings": 512, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0}  # fmt: skip
 LLAMA = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "classifier_dropout": 0.0}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+         "classifier_dropout": 0.0}  # fmt: skip
 TOKEN = {"labels": (BATCH, LENGTH)}
 SEQUENCE = {"labels": (BATCH,)}
 SPAN = {"start_positions": (BATCH,), "end_positions": (BATCH,)}
@@ -43,7 +44,11 @@ def dense_model(head: str, **changes):
 def sides(head: str) -> list[str]:
     """Where a head may be padded and still be compared: a head that pools the first token must not pool padding."""
     pooled = "labels" in HEADS[head] and HEADS[head]["labels"] == SEQUENCE["labels"] or "Pretraining" in head
-    return ["none", "right"] if head.startswith("Bert") and (pooled or "next" in str(HEADS[head])) else ["none", "right", "left"]
+    return (
+        ["none", "right"]
+        if head.startswith("Bert") and (pooled or "next" in str(HEADS[head]))
+        else ["none", "right", "left"]
+    )
 
 
 PADDED = [(head, side) for head in HEADS for side in sides(head)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tests import oracle
-from tests.models.families import BATCH, HEADS, LENGTH, PADDED, VOCABULARY, dense_model, inputs
 
 import sparse_hf
+from tests import oracle
+from tests.models.families import BATCH, HEADS, LENGTH, PADDED, VOCABULARY, dense_model, inputs
 
 LIMIT = 2e-5
 PATTERN = "window(20, 20) | first(3) | marked()"
@@ -29,7 +29,9 @@ def assert_same(one, other, batch):
     one, other = real_part(one, batch), real_part(other, batch)
     assert one.keys() == other.keys() and one
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=LIMIT, atol=LIMIT, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            one[name], other[name], rtol=LIMIT, atol=LIMIT, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def explicit_mask(batch, marks, is_causal: bool) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models.families import VOCABULARY, dense_model
 
 import sparse_hf
 from sparse_hf import sparse_attention
+from tests.models.families import VOCABULARY, dense_model
 
 COUNTED = [
     "window(20, 5) | first(4)",
@@ -86,7 +86,9 @@ def test_models_left_padded_equals_unpadded(head, pattern):
 def test_a_decoder_hears_nothing_of_its_future(pattern):
     sparse = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), pattern)
     text = torch.cat(documents(), 1)
-    extra = {"global_attention_mask": (torch.arange(text.shape[1]) % 31 == 3).long()[None]} if "marked" in pattern else {}
+    extra = (
+        {"global_attention_mask": (torch.arange(text.shape[1]) % 31 == 3).long()[None]} if "marked" in pattern else {}
+    )
     before = sparse(text, **extra).logits
     for t in (1, 64, 100, 129):
         changed = text.clone()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.table import PATTERNS
 
 from sparse_hf import (
     FULL,
@@ -27,6 +26,7 @@ from sparse_hf import (
     full,
     recipes,
 )
+from tests.table import PATTERNS
 
 N = 40
 Q, K = torch.arange(N)[:, None], torch.arange(N)[None, :]
@@ -94,7 +94,9 @@ def states_and_truth(pattern: Pattern, seed: int):
     return pattern.blocks(q0, q1, k0, k1, tuple(of_range)), truth
 
 
-@pytest.mark.parametrize("text", ["window(5, 0)", "first(3)", "chunk(7)", "stride(3)", "block_table(4, ((0, 2), (1,)))"])
+@pytest.mark.parametrize(
+    "text", ["window(5, 0)", "first(3)", "chunk(7)", "stride(3)", "block_table(4, ((0, 2), (1,)))"]
+)
 def test_blocks_of_primitives_are_exact(text):
     states, truth = states_and_truth(Pattern.parse(text), 0)
     assert torch.equal(states.long(), truth)

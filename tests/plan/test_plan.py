@@ -7,10 +7,10 @@ import tracemalloc
 
 import pytest
 import torch
-from tests import oracle
-from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
 from sparse_hf import build_plan
+from tests import oracle
+from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
 
 @pytest.mark.parametrize("case", SCENARIOS)

@@ -1,0 +1,57 @@
+"""One optimizer step with Trainer, run by test_training.py in one process or several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import sparse_hf
+from tests.models.families import dense_model
+
+ROWS, TOKENS = 4, 40
+
+
+def rows(head: str) -> list[dict[str, torch.Tensor]]:
+    """Rows with very different numbers of labels, so that a mean of means is not the mean."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for row in range(ROWS):
+        ids = torch.randint(1, 97, (TOKENS,), generator=generator)
+        labels = ids % 2 if "Token" in head else ids.clone()
+        labels[: [0, 30, 5, 38][row]] = -100
+        marks = torch.zeros_like(ids)
+        marks[[3, 20]] = 1
+        label = torch.tensor(row % 2) if "Sequence" in head else labels
+        made.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": label, "global_attention_mask": marks}
+        )
+    return made
+
+
+def main(head: str, batch: int, accumulate: int, out: str) -> None:
+    model = sparse_hf.sparsify(dense_model(head), "window(5, 5) | marked()")
+    arguments = TrainingArguments(
+        output_dir=str(Path(out).parent / "trainer"), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        max_steps=1, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(head))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        grads = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+        torch.save({"loss": loss, "grads": grads}, out)
+    if torch.distributed.is_initialized():
+        # a process that leaves first would break the others' connections
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,53 @@
+"""The examples run, and the cards say what the results say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from examples import assets, make_cards  # noqa: E402
+
+
+def test_quickstart_runs():
+    command = [sys.executable, "-W", "ignore", "examples/quickstart.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SparseLlamaForCausalLM" in done.stdout
+
+
+@pytest.mark.parametrize("spec", make_cards.CARDS, ids=lambda s: s["name"])
+def test_cards_are_those_of_the_committed_results(spec):
+    results = json.loads(make_cards.RESULTS.read_text())
+    assert (ROOT / "model_cards" / f"{spec['name']}.md").read_text() == make_cards.card(spec, results)
+
+
+def test_cards_and_demo_speak_of_the_same_patterns():
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    assert [s["pattern"] for s in make_cards.CARDS] == [demo["DECODER_PATTERN"], demo["ENCODER_PATTERN"]]
+
+
+def test_assets_are_checked_by_hash(tmp_path, monkeypatch):
+    archive = tmp_path / "thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as package:
+        package.writestr("thing/a.txt", "hello")
+        package.writestr("../outside.txt", "no")
+    monkeypatch.setattr(assets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(assets, "_download", lambda asset, into: archive)
+    right = hashlib.sha256(archive.read_bytes()).hexdigest()
+    folder = assets.fetch(assets.Asset("pypi", "thing", "1.0", right, {"thing/a.txt": "a.txt"}))
+    assert [p.name for p in folder.iterdir()] == ["a.txt"] and not (tmp_path / "outside.txt").exists()
+    with pytest.raises(RuntimeError, match="is pinned"):
+        assets.fetch(assets.Asset("pypi", "thing", "2.0", "0" * 64, {"thing/a.txt": "a.txt"}))
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing-1.0"]
