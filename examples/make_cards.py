@@ -12,7 +12,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sparse_hf.show import describe
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparse_hf.show import describe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo.json"
