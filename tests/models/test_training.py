@@ -17,7 +17,7 @@ def step(head: str, processes: int, batch: int, accumulate: int, out: Path) -> d
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, "-W", "ignore", *launch, str(SCRIPT), head, str(batch), str(accumulate), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[2], timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
