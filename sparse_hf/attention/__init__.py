@@ -17,6 +17,7 @@ from . import blockwise, flex, reference
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
+from .scoring import Scoring
 
 __all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
 
@@ -39,6 +40,8 @@ def sparse_attention(
     marks: Tensor | None = None,
     q_offset: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    relative_bias: Tensor | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
     return_lse: bool = False,
@@ -57,6 +60,9 @@ def sparse_attention(
         marks: `[B, K]`, true on the tokens that `marked()` speaks of.
         q_offset: key index of the first query; by default the queries are the last Q of the K positions (decoding).
         scale: what multiplies `q @ k`; by default `D ** -0.5`.
+        softcap: a score x becomes `softcap * tanh(x / softcap)` (Gemma 2, arXiv:2408.00118, section 2.1).
+        relative_bias: `[H, q_offset + Q - 1 + K]`, added to the scores by distance (T5, arXiv:1910.10683, section 2.1): entry
+            `k - q + (q_offset + Q - 1)` to the pair of query q and key k, both in key coordinates. Differentiable.
         dropout: probability with which an attention weight is dropped. The caller decides whether it is training.
         backend: "reference", "blockwise", "flex" or "auto".
         return_lse: also return the log-sum-exp of the scores, `[B, H, Q]`, differentiable.
@@ -70,20 +76,23 @@ def sparse_attention(
     """
     _check_tensors(q, k, v, dropout)
     _check_backend(backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, relative_bias)
     seed = draw_seed() if dropout else None
     if isinstance(pattern, BlockPlan):
         plan = _checked_plan(pattern, q, k, (key_padding_mask, segment_ids, marks, q_offset))
-        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scale, dropout, seed)
+        scoring.check(q.shape[1], plan.q_offset + q.shape[2] - 1, k.shape[2])
+        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
     batch = key_padding_mask, segment_ids, marks
     if torch.compiler.is_compiling():
-        out, lse = attention_operator(q, k, v, *batch, seed, str(pattern), q_offset, scale, dropout, backend)
+        rest = str(pattern), q_offset, scoring.scale, softcap, dropout, backend
+        out, lse = attention_operator(q, k, v, *batch, seed, relative_bias, *rest)
     else:
         plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device)
         _check_plan(plan, q)
-        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scale, dropout, seed)
+        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 
 

@@ -12,7 +12,7 @@ is a loop: slices of K and V are then operands of a product as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan, Run
 from .dropout import kept_at
+from .scoring import Scoring
 
 # keys per tile: bounds the scores that exist at once, also for rows that see the whole sequence
 MAX_KEYS = 2048
@@ -30,24 +31,28 @@ def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float, seed: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` in the dtype of q and lse `[B, H, Q]` in float32 (float64 for float64), differentiable."""
-    return _Blockwise.apply(q, k, v, plan, scale, dropout, seed)
+    return _Blockwise.apply(q, k, v, scoring.bias, plan, scoring, dropout, seed)
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, dropout, seed):
-        out, lse = forward(q, k, v, plan, scale, dropout, seed)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = plan, scale, dropout, seed
+    def forward(ctx, q, k, v, bias, plan, scoring, dropout, seed):
+        out, lse = forward(q, k, v, plan, scoring, dropout, seed)
+        ctx.save_for_backward(q, k, v, out, lse, bias)
+        # the bias is kept above, where autograd watches it
+        ctx.rest = plan, replace(scoring, bias=None), dropout, seed
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        return *backward(*ctx.saved_tensors, grad_out, grad_lse, *ctx.rest), None, None, None, None
+        *tensors, bias = ctx.saved_tensors
+        plan, scoring, *rest = ctx.rest
+        grads = backward(*tensors, grad_out, grad_lse, plan, replace(scoring, bias=bias), *rest)
+        return *grads, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class _Scratch:
         return torch.bmm(rows, columns, out=self.held[name][:size].view(shape))
 
 
-def forward(q, k, v, plan: BlockPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:
+def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
     work = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
@@ -189,12 +194,13 @@ def forward(q, k, v, plan: BlockPlan, scale: float, dropout: float, seed) -> tup
     for part in _parts(plan, q, k.shape[1]):
         part_q, part_k, part_v = part.queries(q), part.keys(k), part.keys(v)
         for rows, tiles in part.rows(plan):
-            query = part_q[..., rows, :].to(work) * scale  # [G, R, m, D]
+            query = part_q[..., rows, :].to(work) * scoring.scale  # [G, R, m, D]
             state = None
             for tile in tiles:
                 keys, values = (t[:, tile.keys].to(work) for t in (part_k, part_v))
                 factor = part.drop(seed, rows, tile, dropout) if dropout else None
-                state = _absorb(state, tile, query, keys, values, factor, scratch)
+                change = _Change(scoring, plan, part.heads, rows.start, tile)
+                state = _absorb(state, tile, query, keys, values, change, factor, scratch)
             if state is not None:
                 top, total, weighted = state
                 part.put(out, rows, weighted / total.where(total > 0, 1))
@@ -202,11 +208,54 @@ def forward(q, k, v, plan: BlockPlan, scale: float, dropout: float, seed) -> tup
     return out, lse
 
 
-def _absorb(state, tile: Tile, query: Tensor, keys: Tensor, values: Tensor, factor: Tensor | None, scratch: _Scratch):
+@dataclass(frozen=True)
+class _Change:
+    """What soft cap and bias do to the scores of a tile of the query block that starts at query `row`."""
+
+    scoring: Scoring
+    plan: BlockPlan
+    heads: Tensor
+    row: int
+    tile: Tile
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.row + self.tile.q0 + self.plan.q_offset, self.tile.k0
+
+    @property
+    def _last_query(self) -> int:
+        return self.plan.q_offset + self.plan.q_len - 1
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Change `scores` `[G, R, m, n]` in place."""
+        cap = self.scoring.softcap
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        if self.scoring.bias is not None:
+            (q, k), (m, n) = self._place, scores.shape[-2:]
+            scores.add_(self.scoring.tile(self.heads, q, m, k, n, self._last_query).to(scores.dtype))
+        return scores
+
+    def slope(self, scores: Tensor) -> Tensor | None:
+        """d changed score / d score, given the changed ones before they are masked; None for 1 everywhere."""
+        cap = self.scoring.softcap
+        if cap is None:
+            return None
+        if self.scoring.bias is not None:
+            (q, k), (m, n) = self._place, scores.shape[-2:]
+            scores = scores - self.scoring.tile(self.heads, q, m, k, n, self._last_query).to(scores.dtype)
+        return 1 - (scores / cap).square()
+
+    def add_gradient(self, total: Tensor | None, grad: Tensor) -> None:
+        if total is not None:
+            self.scoring.add_gradient(total, self.heads, grad, *self._place, self._last_query)
+
+
+def _absorb(state, tile: Tile, query, keys: Tensor, values: Tensor, change: _Change, factor, scratch: _Scratch):
     """Merge one tile into the running (top `[G, R, m, 1]`, total alike, weighted `[G, R, m, Dv]`)."""
     tile_q = query[..., tile.queries, :]
     shape = *tile_q.shape[:-1], keys.shape[1]
-    scores = tile.cover(scratch.product("scores", tile_q.flatten(1, 2), keys.mT).view(shape))
+    scores = tile.cover(change.apply(scratch.product("scores", tile_q.flatten(1, 2), keys.mT).view(shape)))
     if state is None:
         nothing = query.new_zeros(*query.shape[:-1], 1)
         state = nothing - torch.inf, nothing, query.new_zeros(*query.shape[:-1], values.shape[-1])
@@ -226,10 +275,11 @@ def _absorb(state, tile: Tile, query: Tensor, keys: Tensor, values: Tensor, fact
 
 
 def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scale: float, dropout: float, seed
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given those of out and lse."""
+    q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the bias (None without one), given those of out and lse."""
     work = lse.dtype
+    grad_bias = None if scoring.bias is None else torch.zeros_like(scoring.bias, dtype=work)
     grad_q = torch.zeros_like(q, dtype=work)
     grad_k, grad_v = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
     scratch = _Scratch()
@@ -239,7 +289,7 @@ def backward(
         )
         part_k, part_v = part.keys(k), part.keys(v)
         for rows, tiles in part.rows(plan):
-            query = part_q[..., rows, :].to(work) * scale  # [G, R, m, D]
+            query = part_q[..., rows, :].to(work) * scoring.scale  # [G, R, m, D]
             grad = part_grad[..., rows, :].to(work)
             # d loss / d score = weight * (d loss / d weight - delta)
             delta = (grad * part_out[..., rows, :]).sum(-1, keepdim=True) - part_grad_lse[..., rows, None].to(work)
@@ -251,28 +301,42 @@ def backward(
                 keys, values = (t[:, tile.keys].to(work) for t in (part_k, part_v))
                 factor = part.drop(seed, rows, tile, dropout) if dropout else None
                 of_rows = (t[..., tile.queries, :] for t in (query, grad, row_lse, delta))
-                tile_q, tile_k, tile_v = _tile_gradients(tile, *of_rows, keys, values, factor, scratch)
+                change = _Change(scoring, plan, part.heads, rows.start, tile)
+                tile_q, tile_k, tile_v = _tile_gradients(
+                    tile, *of_rows, keys, values, change, grad_bias, factor, scratch
+                )
                 into = grad_query[..., tile.queries, :]
                 into.add_(tile_q.view(into.shape))
                 part.add(grad_k, tile.keys, tile_k)
                 part.add(grad_v, tile.keys, tile_v)
-            part.put(grad_q, rows, grad_query.mul_(scale))
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+            part.put(grad_q, rows, grad_query.mul_(scoring.scale))
+    grad_bias = None if grad_bias is None else grad_bias.to(scoring.bias.dtype)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
 
 
 def _tile_gradients(
-    tile: Tile, query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor, factor, scratch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a tile adds to the gradients of its queries `[G, R * m, D]` and of its keys and values `[G, n, D]`."""
+    tile: Tile, query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor, change, grad_bias,
+    factor, scratch,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What a tile adds to the gradients of its queries `[G, R * m, D]` and of its keys and values `[G, n, D]`.
+
+    What it adds to the gradient of the bias is added to `grad_bias`.
+    """
     shape = *query.shape[:-1], keys.shape[1]
     query, grad = query.flatten(1, 2), grad.flatten(1, 2)
-    weights = tile.cover(scratch.product("scores", query, keys.mT).view(shape)).sub_(lse).exp_()
+    scores = change.apply(scratch.product("scores", query, keys.mT).view(shape))
+    slope = change.slope(scores)
+    weights = tile.cover(scores).sub_(lse).exp_()
     grad_weights = scratch.product("grad_weights", grad, values.mT).view(shape)
     dropped = weights
     if factor is not None:
         dropped = weights * factor
         grad_weights.mul_(factor)
     grad_values = scratch.product("grad_values", dropped.flatten(1, 2).mT, grad)
-    grad_scores = grad_weights.sub_(delta).mul_(weights).flatten(1, 2)
+    grad_scores = grad_weights.sub_(delta).mul_(weights)
+    change.add_gradient(grad_bias, grad_scores)
+    if slope is not None:
+        grad_scores.mul_(slope)
+    grad_scores = grad_scores.flatten(1, 2)
     grad_keys = scratch.product("grad_keys", grad_scores.mT, query)
     return scratch.product("grad_query", grad_scores, keys), grad_keys, grad_values

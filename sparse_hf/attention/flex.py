@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from .merge import merge
+from .scoring import Scoring
 
 # kernels work on 128 x 128 tiles, and lengths that divide by it need no bounds checks
 TILE = 128
@@ -40,21 +41,26 @@ def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float, seed: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]` in float32, differentiable."""
     q, k, v = (_pad(t, plan.block_size) for t in (q, k, v))
     parts = []
     for piece in pieces(plan):
+        score_mod = _score_mod(scoring, plan, piece)
         out, lse = _call(
-            _gather(q, piece.q_blocks, plan), *(_gather(t, piece.kv_blocks, plan) for t in (k, v)), piece, scale
+            _gather(q, piece.q_blocks, plan),
+            *(_gather(t, piece.kv_blocks, plan) for t in (k, v)),
+            piece,
+            scoring.scale,
+            score_mod,
         )
         parts.append((_scatter(out, piece, plan, q, 0.0), _scatter(lse[..., None], piece, plan, q, -torch.inf)[..., 0]))
     out, lse = parts[0] if len(parts) == 1 else merge(parts)
     return out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, score_mod) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
     # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
@@ -63,6 +69,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[
             q,
             k,
             v,
+            score_mod=score_mod,
             block_mask=piece.mask,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -199,10 +206,7 @@ def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None
     heads = torch.tensor(plan.heads, device=plan.device) if plan.heads else None
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if q_blocks is not None:
-            q = q_blocks[q // size] * size + q % size
-        if kv_blocks is not None:
-            k = kv_blocks[k // size] * size + k % size
+        q, k = _place(q, q_blocks, size), _place(k, kv_blocks, size)
         exists = (q < q_len) & (k < kv_len)
         q, k = q.clamp(max=q_len - 1), k.clamp(max=kv_len - 1)
         if heads is None:
@@ -213,3 +217,27 @@ def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None
         return exists & allowed
 
     return mask_mod
+
+
+def _place(index: Tensor, blocks: Tensor | None, size: int) -> Tensor:
+    """Where a token of gathered blocks stands in the whole sequence."""
+    return index if blocks is None else blocks[index // size] * size + index % size
+
+
+def _score_mod(scoring: Scoring, plan: BlockPlan, piece: Piece):
+    if scoring.softcap is None and scoring.bias is None:
+        return None
+    cap, bias, size = scoring.softcap, scoring.bias, plan.block_size
+    q_blocks, kv_blocks = piece.q_blocks, piece.kv_blocks
+    last_query, first, last = plan.q_len - 1, 0, 0 if bias is None else bias.shape[1] - 1
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        if bias is not None:
+            distance = _place(k, kv_blocks, size) - _place(q, q_blocks, size) + last_query
+            # padding up to whole blocks is masked, and must not read beside the table
+            score = score + bias[h, distance.clamp(first, last)]
+        return score
+
+    return score_mod

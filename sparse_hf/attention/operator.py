@@ -9,74 +9,80 @@ from __future__ import annotations
 import torch
 
 from ..plan import cached_plan
+from .scoring import Scoring
 
+# arguments that are tensors come first
+TENSORS = 8
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? segment_ids, Tensor? marks, Tensor? seed, "
-    "str pattern, SymInt q_offset, float scale, float dropout, str backend"
+    "Tensor? bias, str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend"
 )
 
 
 @torch.library.custom_op("sparse_hf::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
-def attention(q, k, v, key_padding_mask, segment_ids, marks, seed, pattern, q_offset, scale, dropout, backend):
+def attention(
+    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend
+):
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    out, lse = _attend(
-        q, k, v, (key_padding_mask, segment_ids, marks), seed, pattern, q_offset, scale, dropout, backend
-    )
+    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
+    scoring = Scoring(scale, softcap, bias)
+    out, lse = _chosen(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op(
     "sparse_hf::attention_backward",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward(
-    q, k, v, key_padding_mask, segment_ids, marks, seed, pattern, q_offset, scale, dropout, backend,
+    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend,
     out, lse, grad_out, grad_lse,
 ):  # fmt: skip
-    """Gradients of q, k and v."""
-    from . import choose
-
+    """Gradients of q, k, v and the bias (empty without one)."""
     plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
-    chosen = choose(backend, q, plan, dropout)
+    chosen, scoring = _chosen(backend, q, plan, dropout), Scoring(scale, softcap, bias)
     if hasattr(chosen, "backward"):
-        grads = chosen.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
+        grads = chosen.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
     else:
         # backends that lean on autograd run their forward again
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            results = chosen.attend(*leaves, plan, scale, dropout, seed)
+            leaves = [t.detach().requires_grad_() for t in (q, k, v, *(() if bias is None else (bias,)))]
+            scoring = Scoring(scale, softcap, *leaves[3:])
+            results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
         grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
-    return tuple(g.contiguous() for g in grads)
+    *grads, grad_bias = (*grads, None)[:4]
+    return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
-def _attend(q, k, v, batch, seed, pattern, q_offset, scale, dropout, backend):
+def _chosen(backend, q, plan, dropout):
     from . import choose
 
-    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, batch, q.device)
-    return choose(backend, q, plan, dropout).attend(q, k, v, plan, scale, dropout, seed)
+    return choose(backend, q, plan, dropout)
 
 
 @attention.register_fake
-def _(q, k, v, key_padding_mask, segment_ids, marks, seed, pattern, q_offset, scale, dropout, backend):
+def _(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
 @attention_backward.register_fake
-def _(q, k, v, *rest):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
+    like = (q, k, v, q.new_empty(0) if bias is None else bias)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
 
 
 def _remember(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.rest = inputs[7:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
+    ctx.rest = inputs[TENSORS:]
 
 
 def _backward(ctx, grad_out, grad_lse):
     saved = ctx.saved_tensors
-    grads = attention_backward(*saved[:7], *ctx.rest, *saved[7:], grad_out, grad_lse)
-    return *grads, *(None,) * 9
+    *grads, grad_bias = attention_backward(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
+    grad_bias = None if saved[TENSORS - 1] is None else grad_bias
+    return *grads, None, None, None, None, grad_bias, *(None,) * len(ctx.rest)
 
 
 attention.register_autograd(_backward, setup_context=_remember)

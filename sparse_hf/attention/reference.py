@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 from .dropout import kept
+from .scoring import Scoring
 
 
 def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
@@ -17,7 +18,7 @@ def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, dropout: float, seed: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]`, differentiable, in the dtype of q (float32 inside for half types)."""
     repeats = q.shape[1] // k.shape[1]
@@ -25,7 +26,13 @@ def attend(
     k, v = (t.to(work).repeat_interleave(repeats, dim=1) for t in (k, v))
     mask = plan.to_dense()[:, list(plan.heads) or [0]]  # [B or 1, H or 1, Q, K]
     sees = mask.any(-1, keepdim=True)
-    scores = q.to(work) @ k.transpose(-1, -2) * scale  # [B, H, Q, K]
+    scores = q.to(work) @ k.transpose(-1, -2) * scoring.scale  # [B, H, Q, K]
+    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+    if scoring.bias is not None:
+        positions = torch.arange(plan.q_len, device=q.device) + plan.q_offset
+        keys = torch.arange(plan.kv_len, device=q.device)
+        scores = scores + scoring.bias[:, keys - positions[:, None] + positions[-1]].to(work)
     # a row that sees nothing gets harmless scores here and is emptied below, so that no NaN enters the backward
     scores = scores.masked_fill(~mask & sees, -torch.inf)
     lse = scores.logsumexp(-1)
@@ -36,8 +43,9 @@ def attend(
     return out, lse.masked_fill(~sees.squeeze(-1), -torch.inf)
 
 
-def weights(q: Tensor, k: Tensor, plan: BlockPlan, scale: float | None) -> Tensor:
+def weights(q: Tensor, k: Tensor, plan: BlockPlan, scale=None, softcap=None, relative_bias=None) -> Tensor:
     """The attention weights `[B, H, Q, K]` themselves, before dropout: to look at, on short texts."""
     # with the identity for values, the output is the weights
     identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-    return attend(q, k, identity, plan, q.shape[-1] ** -0.5 if scale is None else scale, 0.0, None)[0]
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
+    return attend(q, k, identity, plan, scoring, 0.0, None)[0]

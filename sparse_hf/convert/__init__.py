@@ -112,17 +112,20 @@ def _convert_gguf(file: Path, out, pattern, layers, max_length, global_token_ids
 
 def _new_positions(config, family: Family, max_length: int | None) -> int | None:
     """Set the configuration's length; the new length of learned tables, or None if nothing grows."""
+    if max_length is None or not hasattr(config, "max_position_embeddings"):
+        return None
+    counted = family.positions.offset if family.positions.counted else 0
     old = config.max_position_embeddings
-    if max_length is None or max_length + family.position_offset == old:
+    if max_length + counted == old:
         return None
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens")
-    if max_length + family.position_offset < old:
+    if max_length + counted < old:
         raise ValueError(
             f"max_length is {max_length}; the checkpoint has {old} positions, and cutting them off loses weights"
         )
-    config.max_position_embeddings = max_length + family.position_offset
-    return max_length if family.position_tables else None
+    config.max_position_embeddings = max_length + counted
+    return max_length if family.positions.tables else None
 
 
 def _bytes_needed(source: Source, positions: int | None) -> int:
@@ -149,13 +152,13 @@ def _carry(old: Path, new: Path, max_length: int | None) -> None:
 
 
 def _report(source, config, grown: dict, max_length: int | None, family: Family) -> dict:
-    rotary = max_length is not None and not family.position_tables
+    rotary = max_length is not None and not family.positions.tables
     return {
         "source": str(Path(source).name),
         "model_type": config.model_type,
         "architectures": config.architectures,
         "sparse_attention": config.sparse_attention,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "grown": grown,
         "note": "rotary positions have no table; only the limit was raised" if rotary else None,
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},

@@ -70,9 +70,9 @@ def _is_zip(shard: Path) -> bool:
 def _changed(key: str, tensor: Tensor, family: Family, positions: int | None) -> Tensor:
     if positions is None:
         return tensor
-    if key.endswith(family.position_tables) and family.position_tables:
-        return grow(tensor, positions, family.position_offset)
-    if family.position_buffers and key.endswith(family.position_buffers):
+    if key.endswith(family.positions.tables) and family.positions.tables:
+        return grow(tensor, positions, family.positions.offset)
+    if family.positions.buffers and key.endswith(family.positions.buffers):
         # saved by old versions: consecutive numbers, or zeros
         fresh = torch.arange(positions) if key.endswith("position_ids") else torch.zeros(positions, dtype=tensor.dtype)
         return fresh.to(tensor.dtype).expand(*tensor.shape[:-1], -1).contiguous()

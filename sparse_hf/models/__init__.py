@@ -1,52 +1,57 @@
 """Sparse models: derived from Transformers' own classes, registered with its Auto classes."""
 
+from importlib import import_module
+
 from . import seam  # noqa: F401  (registers our attention with Transformers)
-from .bert import (
-    SparseBertConfig,
-    SparseBertForMaskedLM,
-    SparseBertForMultipleChoice,
-    SparseBertForNextSentencePrediction,
-    SparseBertForPreTraining,
-    SparseBertForQuestionAnswering,
-    SparseBertForSequenceClassification,
-    SparseBertForTokenClassification,
-    SparseBertModel,
-)
-from .config import SparseConfigMixin, parse_layers
-from .families import FAMILIES, Family, family_of, register_family
-from .llama import (
-    SparseLlamaConfig,
-    SparseLlamaForCausalLM,
-    SparseLlamaForQuestionAnswering,
-    SparseLlamaForSequenceClassification,
-    SparseLlamaForTokenClassification,
-    SparseLlamaModel,
-)
+from .config import SparseConfigMixin
+from .families import FAMILIES, Family, Positions, dense_class, family_of, register_family
+from .layers import parse_layers
 from .mixin import SparseMixin
 from .sparsify import sparsify
 
 __all__ = [
     "FAMILIES",
     "Family",
-    "SparseBertConfig",
-    "SparseBertForMaskedLM",
-    "SparseBertForMultipleChoice",
-    "SparseBertForNextSentencePrediction",
-    "SparseBertForPreTraining",
-    "SparseBertForQuestionAnswering",
-    "SparseBertForSequenceClassification",
-    "SparseBertForTokenClassification",
-    "SparseBertModel",
+    "Positions",
     "SparseConfigMixin",
-    "SparseLlamaConfig",
-    "SparseLlamaForCausalLM",
-    "SparseLlamaForQuestionAnswering",
-    "SparseLlamaForSequenceClassification",
-    "SparseLlamaForTokenClassification",
-    "SparseLlamaModel",
     "SparseMixin",
+    "dense_class",
     "family_of",
     "parse_layers",
     "register_family",
     "sparsify",
 ]
+
+# a module per family
+MODULES = (
+    "albert",
+    "bart",
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mbart",
+    "mistral",
+    "mixtral",
+    "modernbert",
+    "opt",
+    "pegasus",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "roberta",
+    "smollm3",
+    "t5",
+    "xlm_roberta",
+)
+for _name in MODULES:
+    _module = import_module(f".{_name}", __name__)
+    # its configuration and its heads, which `register_family` lists there
+    globals().update({name: getattr(_module, name) for name in _module.__all__})
+    __all__ += _module.__all__

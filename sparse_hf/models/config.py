@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,12 +16,12 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..pattern import Marked, Pattern, causal, full
+from ..pattern import Marked, Pattern, Window, causal, full
+from .layers import as_pattern, describe_layers, named_layers
 
 logger = logging.get_logger(__name__)
 
 KEYS = ("patterns", "layers", "global_token_ids")
-DENSE = "dense"
 MARKED = str(Marked())
 # the attention implementations of a sparse model, and what stock names stand for: never silently dense
 IMPLEMENTATIONS = {
@@ -55,7 +54,11 @@ def own_implementation(name: str | None) -> str:
 
 @dataclass(kw_only=True)
 class SparseConfigMixin:
-    """Adds `sparse_attention` to a configuration of Transformers; without it every layer is dense."""
+    """Adds `sparse_attention` to a configuration of Transformers; without it every layer is as dense as the parent's.
+
+    What `sparse_attention` says is all that makes attention sparse: a sliding window of the family's own is written into it
+    by `from_dense`, layer by layer, and not applied a second time.
+    """
 
     sparse_attention: dict[str, Any] | None = None
 
@@ -77,18 +80,41 @@ class SparseConfigMixin:
 
         Args:
             dense: a configuration object, or the dict of a `config.json`.
-            pattern: a `Pattern` or its text, for every layer that `layers` does not name.
-            layers: see `parse_layers`.
+            pattern: a `Pattern` or its text, for every layer that `layers` does not name. Layers that slide over a window in
+                the dense family have it cut to that window.
+            layers: see `parse_layers`; encoder-decoders say "encoder" or "decoder" before the range, as in
+                `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
         """
         values = dict(dense if isinstance(dense, Mapping) else dense.to_dict())
-        num_layers = values.get("num_hidden_layers") or cls().num_hidden_layers
         for key in ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention"):
             values.pop(key, None)
-        values["sparse_attention"] = describe_layers(
-            parse_layers(layers, num_layers, pattern), pattern, global_token_ids
-        )
+        plain, pattern = cls(**values), as_pattern(pattern)
+        named = named_layers(layers, plain.stacks)
+        places = [(stack, layer) for stack, count in plain.stacks.items() for layer in range(count)]
+        chosen = {
+            place: named[place] if place in named else _cut(pattern, plain.own_window(place[1])) for place in places
+        }
+        values["sparse_attention"] = describe_layers(chosen, pattern, global_token_ids)
         return cls(**values)
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Layers per stack: "" for most models, "encoder" and "decoder" for those that have both."""
+        return {"": self.num_hidden_layers}
+
+    def heads_of(self, stack: str) -> int:
+        return self.num_attention_heads
+
+    def own_window(self, layer: int) -> Window | None:
+        """The window over which the dense family's layer slides, or None.
+
+        `sliding_window` counts the query itself, so the farthest key is `sliding_window - 1` back.
+        """
+        size, types = getattr(self, "sliding_window", None), getattr(self, "layer_types", None)
+        if size is None or (types is not None and types[layer] != "sliding_attention"):
+            return None
+        return Window(size - 1, 0)
 
     def validate_sparse_attention(self) -> None:
         """Raise ValueError with the remedy if `sparse_attention` does not fit this configuration."""
@@ -101,32 +127,42 @@ class SparseConfigMixin:
                 f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids'. "
                 "A newer sparse_hf may have written it"
             )
-        patterns, layers = spec["patterns"], spec["layers"]
-        if not isinstance(patterns, dict) or not isinstance(layers, list):
-            raise ValueError(
-                "sparse_attention.patterns must be an object (name -> pattern) and .layers a list of names"
-            )
-        if len(layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"sparse_attention.layers has {len(layers)} entries; the model has {self.num_hidden_layers} layers"
-            )
-        unknown = sorted({str(name) for name in layers} - set(patterns))
-        if unknown:
-            raise ValueError(f"sparse_attention.layers names {unknown}; the patterns are {sorted(patterns)}")
-        parsed = {name: Pattern.parse(text) for name, text in patterns.items()}
-        for name, pattern in parsed.items():
-            check_heads(pattern, self.num_attention_heads, f"sparse_attention.patterns[{name!r}]")
-        self.sparse_attention = {**spec, "patterns": {name: str(pattern) for name, pattern in parsed.items()}}
+        if not isinstance(spec["patterns"], dict):
+            raise ValueError("sparse_attention.patterns must be an object (name -> pattern)")
+        patterns = {name: Pattern.parse(text) for name, text in spec["patterns"].items()}
+        for stack, names in _by_stack(spec["layers"], self.stacks).items():
+            self._validate_stack(stack, names, patterns)
+        self.sparse_attention = {**spec, "patterns": {name: str(pattern) for name, pattern in patterns.items()}}
         ids = spec.get("global_token_ids") or []
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"sparse_attention.global_token_ids is {ids}; it must be a list of token ids")
         if ids and not self.uses_marks:
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
 
-    def layer_pattern(self, layer: int, is_causal: bool = False) -> str:
-        """The text of a layer's pattern, cut to the past if the model is causal."""
+    def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
+        where = f"sparse_attention.layers[{stack!r}]" if stack else "sparse_attention.layers"
+        if len(names) != self.stacks[stack]:
+            raise ValueError(f"{where} has {len(names)} entries; the model has {self.stacks[stack]} layers")
+        unknown = sorted({str(name) for name in names} - set(patterns))
+        if unknown:
+            raise ValueError(f"{where} names {unknown}; the patterns are {sorted(patterns)}")
+        for name in dict.fromkeys(names):
+            check_heads(patterns[name], self.heads_of(stack), f"sparse_attention.patterns[{name!r}]")
+            if stack == "decoder" and MARKED in str(patterns[name]):
+                raise ValueError(
+                    f"{where} uses {patterns[name]}, and marked() speaks of tokens of the encoder; give the decoder a pattern "
+                    "of its own, like layers='decoder=window(255, 0)'"
+                )
+
+    def layer_pattern(self, layer: int | None, is_causal: bool = False, stack: str = "") -> str:
+        """The text of a layer's pattern, cut to the past if the model is causal. Layer None: of a layer that all share."""
+        layer = 0 if layer is None else layer
         spec = self.sparse_attention
-        text = str(full()) if spec is None else spec["patterns"][spec["layers"][layer]]
+        if spec is None:
+            text = str(_cut(full(), self.own_window(layer)))
+        else:
+            names = spec["layers"][stack] if stack else spec["layers"]
+            text = spec["patterns"][names[layer]]
         return _past(text) if is_causal else text
 
     @property
@@ -137,6 +173,24 @@ class SparseConfigMixin:
     def uses_marks(self) -> bool:
         # validation wrote the patterns in their one text form
         return any(MARKED in text for text in (self.sparse_attention or {}).get("patterns", {}).values())
+
+
+def _by_stack(layers, stacks: Mapping[str, int]) -> dict[str, list]:
+    named = {"": layers} if isinstance(layers, list) else layers
+    if not isinstance(named, dict) or set(named) != set(stacks) or not all(isinstance(v, list) for v in named.values()):
+        wanted = "a list of names" if "" in stacks else "an object with a list of names for 'encoder' and for 'decoder'"
+        raise ValueError(f"sparse_attention.layers is {layers!r}; it must be {wanted}")
+    return named
+
+
+def _cut(pattern: Pattern, window: Window | None) -> Pattern:
+    if window is None:
+        return pattern
+    if pattern == full():
+        return window
+    if pattern.heads:
+        return type(pattern)(*(_cut(p, window) for p in pattern.heads))
+    return pattern & window
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -156,77 +210,3 @@ def _cached_past(text: str) -> str:
 def check_heads(pattern: Pattern, num_heads: int, where: str) -> None:
     if pattern.heads and len(pattern.heads) != num_heads:
         raise ValueError(f"{where}: per_head names {len(pattern.heads)} patterns; the model has {num_heads} heads")
-
-
-def describe_layers(layers: Sequence[Pattern], pattern, global_token_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """The value of `sparse_attention` for these layers, with a name for each distinct pattern."""
-    main, names = _pattern(pattern), {}
-    for p in layers:
-        if p not in names:
-            names[p] = "sparse" if p == main else DENSE if p == full() else f"pattern_{len(names)}"
-    return {
-        "patterns": {name: str(p) for p, name in names.items()},
-        "layers": [names[p] for p in layers],
-        "global_token_ids": list(global_token_ids),
-    }
-
-
-def parse_layers(layers, num_layers: int, pattern) -> list[Pattern]:
-    """One pattern per layer.
-
-    Args:
-        layers: None (the same everywhere); a text like `"0-3=dense, 8=window(64, 0), 20-=dense"` with inclusive ranges,
-            where `dense` is full attention and layers that are not named take `pattern`; a dict from such a range or a
-            layer number to a pattern; or a sequence with one pattern per layer.
-        num_layers: layers of the model.
-        pattern: a `Pattern` or its text.
-
-    Raises:
-        ValueError: a range outside the model, a layer named twice, or a wrong number of patterns.
-    """
-    pattern = _pattern(pattern)
-    if layers is None:
-        return [pattern] * num_layers
-    if isinstance(layers, str):
-        layers = dict(_split_spec(layers))
-    if not isinstance(layers, Mapping):
-        layers = list(layers)
-        if len(layers) != num_layers:
-            raise ValueError(f"layers has {len(layers)} patterns; the model has {num_layers} layers")
-        return [_pattern(p) for p in layers]
-    chosen: dict[int, Pattern] = {}
-    for where, what in layers.items():
-        for layer in _layer_range(where, num_layers):
-            if layer in chosen:
-                raise ValueError(f"layers names layer {layer} twice")
-            chosen[layer] = _pattern(what)
-    return [chosen.get(layer, pattern) for layer in range(num_layers)]
-
-
-def _split_spec(text: str):
-    # commas also stand inside patterns, so an entry ends where the next `range=` begins
-    entries = re.split(r",\s*(?=\d+\s*(?:-\s*\d*)?\s*=)", text.strip())
-    for entry in entries:
-        where, equals, what = entry.partition("=")
-        if not equals or not what.strip():
-            raise ValueError(
-                f"layers: cannot read {entry.strip()!r}; write RANGE=PATTERN, like '0-3=dense, 8=window(64, 0)'"
-            )
-        yield where.strip(), what.strip()
-
-
-def _layer_range(where, num_layers: int) -> range:
-    match = re.fullmatch(r"\s*(\d+)\s*(-)?\s*(\d*)\s*", str(where))
-    if not match:
-        raise ValueError(f"layers: {where!r} is not a layer or a range; write 8, 0-3 or 20-")
-    first = int(match[1])
-    last = first if not match[2] else int(match[3]) if match[3] else num_layers - 1
-    if first > last or last >= num_layers:
-        raise ValueError(f"layers: {where!r} is outside the model, which has layers 0-{num_layers - 1}")
-    return range(first, last + 1)
-
-
-def _pattern(what) -> Pattern:
-    if isinstance(what, Pattern):
-        return what
-    return full() if what == DENSE else Pattern.parse(what)

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .mixin import COUNTERPARTS
+from .mixin import COUNTERPARTS, SparseGenerationMixin, SparseMixin
+
+# heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
+UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a family knows where a token stands, and what conversion does when it gets longer.
+
+    `scheme` is "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
+    `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
+    position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's
+    `max_position_embeddings` counts them (RoBERTa does, OPT and BART do not).
+    """
+
+    scheme: str
+    tables: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    offset: int = 0
+    counted: bool = False
+
+    @property
+    def conversion(self) -> str:
+        """What conversion to a greater length does, for people."""
+        return {
+            "learned": "table grown by tiled copy or interpolation",
+            "sinusoidal": "table computed again",
+            "rotary": "limit raised; scaled with --rope",
+            "relative": "kept as it is",
+        }[self.scheme]
+
+
+ROTARY = Positions("rotary")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense family of Transformers and its sparse counterpart.
-
-    `position_tables` are the names (suffixes of state-dict keys) of learned position tables, `position_buffers` those of
-    saved buffers with one entry per position; both are empty for rotary positions. The first `position_offset` rows of a
-    table are not positions.
-    """
+    """A dense family of Transformers and its sparse counterpart."""
 
     dense_type: str
     config_class: type[PreTrainedConfig]
     classes: tuple[type, ...]
-    position_tables: tuple[str, ...] = ()
-    position_buffers: tuple[str, ...] = ()
-    position_offset: int = 0
+    positions: Positions
 
     @property
     def sparse_type(self) -> str:
         return self.config_class.model_type
+
+    @property
+    def dense_config_class(self) -> type[PreTrainedConfig]:
+        return self.config_class.__bases__[1]
 
     @property
     def architectures(self) -> dict[str, str]:
@@ -45,29 +82,93 @@ def dense_class(sparse_class: type) -> type:
     return sparse_class.__bases__[1]
 
 
-def register_family(dense_type: str, config_class, heads: dict, **positions) -> Family:
-    """Enter a family: `heads` maps sparse classes to the Auto class (or None) that finds them."""
-    family = Family(dense_type, config_class, tuple(heads), **positions)
+def register_family(config_class: type, positions: Positions, parts: dict[type, type] | None = None) -> Family:
+    """Make the sparse class of every head of a family and register it with the Auto classes that find the dense one.
+
+    The classes appear in the module of `config_class`, named as in Transformers with `Sparse` in front; a class that the
+    module defines itself under such a name is taken as it is.
+
+    Args:
+        config_class: `class SparseXConfig(SparseConfigMixin, XConfig)`.
+        positions: the scheme of its positions.
+        parts: modules inside the model that need a counterpart of their own, dense class -> sparse class.
+    """
+    dense_config = config_class.__bases__[1]
+    module = sys.modules[config_class.__module__]
     AutoConfig.register(config_class.model_type, config_class)
-    for sparse_class, auto_class in heads.items():
-        COUNTERPARTS[dense_class(sparse_class)] = sparse_class
-        auto_class.register(config_class, sparse_class)
+    classes = []
+    for dense, auto_classes in _heads(dense_config).items():
+        sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
+        setattr(module, sparse.__name__, sparse)
+        classes.append(sparse)
+        COUNTERPARTS[dense] = sparse
+        for auto_class in auto_classes:
+            auto_class.register(config_class, sparse)
         # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes
         # the same key in every version
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse_class), sparse_class._can_record_outputs)
-    FAMILIES[dense_type] = family
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
+    COUNTERPARTS.update(parts or {})
+    family = Family(dense_config.model_type, config_class, tuple(classes), positions)
+    FAMILIES[family.dense_type] = family
+    module.__all__ = [config_class.__name__, *(c.__name__ for c in classes)]
     return family
+
+
+@lru_cache(maxsize=1)
+def _auto_classes() -> list[type]:
+    found = (v for v in vars(modeling_auto).values() if isinstance(v, type) and issubclass(v, _BaseAutoModelClass))
+    return [auto for auto in found if getattr(auto, "_model_mapping", None) is not None]
+
+
+def _heads(dense_config: type) -> dict[type, list[type]]:
+    """Every model class that an Auto class knows for a dense configuration -> those Auto classes."""
+    module = importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
+    found: dict[type, list[type]] = {}
+    for auto in _auto_classes():
+        names = auto._model_mapping._model_mapping.get(dense_config.model_type, ())
+        for name in (names,) if isinstance(names, str) else names:
+            # a family of another module may borrow the configuration
+            if hasattr(module, name):
+                found.setdefault(getattr(module, name), []).append(auto)
+    return found
+
+
+def _derive(dense: type, config_class: type) -> type:
+    mixin = SparseGenerationMixin if issubclass(dense, GenerationMixin) else SparseMixin
+    content = {
+        "__module__": config_class.__module__,
+        "__doc__": f"[`{dense.__name__}`] with sparse attention by its configuration's patterns.",
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+    }
+    if dense.__name__.endswith(UNCOUNTED):
+        content["accepts_loss_kwargs"] = False
+    return type(f"Sparse{dense.__name__}", (mixin, dense), content)
 
 
 def family_of(model_type: str) -> Family:
     """The family of a dense or sparse model type.
 
     Raises:
-        ValueError: a type that has no sparse counterpart; the message lists those that have.
+        ValueError: a type that has no sparse counterpart; the message says why and lists those that have.
     """
     for family in FAMILIES.values():
         if model_type in (family.dense_type, family.sparse_type):
             return family
-    raise ValueError(
-        f"model type {model_type!r} has no sparse counterpart; supported are {', '.join(sorted(FAMILIES))}"
-    )
+    supported = f"supported are {', '.join(sorted(FAMILIES))}"
+    raise ValueError(f"model type {model_type!r} has no sparse counterpart: {_reason(model_type)}; {supported}")
+
+
+def _reason(model_type: str) -> str:
+    """Why a model type is not in the table, read off Transformers' own source."""
+    if model_type not in CONFIG_MAPPING:
+        return "Transformers does not know it either"
+    config = CONFIG_MAPPING[model_type].__module__
+    spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
+    if spec is None or spec.origin is None:
+        return "it has no attention of its own"
+    if "ALL_ATTENTION_FUNCTIONS.get_interface(" in Path(spec.origin).read_text(encoding="utf-8"):
+        return (
+            "it is on Transformers' attention interface, but nobody has added and tested it yet (see CONTRIBUTING.md)"
+        )
+    return "it computes attention by itself, not through Transformers' attention interface, so no pattern can reach it"

@@ -7,10 +7,13 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import own_implementation
 
+# what a cache is called, newest name first
+CACHE_NAMES = ("cache", "past_key_values")
 GLOBAL_MASK_DOC = """
 
     global_attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
@@ -33,6 +36,9 @@ class SparseMixin:
         super().__init_subclass__(**kwargs)
         if issubclass(cls, PreTrainedModel) and "forward" not in cls.__dict__:
             cls.forward = _with_marks(cls)
+            # such heads hand `num_items_in_batch` to the loss of the library, which divides by it
+            code = inspect.unwrap(super(cls, cls).forward).__code__
+            cls._parent_scales_loss = issubclass(cls, GenerationMixin) and "loss_function" in code.co_names
 
     def post_init(self):
         super().post_init()
@@ -50,33 +56,44 @@ class SparseMixin:
         return attention_mask
 
 
-class SparseGenerationMixin(SparseMixin):
-    """For heads that generate: a causal language model, whose parent divides its loss by `num_items_in_batch`."""
+class SparseEncoderMixin(SparseMixin):
+    """For the encoder inside an encoder-decoder, which `generate` calls by itself: it finds the marks."""
 
-    _parent_scales_loss = True
+
+class SparseGenerationMixin(SparseMixin):
+    """For heads that generate."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        for name in CACHE_NAMES:
+            if name in model_kwargs:
+                model_kwargs[name] = _keeping_all(model_kwargs[name])
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         # the whole text so far is here, of which the model itself sees only the last token: marks are made here
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        given = kwargs.get("global_attention_mask")
-        if self.config.uses_marks and (given is not None or self.config.global_token_ids):
+        given, config = kwargs.get("global_attention_mask"), self.config
+        if config.uses_marks and not config.is_encoder_decoder and (given is not None or config.global_token_ids):
             short = 0 if given is None else input_ids.shape[1] - given.shape[1]
             given = given if not short else torch.nn.functional.pad(given, (0, short))
-            inputs["global_attention_mask"] = _marks(self.config, input_ids, given)
+            inputs["global_attention_mask"] = _marks(config, input_ids, given)
         return inputs
 
 
 def _with_marks(cls):
     """The parent's forward with one more argument, `global_attention_mask`, visible to Trainer and to `generate`."""
     parent = super(cls, cls).forward
+    signature = inspect.signature(parent)
+    cache_name = next((name for name in CACHE_NAMES if name in signature.parameters), None)
 
     @functools.wraps(parent)
     def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
         _refuse_weights(self.config, kwargs)
-        marks = _forward_marks(self.config, input_ids, global_attention_mask, kwargs)
+        marks = _forward_marks(self, kwargs.get("input_ids", args[0] if args else None), global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
+        if cache_name and not self.training and kwargs.get(cache_name) is None and _makes_sliding_cache(self, kwargs):
+            kwargs[cache_name] = DynamicCache()
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = parent(self, *args, **kwargs)
@@ -84,7 +101,6 @@ def _with_marks(cls):
             output = _rescaled(output, kwargs["labels"], num_items_in_batch)
         return output
 
-    signature = inspect.signature(parent)
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
     parameters = [p for p in signature.parameters.values() if p.name != extra.name]
     place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
@@ -93,21 +109,42 @@ def _with_marks(cls):
     return forward
 
 
-def _forward_marks(config, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
+def _makes_sliding_cache(model, kwargs) -> bool:
+    """Would the parent make a cache that drops keys, of a window that the pattern need not share?"""
+    config = model.config
+    wanted = kwargs.get("use_cache")
+    wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+    return bool(wanted) and getattr(config, "sliding_window", None) is not None
+
+
+def _keeping_all(cache):
+    """The same cache, still empty, with layers that drop no keys."""
+    layers = getattr(cache, "layers", None)
+    if isinstance(cache, DynamicCache) and layers:
+        cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in layers]
+    return cache
+
+
+def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
+    config = model.config
     if not config.uses_marks:
         if given is not None:
             raise ValueError(
                 "global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`"
             )
         return None
-    if given is None and config.global_token_ids:
-        if input_ids is None:
-            raise ValueError("global_token_ids need input_ids; with inputs_embeds pass global_attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if "encoder" in config.stacks:
+        # marks are the encoder's, which finds those named by id itself
+        if config.is_decoder or not isinstance(model, SparseEncoderMixin):
+            return given
+    elif given is None and config.global_token_ids:
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 "global_token_ids cannot be found in a cache; pass global_attention_mask for all keys, [batch, cached + new]"
             )
+    if given is None and config.global_token_ids and input_ids is None:
+        raise ValueError("global_token_ids need input_ids; with inputs_embeds pass global_attention_mask")
     return _marks(config, input_ids, given)
 
 
@@ -156,3 +193,5 @@ def adopt(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) in COUNTERPARTS:
             module.__class__ = COUNTERPARTS[type(module)]
+        if hasattr(module, "number_layers"):
+            module.number_layers()

@@ -19,13 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ..attention import reference, sparse_attention
+from ..pattern import full
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
 
 # arguments of other models' attention that would change the scores: refused rather than ignored
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
-# class names of modules that attend to another sequence: their cost is linear in it, and they stay dense
-CROSS_ATTENTION = {"BertCrossAttention"}
+UNSUPPORTED = ("s_aux",)
 
 
 @dataclass
@@ -80,25 +79,47 @@ def sparse_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
         )
-    if type(module).__name__ in CROSS_ATTENTION:
+    stack = _stack(module)
+    crosses = _crosses(module, stack)
+    bias = kwargs.get("position_bias")
+    bias = None if bias is None or not bias.numel() else bias
+    if crosses and backend != "reference":
+        assert bias is None
         return _cross_attention(query, key, value, attention_mask, scaling, dropout), None
     request = _as_request(attention_mask, query, key)
     is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
-    pattern = module.config.layer_pattern(module.layer_idx, is_causal)
-    batch = {
-        "key_padding_mask": request.attention_mask,
-        "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
-        "marks": _marks(kwargs.get("global_attention_mask"), query, key),
-        "q_offset": int(request.q_offset),
-    }
+    if crosses:
+        pattern, batch = str(full()), {"key_padding_mask": request.attention_mask}
+    else:
+        pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
+        batch = {
+            "key_padding_mask": request.attention_mask,
+            "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
+            # of an encoder-decoder, the encoder's tokens are marked
+            "marks": None if stack == "decoder" else _marks(kwargs.get("global_attention_mask"), query, key),
+            "q_offset": int(request.q_offset),
+        }
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
     if opaque is not None or wants_weights:
         pattern = _plan(pattern, batch, opaque, query, key)
         batch = {}
-    out = sparse_attention(query, key, value, pattern, **batch, scale=scaling, dropout=dropout, backend=backend)
-    weights = reference.weights(query, key, pattern, scaling) if wants_weights else None
+    scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
+    out = sparse_attention(query, key, value, pattern, **batch, **scores, dropout=dropout, backend=backend)
+    weights = reference.weights(query, key, pattern, **scores) if wants_weights else None
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _stack(module) -> str:
+    """The row of layers that an attention module belongs to, as `config.stacks` names it."""
+    return "" if "" in module.config.stacks else "decoder" if module.is_decoder else "encoder"
+
+
+def _crosses(module, stack: str) -> bool:
+    """Does a module attend to another sequence? Its cost is linear in that sequence, and it stays dense."""
+    if type(module).__name__.endswith("CrossAttention") or getattr(module, "is_cross_attention", False):
+        return True
+    return stack == "decoder" and not module.is_causal
 
 
 def _plan(pattern: str, batch: dict, opaque: Callable | None, query: Tensor, key: Tensor):
@@ -153,12 +174,19 @@ def _reading(mask_function: Callable | None, module_is_causal: bool) -> tuple[bo
     if mask_function is None or torch.compiler.is_compiling():
         return bool(module_is_causal), None
     leaves = list(_leaves(mask_function))
-    known = {"causal_mask_function", "bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"}
-    if all(getattr(leaf, "__qualname__", "") in known for leaf in leaves):
+    if all(getattr(leaf, "__qualname__", "") in KNOWN for leaf in leaves):
         return any(leaf is causal_mask_function for leaf in leaves), None
     return False, mask_function
 
 
+# mask functions whose pairs are known otherwise: packing from positions, a sliding window of the family from its pattern
+KNOWN = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "sliding_window_overlay.<locals>.inner_mask",
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
+}
 COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
 
 

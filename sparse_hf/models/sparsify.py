@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import dense_class, family_of
-from .mixin import COUNTERPARTS
+from .mixin import COUNTERPARTS, adopt
 
 
 def sparsify(model: PreTrainedModel, pattern, layers=None, global_token_ids: Sequence[int] = ()) -> PreTrainedModel:
@@ -35,7 +35,9 @@ def sparsify(model: PreTrainedModel, pattern, layers=None, global_token_ids: Seq
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
-    return _shared_copy(model, model.config, config, {})
+    sparse = _shared_copy(model, model.config, config, {})
+    adopt(sparse)
+    return sparse
 
 
 def _shared_copy(module: nn.Module, old_config, new_config, done: dict[int, nn.Module]) -> nn.Module:

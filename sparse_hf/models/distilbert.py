@@ -1,0 +1,24 @@
+"""sparse_distilbert: DistilBERT (arXiv:1910.01108) with sparse attention."""
+
+from transformers import DistilBertConfig
+from transformers.models.distilbert.modeling_distilbert import Transformer
+
+from .config import SparseConfigMixin
+from .families import Positions, register_family
+
+
+class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):
+    model_type = "sparse_distilbert"
+
+
+class SparseDistilBertTransformer(Transformer):
+    """The stack of layers, whose attention is not told which layer it belongs to."""
+
+    def number_layers(self) -> None:
+        for index, layer in enumerate(self.layer):
+            layer.attention.layer_idx = index
+
+
+POSITIONS = Positions("learned", ("embeddings.position_embeddings.weight",), ("embeddings.position_ids",))
+
+register_family(SparseDistilBertConfig, POSITIONS, parts={Transformer: SparseDistilBertTransformer})

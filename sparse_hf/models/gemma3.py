@@ -1,0 +1,13 @@
+"""sparse_gemma3_text: Gemma 3 (arXiv:2503.19786), text only, with sparse attention."""
+
+from transformers import Gemma3TextConfig
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseGemma3TextConfig(SparseConfigMixin, Gemma3TextConfig):
+    model_type = "sparse_gemma3_text"
+
+
+register_family(SparseGemma3TextConfig, ROTARY)

@@ -1,0 +1,13 @@
+"""sparse_mistral: Mistral (arXiv:2310.06825) with sparse attention."""
+
+from transformers import MistralConfig
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseMistralConfig(SparseConfigMixin, MistralConfig):
+    model_type = "sparse_mistral"
+
+
+register_family(SparseMistralConfig, ROTARY)

@@ -1,0 +1,13 @@
+"""sparse_mixtral: Mixtral (arXiv:2401.04088) with sparse attention."""
+
+from transformers import MixtralConfig
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseMixtralConfig(SparseConfigMixin, MixtralConfig):
+    model_type = "sparse_mixtral"
+
+
+register_family(SparseMixtralConfig, ROTARY)

@@ -1,0 +1,16 @@
+"""sparse_opt: OPT (arXiv:2205.01068) with sparse attention."""
+
+from transformers import OPTConfig
+
+from .config import SparseConfigMixin
+from .families import Positions, register_family
+
+
+class SparseOPTConfig(SparseConfigMixin, OPTConfig):
+    model_type = "sparse_opt"
+
+
+# two more rows than `max_position_embeddings` says
+POSITIONS = Positions("learned", ("embed_positions.weight",), offset=2)
+
+register_family(SparseOPTConfig, POSITIONS)

@@ -1,0 +1,21 @@
+"""sparse_pegasus: PEGASUS (arXiv:1912.08777) with sparse self-attention in encoder and decoder."""
+
+from transformers import PegasusConfig
+from transformers.models.pegasus.modeling_pegasus import PegasusEncoder
+
+from .encoder_decoder import SparseEncoderDecoderConfigMixin
+from .families import Positions, register_family
+from .mixin import SparseEncoderMixin
+
+
+class SparsePegasusConfig(SparseEncoderDecoderConfigMixin, PegasusConfig):
+    model_type = "sparse_pegasus"
+
+
+class SparsePegasusEncoder(SparseEncoderMixin, PegasusEncoder):
+    config: SparsePegasusConfig
+
+
+POSITIONS = Positions("sinusoidal", ("embed_positions.weight",))
+
+register_family(SparsePegasusConfig, POSITIONS, parts={PegasusEncoder: SparsePegasusEncoder})

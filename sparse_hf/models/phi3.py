@@ -1,0 +1,13 @@
+"""sparse_phi3: Phi-3 (arXiv:2404.14219) with sparse attention."""
+
+from transformers import Phi3Config
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparsePhi3Config(SparseConfigMixin, Phi3Config):
+    model_type = "sparse_phi3"
+
+
+register_family(SparsePhi3Config, ROTARY)

@@ -1,0 +1,13 @@
+"""sparse_qwen2: Qwen2 (arXiv:2407.10671) with sparse attention."""
+
+from transformers import Qwen2Config
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseQwen2Config(SparseConfigMixin, Qwen2Config):
+    model_type = "sparse_qwen2"
+
+
+register_family(SparseQwen2Config, ROTARY)

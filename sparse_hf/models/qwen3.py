@@ -1,0 +1,13 @@
+"""sparse_qwen3: Qwen3 (arXiv:2505.09388) with sparse attention."""
+
+from transformers import Qwen3Config
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseQwen3Config(SparseConfigMixin, Qwen3Config):
+    model_type = "sparse_qwen3"
+
+
+register_family(SparseQwen3Config, ROTARY)

@@ -1,0 +1,13 @@
+"""sparse_qwen3_moe: Qwen3 MoE (arXiv:2505.09388) with sparse attention."""
+
+from transformers import Qwen3MoeConfig
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseQwen3MoeConfig(SparseConfigMixin, Qwen3MoeConfig):
+    model_type = "sparse_qwen3_moe"
+
+
+register_family(SparseQwen3MoeConfig, ROTARY)

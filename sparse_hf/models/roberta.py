@@ -1,0 +1,22 @@
+"""sparse_roberta: RoBERTa (arXiv:1907.11692) with sparse attention."""
+
+from transformers import RobertaConfig
+
+from .config import SparseConfigMixin
+from .families import Positions, register_family
+
+
+class SparseRobertaConfig(SparseConfigMixin, RobertaConfig):
+    model_type = "sparse_roberta"
+
+
+# positions begin behind the padding id, and `max_position_embeddings` counts all rows (514 for 512 tokens)
+POSITIONS = Positions(
+    "learned",
+    ("embeddings.position_embeddings.weight",),
+    ("embeddings.position_ids", "embeddings.token_type_ids"),
+    offset=2,
+    counted=True,
+)
+
+register_family(SparseRobertaConfig, POSITIONS)

@@ -1,0 +1,13 @@
+"""sparse_smollm3: SmolLM3 with sparse attention."""
+
+from transformers import SmolLM3Config
+
+from .config import SparseConfigMixin
+from .families import ROTARY, register_family
+
+
+class SparseSmolLM3Config(SparseConfigMixin, SmolLM3Config):
+    model_type = "sparse_smollm3"
+
+
+register_family(SparseSmolLM3Config, ROTARY)
