@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 FAST := -q -n 2
 
-.PHONY: help demo test check test-all test-gpu bench cards
+.PHONY: help demo test check test-all test-transformers test-gpu bench cards
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ check: $(STAMP)  ## lint, format, and the table of who may import whom
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 test-all: $(STAMP)  ## every test that needs no GPU
-	$(BIN)/python -m pytest $(FAST) -m "not gpu"
+	$(BIN)/python -m pytest $(FAST) -m "not gpu and not transformers"
+
+test-transformers: $(STAMP)  ## Transformers' own common tests, on our classes beside the dense ones
+	$(BIN)/python -m pytest $(FAST) -m transformers tests/transformers
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu

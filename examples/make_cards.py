@@ -10,90 +10,64 @@ import os
 import sys
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparse_hf.show import describe  # noqa: E402
+from sparse_hf.convert.card import Card, Span, card_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo.json"
-
-BODY = """
-# {name}
-
-[{base}](https://huggingface.co/{base}) with sparse attention by [sparse_hf](../README.md): `{pattern}`. {note}
-
-```python
-import sparse_hf
-from transformers import {auto}
-
-model = {auto}.from_pretrained("path/to/{name}")
-```
-
-## The pattern at {length:,} tokens
-
-| | sparse | dense |
-|---|---|---|
-| pairs | {facts.pairs:,} ({facts.density:.2%}) | {dense_pairs:,} |
-| keys per query, mean | {mean:,.0f} | {length:,} |
-| layers until every token hears {whom} | {facts.layers_to_reach} | 1 |
-
-## Measured
-
-`make demo`, {length:,} tokens of Moby Dick, on the machine that wrote `docs/results/demo.json`; the weights are the same.
-
-| | sparse | dense |
-|---|---|---|
-| seconds | {sparse[seconds]:.1f} | {dense[seconds]:.1f} |
-| tensors with two length dimensions | {sparse[quadratic]} | {dense[quadratic]} |
-{quality}
-"""
 
 CARDS = [
     {
         "name": "SmolLM2-135M-Instruct-window-512-sinks-4",
         "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "pattern": "window(511, 0) | first(4)",
+        "family": "llama",
         "auto": "AutoModelForCausalLM",
-        "tag": "text-generation",
-        "which": "decoder",
         "length": 8192,
+        "layers": "0-29",
+        "pattern": "window(511, 0) | first(4)",
+        "counted": "(window(511, 0) | first(4)) & window(None, 0)",
+        "which": "decoder",
         "note": "Weights dequantised from 4 bits (GGUF Q4_1); not fine-tuned after conversion.",
-        "shape": {"num_heads": 9, "head_dim": 64},
     },
     {
         "name": "all-MiniLM-L6-v2-4096-window-128-global-1",
         "base": "sentence-transformers/all-MiniLM-L6-v2",
-        "pattern": "window(128, 128) | first(1)",
+        "family": "bert",
         "auto": "AutoModel",
-        "tag": "feature-extraction",
-        "which": "encoder",
         "length": 4096,
+        "layers": "0-5",
+        "pattern": "window(128, 128) | first(1)",
+        "counted": "window(128, 128) | first(1)",
+        "which": "encoder",
         "note": "Positions grown from 512 to 4,096 by tiled copy; not fine-tuned after conversion, which long texts need.",
-        "shape": {"num_heads": 12, "head_dim": 32},
     },
 ]
 
 
 def card(spec: dict, results: dict) -> str:
+    span = Span(spec["layers"], spec["pattern"], spec["counted"])
+    same = ("name", "base", "family", "auto", "length", "note")
+    return card_text(
+        Card(**{key: spec[key] for key in same}, license="apache-2.0", spans=(span,), results=measured(spec, results))
+    )
+
+
+def measured(spec: dict, results: dict) -> dict:
+    """The demo's figures as cards take them."""
     sparse, dense = (results[f"{spec['which']} {kind}"] for kind in ("sparse", "dense"))
+    figures = {
+        "note": f"`make demo`, {spec['length']:,} tokens of Moby Dick, on the machine that wrote `docs/results/demo.json`; "
+        "the weights are the same.",
+        "seconds": {"sparse": sparse["seconds"], "dense": dense["seconds"]},
+        "tensors with two length dimensions": {"sparse": sparse["quadratic"], "dense": dense["quadratic"]},
+    }
     if "quality" in sparse:
-        quality = f"| perplexity | {sparse['quality']:.2f} | {dense['quality']:.2f} |"
-    else:
-        alike = sum(a * b for a, b in zip(sparse["embedding"], dense["embedding"], strict=True))
-        quality = f"| cosine of the document's embedding to the dense one | {alike:.3f} | 1 |"
-    facts = describe(spec["pattern"], spec["length"], **spec["shape"])
-    whom = "every earlier one" if spec["which"] == "decoder" else "every other"
-    data = ModelCardData(
-        license="apache-2.0", base_model=spec["base"], library_name="transformers", pipeline_tag=spec["tag"],
-        tags=["sparse-attention", "long-context", "sparse_hf"],
-    )  # fmt: skip
-    body = BODY.format(
-        **spec, facts=facts, dense_pairs=spec["length"] ** 2, mean=facts.keys_per_query[1], sparse=sparse, dense=dense,
-        quality=quality, whom=whom,
-    )  # fmt: skip
-    return f"---\n{data.to_yaml()}\n---\n{body}"
+        return figures | {"perplexity": {"sparse": sparse["quality"], "dense": dense["quality"]}}
+    alike = sum(a * b for a, b in zip(sparse["embedding"], dense["embedding"], strict=True))
+    return figures | {"cosine of the document's embedding to the dense one": {"sparse": alike, "dense": 1}}
 
 
 def main() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(
     help="Sparse attention for Transformers: look at patterns, convert checkpoints, measure.",
@@ -76,19 +80,101 @@ def convert(
     max_length: Annotated[
         int | None, typer.Option(help="Positions of the result; by default as many as before.")
     ] = None,
+    positions: Annotated[
+        str, typer.Option(help="How a learned table of positions grows: tile or interpolate.")
+    ] = "tile",
+    rope: Annotated[
+        str | None, typer.Option(help="Scale rotary angles to --max-length: yarn or linear; by default not at all.")
+    ] = None,
     global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds something.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
+    ] = False,
 ) -> None:
     """Write the sparse counterpart of a dense checkpoint."""
     import sparse_hf
+    from sparse_hf.convert import describe_conversion, report_text
 
-    ids = [_number(part) for part in global_token_ids.split(",") if part.strip()]
-    written = sparse_hf.convert(
-        source, out, pattern, layers=layers, max_length=max_length, global_token_ids=ids, overwrite=overwrite
-    )
+    options = {
+        "layers": layers,
+        "max_length": max_length,
+        "positions": positions,
+        "rope": rope,
+        "global_token_ids": [_number(part) for part in global_token_ids.split(",") if part.strip()],
+    }
+    if dry_run:
+        typer.echo(report_text(describe_conversion(source, pattern, **options)), nl=False)
+        return
+    written = sparse_hf.convert(source, out, pattern, overwrite=overwrite, **options)
     typer.echo(
         f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})"
     )
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A sparse checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="dense: full attention. native: Transformers' own sliding windows, the same answers.")
+    ],
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
+) -> None:
+    """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
+    from sparse_hf.convert.export import export
+
+    written = export(folder, out, to, overwrite=overwrite)
+    typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A sparse checkpoint.")],
+    base: Annotated[
+        str | None, typer.Option(help="The dense model: a hub id, or a folder whose README.md names license and base.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a README.md that is there.")] = False,
+) -> None:
+    """Write the README.md of a sparse checkpoint, with its pattern drawn, its costs, and results.json if it is there."""
+    from sparse_hf.convert.card import write_card
+
+    typer.echo(f"written to {write_card(folder, base=base, overwrite=overwrite)}")
+
+
+@app.command("list")
+def list_families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the names of the classes.")] = False,
+) -> None:
+    """List the families of models that have sparse counterparts."""
+    from sparse_hf import FAMILIES
+
+    rows = [
+        {
+            "family": name,
+            "model_type": family.sparse_type,
+            "heads": [c.__name__ for c in family.classes],
+            "positions": family.positions.scheme,
+            "conversion": family.positions.conversion,
+        }
+        for name, family in sorted(FAMILIES.items())
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("family", "sparse", "heads", "positions", "conversion to a greater length"):
+        table.add_column(column, min_width=26 if column == "heads" else None)
+    for row in rows:
+        table.add_row(row["family"], row["model_type"], _short(row["heads"]), row["positions"], row["conversion"])
+    # wide enough that no name is cut, in a narrow window or a pipe too
+    Console(width=max(Console().width, 110)).print(table)
+
+
+def _short(heads: list[str]) -> str:
+    """SparseBertModel, SparseBertForMaskedLM -> "Model, MaskedLM"."""
+    common = len(os.path.commonprefix(heads))
+    return ", ".join(name[common:].replace("For", "") for name in heads)
 
 
 @bench.command("attention")

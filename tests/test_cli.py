@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import sparse_hf
+from sparse_hf.cli import app
 from sparse_hf.show import describe, save_png
 from tests.models.families import dense_model
 
@@ -34,6 +37,57 @@ def test_convert_writes_a_folder(tmp_path):
     assert config["sparse_attention"]["layers"] == ["dense", "sparse"]
     again = run("convert", str(tmp_path / "dense"), out, "--pattern", "sliding_window(64)")
     assert again.returncode == 2 and "error:" in again.stderr and "is not empty" in again.stderr
+
+
+def test_convert_tells_and_writes_nothing(tmp_path):
+    dense_model("LlamaForCausalLM").save_pretrained(tmp_path / "dense")
+    options = ("--pattern", "window(63, 0)", "--max-length", "2048", "--rope", "linear", "--dry-run")
+    done = run("convert", str(tmp_path / "dense"), str(tmp_path / "out"), *options)
+    assert done.returncode == 0, done.stderr
+    assert "layers 0-1: window(63, 0)" in done.stdout and "512 -> 2,048 tokens" in done.stdout
+    assert "'rope_type': 'linear'" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_convert_grows_positions_as_asked(tmp_path):
+    dense_model("BertForMaskedLM").save_pretrained(tmp_path / "dense")
+    options = ("--pattern", "window(63, 63)", "--max-length", "1024", "--positions", "interpolate")
+    done = run("convert", str(tmp_path / "dense"), str(tmp_path / "out"), *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["positions"]["method"] == "interpolate" and report["max_length"] == [512, 1024]
+
+
+def test_convert_refuses_an_unknown_way_to_grow(tmp_path):
+    dense_model("BertForMaskedLM").save_pretrained(tmp_path / "dense")
+    options = ("--pattern", "first(1)", "--max-length", "1024", "--positions", "x")
+    done = run("convert", str(tmp_path / "dense"), str(tmp_path / "out"), *options)
+    assert done.returncode == 2 and "positions is 'x'" in done.stderr
+
+
+def invoke(*arguments) -> str:
+    """In this process, which is faster."""
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).stdout
+
+
+def test_export_and_card(tmp_path):
+    sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "window(63, 0)").save_pretrained(tmp_path / "sparse")
+    for to, model_type in (("dense", "llama"), ("native", "mistral")):
+        assert "without sparse_hf" in invoke("export", tmp_path / "sparse", tmp_path / to, "--to", to)
+        assert json.loads((tmp_path / to / "config.json").read_text())["model_type"] == model_type
+    invoke("card", tmp_path / "sparse", "--base", "owner/model")
+    assert "base_model: owner/model" in (tmp_path / "sparse" / "README.md").read_text()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        invoke("card", tmp_path / "sparse")
+    invoke("card", tmp_path / "sparse", "--base", "owner/other", "--overwrite")
+    assert "base_model: owner/other" in (tmp_path / "sparse" / "README.md").read_text()
+
+
+def test_list_names_every_family():
+    text = invoke("list")
+    assert all(name in text for name in sparse_hf.FAMILIES) and "NextSentencePrediction" in text and "…" not in text
+    rows = {row["family"]: row for row in json.loads(invoke("list", "--json"))}
+    assert set(rows) == set(sparse_hf.FAMILIES) and "SparseT5EncoderModel" in rows["t5"]["heads"]
+    assert rows["bart"]["positions"] == "learned" and rows["llama"]["conversion"] == "limit raised; scaled with --rope"
 
 
 def test_bench_writes_figures_with_versions(tmp_path):
@@ -65,6 +119,9 @@ def test_bench_writes_figures_with_versions(tmp_path):
         (["show", "marked()", "--marked", "x"], "'x' is not a whole number"),
         (["show", "first(1)", "--png", "/nowhere/p.png"], "is no folder; make it first"),
         (["convert", "/nowhere", "out", "--pattern", "first(1)"], "is no folder with a checkpoint"),
+        (["export", "/nowhere", "out", "--to", "dense"], "is no folder with a checkpoint"),
+        (["export", "/nowhere", "out", "--to", "gguf"], "to is 'gguf'; it must be 'dense' or 'native'"),
+        (["card", "/nowhere"], "/nowhere has no config.json"),
         (["bench", "attention", "--dtype", "fp8"], "dtype is 'fp8'"),
         (["bench", "attention", "--backends", "x"], r"unknown backends ['x']"),
     ],

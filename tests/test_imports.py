@@ -16,7 +16,7 @@ ALLOWED = {
     "plan": {"pattern"},
     "attention": {"plan"},
     "models": {"attention", "plan", "pattern"},
-    "convert": {"models", "plan", "pattern", "version"},
+    "convert": {"models", "plan", "pattern", "show", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
     "show": {"plan", "pattern"},
     "testing": set(),

@@ -21,6 +21,13 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]`, differentiable, in the dtype of q (float32 inside for half types)."""
+    return look(q, k, v, plan, scoring, dropout, seed)[:2]
+
+
+def look(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out and lse as of `attend`, and the weights `[B, H, Q, K]` before dropout, from which the output is made."""
     repeats = q.shape[1] // k.shape[1]
     work = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(work).repeat_interleave(repeats, dim=1) for t in (k, v))
@@ -37,15 +44,6 @@ def attend(
     scores = scores.masked_fill(~mask & sees, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp() * sees
-    if dropout:
-        weights = weights * kept(seed, *weights.shape, dropout, weights.device) / (1 - dropout)
-    out = (weights @ v).to(q.dtype)
-    return out, lse.masked_fill(~sees.squeeze(-1), -torch.inf)
-
-
-def weights(q: Tensor, k: Tensor, plan: BlockPlan, scale=None, softcap=None, relative_bias=None) -> Tensor:
-    """The attention weights `[B, H, Q, K]` themselves, before dropout: to look at, on short texts."""
-    # with the identity for values, the output is the weights
-    identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
-    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
-    return attend(q, k, identity, plan, scoring, 0.0, None)[0]
+    used = weights * kept(seed, *weights.shape, dropout, weights.device) / (1 - dropout) if dropout else weights
+    out = (used @ v).to(q.dtype)
+    return out, lse.masked_fill(~sees.squeeze(-1), -torch.inf), weights

@@ -7,23 +7,21 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
 from transformers.utils import logging
 
-from ..models import Family, family_of
-from ..version import __version__
-from .folder import whole_folder
-from .gguf import dequantise
+from .folder import check_target, keep_apart, whole_folder
+from .gguf import dequantise, read_gguf
+from .prepare import Choice, Prepared, prepare
 from .progress import progress_bar
-from .source import CARRIED, Source, find_folder, open_source, read_json
-from .weights import stream
+from .report import describe, report_text
+from .source import Source, find_folder, open_source, read_json
+from .weights import write_weights
 
-__all__ = ["convert"]
+__all__ = ["convert", "describe_conversion", "report_text"]
 
 logger = logging.get_logger(__name__)
 
-REPORT = "conversion.json"
+REPORT, REPORT_TEXT = "conversion.json", "conversion.txt"
 
 
 def convert(
@@ -33,24 +31,28 @@ def convert(
     *,
     layers=None,
     max_length: int | None = None,
+    positions: str = "tile",
+    rope: str | None = None,
     global_token_ids=(),
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write the sparse counterpart of a dense checkpoint.
 
-    Weights keep their names and are copied shard by shard; the model is never built (but for GGUF, which Transformers
-    dequantises). Learned tables of positions are grown by tiled copy. The folder is written under another name and renamed
-    when it is whole.
+    Weights keep their names and are copied piece by piece; the model is never built (but for GGUF, which Transformers
+    dequantises). The folder is written under another name and renamed when it is whole. What was done is told in its
+    `conversion.json` and `conversion.txt`.
 
     Args:
         source: a folder, a `.gguf` file, or a hub id.
         out: the folder to write.
         pattern: a `Pattern` or its text.
         layers: which layers get another pattern, see `sparse_hf.parse_layers`.
-        max_length: positions of the result; by default as many as before.
+        max_length: positions of the result, in tokens; by default as many as before.
+        positions: how learned tables of positions grow, by tiled copy ("tile") or along straight lines ("interpolate").
+        rope: how rotary angles are scaled to a greater `max_length`, "yarn" or "linear"; by default not at all.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
-        overwrite: replace `out` if it holds something.
+        overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
 
     Returns:
@@ -58,86 +60,83 @@ def convert(
 
     Raises:
         FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
-        ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint.
+        ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
     """
-    if Path(source).suffix == ".gguf":
-        return _convert_gguf(Path(source), out, pattern, layers, max_length, global_token_ids, overwrite, progress)
-    found = open_source(find_folder(source))
-    family = family_of(found.config["model_type"])
-    config = family.config_class.from_dense(found.config, pattern, layers, global_token_ids)
-    config.architectures = [
-        family.architectures.get(name, name)
-        for name in found.config.get("architectures") or [family.classes[0].__name__]
-    ]
-    positions = _new_positions(config, family, max_length)
-    with (
-        whole_folder(Path(out), overwrite, _bytes_needed(found, positions)) as folder,
-        progress_bar(found.bytes, f"converting {Path(source).name}", progress) as advance,
-    ):
-        grown = stream(found, folder, family, positions, advance)
-        _carry(found.folder, folder, max_length)
-        report = _report(source, config, grown, max_length, family)
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        # last, so that a folder without it never loads
-        config.save_pretrained(folder)
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
+    # the danger that matters most is told of first; a hub id is no path yet
+    keep_apart(Path(source), Path(out))
+    target = check_target(out, overwrite)
+    if Path(source).suffix == ".gguf" and not Path(source).is_dir():
+        _convert_gguf(Path(source), target, choice, progress)
+        return Path(out)
+    folder = find_folder(source)
+    keep_apart(folder, target)
+    _write(prepare(open_source(folder, _name(source)), choice), target, progress)
     return Path(out)
 
 
-def _convert_gguf(file: Path, out, pattern, layers, max_length, global_token_ids, overwrite, progress) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give a .gguf file, a folder or a hub id")
+def describe_conversion(
+    source: str | Path,
+    pattern,
+    *,
+    layers=None,
+    max_length: int | None = None,
+    positions: str = "tile",
+    rope: str | None = None,
+    global_token_ids=(),
+) -> dict:
+    """What `convert` would write into `conversion.json`, after the same checks; only headers are read.
+
+    Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
+    Transformers names them while it dequantises.
+    """
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
+    if Path(source).suffix == ".gguf" and not Path(source).is_dir():
+        return describe(prepare(read_gguf(Path(source)), choice))
+    return describe(prepare(open_source(find_folder(source), _name(source)), choice))
+
+
+def _name(source: str | Path) -> str:
+    """What the report calls the source: a folder's name, not its place, or the whole hub id."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
+
+
+def _write(prepared: Prepared, target: Path, progress: bool) -> None:
+    report = describe(prepared)
+    source, work = prepared.source, prepared.work
+    extra = sum(path.stat().st_size for path in source.carried) + (16 << 20)
     with (
-        whole_folder(Path(out), overwrite, 8 * file.stat().st_size) as folder,
+        whole_folder(target, work.bytes + extra) as folder,
+        progress_bar(work.source_bytes, f"converting {source.name}", progress) as advance,
+    ):
+        write_weights(work, folder, advance)
+        _carry(source, folder, prepared.choice.max_length)
+        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
+        # last, so that a folder without it never loads
+        prepared.config.save_pretrained(folder)
+
+
+def _convert_gguf(file: Path, target: Path, choice: Choice, progress: bool) -> None:
+    # what the header says is checked before the minutes of dequantising
+    prepare(read_gguf(file), choice)
+    with (
+        whole_folder(target, 8 * file.stat().st_size) as folder,
         tempfile.TemporaryDirectory(dir=folder) as dense,
     ):
         logger.warning("dequantising %s to float32, which takes a minute or so", file.name)
         dequantise(file, Path(dense))
-        convert(
-            dense,
-            folder / "sparse",
-            pattern,
-            layers=layers,
-            max_length=max_length,
-            global_token_ids=global_token_ids,
-            progress=progress,
-        )
-        report = read_json(folder / "sparse" / REPORT)
-        (folder / "sparse" / REPORT).write_text(json.dumps({**report, "source": file.name}, indent=2) + "\n")
+        _write(prepare(open_source(Path(dense), file.name), choice), folder / "sparse", progress)
         for written in (folder / "sparse").iterdir():
             shutil.move(written, folder / written.name)
         (folder / "sparse").rmdir()
-    return Path(out)
 
 
-def _new_positions(config, family: Family, max_length: int | None) -> int | None:
-    """Set the configuration's length; the new length of learned tables, or None if nothing grows."""
-    if max_length is None or not hasattr(config, "max_position_embeddings"):
-        return None
-    counted = family.positions.offset if family.positions.counted else 0
-    old = config.max_position_embeddings
-    if max_length + counted == old:
-        return None
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens")
-    if max_length + counted < old:
-        raise ValueError(
-            f"max_length is {max_length}; the checkpoint has {old} positions, and cutting them off loses weights"
-        )
-    config.max_position_embeddings = max_length + counted
-    return max_length if family.positions.tables else None
-
-
-def _bytes_needed(source: Source, positions: int | None) -> int:
-    table = 4 * (positions or 0) * source.config.get("hidden_size", 0)
-    return source.bytes + table + (16 << 20)
-
-
-def _carry(old: Path, new: Path, max_length: int | None) -> None:
+def _carry(source: Source, new: Path, max_length: int | None) -> None:
     """The tokenizer and the generation configuration, with the new length in the tokenizer's."""
-    for name in CARRIED:
-        if (old / name).is_file():
-            shutil.copyfile(old / name, new / name)
+    for path in source.carried:
+        shutil.copyfile(path, new / path.name)
     if max_length is None:
         return
     settings = new / "tokenizer_config.json"
@@ -149,17 +148,3 @@ def _carry(old: Path, new: Path, max_length: int | None) -> None:
         if content.get("truncation"):
             content["truncation"]["max_length"] = max_length
             tokenizer.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _report(source, config, grown: dict, max_length: int | None, family: Family) -> dict:
-    rotary = max_length is not None and not family.positions.tables
-    return {
-        "source": str(Path(source).name),
-        "model_type": config.model_type,
-        "architectures": config.architectures,
-        "sparse_attention": config.sparse_attention,
-        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "grown": grown,
-        "note": "rotary positions have no table; only the limit was raised" if rotary else None,
-        "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-    }

@@ -14,21 +14,51 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def check_target(out: str | Path, overwrite: bool) -> Path:
+    """The real folder that `out` names, if it may be written.
+
+    Raises:
+        FileExistsError: `out` is a file, holds something and `overwrite` is false, or holds no checkpoint.
+    """
+    real = Path(out).resolve()
+    if real.exists() and not real.is_dir():
+        raise FileExistsError(f"{out} is a file; give a folder")
+    if not real.exists() or not any(real.iterdir()):
+        return real
+    if not overwrite:
+        raise FileExistsError(f"{out} is not empty; give another folder, or overwrite=True (--overwrite)")
+    if not (real / "config.json").is_file():
+        raise FileExistsError(
+            f"{out} is not empty and holds no config.json, so it is no checkpoint, and overwrite replaces nothing else; "
+            "give another folder"
+        )
+    return real
+
+
+def keep_apart(source: Path, out: Path) -> None:
+    """Raise ValueError where writing `out` could touch `source`: both are one folder, or one lies in the other.
+
+    Of a file, only the folders around it are kept.
+    """
+    real, target = source.resolve(), out.resolve()
+    if not real.exists():
+        return
+    if real == target or target in real.parents or (real.is_dir() and real in target.parents):
+        raise ValueError(
+            f"out is {target} and source is {source}: the one holds the other, and writing would replace the checkpoint that "
+            "is read; give a folder elsewhere"
+        )
+
+
 @contextlib.contextmanager
-def whole_folder(out: Path, overwrite: bool, bytes_needed: int) -> Iterator[Path]:
+def whole_folder(out: Path, bytes_needed: int) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end and vanishes if anything fails.
 
     A run that was killed leaves `.NAME.partial-PID` beside `out`, which never loads; the next run removes it.
 
     Raises:
-        FileExistsError: `out` holds something and `overwrite` is false.
         OSError: less room on the disk than `bytes_needed`, before any work, or a disk that fills up on the way.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; give another folder, or overwrite=True (--overwrite)")
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
     free = shutil.disk_usage(out.parent).free

@@ -1,11 +1,13 @@
-"""Find a checkpoint and check it before any work: a folder, a GGUF file, or a hub id."""
+"""Find a checkpoint and read its headers before any work: a folder, or a hub id."""
 
 from __future__ import annotations
 
 import json
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from .shards import Shard, Stored, read_shard
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -30,15 +32,20 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk that passed the checks."""
+    """A checkpoint on disk whose files are whole; `name` is what people call it."""
 
+    name: str
     folder: Path
     config: dict
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.shards)
+    def tensors(self) -> Iterator[Stored]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def carried(self) -> list[Path]:
+        return [self.folder / name for name in CARRIED if (self.folder / name).is_file()]
 
 
 def find_folder(source: str | Path) -> Path:
@@ -46,11 +53,14 @@ def find_folder(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a reachable repository.
+        ValueError: a file.
     """
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if folder.exists() or folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; give the folder that holds it, {folder.absolute().parent}")
+    if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise FileNotFoundError(f"{source} is no folder with a checkpoint, no .gguf file and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -65,8 +75,8 @@ def find_folder(source: str | Path) -> Path:
         ) from error
 
 
-def open_source(folder: Path) -> Source:
-    """Read the configuration and check every file of weights.
+def open_source(folder: Path, name: str) -> Source:
+    """Read the configuration and the header of every file of weights.
 
     Raises:
         FileNotFoundError: no configuration, no weights, or a shard that the index names is missing.
@@ -78,10 +88,7 @@ def open_source(folder: Path) -> Source:
     config = read_json(path)
     if not config.get("model_type"):
         raise ValueError(f'{path} names no model_type, so its family is unknown; add it, like "model_type": "bert"')
-    shards = _shards(folder)
-    for shard in shards:
-        _check(shard)
-    return Source(folder, config, shards)
+    return Source(name, folder, config, tuple(read_shard(shard) for shard in _shards(folder)))
 
 
 def read_json(path: Path) -> dict:
@@ -105,25 +112,3 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         if (folder / single).exists():
             return (folder / single,)
     raise FileNotFoundError(f"{folder} has no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of either")
-
-
-def _check(shard: Path) -> None:
-    """A safetensors file says in its header how long it is; a torch file is a zip archive or an old pickle."""
-    size = shard.stat().st_size
-    if shard.suffix != ".safetensors":
-        if size == 0:
-            raise ValueError(f"{shard} is empty; the checkpoint was only half written")
-        return
-    with shard.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        header = file.read(min(length, size))
-    try:
-        entries = json.loads(header)
-        last = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{shard} has no readable header; the checkpoint was only half written") from error
-    if 8 + length + last != size:
-        raise ValueError(
-            f"{shard} has {size:,} bytes and its header promises {8 + length + last:,}; it was only half written"
-        )

@@ -1,95 +1,146 @@
-"""Copy weights shard by shard: their names stay, and only tables of positions change."""
+"""Copy weights in pieces: their names stay, and memory holds one piece, or one table of positions, at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models import Family
-from .source import SAFETENSORS, SAFETENSORS_INDEX, Source
+from .shards import DTYPES, Shard, Stored, forget
+from .source import SAFETENSORS, SAFETENSORS_INDEX
+
+PIECE = 8 << 20
+# files of torch are split at this size
+LARGEST_FILE = 512 << 20
 
 
-def grow(table: Tensor, length: int, offset: int = 0) -> Tensor:
-    """A table of positions `[old, ...]` grown to `length` positions by tiled copy: row i is row i modulo the old length.
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a tensor whose shape grows: `make(old)` gives the new one."""
 
-    The first `offset` rows are no positions and stay. Tiling keeps the local order that heads have learned, which
-    interpolation would blur (Longformer, arXiv:2004.05150, section 5).
-    """
-    head, rows = table[:offset], table[offset:]
-    repeats = -(-length // rows.shape[0])
-    return torch.cat([head, rows.repeat(repeats, *[1] * (rows.ndim - 1))[:length]]).contiguous()
+    shape: tuple[int, ...]
+    make: Callable[[Tensor], Tensor]
 
 
-def stream(source: Source, out: Path, family: Family, positions: int | None, advance) -> dict[str, list[list[int]]]:
-    """Write every shard of `source` into `out` as safetensors; `positions` is the new length of the tables, or None.
+@dataclass(frozen=True)
+class Work:
+    """What is to be written: shards, the tensors that change and those that are left out."""
 
-    Returns the tensors that changed: name -> [old shape, new shape]. `advance(bytes)` is told of progress.
-    """
-    grown, weight_map, total = {}, {}, 0
-    single = len(source.shards) == 1
-    for number, shard in enumerate(source.shards, 1):
-        name = SAFETENSORS if single else f"model-{number:05d}-of-{len(source.shards):05d}.safetensors"
-        tensors = {}
-        for key, tensor in _tensors(shard):
-            changed = _changed(key, tensor, family, positions)
-            if changed is not tensor:
-                grown[key] = [list(tensor.shape), list(changed.shape)]
-            tensors[key] = changed
-            total += changed.numel() * changed.element_size()
-        save_file(_untied(tensors), out / name, metadata={"format": "pt"})
-        _sync(out / name)
-        weight_map.update(dict.fromkeys(tensors, name))
-        advance(shard.stat().st_size)
-    if not single:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    shards: tuple[Shard, ...]
+    changes: dict[str, Change]
+    left_out: frozenset[str] = frozenset()
+
+    def tensors(self, shard: Shard) -> list[Stored]:
+        return [t for t in shard.tensors if t.name not in self.left_out]
+
+    def as_it_is(self, shard: Shard) -> bool:
+        return shard.ready and not any(t.name in self.changes or t.name in self.left_out for t in shard.tensors)
+
+    def shape(self, tensor: Stored) -> tuple[int, ...]:
+        return self.changes[tensor.name].shape if tensor.name in self.changes else tensor.shape
+
+    def size(self, tensor: Stored) -> int:
+        change = self.changes.get(tensor.name)
+        return DTYPES[tensor.dtype].itemsize * math.prod(change.shape) if change else tensor.size
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(t.size for shard in self.shards for t in self.tensors(shard))
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.size(t) for shard in self.shards for t in self.tensors(shard))
+
+
+def write_weights(work: Work, out: Path, advance: Callable[[int], None]) -> None:
+    """Write everything into the folder `out` as safetensors; `advance(bytes)` is told of progress."""
+    files = [(shard, part) for shard in work.shards for part in _parts(work, shard)]
+    weight_map: dict[str, str] = {}
+    for number, (shard, part) in enumerate(files, 1):
+        name = SAFETENSORS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_file(out / name, work, shard, part, advance)
+        weight_map.update(dict.fromkeys((t.name for t in part), name))
+        forget()
+    if len(files) > 1:
+        index = {"metadata": {"total_size": work.bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (out / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return grown
 
 
-def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    if shard.suffix == ".safetensors":
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (not a dict)
-                yield key, file.get_tensor(key)
-    else:
-        yield from torch.load(shard, weights_only=True, map_location="cpu", mmap=_is_zip(shard)).items()
+def _parts(work: Work, shard: Shard) -> list[list[Stored]]:
+    """The tensors of each file to write: one per safetensors file, and as many as needed for a file of torch."""
+    kept = work.tensors(shard)
+    if shard.path.suffix == ".safetensors":
+        return [kept] if kept else []
+    parts: list[list[Stored]] = []
+    room = 0
+    for tensor in kept:
+        if not parts or work.size(tensor) > room:
+            parts.append([])
+            room = LARGEST_FILE
+        parts[-1].append(tensor)
+        room -= work.size(tensor)
+    return parts
 
 
-def _is_zip(shard: Path) -> bool:
-    with shard.open("rb") as file:
-        return file.read(2) == b"PK"
+def write_file(path: Path, work: Work, shard: Shard, part: list[Stored], advance: Callable[[int], None]) -> None:
+    """Write one file whole, and wait until it is on the disk."""
+    with path.open("wb") as out:
+        if work.as_it_is(shard):
+            _copy(shard.path, 0, shard.path.stat().st_size, out, advance)
+        else:
+            # the widest numbers first, so that every tensor begins at a multiple of its width
+            part = sorted(part, key=lambda t: (-_width(t), t.name))
+            out.write(_header(work, part))
+            for tensor in part:
+                _write_tensor(tensor, work.changes.get(tensor.name), out, advance)
+        out.flush()
+        os.fsync(out.fileno())
 
 
-def _changed(key: str, tensor: Tensor, family: Family, positions: int | None) -> Tensor:
-    if positions is None:
-        return tensor
-    if key.endswith(family.positions.tables) and family.positions.tables:
-        return grow(tensor, positions, family.positions.offset)
-    if family.positions.buffers and key.endswith(family.positions.buffers):
-        # saved by old versions: consecutive numbers, or zeros
-        fresh = torch.arange(positions) if key.endswith("position_ids") else torch.zeros(positions, dtype=tensor.dtype)
-        return fresh.to(tensor.dtype).expand(*tensor.shape[:-1], -1).contiguous()
-    return tensor
+def _width(tensor: Stored) -> int:
+    return DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
 
 
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory, as torch files may have them."""
-    seen: set[int] = set()
-    whole = {}
-    for key, tensor in tensors.items():
-        shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        whole[key] = tensor.clone() if shared else tensor.contiguous()
-    return whole
+def _header(work: Work, part: list[Stored]) -> bytes:
+    """8 bytes of length, then JSON padded with spaces to a multiple of 8, as the format of safetensors has it."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in part:
+        begin, end = end, end + work.size(tensor)
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": work.shape(tensor), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _write_tensor(tensor: Stored, change: Change | None, out: BinaryIO, advance: Callable[[int], None]) -> None:
+    if change is None and tensor.begin is not None:
+        _copy(tensor.file, tensor.begin, tensor.size, out, advance)
+        return
+    content = tensor.load() if change is None else change.make(tensor.load()).contiguous()
+    assert change is None or tuple(content.shape) == change.shape, tensor.name
+    if content.numel():
+        # as bytes, because numpy has no bfloat16
+        out.write(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
+    advance(tensor.size)
+
+
+def _copy(source: Path, begin: int, size: int, out: BinaryIO, advance: Callable[[int], None]) -> None:
+    piece = memoryview(bytearray(min(PIECE, size)))
+    with source.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while size:
+            read = file.readinto(piece[: min(len(piece), size)])
+            if not read:
+                raise ValueError(f"{source} ended {size:,} bytes early; something changed it during the conversion")
+            out.write(piece[:read])
+            size -= read
+            advance(read)

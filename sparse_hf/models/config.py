@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ IMPLEMENTATIONS = {
     "sparse_flex": "flex",
 }
 STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
+
+
+def check_weights(implementation: str | None) -> None:
+    """Raise ValueError unless `implementation` gives attention weights."""
+    if implementation != "sparse_reference":
+        raise ValueError(
+            f"attention weights are n x n, which attn_implementation={implementation!r} never makes; to look at a short text "
+            "use attn_implementation='sparse_reference'"
+        )
 
 
 def own_implementation(name: str | None) -> str:
@@ -73,6 +83,31 @@ class SparseConfigMixin:
         PreTrainedConfig._attn_implementation.fset(self, value)
 
     _attn_implementation = property(PreTrainedConfig._attn_implementation.fget, _set_attn_implementation)
+
+    def _set_output_attentions(self, value):
+        if value:
+            check_weights(self._attn_implementation)
+        self._output_attentions = value
+
+    output_attentions = property(PreTrainedConfig.output_attentions.fget, _set_output_attentions)
+
+    def validate_output_attentions(self):
+        if self.output_attentions:
+            check_weights(self._attn_implementation)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: `save_pretrained` names every class in `auto_map`, and no source file is copied."""
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As Transformers', with `auto_map` and the file that it speaks of, for `trust_remote_code=True`."""
+        # imported here, because the table of families stands on this module
+        from .remote import auto_map, write_remote
+
+        self.auto_map = auto_map(self)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote(save_directory, self)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_dense(cls, dense, pattern, layers=None, global_token_ids: Sequence[int] = ()):

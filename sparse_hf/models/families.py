@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -104,14 +105,25 @@ def register_family(config_class: type, positions: Positions, parts: dict[type, 
         COUNTERPARTS[dense] = sparse
         for auto_class in auto_classes:
             auto_class.register(config_class, sparse)
+    COUNTERPARTS.update(parts or {})
+    for sparse in (*classes, *(parts or {}).values()):
         # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes
         # the same key in every version
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
-    COUNTERPARTS.update(parts or {})
+        if issubclass(sparse, PreTrainedModel):
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
+    _rename_alike(dense_config.model_type, config_class.model_type, classes)
     family = Family(dense_config.model_type, config_class, tuple(classes), positions)
     FAMILIES[family.dense_type] = family
     module.__all__ = [config_class.__name__, *(c.__name__ for c in classes)]
     return family
+
+
+def _rename_alike(dense_type: str, sparse_type: str, classes: list[type]) -> None:
+    """Have the tensors of a sparse family's checkpoints renamed and merged as those of the dense family are."""
+    for dense, sparse in ((dense_type, sparse_type), *((dense_class(c).__name__, c.__name__) for c in classes)):
+        mapping = get_checkpoint_conversion_mapping(dense)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(sparse, mapping)
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .config import own_implementation
+from .config import check_weights, own_implementation
 
 # what a cache is called, newest name first
 CACHE_NAMES = ("cache", "past_key_values")
@@ -50,6 +50,15 @@ class SparseMixin:
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         return super()._check_and_adjust_attn_implementation(own_implementation(attn_implementation), *args, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # weights are initialized and renamed as in the dense family, whose code this is
+        return False
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Nothing to do: the configuration names every class in `auto_map`, and no source file is copied."""
+
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
         # `generate` would make the mask ahead for static caches and take it for a tensor
@@ -88,11 +97,13 @@ def _with_marks(cls):
 
     @functools.wraps(parent)
     def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
-        _refuse_weights(self.config, kwargs)
+        if kwargs.get("output_attentions"):
+            check_weights(self.config._attn_implementation)
         marks = _forward_marks(self, kwargs.get("input_ids", args[0] if args else None), global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
-        if cache_name and not self.training and kwargs.get(cache_name) is None and _makes_sliding_cache(self, kwargs):
+        cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        if cache_name and not self.training and not cached and _makes_sliding_cache(self, kwargs):
             kwargs[cache_name] = DynamicCache()
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
@@ -161,14 +172,6 @@ def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | N
     # multiple choice flattens its ids on the way in; with a cache the ids are only the last of the keys
     given = given.reshape(*found.shape[:-1], given.shape[-1])
     return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
-
-
-def _refuse_weights(config, kwargs) -> None:
-    if kwargs.get("output_attentions") and config._attn_implementation != "sparse_reference":
-        raise ValueError(
-            "attention weights are n x n, which sparse attention never makes; to look at a short text use "
-            "attn_implementation='sparse_reference'"
-        )
 
 
 def _rescaled(output, labels: Tensor, num_items_in_batch):

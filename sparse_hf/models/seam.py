@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ..attention import reference, sparse_attention
+from ..attention.dropout import draw_seed
+from ..attention.scoring import Scoring
 from ..pattern import full
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
@@ -99,15 +101,23 @@ def sparse_attention_forward(
             "marks": None if stack == "decoder" else _marks(kwargs.get("global_attention_mask"), query, key),
             "q_offset": int(request.q_offset),
         }
-    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
-    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
-    if opaque is not None or wants_weights:
-        pattern = _plan(pattern, batch, opaque, query, key)
-        batch = {}
     scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
+    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
+    if backend == "reference" and not torch.compiler.is_compiling():
+        plan = _plan(pattern, batch, opaque, query, key)
+        out, weights = _with_weights(query, key, value, plan, dropout, **scores)
+        return out.transpose(1, 2).contiguous(), weights
+    if opaque is not None:
+        pattern, batch = _plan(pattern, batch, opaque, query, key), {}
     out = sparse_attention(query, key, value, pattern, **batch, **scores, dropout=dropout, backend=backend)
-    weights = reference.weights(query, key, pattern, **scores) if wants_weights else None
-    return out.transpose(1, 2).contiguous(), weights
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_weights(q, k, v, plan, dropout, scale, softcap, relative_bias) -> tuple[Tensor, Tensor]:
+    """The output, and the weights `[B, H, Q, K]` on the way to it."""
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
+    out, _, weights = reference.look(q, k, v, plan, scoring, dropout, draw_seed() if dropout else None)
+    return out, weights
 
 
 def _stack(module) -> str:
@@ -125,7 +135,7 @@ def _crosses(module, stack: str) -> bool:
 def _plan(pattern: str, batch: dict, opaque: Callable | None, query: Tensor, key: Tensor):
     if torch.compiler.is_compiling():
         raise NotImplementedError(
-            "a mask function that sparse_hf does not know, a 4-D attention mask or attention weights cannot be compiled; "
+            "a mask function that sparse_hf does not know, or a 4-D attention mask, cannot be compiled; "
             "pass a 2-D attention mask, or run without torch.compile"
         )
     if opaque is not None and batch["key_padding_mask"] is None:

@@ -163,5 +163,5 @@ def test_bad_input_is_refused(change, error, message):
 def test_operator_agrees_with_torchs_own_checks():
     q, k, v = random((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))
     real = torch.ones(1, 40, dtype=torch.bool)
-    arguments = (q, k, v, real, None, None, None, "window(5, 0)", 0, 0.5, 0.0, "auto")
+    arguments = (q, k, v, real, None, None, None, None, "window(5, 0)", 0, 0.5, None, 0.0, "auto")
     torch.library.opcheck(torch.ops.sparse_hf.attention.default, arguments)

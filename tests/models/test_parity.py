@@ -1,50 +1,136 @@
-"""Sparse models against the stock ones of Transformers: every head, padding on both sides, train and eval."""
+"""Sparse models against the stock ones of Transformers: every family, every head, padding on both sides."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 import sparse_hf
-from tests import oracle
-from tests.models.families import BATCH, HEADS, LENGTH, PADDED, VOCABULARY, dense_model, inputs
+from tests.models.families import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    PADDED,
+    TARGET,
+    TINY,
+    additive,
+    dense_model,
+    explicit_mask,
+    has_target,
+    has_two_stacks,
+    inputs,
+    is_decoder,
+    one_head,
+    pattern_layers,
+)
 
 LIMIT = 2e-5
 PATTERN = "window(20, 20) | first(3) | marked()"
+DECODER = "window(20, 20) | first(3)"
 
 
 def real_part(outputs, batch) -> dict[str, torch.Tensor]:
     """What a user reads: losses, and states and logits of real tokens."""
-    real = batch["attention_mask"].bool().flatten(0, -2)
+    texts = [
+        batch[name].bool().flatten(0, -2) for name in ("attention_mask", "decoder_attention_mask") if name in batch
+    ]
     found = {}
     for name, value in outputs.items():
         # a left-padded row pools padding
-        if isinstance(value, torch.Tensor) and (name != "pooler_output" or real[:, 0].all()):
-            found[name] = value[real] if value.shape[:2] == real.shape else value
+        if isinstance(value, torch.Tensor) and (name != "pooler_output" or texts[0][:, 0].all()):
+            real = next((real for real in texts if value.shape[:2] == real.shape), None)
+            found[name] = value if real is None else value[real]
     return found
 
 
-def assert_same(one, other, batch):
+def assert_same(one, other, batch, limit: float = LIMIT):
     one, other = real_part(one, batch), real_part(other, batch)
     assert one.keys() == other.keys() and one
     for name in one:
         torch.testing.assert_close(
-            one[name], other[name], rtol=LIMIT, atol=LIMIT, msg=lambda m, name=name: f"{name}: {m}"
+            one[name], other[name], rtol=limit, atol=limit, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
-def explicit_mask(batch, marks, is_causal: bool) -> torch.Tensor:
-    """The pattern's pairs as the additive 4-D mask that stock models take."""
-    real = batch["attention_mask"].flatten(0, -2).bool()
-    mask = oracle.dense_mask(PATTERN, LENGTH, LENGTH, real, marks=marks)
-    if is_causal:
-        mask = mask & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+def assert_same_gradients(dense, theirs, sparse, ours):
+    wanted = torch.autograd.grad(theirs.loss, list(dense.parameters()), allow_unused=True)
+    found = torch.autograd.grad(ours.loss, list(sparse.parameters()), allow_unused=True)
+    compared = 0
+    for one, other in zip(wanted, found, strict=True):
+        # a parameter that the dense model multiplies by zero is not touched here
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+            compared += 1
+        else:
+            assert all(g is None or not g.any() for g in (one, other))
+    assert compared > 5
 
 
 def random_marks(rows: int) -> torch.Tensor:
     return (torch.rand(rows, LENGTH, generator=torch.Generator().manual_seed(5)) < 0.03).long()
+
+
+def marks_of(head: str, batch) -> torch.Tensor | None:
+    """Marks of a decoder inside an encoder-decoder's family do not exist."""
+    if has_two_stacks(head) and head.endswith("ForCausalLM"):
+        return None
+    return random_marks(batch["attention_mask"].flatten(0, -2).shape[0])
+
+
+def under_the_mask(dense, head: str, batch, marks, own_window):
+    """The stock model under the 4-D mask of PATTERN, or of DECODER in a decoder that has an encoder."""
+    real = batch["attention_mask"].flatten(0, -2)
+    only_decoder = has_two_stacks(head) and head.endswith("ForCausalLM")
+    pattern = DECODER if only_decoder else PATTERN
+    is_causal = is_decoder(head) or only_decoder
+    types = getattr(dense.config, "layer_types", None)
+    window = (
+        own_window(0)
+        if types is None
+        else own_window(types.index("sliding_attention"))
+        if "sliding_attention" in types
+        else None
+    )
+    whole = additive(explicit_mask(pattern, LENGTH, real, marks, is_causal))
+    cut = whole if window is None else additive(explicit_mask(pattern, LENGTH, real, marks, is_causal, window))
+    if head.endswith("ForMultipleChoice"):
+        # it flattens two-dimensional masks only, so the inner model and its head are called as it does
+        return whole if window is None else {"full_attention": whole, "sliding_attention": cut}
+    if not has_target(head):
+        mask = cut if types is None else {"full_attention": whole, "sliding_attention": cut}
+        return dense(**{**batch, "attention_mask": mask if window is not None else whole})
+    encoded = dense.get_encoder()(input_ids=batch["input_ids"], attention_mask=whole)[0]
+    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    if "decoder_input_ids" in batch:
+        target = explicit_mask(DECODER, TARGET, batch["decoder_attention_mask"], None, True)
+    else:
+        # heads that classify feed the text to the decoder as well, shifted by one and without a mask of its own
+        target = explicit_mask(DECODER, LENGTH, torch.ones(BATCH, LENGTH), None, True)
+        shifted = batch["input_ids"].roll(1, 1)
+        shifted[:, 0] = dense.config.decoder_start_token_id
+        rest |= {"decoder_input_ids": shifted}
+        if "labels" in batch or head.startswith(("T5", "Bart", "MBart")):
+            rest["input_ids"] = batch["input_ids"]
+    return dense(**{**rest, "encoder_outputs": BaseModelOutput(encoded), "decoder_attention_mask": additive(target)})
+
+
+def test_the_table_has_every_family():
+    assert sorted(TINY) == sorted(sparse_hf.FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_head_of_the_auto_classes_is_there(family):
+    from transformers.models.auto import modeling_auto
+
+    names = set()
+    for name, mapping in vars(modeling_auto).items():
+        found = mapping.get(family, ()) if name.endswith("_MAPPING_NAMES") else ()
+        names |= {found} if isinstance(found, str) else set(found)
+    package = type(transformers.AutoConfig.for_model(family)).__module__.rsplit(".", 1)[0]
+    of_family = {n for n in names if getattr(getattr(transformers, n), "__module__", "").startswith(package)}
+    assert of_family == set(sparse_hf.FAMILIES[family].architectures)
 
 
 @pytest.mark.parametrize(("head", "side"), PADDED)
@@ -57,58 +143,80 @@ def test_dense_pattern_equals_stock(head, side):
         assert_same(dense(**batch), sparse(**batch), batch)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("head", "side"), PADDED)
-def test_pattern_equals_stock_under_the_same_mask(head, side, mode):
-    dense = dense_model(head).train(mode == "train")
-    sparse = sparse_hf.sparsify(dense, PATTERN).train(mode == "train")
+def test_pattern_equals_stock_under_the_same_mask(head, side):
+    dense = dense_model(head)
+    sparse = sparse_hf.sparsify(dense, PATTERN, **pattern_layers(head))
     batch = inputs(head, side)
-    marks = random_marks(batch["attention_mask"].flatten(0, -2).shape[0])
-    masked = {**batch, "attention_mask": explicit_mask(batch, marks, head.startswith("Llama"))}
-    if head == "BertForMultipleChoice":
-        # it flattens two-dimensional masks only, so the inner model and its head are called as it does
+    marks = marks_of(head, batch)
+    extra = {} if marks is None else {"global_attention_mask": marks}
+    theirs = under_the_mask(dense, head, batch, marks, sparse.config.own_window)
+    if head.endswith("ForMultipleChoice"):
         flat = {k: v.flatten(0, 1) for k, v in batch.items() if v.ndim == 3}
-        pooled = dense.bert(**{**flat, "attention_mask": masked["attention_mask"]}).pooler_output
-        ours = sparse(**batch, global_attention_mask=marks.view(BATCH, 2, LENGTH))
-        torch.testing.assert_close(ours.logits, dense.classifier(pooled).view(BATCH, 2), rtol=LIMIT, atol=LIMIT)
+        base = getattr(dense, dense.base_model_prefix)(**{**flat, "attention_mask": theirs})
+        ours = getattr(sparse, sparse.base_model_prefix)(**flat, global_attention_mask=marks)
+        assert_same(base, ours, flat)
+        again = sparse(**batch, global_attention_mask=marks.view(BATCH, 2, LENGTH)).logits
+        assert not torch.allclose(again, sparse(**batch).logits, rtol=1e-4)
         return
-    theirs, ours = dense(**masked), sparse(**batch, global_attention_mask=marks)
+    ours = sparse(**batch, **extra)
+    if has_target(head):
+        theirs["encoder_last_hidden_state"] = ours.encoder_last_hidden_state
+        encoded = dense.get_encoder()(
+            input_ids=batch["input_ids"],
+            attention_mask=additive(explicit_mask(PATTERN, LENGTH, batch["attention_mask"], marks, False)),
+        )[0]
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(ours.encoder_last_hidden_state[real], encoded[real], rtol=LIMIT, atol=LIMIT)
     assert_same(theirs, ours, batch)
     if theirs.get("loss") is not None:
-        wanted = torch.autograd.grad(theirs.loss, list(dense.parameters()), allow_unused=True)
-        found = torch.autograd.grad(ours.loss, list(sparse.parameters()), allow_unused=True)
-        for one, other in zip(wanted, found, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert_same_gradients(dense, theirs, sparse, ours)
+
+
+@pytest.mark.parametrize("head", one_head())
+def test_training_mode_has_the_same_pattern(head):
+    dense = dense_model(head)
+    sparse = sparse_hf.sparsify(dense, PATTERN, **pattern_layers(head))
+    batch = inputs(head)
+    with torch.no_grad():
+        assert_same(sparse.eval()(**batch), sparse.train()(**batch), batch)
 
 
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "LlamaForCausalLM"])
 def test_explicit_mask_on_a_sparse_model_is_honoured(head):
     dense = dense_model(head)
     batch = inputs(head)
-    masked = {**batch, "attention_mask": explicit_mask(batch, None, head.startswith("Llama"))}
+    mask = explicit_mask(PATTERN, LENGTH, batch["attention_mask"], None, is_decoder(head))
+    masked = {**batch, "attention_mask": additive(mask)}
     sparse = sparse_hf.sparsify(dense, "window(None, None)")
     assert_same(dense(**masked), sparse(**masked), batch)
     with pytest.raises(ValueError, match="is a bias"):
         sparse(**{**masked, "attention_mask": masked["attention_mask"].clamp(min=-1)})
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "LlamaForCausalLM"])
+def enable_checkpointing(model) -> None:
+    # the newer name came with 5.24
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+@pytest.mark.parametrize(
+    "head", [h for h in one_head() if sparse_hf.FAMILIES[HEADS[h]].classes[0].supports_gradient_checkpointing]
+)
 def test_checkpointing_changes_no_gradient(head):
-    sparse = sparse_hf.sparsify(dense_model(head, attention_dropout=0.2) if "Llama" in head else
-                                dense_model(head, attention_probs_dropout_prob=0.2), PATTERN).train()  # fmt: skip
+    dense = dense_model(head)
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout_rate"):
+        if hasattr(dense.config, name):
+            setattr(dense.config, name, 0.2)
+    sparse = sparse_hf.sparsify(dense, PATTERN, **pattern_layers(head)).train()
     batch = inputs(head)
 
     def gradients():
         torch.manual_seed(11)
-        loss = sparse(**batch).loss
+        loss = sparse(**batch, use_cache=False).loss if is_decoder(head) else sparse(**batch).loss
         return torch.autograd.grad(loss, [p for p in sparse.parameters() if p.requires_grad], allow_unused=True)
 
     plain = gradients()
-    sparse.gradient_checkpointing_enable() if not hasattr(sparse, "activation_checkpointing_enable") else (
-        sparse.activation_checkpointing_enable()
-    )
+    enable_checkpointing(sparse)
     again = gradients()
     assert any(g is not None and g.abs().sum() > 0 for g in plain)
     for one, other in zip(plain, again, strict=True):
@@ -116,13 +224,17 @@ def test_checkpointing_changes_no_gradient(head):
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize("head", one_head())
 def test_compiled_as_one_graph(head):
-    sparse = sparse_hf.sparsify(dense_model(head), PATTERN)
+    torch._dynamo.reset()
+    sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
     batch = inputs(head)
-    eager = sparse(**batch)
+    fullgraph = HEADS[head] not in NOT_ONE_GRAPH
+    eager = sparse(**batch, **({"use_cache": False} if not head.endswith("ForMaskedLM") else {}))
     wanted = torch.autograd.grad(eager.loss, list(sparse.parameters()), allow_unused=True)
-    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")(**batch)
+    compiled = torch.compile(sparse, fullgraph=fullgraph, backend="aot_eager")(
+        **batch, **({"use_cache": False} if not head.endswith("ForMaskedLM") else {})
+    )
     assert_same(eager, compiled, batch)
     found = torch.autograd.grad(compiled.loss, list(sparse.parameters()), allow_unused=True)
     for one, other in zip(wanted, found, strict=True):
@@ -130,17 +242,77 @@ def test_compiled_as_one_graph(head):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+# families whose stock class is not one graph either
+NOT_ONE_GRAPH: set[str] = set()
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_saved_and_loaded_by_the_auto_class(head, tmp_path):
-    sparse = sparse_hf.sparsify(dense_model(head), PATTERN, layers="0=dense", global_token_ids=[5])
+    layers = (
+        None
+        if HEADS[head] == "albert"
+        else {"encoder 0": "dense", **pattern_layers(head)["layers"]}
+        if has_two_stacks(head)
+        else "0=dense"
+    )
+    sparse = sparse_hf.sparsify(dense_model(head), PATTERN, layers=layers, global_token_ids=[5])
     sparse.save_pretrained(tmp_path)
-    auto = "AutoModel" + head.removeprefix("Bert").removeprefix("Llama").removeprefix("Model")
-    loaded = getattr(transformers, auto).from_pretrained(tmp_path)
-    assert type(loaded) is type(sparse) and loaded.config._attn_implementation == "sparse"
-    assert loaded.config.sparse_attention["patterns"] == {"dense": "window(None, None)", "sparse": PATTERN}
+    for auto in auto_classes(head):
+        loaded = auto.from_pretrained(tmp_path).eval()
+        assert type(loaded) is type(sparse) and loaded.config._attn_implementation == "sparse"
+        assert loaded.config.sparse_attention == sparse.config.sparse_attention
+        batch = inputs(head)
+        with torch.no_grad():
+            assert_same(sparse(**batch), loaded(**batch), batch)
+
+
+def auto_classes(head: str) -> list[type]:
+    """The Auto classes that find the stock head."""
+    config = type(dense_model(head).config)
+    autos = [getattr(transformers, n) for n in dir(transformers) if n.startswith("AutoModel")]
+    found = [a for a in autos if getattr(a, "_model_mapping", None) is not None and config in a._model_mapping]
+    chosen = [a for a in found if a._model_mapping[config].__name__ == head]
+    assert chosen
+    return chosen
+
+
+@pytest.mark.parametrize("head", one_head())
+def test_embeddings_resize_and_stay_tied(head):
+    dense = dense_model(head)
+    sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
+    for model in (dense, sparse):
+        model.resize_token_embeddings(VOCABULARY_GROWN)
+    tied = [
+        m.get_output_embeddings() is not None and m.get_output_embeddings().weight is m.get_input_embeddings().weight
+        for m in (dense, sparse)
+    ]
+    assert tied[0] == tied[1]
+    assert sparse.config.vocab_size == VOCABULARY_GROWN
+    assert sparse.get_input_embeddings().weight.shape[0] == VOCABULARY_GROWN
     batch = inputs(head)
-    with torch.no_grad():
-        assert_same(sparse(**batch), loaded.eval()(**batch), batch)
+    batch["input_ids"][:, 5] = VOCABULARY_GROWN - 1
+    assert sparse(**batch).loss.isfinite()
+
+
+VOCABULARY_GROWN = 111
+
+
+@pytest.mark.parametrize(
+    "head", [h for h in HEADS if sparse_hf.FAMILIES and getattr(sparse_hf, f"Sparse{h}").accepts_loss_kwargs]
+)
+def test_loss_is_the_share_of_all_labels(head):
+    """Trainer gives the number of labels of the whole step; the losses of its parts must then add up to the mean."""
+    sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
+    batch = inputs(head)
+    if "labels" not in batch:
+        pytest.skip("no loss")
+    labels = batch["labels"]
+    counted = labels[:, 1:] if is_decoder(head) or head.endswith("ForCausalLM") else labels
+    count = int((counted != -100).sum()) if labels.ndim == 2 and not head.endswith("MultipleChoice") else labels.numel()
+    if head.endswith("ForTokenClassification"):
+        count = int((labels != -100).sum())
+    plain = sparse(**batch).loss
+    torch.testing.assert_close(sparse(**batch, num_items_in_batch=torch.tensor(2 * count)).loss, plain / 2)
 
 
 def test_weights_are_shared_and_the_dense_model_is_untouched():
@@ -153,16 +325,17 @@ def test_weights_are_shared_and_the_dense_model_is_untouched():
     torch.testing.assert_close(dense(**inputs("LlamaForCausalLM")).logits, before)
 
 
-def test_token_ids_mark_what_the_mask_marks():
-    dense = dense_model("BertModel")
-    batch = inputs("BertModel")
-    by_id = sparse_hf.sparsify(dense, "window(5, 5) | marked()", global_token_ids=[7, 8])
-    by_mask = sparse_hf.sparsify(dense, "window(5, 5) | marked()")
+@pytest.mark.parametrize("head", ["BertModel", "BartModel", "T5ForConditionalGeneration"])
+def test_token_ids_mark_what_the_mask_marks(head):
+    dense = dense_model(head)
+    batch = inputs(head)
+    layers = {"layers": {"decoder": "window(5, 5)"}} if has_two_stacks(head) else {}
+    by_id = sparse_hf.sparsify(dense, "window(5, 5) | marked()", global_token_ids=[7, 8], **layers)
+    by_mask = sparse_hf.sparsify(dense, "window(5, 5) | marked()", **layers)
     marks = torch.isin(batch["input_ids"], torch.tensor([7, 8])).long()
     assert marks.any()
     assert_same(by_id(**batch), by_mask(**batch, global_attention_mask=marks), batch)
-    plain = by_mask(**batch).last_hidden_state
-    assert not torch.allclose(plain, by_id(**batch).last_hidden_state, atol=1e-4)
+    assert not torch.allclose(by_mask(**batch)[0], by_id(**batch)[0], atol=1e-4)
 
 
 def test_stock_names_never_make_it_dense(tmp_path):
@@ -183,16 +356,31 @@ def test_stock_names_never_make_it_dense(tmp_path):
             sparse.set_attn_implementation(name)
 
 
-def test_attention_weights_come_from_the_reference_only():
-    sparse = sparse_hf.sparsify(dense_model("BertModel"), "window(3, 3)")
-    batch = inputs("BertModel")
+@pytest.mark.parametrize("head", ["BertModel", "T5Model", "Gemma2Model"])
+def test_attention_weights_come_from_the_reference_only(head):
+    sparse = sparse_hf.sparsify(dense_model(head), "window(3, 3)")
+    batch = inputs(head)
     with pytest.raises(ValueError, match="attn_implementation='sparse_reference'"):
         sparse(**batch, output_attentions=True)
     sparse.set_attn_implementation("sparse_reference")
-    weights = sparse(**batch, output_attentions=True).attentions
+    outputs = sparse(**batch, output_attentions=True)
+    weights = outputs.encoder_attentions if head == "T5Model" else outputs.attentions
     assert len(weights) == 2 and weights[0].shape == (BATCH, 4, LENGTH, LENGTH)
     torch.testing.assert_close(weights[0][1].sum(-1), torch.ones(4, LENGTH))
     assert (weights[0][1, :, 0, 4:] == 0).all()
+    if head == "T5Model":
+        assert outputs.cross_attentions[1].shape == (BATCH, 4, TARGET, LENGTH)
+        torch.testing.assert_close(outputs.cross_attentions[1].sum(-1), torch.ones(BATCH, 4, TARGET))
+
+
+def test_sliding_layers_keep_their_window_unless_they_are_named():
+    dense = dense_model("Gemma3ForCausalLM")
+    patterns = (
+        sparse_hf.sparsify(dense, PATTERN).config.layer_pattern(0),
+        sparse_hf.sparsify(dense, PATTERN).config.layer_pattern(1),
+    )
+    assert patterns == (f"({PATTERN}) & window(29, 0)", PATTERN)
+    assert sparse_hf.sparsify(dense, PATTERN, layers="0=dense").config.layer_pattern(0) == "window(None, None)"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +389,7 @@ def test_attention_weights_come_from_the_reference_only():
         (lambda m, b: m(**b, global_attention_mask=torch.ones_like(b["input_ids"])), ValueError, r"add `\| marked\(\)`"),
         (lambda m, b: sparse_hf.sparsify(m, "windw(1, 0)"), ValueError, "unknown word 'windw'"),
         (lambda m, b: sparse_hf.sparsify(m, "window(1, 0)", layers="0-9=dense"), ValueError, "which has layers 0-1"),
+        (lambda m, b: sparse_hf.sparsify(m, "window(1, 0)", layers="encoder=dense"), ValueError, "the model has one stack of layers"),
         (lambda m, b: sparse_hf.sparsify(m, "window(1, 0)", layers=["first(1)"]), ValueError, "has 1 patterns; the model has 2"),
         (lambda m, b: sparse_hf.sparsify(m, "per_head(first(1), first(2))"), ValueError, "names 2 patterns; the model has 4 heads"),
         (lambda m, b: sparse_hf.sparsify(m, "first(1)", global_token_ids=[3]), ValueError, r"no pattern has marked\(\)"),
@@ -209,8 +398,14 @@ def test_attention_weights_come_from_the_reference_only():
          ValueError, "has 1 entries; the model has 2 layers"),
         (lambda m, b: sparse_hf.SparseLlamaConfig(num_hidden_layers=1, sparse_attention={"patterns": {}, "layers": ["x"]}),
          ValueError, r"names \['x'\]; the patterns are \[\]"),
-        (lambda m, b: sparse_hf.sparsify(transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1)), "first(1)"),
-         ValueError, "'gpt2' has no sparse counterpart; supported are bert, llama"),
+        (lambda m, b: sparse_hf.SparseBartConfig(sparse_attention={"patterns": {}, "layers": ["x"]}),
+         ValueError, "a list of names for 'encoder' and for 'decoder'"),
+        (lambda m, b: sparse_hf.sparsify(dense_model("BartModel"), PATTERN), ValueError, "give the decoder a pattern of its own"),
+        (lambda m, b: sparse_hf.sparsify(dense_model("BartModel"), "first(1)", layers="0-1=dense"), ValueError, "does not say which stack"),
+        (lambda m, b: sparse_hf.sparsify(dense_model("AlbertModel"), "first(1)", layers="0=dense"), ValueError, "share their weights"),
+        (lambda m, b: sparse_hf.family_of("mpnet"), ValueError, "'mpnet' has no .*: it computes attention by itself.*supported are albert"),
+        (lambda m, b: sparse_hf.family_of("esm"), ValueError, "on Transformers' attention interface, but nobody has added"),
+        (lambda m, b: sparse_hf.family_of("nothing"), ValueError, "Transformers does not know it either"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(call, error, message):
@@ -219,6 +414,12 @@ def test_bad_input_is_refused(call, error, message):
         call(sparse, inputs("LlamaForCausalLM"))
 
 
-def test_vocabulary_is_of_the_expected_size():
-    # a wrong test table would compare nothing
-    assert inputs("BertModel")["input_ids"].max() < VOCABULARY
+@pytest.mark.parametrize(
+    "model_type",
+    ["mpnet", "deberta", "deberta-v2", "gptj", "gpt_neo", "bloom", "falcon", "codegen", "mpt", "roformer", "rembert",
+     "megatron-bert", "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer",
+     "yoso", "mra", "openai-gpt", "longformer", "led", "big_bird", "reformer", "perceiver"],
+)  # fmt: skip
+def test_families_that_compute_attention_themselves_are_refused_by_name(model_type):
+    with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it computes attention by itself"):
+        sparse_hf.family_of(model_type)

@@ -1,0 +1,263 @@
+"""`card`: the README.md of a sparse checkpoint, as model hubs show it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from ..models import Family, family_of
+from ..models.remote import auto_map
+from ..show import describe, render, save_png
+from .check import NOT_DENSE, meta_model
+from .export import is_causal
+from .report import report_text
+from .source import read_json
+
+CARD, PICTURE, RESULTS, REPORT = "README.md", "pattern.png", "results.json", "conversion.json"
+# numbers of the pattern are given for no greater length, which would take long to count
+LONGEST, DEFAULT_LENGTH = 16384, 4096
+# Auto class -> what hubs call the task, the most telling first
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModel": "feature-extraction",
+}
+BODY = """
+# {name}
+
+{summary}
+
+```python
+import sparse_hf
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/{name}")
+```
+
+Needs `pip install sparse-hf`. Where the import cannot be added, `trust_remote_code=True` finds the same classes:
+
+```python
+model = {auto}.from_pretrained("path/to/{name}", trust_remote_code=True)
+```
+
+## The pattern at {length:,} tokens
+
+| layers | pattern | pairs | of all | keys per query, mean | layers until every token hears |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers that share a pattern: `counted` is what of it the model uses, its past if it is causal."""
+
+    layers: str
+    pattern: str
+    counted: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that a card says.
+
+    `results` maps a figure's name to a number, or to {"sparse": ..., "dense": ...}; its "note" says how they were measured.
+    """
+
+    name: str
+    family: str
+    auto: str
+    length: int
+    spans: tuple[Span, ...]
+    base: str | None = None
+    license: str | None = None
+    note: str = ""
+    conversion: str = ""
+    picture: str = ""
+    results: Mapping | None = None
+
+
+def write_card(
+    folder: str | Path, *, base: str | None = None, results: Mapping | None = None, overwrite: bool = False
+) -> Path:
+    """Write the README.md of a sparse checkpoint, and `pattern.png` beside it if matplotlib is installed.
+
+    Args:
+        folder: a checkpoint that `convert` or a sparse model's `save_pretrained` wrote.
+        base: the dense model, a hub id (owner/name), or a folder whose README.md names its license and its own base; by
+            default what the old README.md and `conversion.json` say.
+        results: measured figures, see `Card`; by default those of `results.json` in the folder.
+        overwrite: replace a README.md that is there.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        FileExistsError: there is a README.md.
+        ValueError: the checkpoint is not sparse.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse checkpoint")
+    path = folder / CARD
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite) to replace it")
+    card = _read(folder, base, results)
+    content = card_text(card)
+    # raises if a hub could not read the metadata
+    ModelCard(content)
+    partial = folder / f".{CARD}.partial-{os.getpid()}"
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def card_text(card: Card) -> str:
+    """The whole file: metadata, then text."""
+    data = ModelCardData(
+        license=card.license,
+        base_model=card.base,
+        library_name="transformers",
+        pipeline_tag=TASKS.get(card.auto),
+        tags=["sparse-attention", "long-context", "sparse_hf", card.family],
+    )
+    sparse = ", ".join(f"`{text}`" for text in dict.fromkeys(span.pattern for span in card.spans))
+    origin = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"A {card.family} model"
+    summary = f"{origin} with sparse attention by sparse_hf: {sparse}. {card.note}".rstrip()
+    rows = "\n".join(_row(span, card.length) for span in card.spans)
+    parts = [BODY.format(name=card.name, summary=summary, auto=card.auto, length=card.length, rows=rows), card.picture]
+    if card.conversion:
+        parts.append(f"## The conversion\n\n```text\n{card.conversion.rstrip()}\n```\n")
+    if card.results:
+        parts.append(_measured(card.results))
+    return f"---\n{data.to_yaml().strip()}\n---\n" + "\n".join(part for part in parts if part)
+
+
+def _row(span: Span, length: int) -> str:
+    facts = describe(span.counted, length)
+    # a bar inside a table's cell would end it
+    pattern = span.pattern.replace("|", "\\|")
+    mean = f"{facts.keys_per_query[1]:,.0f}"
+    return f"| {span.layers} | `{pattern}` | {facts.pairs:,} | {facts.density:.2%} | {mean} | {facts.reach_note} |"
+
+
+def _measured(results: Mapping) -> str:
+    lines = ["## Measured", "", *([results["note"], ""] if "note" in results else [])]
+    lines += ["| | sparse | dense |", "|---|---|---|"]
+    for name, figure in results.items():
+        if name != "note":
+            both = figure if isinstance(figure, Mapping) else {"sparse": figure}
+            lines.append(f"| {name} | {_number(both.get('sparse'))} | {_number(both.get('dense'))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _read(folder: Path, base: str | None, results: Mapping | None) -> Card:
+    stored = read_json(folder / "config.json")
+    family = family_of(stored.get("model_type", ""))
+    if stored["model_type"] != family.sparse_type:
+        raise ValueError(f"{folder} is {stored['model_type']}, which is dense; convert it first (sparse-hf convert)")
+    config = family.config_class(**{key: value for key, value in stored.items() if key not in NOT_DENSE[:-1]})
+    model = meta_model(family, stored)
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    limit = report.get("density_length") or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    length, spans = min(limit, LONGEST), _spans(config, is_causal(model))
+    if results is None and (folder / RESULTS).is_file():
+        results = read_json(folder / RESULTS)
+    known = _origin(folder, report, base)
+    return Card(
+        name=folder.resolve().name,
+        family=family.dense_type,
+        auto=_auto_class(config, family, type(model).__name__),
+        length=length,
+        spans=spans,
+        base=known.get("base_model"),
+        license=known.get("license"),
+        conversion=report_text(report) if report else "",
+        picture=_picture(folder, spans, length),
+        results=results,
+    )
+
+
+def _spans(config: PreTrainedConfig, causal: bool) -> tuple[Span, ...]:
+    """A span for each distinct pattern of a stack, in the order of the layers."""
+    spans = []
+    for stack, count in config.stacks.items():
+        layers: dict[str, list[int]] = {}
+        for layer in range(count):
+            layers.setdefault(config.layer_pattern(layer, stack=stack), []).append(layer)
+        for text, numbers in layers.items():
+            past = stack == "decoder" if stack else causal
+            counted = config.layer_pattern(numbers[0], past, stack)
+            spans.append(Span(f"{stack} {_ranges(numbers)}".strip(), text, counted))
+    return tuple(spans)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _auto_class(config: PreTrainedConfig, family: Family, head: str) -> str:
+    """The Auto class that gives the checkpoint's own head."""
+    known = {auto: ref.rpartition(".")[2] for auto, ref in auto_map(config).items()}
+    fitting = [auto for auto, name in known.items() if name == family.architectures.get(head, head)]
+    return next((auto for auto in TASKS if auto in fitting), fitting[0] if fitting else "AutoModel")
+
+
+def _origin(folder: Path, report: dict, base: str | None) -> dict:
+    """`base_model` and `license`, as far as known: what was asked for, then the old card, then the conversion."""
+    told = report.get("origin") or {}
+    if _is_id(report.get("source")):
+        told = {**told, "base_model": report["source"]}
+    found = told | _metadata(folder)
+    if base is None:
+        return found
+    if Path(base).is_dir():
+        return found | _metadata(Path(base))
+    if not _is_id(base):
+        raise ValueError(f"base is {base!r}; give a hub id (owner/name), or the folder of the dense checkpoint")
+    return found | {"base_model": base}
+
+
+def _metadata(folder: Path) -> dict:
+    if not (folder / CARD).is_file():
+        return {}
+    data = ModelCard.load(folder / CARD).data.to_dict()
+    return {key: data[key] for key in ("license", "base_model") if data.get(key)}
+
+
+def _is_id(text) -> bool:
+    owner, slash, name = str(text or "").partition("/")
+    return bool(owner and slash and name) and not set(str(text)[:1]) & set("/.~") and "/" not in name
+
+
+def _picture(folder: Path, spans: tuple[Span, ...], length: int) -> str:
+    """The sparsest pattern, drawn beside the card, or in it where matplotlib is missing."""
+    span = min(spans, key=lambda s: describe(s.counted, length).density)
+    try:
+        save_png(span.counted, length, folder / PICTURE)
+    except ImportError:
+        paper = io.StringIO()
+        Console(file=paper, width=100).print(render(span.counted, length))
+        return f"```text\n{paper.getvalue().rstrip()}\n```\n"
+    return f"![The pattern of layers {span.layers}]({PICTURE})\n"

@@ -1,0 +1,289 @@
+"""`export`: a sparse checkpoint becomes one of Transformers' own, dense or with the sliding windows that it knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..models import FAMILIES, Family, family_of
+from ..pattern import First, Pattern, Stride, Window, causal, full
+from ..pattern.base import Intersection, Union
+from .check import NOT_DENSE, check_fits, meta_model
+from .folder import check_target, keep_apart, whole_folder
+from .progress import progress_bar
+from .shards import Shard
+from .source import Source, find_folder, open_source
+from .weights import Work, write_weights
+
+FORMS = ("dense", "native")
+# families with one window on all layers; with layers that have it and layers that have none; and with layers of two
+# kinds that also turn their angles at different speeds, so that a layer's kind must stay
+UNIFORM, BY_LAYER, TYPED = (
+    ("mistral", "mixtral", "phi3", "qwen3_moe"),
+    ("gemma2", "qwen2", "qwen3", "smollm3"),
+    ("gemma3_text", "modernbert"),
+)
+INSTEAD = "export with to='dense' (--to dense), which drops the patterns, or keep the sparse checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer whose pattern is a window, which may hold all that the layer could see."""
+
+    stack: str
+    number: int
+    pattern: Pattern
+    window: Window
+    is_full: bool
+
+    @property
+    def place(self) -> str:
+        return f"{self.stack} layer {self.number}".strip()
+
+
+def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: bool = True) -> Path:
+    """Write a sparse checkpoint as one that plain Transformers loads, without this package.
+
+    Weights are copied as they are. "dense" gives the family back with full attention, but for the windows over which
+    it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
+    gives the same answers, where Transformers can say the patterns: one sliding window, on layers that can have it.
+
+    Args:
+        folder: a checkpoint that `convert` or a sparse model's `save_pretrained` wrote, or a hub id.
+        out: the folder to write.
+        to: "dense" or "native".
+        overwrite: replace `out` if it holds a checkpoint.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
+        ValueError: the checkpoint is not sparse, or a layer's pattern has no native form.
+        OSError: the disk is full.
+    """
+    if to not in FORMS:
+        raise ValueError(f"to is {to!r}; it must be {' or '.join(map(repr, FORMS))}")
+    keep_apart(Path(folder), Path(out))
+    target = check_target(out, overwrite)
+    found = find_folder(folder)
+    keep_apart(found, target)
+    source = open_source(found, Path(folder).name)
+    family = family_of(source.config["model_type"])
+    if source.config["model_type"] != family.sparse_type:
+        raise ValueError(f"{folder} is {source.config['model_type']}, which is dense already; give a sparse checkpoint")
+    values = {key: value for key, value in source.config.items() if key not in NOT_DENSE}
+    values["architectures"] = _stock_names(source, family)
+    if to == "native":
+        family, values = _native(source, family, values)
+    _write(source, family, values, target, progress)
+    return Path(out)
+
+
+def _stock_names(source: Source, family: Family) -> list[str]:
+    stock = {sparse: dense for dense, sparse in family.architectures.items()}
+    named = source.config.get("architectures") or [type(meta_model(family, source.config)).__name__]
+    return [stock.get(name, name) for name in named]
+
+
+def _write(source: Source, family: Family, values: dict, target: Path, progress: bool) -> None:
+    config = family.dense_config_class(**values)
+    shards = source.shards
+    model, old = meta_model(family, values), meta_model(family_of(source.config["model_type"]), source.config)
+    if model.base_model_prefix != old.base_model_prefix:
+        shards = tuple(_renamed(shard, f"{old.base_model_prefix}.", f"{model.base_model_prefix}.") for shard in shards)
+    if not source.config.get("quantization_config"):
+        computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
+        check_fits((tensor for shard in shards for tensor in shard.tensors), model, computed, source.folder)
+    work = Work(shards, {})
+    extra = sum(path.stat().st_size for path in source.carried) + (1 << 20)
+    with (
+        whole_folder(target, work.bytes + extra) as folder,
+        progress_bar(work.source_bytes, f"exporting {source.name}", progress) as advance,
+    ):
+        write_weights(work, folder, advance)
+        for path in source.carried:
+            shutil.copyfile(path, folder / path.name)
+        # last, so that a folder without it never loads
+        config.save_pretrained(folder)
+
+
+def _renamed(shard: Shard, old: str, new: str) -> Shard:
+    """The same bytes under other names: a head of Llama's calls its model otherwise than Mistral's does."""
+    tensors = tuple(
+        dataclasses.replace(t, name=new + t.name.removeprefix(old)) if t.name.startswith(old) else t
+        for t in shard.tensors
+    )
+    return dataclasses.replace(shard, tensors=tensors, ready=False)
+
+
+def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]:
+    """The family and the configuration that say in Transformers' own words what the patterns say."""
+    # the names of classes are no part of what the sparse configuration is asked for
+    kept = {key: value for key, value in values.items() if key != "architectures"}
+    config = family.config_class(**kept, sparse_attention=source.config.get("sparse_attention"))
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"use_bidirectional_attention is set, and its windows have no native form here; {INSTEAD}")
+    layers = list(_layers(config, is_causal(meta_model(family, source.config))))
+    if family.dense_type == "llama" and not all(layer.is_full for layer in layers):
+        family, values = _as_mistral(config, values["architectures"])
+    values = {**values, **_own_words(family, config, layers)}
+    # what the family makes of it must be what was asked for
+    made = family.config_class(**{key: value for key, value in values.items() if key != "architectures"})
+    for layer in layers:
+        assert made.own_window(layer.number) == (None if layer.is_full else layer.window), layer
+    return family, values
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Does the model see its past only? Of an encoder-decoder, the decoder does."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def _layers(config: PreTrainedConfig, past_only: bool) -> Iterator[Layer]:
+    for stack, count in config.stacks.items():
+        limit = causal() if stack == "decoder" or (not stack and past_only) else full()
+        for number in range(count):
+            pattern = Pattern.parse(config.layer_pattern(number, stack=stack))
+            window = _window(pattern, limit)
+            layer = Layer(stack, number, pattern, window, window == limit)
+            if window is None:
+                part = _culprit(pattern, limit)
+                inside = "" if part == pattern else f" in {pattern}"
+                raise ValueError(
+                    f"{layer.place}: {part}{inside} has no native form: it is no sliding window; {INSTEAD}"
+                )
+            yield layer
+
+
+def _window(pattern: Pattern, limit: Window) -> Window | None:
+    """The window that holds the same pairs as the pattern within `limit`, or None if none does."""
+    if pattern.heads:
+        found = {_window(head, limit) for head in pattern.heads}
+        return found.pop() if len(found) == 1 else None
+    if isinstance(pattern, Window):
+        return Window(_nearer(pattern.left, limit.left), _nearer(pattern.right, limit.right))
+    if pattern == Stride(1):
+        return limit
+    if isinstance(pattern, Intersection):
+        # windows first: what is left may be full inside them
+        windows = [part for part in pattern.parts if isinstance(part, Window)]
+        for part in (*windows, *(part for part in pattern.parts if part not in windows)):
+            limit = None if limit is None else _window(part, limit)
+        return limit
+    if isinstance(pattern, Union):
+        found = [_window(part, limit) for part in pattern.parts if part != First(0)]
+        if limit in found:
+            return limit
+        return None if None in found or not found else reduce(_span, found)
+    return None
+
+
+def _nearer(a: int | None, b: int | None) -> int | None:
+    return min((x for x in (a, b) if x is not None), default=None)
+
+
+def _span(a: Window, b: Window) -> Window:
+    left, right = (None if None in ends else max(ends) for ends in ((a.left, b.left), (a.right, b.right)))
+    return Window(left, right)
+
+
+def _culprit(pattern: Pattern, limit: Window) -> Pattern:
+    """The smallest part of a pattern without a window that has none either."""
+    parts = pattern.heads or getattr(pattern, "parts", ())
+    return next((_culprit(part, limit) for part in parts if _window(part, limit) is None), pattern)
+
+
+def _as_mistral(config: PreTrainedConfig, architectures: list[str]) -> tuple[Family, dict]:
+    """Llama with a window on every layer is Mistral, but for biases: the code is the same."""
+    for field in ("attention_bias", "mlp_bias"):
+        if getattr(config, field):
+            raise ValueError(
+                f"{field} is set, and Mistral, the native form of Llama with a window, has none; {INSTEAD}"
+            )
+    mistral = FAMILIES["mistral"]
+    # all values, because the two families have other ones where a file says nothing
+    values = {key: value for key, value in config.to_dict().items() if key not in NOT_DENSE}
+    for field in ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"):
+        values.pop(field, None)
+    names = [name.replace("Llama", "Mistral") for name in architectures]
+    unknown = [name for name in names if name not in mistral.architectures]
+    if unknown:
+        raise ValueError(f"architectures names {architectures}, and Mistral has no {unknown[0]}; {INSTEAD}")
+    return mistral, {**values, "architectures": names}
+
+
+def _own_words(family: Family, config: PreTrainedConfig, layers: list[Layer]) -> dict:
+    """The fields that give every layer its window.
+
+    Raises:
+        ValueError: a layer that the family cannot have.
+    """
+    name = family.dense_type
+    if name in TYPED:
+        return _typed(name, config, layers)
+    if name in BY_LAYER:
+        size = _one_size(name, [layer for layer in layers if not layer.is_full])
+        kinds = ["full_attention" if layer.is_full else "sliding_attention" for layer in layers]
+        return {"layer_types": kinds, **_size(config, size, kinds)}
+    if name in UNIFORM:
+        return _size(config, _one_size(name, layers), None)
+    for layer in layers:
+        if not layer.is_full:
+            raise _refusal(layer, f"{name} has no sliding windows")
+    return {}
+
+
+def _size(config: PreTrainedConfig, size: int | None, kinds: list[str] | None) -> dict:
+    values: dict = {}
+    # without it Transformers would drop the window again
+    if hasattr(config, "use_sliding_window"):
+        values["use_sliding_window"] = size is not None
+    elif size is None and kinds:
+        # Gemma 2 wants a size even where no layer has it
+        return values
+    if hasattr(config, "max_window_layers") and kinds:
+        values["max_window_layers"] = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), len(kinds))
+    return {**values, "sliding_window": size}
+
+
+def _one_size(name: str, layers: list[Layer]) -> int | None:
+    """`sliding_window` of layers that must share it: it counts the query itself, so it is one more than the distance."""
+    for layer in layers:
+        if layer.window != layers[0].window:
+            kind = "one window on all layers" if name in UNIFORM else "windows of one size only"
+            raise _refusal(layer, f"{name} has {kind}, and {layers[0].place} has {layers[0].pattern}")
+        if not layer.is_full and layer.window.right != 0:
+            raise _refusal(layer, f"{name} slides over the past only")
+    return None if not layers or layers[0].is_full else layers[0].window.left + 1
+
+
+def _typed(name: str, config: PreTrainedConfig, layers: list[Layer]) -> dict:
+    for layer, kind in zip(layers, config.layer_types, strict=True):
+        if layer.is_full != (kind == "full_attention"):
+            raise _refusal(layer, f"it is a {kind} layer of {name}, whose positions only such a layer can have")
+    sliding = [layer for layer in layers if not layer.is_full]
+    if not sliding:
+        return {}
+    if name != "modernbert":
+        return {"sliding_window": _one_size(name, sliding)}
+    for layer in sliding:
+        window = layer.window
+        if window.left != window.right:
+            raise _refusal(layer, f"{name} slides as far to the left as to the right")
+        if window != sliding[0].window:
+            raise _refusal(
+                layer, f"{name} has windows of one size only, and {sliding[0].place} has {sliding[0].pattern}"
+            )
+    # the whole width without the query itself
+    return {"local_attention": 2 * sliding[0].window.left}
+
+
+def _refusal(layer: Layer, why: str) -> ValueError:
+    return ValueError(f"{layer.place}: {layer.pattern} has no native form: {why}; {INSTEAD}")

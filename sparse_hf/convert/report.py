@@ -1,0 +1,160 @@
+"""What a conversion did, or would do: as a dict for programs and as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from ..pattern import Marked
+from ..plan import build_plan
+from ..version import __version__
+from .prepare import Prepared
+from .source import read_json
+
+# densities are counted at no greater length; patterns with more half-filled blocks a row, whose pairs must be counted one by
+# one, at the shortest
+SHORTEST_PLAN, LONGEST_PLAN, MOST_HALF_FILLED = 4096, 65536, 16
+# for models that nothing limits
+DEFAULT_LENGTH = 4096
+MARKED = str(Marked())
+
+
+def describe(prepared: Prepared) -> dict:
+    """The content of `conversion.json`."""
+    config, work, choice = prepared.config, prepared.work, prepared.choice
+    old, new = prepared.lengths
+    length = min(choice.max_length or new or DEFAULT_LENGTH, LONGEST_PLAN)
+    tensors = {tensor.name: tensor for tensor in prepared.source.tensors}
+    same = [t for name, t in tensors.items() if name not in work.changes and name not in work.left_out]
+    return {
+        "source": prepared.source.name,
+        "family": prepared.family.dense_type,
+        "model_type": config.model_type,
+        "architectures": config.architectures,
+        "sparse_attention": config.sparse_attention,
+        "layers": list(_layers(prepared, length)),
+        "max_length": [old, new],
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "positions": {"scheme": prepared.family.positions.scheme, "method": _method(prepared)},
+        "rope_parameters": config.rope_parameters if choice.rope else None,
+        "grown": {name: [list(tensors[name].shape), list(change.shape)] for name, change in work.changes.items()},
+        "left_out": {name: list(tensors[name].shape) for name in sorted(work.left_out)},
+        "unchanged": {"tensors": len(same), "bytes": sum(t.size for t in same)},
+        "tokenizer_max_length": _tokenizer_limits(prepared),
+        "note": _note(prepared),
+        "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+    }
+
+
+def _layers(prepared: Prepared, length: int) -> Iterator[dict]:
+    """Ranges of layers that have the same pattern, and how much of the square it fills."""
+    counted: dict[str, tuple[float, int]] = {}
+    for stack, count in prepared.config.stacks.items():
+        is_causal = prepared.is_causal if not stack else stack == "decoder"
+        texts = [prepared.config.layer_pattern(layer, is_causal, stack) for layer in range(count)]
+        first = 0
+        for layer, text in enumerate(texts):
+            if layer + 1 < count and texts[layer + 1] == text:
+                continue
+            if text not in counted:
+                counted[text] = _density(text, length)
+            density, tokens = counted[text]
+            entry = {"stack": stack, "first": first, "last": layer, "pattern": text}
+            yield {**entry, "density": density, "density_length": tokens}
+            first = layer + 1
+
+
+def _density(text: str, length: int) -> tuple[float, int]:
+    """The share of all pairs, and the length at which it was counted."""
+    lengths = [length]
+    while lengths[-1] > SHORTEST_PLAN:
+        lengths.append(lengths[-1] // 2)
+    for tokens in reversed(lengths):
+        plan = build_plan(text, tokens, tokens)
+        if int((~plan.full).sum()) > MOST_HALF_FILLED * plan.q_blocks:
+            break
+    return plan.density, tokens
+
+
+def _method(prepared: Prepared) -> str | None:
+    """How positions came by their new length."""
+    old, new = prepared.lengths
+    if old is None or old == new:
+        return None
+    if prepared.family.positions.scheme == "learned":
+        return prepared.choice.positions
+    return "computed" if prepared.family.positions.scheme == "sinusoidal" else prepared.choice.rope
+
+
+def _note(prepared: Prepared) -> str | None:
+    scheme, choice = prepared.family.positions.scheme, prepared.choice
+    if choice.max_length is None:
+        return None
+    if scheme == "rotary" and not choice.rope:
+        return "rotary positions have no table; only the limit was raised"
+    if scheme == "relative":
+        return "relative positions have no table and no limit; their buckets stay as they are"
+    return None
+
+
+def _tokenizer_limits(prepared: Prepared) -> list[int | None] | None:
+    """`model_max_length` of the tokenizer before and after; None without a tokenizer."""
+    settings = prepared.source.folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    old = read_json(settings).get("model_max_length")
+    return [old, prepared.choice.max_length or old]
+
+
+def report_text(report: dict) -> str:
+    """The same for people."""
+    lines = [
+        f"{report['source']}: {report['family']} -> {', '.join(report['architectures'])}",
+        "Patterns, and their share of all pairs of tokens:",
+        *(f"  {_layer_line(entry)}" for entry in report["layers"]),
+        *_length_lines(report),
+        *_left_out_lines(report["left_out"]),
+        f"Not touched: {report['unchanged']['tensors']:,} tensors, {report['unchanged']['bytes']:,} bytes",
+    ]
+    if report["tokenizer_max_length"]:
+        old, new = report["tokenizer_max_length"]
+        lines.append(f"Tokenizer's limit: {_number(old)}" + (f" -> {_number(new)}" if new != old else ""))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join([*lines, f"Written by {versions}", ""])
+
+
+def _layer_line(entry: dict) -> str:
+    first, last = entry["first"], entry["last"]
+    numbers = f"layer {first}" if first == last else f"layers {first}-{last}"
+    marks = ", without the marked tokens" if MARKED in entry["pattern"] else ""
+    share = f"{entry['density']:.2%} of {entry['density_length']:,} tokens{marks}"
+    return f"{entry['stack']} {numbers}: {entry['pattern']} ({share})".strip()
+
+
+def _length_lines(report: dict) -> Iterator[str]:
+    (old, new), positions = report["max_length"], report["positions"]
+    if old is None:
+        yield f"Length: not limited by the model ({positions['scheme']} positions)"
+    elif old == new:
+        yield f"Length: {old:,} tokens, as before ({positions['scheme']} positions)"
+    else:
+        method = f", {positions['method']}" if positions["method"] else ""
+        yield f"Length: {old:,} -> {new:,} tokens ({positions['scheme']} positions{method})"
+    for name, (before, after) in report["grown"].items():
+        yield f"  grown: {name} {before} -> {after}"
+    if report["rope_parameters"]:
+        yield f"  rope_parameters: {report['rope_parameters']}"
+    if report["note"]:
+        yield f"  {report['note']}"
+
+
+def _left_out_lines(left_out: dict) -> Iterator[str]:
+    if left_out:
+        yield f"Left out, because the model makes them itself: {len(left_out)} masks"
+        yield from (f"  {name} {shape}" for name, shape in left_out.items())
+
+
+def _number(value) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
