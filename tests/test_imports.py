@@ -21,7 +21,7 @@ ALLOWED = {
     "show": {"plan", "pattern"},
     "testing": set(),
     "version": set(),
-    "cli": {"sparse_hf", "show", "bench", "version"},
+    "cli": {"sparse_hf", "convert", "show", "bench", "version"},
     "__init__": {"attention", "convert", "models", "pattern", "plan", "version"},
 }
 NO_TRANSFORMERS = {"pattern", "plan", "attention", "show", "testing"}

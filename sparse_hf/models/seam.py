@@ -21,7 +21,6 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from ..attention import reference, sparse_attention
 from ..attention.dropout import draw_seed
 from ..attention.scoring import Scoring
-from ..pattern import full
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
 
@@ -82,28 +81,25 @@ def sparse_attention_forward(
             f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
         )
     stack = _stack(module)
-    crosses = _crosses(module, stack)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
-    if crosses and backend != "reference":
+    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
+    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    if _crosses(module, stack):
         assert bias is None
-        return _cross_attention(query, key, value, attention_mask, scaling, dropout), None
+        return _cross_attention(query, key, value, attention_mask, scaling, dropout, wants_weights)
     request = _as_request(attention_mask, query, key)
     is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
-    if crosses:
-        pattern, batch = str(full()), {"key_padding_mask": request.attention_mask}
-    else:
-        pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
-        batch = {
-            "key_padding_mask": request.attention_mask,
-            "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
-            # of an encoder-decoder, the encoder's tokens are marked
-            "marks": None if stack == "decoder" else _marks(kwargs.get("global_attention_mask"), query, key),
-            "q_offset": int(request.q_offset),
-        }
+    pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
+    batch = {
+        "key_padding_mask": request.attention_mask,
+        "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
+        # of an encoder-decoder, the encoder's tokens are marked
+        "marks": None if stack == "decoder" else _marks(kwargs.get("global_attention_mask"), query, key),
+        "q_offset": int(request.q_offset),
+    }
     scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
-    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if wants_weights:
         plan = _plan(pattern, batch, opaque, query, key)
         out, weights = _with_weights(query, key, value, plan, dropout, **scores)
         return out.transpose(1, 2).contiguous(), weights
@@ -249,14 +245,26 @@ def _marks(global_attention_mask: Tensor | None, query: Tensor, key: Tensor) -> 
     return marks.to(device=key.device, dtype=torch.bool)
 
 
-def _cross_attention(query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling, dropout: float) -> Tensor:
+def _cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling, dropout: float, wants_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention to another text, `[B, Q, H, D]`, and its weights `[B, H, Q, K]` if they are wanted."""
     mask = attention_mask.attention_mask if isinstance(attention_mask, MaskRequest) else attention_mask
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
+    if wants_weights:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1)
+        out = torch.nn.functional.dropout(weights, dropout) @ value
+        return out.transpose(1, 2).contiguous(), weights
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).contiguous(), None
 
 
 for _name, _backend in IMPLEMENTATIONS.items():

@@ -35,12 +35,31 @@ def sparsify(model: PreTrainedModel, pattern, layers=None, global_token_ids: Seq
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
-    sparse = _shared_copy(model, model.config, config, {})
+    # chosen when the dense model was built, and not part of what a configuration says of itself
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts is not None:
+        config._experts_implementation = experts
+    sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
     return sparse
 
 
-def _shared_copy(module: nn.Module, old_config, new_config, done: dict[int, nn.Module]) -> nn.Module:
+class _Configs:
+    """Dense configuration -> sparse one. Stacks of T5 hold copies of the model's with fields of their own."""
+
+    def __init__(self, dense, sparse):
+        self.dense, self.known = dense, {id(dense): sparse}
+
+    def __call__(self, found):
+        if id(found) not in self.known:
+            twin = copy.copy(self.known[id(self.dense)])
+            own = {key: value for key, value in vars(found).items() if value != vars(self.dense).get(key)}
+            vars(twin).update({key: value for key, value in own.items() if not key.startswith("_")})
+            self.known[id(found)] = twin
+        return self.known[id(found)]
+
+
+def _shared_copy(module: nn.Module, configs: _Configs, done: dict[int, nn.Module]) -> nn.Module:
     """A copy of the module tree around the same parameters and buffers."""
     if id(module) in done:
         return done[id(module)]
@@ -49,11 +68,10 @@ def _shared_copy(module: nn.Module, old_config, new_config, done: dict[int, nn.M
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {
-        name: None if child is None else _shared_copy(child, old_config, new_config, done)
-        for name, child in module._modules.items()
+        name: None if child is None else _shared_copy(child, configs, done) for name, child in module._modules.items()
     }
     for name, value in module.__dict__.items():
-        if value is old_config:
-            twin.__dict__[name] = new_config
+        if type(value) is type(configs.dense):
+            twin.__dict__[name] = configs(value)
     twin.__class__ = COUNTERPARTS.get(type(module), type(module))
     return twin

@@ -198,8 +198,8 @@ def inputs(head: str, side: str = "right") -> dict[str, torch.Tensor]:
     return batch
 
 
-def additive(mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+def additive(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min).to(dtype)
 
 
 def explicit_mask(pattern: str, length: int, real: torch.Tensor, marks, is_causal: bool, own=None) -> torch.Tensor:

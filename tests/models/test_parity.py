@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -27,6 +29,8 @@ from tests.models.families import (
 )
 
 LIMIT = 2e-5
+# the stock model's own error may be small by luck: the largest of few numbers, or of a loss; sums in another order
+FACTOR, LEAST = 8, 64 * torch.finfo(torch.float32).eps
 PATTERN = "window(20, 20) | first(3) | marked()"
 DECODER = "window(20, 20) | first(3)"
 
@@ -54,17 +58,47 @@ def assert_same(one, other, batch, limit: float = LIMIT):
         )
 
 
-def assert_same_gradients(dense, theirs, sparse, ours):
-    wanted = torch.autograd.grad(theirs.loss, list(dense.parameters()), allow_unused=True)
-    found = torch.autograd.grad(ours.loss, list(sparse.parameters()), allow_unused=True)
+def assert_as_exact(ours, stock, exact, batch):
+    """Ours are as near to the stock model in double precision as the stock model in single precision is, or nearly so."""
+    ours, stock, exact = (real_part(outputs, batch) for outputs in (ours, stock, exact))
+    assert ours.keys() == stock.keys() and ours
+    for name, wanted in exact.items():
+        assert_as_near(ours[name], stock[name], wanted, name)
+
+
+def assert_as_near(ours, stock, exact, name):
+    allowed = FACTOR * (stock - exact).abs().max() + LEAST * exact.abs().max()
+    found = (ours - exact).abs().max()
+    assert found <= allowed, f"{name}: off by {found:.3g}; {allowed:.3g} is allowed"
+
+
+def in_double(model):
+    """The same weights in double precision, which tells what single precision gets wrong."""
+    twin = copy.deepcopy(model).double()
+    if hasattr(twin.config, "num_experts_per_tok"):
+        # the fast way knows no double precision
+        twin.set_experts_implementation("eager")
+    return twin
+
+
+def gradients(loss, model) -> list:
+    # sinusoidal tables are parameters that learn nothing
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.autograd.grad(loss, learning, allow_unused=True)
+
+
+def assert_gradients_as_exact(ours, stock, exact):
+    """Each is a (model, outputs) pair."""
     compared = 0
-    for one, other in zip(wanted, found, strict=True):
+    names = [name for name, parameter in stock[0].named_parameters() if parameter.requires_grad]
+    found = [gradients(outputs.loss, model) for model, outputs in (ours, stock, exact)]
+    for name, *three in zip(names, *found, strict=True):
         # a parameter that the dense model multiplies by zero is not touched here
-        if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        if all(gradient is not None for gradient in three):
+            assert_as_near(*three, name)
             compared += 1
         else:
-            assert all(g is None or not g.any() for g in (one, other))
+            assert all(gradient is None or not gradient.any() for gradient in three)
     assert compared > 5
 
 
@@ -93,12 +127,16 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
         if "sliding_attention" in types
         else None
     )
-    whole = additive(explicit_mask(pattern, LENGTH, real, marks, is_causal))
-    cut = whole if window is None else additive(explicit_mask(pattern, LENGTH, real, marks, is_causal, window))
+    whole, cut = (
+        additive(explicit_mask(pattern, LENGTH, real, marks, is_causal, own), dense.dtype) for own in (None, window)
+    )
     if head.endswith("ForMultipleChoice"):
         # it flattens two-dimensional masks only, so the inner model and its head are called as it does
         return whole if window is None else {"full_attention": whole, "sliding_attention": cut}
     if not has_target(head):
+        if head == "ElectraForPreTraining":
+            # its loss reads the mask too, and takes one with two dimensions only
+            batch = {name: value for name, value in batch.items() if name != "labels"}
         mask = cut if types is None else {"full_attention": whole, "sliding_attention": cut}
         return dense(**{**batch, "attention_mask": mask if window is not None else whole})
     encoded = dense.get_encoder()(input_ids=batch["input_ids"], attention_mask=whole)[0]
@@ -113,7 +151,9 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
         rest |= {"decoder_input_ids": shifted}
         if "labels" in batch or head.startswith(("T5", "Bart", "MBart")):
             rest["input_ids"] = batch["input_ids"]
-    return dense(**{**rest, "encoder_outputs": BaseModelOutput(encoded), "decoder_attention_mask": additive(target)})
+    return dense(
+        **{**rest, "encoder_outputs": BaseModelOutput(encoded), "decoder_attention_mask": additive(target, dense.dtype)}
+    )
 
 
 def test_the_table_has_every_family():
@@ -129,7 +169,11 @@ def test_every_head_of_the_auto_classes_is_there(family):
         found = mapping.get(family, ()) if name.endswith("_MAPPING_NAMES") else ()
         names |= {found} if isinstance(found, str) else set(found)
     package = type(transformers.AutoConfig.for_model(family)).__module__.rsplit(".", 1)[0]
-    of_family = {n for n in names if getattr(getattr(transformers, n), "__module__", "").startswith(package)}
+    of_family = {
+        name
+        for name in names
+        if not name.endswith("Config") and getattr(getattr(transformers, name), "__module__", "").startswith(package)
+    }
     assert of_family == set(sparse_hf.FAMILIES[family].architectures)
 
 
@@ -140,37 +184,47 @@ def test_dense_pattern_equals_stock(head, side):
     assert type(sparse).__name__ == f"Sparse{head}" and type(dense).__name__ == head
     batch = inputs(head, side)
     with torch.no_grad():
-        assert_same(dense(**batch), sparse(**batch), batch)
+        # Gemma 2 rounds its mask to single precision, where what is -1e308 in double makes NaN of rows without keys
+        exact = dense if HEADS[head] == "gemma2" else in_double(dense)
+        assert_as_exact(sparse(**batch), dense(**batch), exact(**batch), batch)
 
 
 @pytest.mark.parametrize(("head", "side"), PADDED)
 def test_pattern_equals_stock_under_the_same_mask(head, side):
     dense = dense_model(head)
+    double = in_double(dense)
     sparse = sparse_hf.sparsify(dense, PATTERN, **pattern_layers(head))
     batch = inputs(head, side)
+    if head == "ElectraForPreTraining":
+        # its loss reads the mask too, and takes one with two dimensions only
+        del batch["labels"]
     marks = marks_of(head, batch)
     extra = {} if marks is None else {"global_attention_mask": marks}
-    theirs = under_the_mask(dense, head, batch, marks, sparse.config.own_window)
+    stock, exact = (under_the_mask(model, head, batch, marks, sparse.config.own_window) for model in (dense, double))
     if head.endswith("ForMultipleChoice"):
         flat = {k: v.flatten(0, 1) for k, v in batch.items() if v.ndim == 3}
-        base = getattr(dense, dense.base_model_prefix)(**{**flat, "attention_mask": theirs})
-        ours = getattr(sparse, sparse.base_model_prefix)(**flat, global_attention_mask=marks)
-        assert_same(base, ours, flat)
+        stock, exact = (
+            getattr(model, model.base_model_prefix)(**{**flat, "attention_mask": mask})
+            for model, mask in ((dense, stock), (double, exact))
+        )
+        assert_as_exact(getattr(sparse, sparse.base_model_prefix)(**flat, **extra), stock, exact, flat)
         again = sparse(**batch, global_attention_mask=marks.view(BATCH, 2, LENGTH)).logits
         assert not torch.allclose(again, sparse(**batch).logits, rtol=1e-4)
         return
     ours = sparse(**batch, **extra)
     if has_target(head):
-        theirs["encoder_last_hidden_state"] = ours.encoder_last_hidden_state
-        encoded = dense.get_encoder()(
-            input_ids=batch["input_ids"],
-            attention_mask=additive(explicit_mask(PATTERN, LENGTH, batch["attention_mask"], marks, False)),
-        )[0]
         real = batch["attention_mask"].bool()
-        torch.testing.assert_close(ours.encoder_last_hidden_state[real], encoded[real], rtol=LIMIT, atol=LIMIT)
-    assert_same(theirs, ours, batch)
-    if theirs.get("loss") is not None:
-        assert_same_gradients(dense, theirs, sparse, ours)
+        mask = explicit_mask(PATTERN, LENGTH, batch["attention_mask"], marks, False)
+        states = [
+            model.get_encoder()(input_ids=batch["input_ids"], attention_mask=additive(mask, model.dtype))[0][real]
+            for model in (dense, double)
+        ]
+        assert_as_near(ours.encoder_last_hidden_state[real], *states, "encoder_last_hidden_state")
+        for outputs in (stock, exact):
+            outputs["encoder_last_hidden_state"] = ours.encoder_last_hidden_state
+    assert_as_exact(ours, stock, exact, batch)
+    if stock.get("loss") is not None:
+        assert_gradients_as_exact((sparse, ours), (dense, stock), (double, exact))
 
 
 @pytest.mark.parametrize("head", one_head())
@@ -210,14 +264,14 @@ def test_checkpointing_changes_no_gradient(head):
     sparse = sparse_hf.sparsify(dense, PATTERN, **pattern_layers(head)).train()
     batch = inputs(head)
 
-    def gradients():
+    def found():
         torch.manual_seed(11)
         loss = sparse(**batch, use_cache=False).loss if is_decoder(head) else sparse(**batch).loss
-        return torch.autograd.grad(loss, [p for p in sparse.parameters() if p.requires_grad], allow_unused=True)
+        return gradients(loss, sparse)
 
-    plain = gradients()
+    plain = found()
     enable_checkpointing(sparse)
-    again = gradients()
+    again = found()
     assert any(g is not None and g.abs().sum() > 0 for g in plain)
     for one, other in zip(plain, again, strict=True):
         if one is not None:
@@ -230,20 +284,21 @@ def test_compiled_as_one_graph(head):
     sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
     batch = inputs(head)
     fullgraph = HEADS[head] not in NOT_ONE_GRAPH
-    eager = sparse(**batch, **({"use_cache": False} if not head.endswith("ForMaskedLM") else {}))
-    wanted = torch.autograd.grad(eager.loss, list(sparse.parameters()), allow_unused=True)
-    compiled = torch.compile(sparse, fullgraph=fullgraph, backend="aot_eager")(
-        **batch, **({"use_cache": False} if not head.endswith("ForMaskedLM") else {})
-    )
+    if not head.endswith("ForMaskedLM"):
+        batch["use_cache"] = False
+    if not fullgraph:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(dense_model(head), fullgraph=True, backend="aot_eager")(**batch)
+    eager = sparse(**batch)
+    compiled = torch.compile(sparse, fullgraph=fullgraph, backend="aot_eager")(**batch)
     assert_same(eager, compiled, batch)
-    found = torch.autograd.grad(compiled.loss, list(sparse.parameters()), allow_unused=True)
-    for one, other in zip(wanted, found, strict=True):
+    for one, other in zip(gradients(eager.loss, sparse), gradients(compiled.loss, sparse), strict=True):
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-# families whose stock class is not one graph either
-NOT_ONE_GRAPH: set[str] = set()
+# families whose stock class is not one graph either: GPT-2 warns about the kind of its loss
+NOT_ONE_GRAPH = {"gpt2"}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -297,9 +352,7 @@ def test_embeddings_resize_and_stay_tied(head):
 VOCABULARY_GROWN = 111
 
 
-@pytest.mark.parametrize(
-    "head", [h for h in HEADS if sparse_hf.FAMILIES and getattr(sparse_hf, f"Sparse{h}").accepts_loss_kwargs]
-)
+@pytest.mark.parametrize("head", [h for h in HEADS if getattr(sparse_hf, f"Sparse{h}").accepts_loss_kwargs])
 def test_loss_is_the_share_of_all_labels(head):
     """Trainer gives the number of labels of the whole step; the losses of its parts must then add up to the mean."""
     sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
@@ -307,10 +360,9 @@ def test_loss_is_the_share_of_all_labels(head):
     if "labels" not in batch:
         pytest.skip("no loss")
     labels = batch["labels"]
-    counted = labels[:, 1:] if is_decoder(head) or head.endswith("ForCausalLM") else labels
-    count = int((counted != -100).sum()) if labels.ndim == 2 and not head.endswith("MultipleChoice") else labels.numel()
-    if head.endswith("ForTokenClassification"):
-        count = int((labels != -100).sum())
+    # language models predict the next token, but for the decoders of encoder-decoders, which take labels as they are
+    shifted = head.endswith(("ForCausalLM", "LMHeadModel")) and not has_two_stacks(head)
+    count = int(((labels[:, 1:] if shifted else labels) != -100).sum())
     plain = sparse(**batch).loss
     torch.testing.assert_close(sparse(**batch, num_items_in_batch=torch.tensor(2 * count)).loss, plain / 2)
 
@@ -416,10 +468,17 @@ def test_bad_input_is_refused(call, error, message):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["mpnet", "deberta", "deberta-v2", "gptj", "gpt_neo", "bloom", "falcon", "codegen", "mpt", "roformer", "rembert",
-     "megatron-bert", "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer",
-     "yoso", "mra", "openai-gpt", "longformer", "led", "big_bird", "reformer", "perceiver"],
+    ["mpnet", "deberta", "deberta-v2", "gpt_neo", "bloom", "falcon", "mpt", "roformer", "rembert", "megatron-bert",
+     "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer", "yoso", "mra",
+     "openai-gpt", "longformer", "led", "big_bird", "reformer", "perceiver"],
 )  # fmt: skip
 def test_families_that_compute_attention_themselves_are_refused_by_name(model_type):
     with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it computes attention by itself"):
+        sparse_hf.family_of(model_type)
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "codegen"])
+def test_families_that_came_to_the_interface_later_are_refused(model_type):
+    # with version 5.24; the reason that is given is that of the version that runs
+    with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it (computes|is on)"):
         sparse_hf.family_of(model_type)
