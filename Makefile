@@ -1,19 +1,21 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 FAST := -q -n 2
 
-.PHONY: help demo test check test-all test-transformers test-gpu bench cards
+.PHONY: help demo test test-oldest check test-all test-transformers test-gpu bench cards
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch first and by its exact version: what else is installed then takes it as it is
-$(STAMP): setup.py constraints.txt sparse_hf/version.py
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+$(STAMP): setup.py $(CONSTRAINTS) sparse_hf/version.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c $(CONSTRAINTS) torch
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (under 10 minutes on 2 cores)
@@ -21,6 +23,9 @@ demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (un
 
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST)
+
+test-oldest:  ## the fast tests with the oldest supported transformers
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 check: $(STAMP)  ## lint, format, and the table of who may import whom
 	$(BIN)/ruff check .
