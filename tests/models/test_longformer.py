@@ -105,8 +105,19 @@ def test_no_tensor_has_two_lengths(head, length):
     assert not seen.quadratic and seen.calls > 1_000
 
 
-@pytest.mark.parametrize("marks", ["default", "few"])
-@pytest.mark.parametrize("head", ALL_HEADS)
+# heads that mark by themselves and those that are trained without marks, in the fast suite
+QUICK = [("LongformerForQuestionAnswering", "default"), ("LongformerForMultipleChoice", "default")]
+QUICK += [("LongformerForMaskedLM", "few"), ("LEDForConditionalGeneration", "few")]
+
+
+@pytest.mark.parametrize(
+    ("head", "marks"),
+    [
+        pytest.param(head, marks, marks=() if (head, marks) in QUICK else pytest.mark.slow)
+        for head in ALL_HEADS
+        for marks in ("default", "few")
+    ],
+)
 def test_compiled_as_one_graph(head, marks):
     torch._dynamo.reset()
     ours = sparse_hf.sparsify(stock_model(head))
