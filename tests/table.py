@@ -13,6 +13,8 @@ PATTERNS = [
     "first(3)",
     "window(16, 16) | first(2)",
     "window(30, 5) | marked()",
+    "window(9, 9) | marked_keys()",
+    "(window(None, 0) | stride(5)) & marked_queries()",
     "window(60, 60) & stride(3)",
     "stride(7)",
     "fixed(16, 3)",

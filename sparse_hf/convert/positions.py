@@ -60,7 +60,7 @@ def check_choice(positions: str, rope: str | None, max_length: int | None) -> No
 
 def length_of(config, positions: Positions) -> int | None:
     """Tokens that a model takes; None where nothing limits them."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, positions.limit, None)
     return limit - positions.offset if limit is not None and positions.counted else limit
 
 
@@ -74,7 +74,7 @@ def set_length(config, positions: Positions, max_length: int | None) -> tuple[in
             f"max_length is {max_length}; the checkpoint has {old} positions, and cutting them off loses weights"
         )
     # GPT-2 calls it n_positions, which `attribute_map` knows
-    config.max_position_embeddings = max_length + (positions.offset if positions.counted else 0)
+    setattr(config, positions.limit, max_length + (positions.offset if positions.counted else 0))
     return old, max_length
 
 

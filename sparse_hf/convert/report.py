@@ -18,7 +18,8 @@ from .source import read_json
 SHORTEST_PLAN, LONGEST_PLAN, MOST_HALF_FILLED = 4096, 65536, 16
 # for models that nothing limits
 DEFAULT_LENGTH = 4096
-MARKED = str(Marked())
+# the word of all patterns that speak of marked tokens
+MARKED = Marked.word
 
 
 def describe(prepared: Prepared) -> dict:

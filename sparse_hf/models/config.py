@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,7 +23,8 @@ from .layers import as_pattern, describe_layers, named_layers
 logger = logging.get_logger(__name__)
 
 KEYS = ("patterns", "layers", "global_token_ids")
-MARKED = str(Marked())
+# the word of all patterns that speak of marked tokens
+MARKED = Marked.word
 # the attention implementations of a sparse model, and what stock names stand for: never silently dense
 IMPLEMENTATIONS = {
     "sparse": "auto",
@@ -71,6 +72,8 @@ class SparseConfigMixin:
     """
 
     sparse_attention: dict[str, Any] | None = None
+    # is the family sparse by itself, so that its configuration implies a pattern?
+    implies_pattern: ClassVar[bool] = False
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("attn_implementation", "sparse")
@@ -110,13 +113,14 @@ class SparseConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_dense(cls, dense, pattern, layers=None, global_token_ids: Sequence[int] = ()):
-        """The sparse counterpart of a dense configuration.
+    def from_dense(cls, dense, pattern=None, layers=None, global_token_ids: Sequence[int] = ()):
+        """The counterpart of a configuration of Transformers.
 
         Args:
             dense: a configuration object, or the dict of a `config.json`.
             pattern: a `Pattern` or its text, for every layer that `layers` does not name. Layers that slide over a window in
-                the dense family have it cut to that window.
+                the dense family have it cut to that window. Families that are sparse by themselves need none: without it
+                each layer keeps what its configuration implies.
             layers: see `parse_layers`; encoder-decoders say "encoder" or "decoder" before the range, as in
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
@@ -124,13 +128,14 @@ class SparseConfigMixin:
         values = dict(dense if isinstance(dense, Mapping) else dense.to_dict())
         for key in ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention"):
             values.pop(key, None)
-        plain, pattern = cls(**values), as_pattern(pattern)
+        if pattern is None and not cls.implies_pattern:
+            raise ValueError(f"{cls.model_type} implies no pattern; give one, like 'window(255, 0) | first(4)'")
+        plain, pattern = cls(**values), None if pattern is None else as_pattern(pattern)
         named = named_layers(layers, plain.stacks)
         places = [(stack, layer) for stack, count in plain.stacks.items() for layer in range(count)]
-        chosen = {
-            place: named[place] if place in named else _cut(pattern, plain.own_window(place[1])) for place in places
-        }
-        values["sparse_attention"] = describe_layers(chosen, pattern, global_token_ids)
+        chosen = {place: named[place] if place in named else plain.pattern_of(*place, pattern) for place in places}
+        most = chosen[places[0]] if pattern is None else pattern
+        values["sparse_attention"] = describe_layers(chosen, most, global_token_ids)
         return cls(**values)
 
     @property
@@ -150,6 +155,17 @@ class SparseConfigMixin:
         if size is None or (types is not None and types[layer] != "sliding_attention"):
             return None
         return Window(size - 1, 0)
+
+    def implied_pattern(self, stack: str, layer: int) -> str:
+        """What a layer attends to if `sparse_attention` says nothing: of a dense family everything within its own window."""
+        window = self.own_window(layer)
+        return str(full() if window is None else window)
+
+    def pattern_of(self, stack: str, layer: int, pattern: Pattern | None) -> Pattern:
+        """What becomes of `pattern` in a layer; None is the implied one."""
+        return (
+            as_pattern(self.implied_pattern(stack, layer)) if pattern is None else _cut(pattern, self.own_window(layer))
+        )
 
     def validate_sparse_attention(self) -> None:
         """Raise ValueError with the remedy if `sparse_attention` does not fit this configuration."""
@@ -194,7 +210,7 @@ class SparseConfigMixin:
         layer = 0 if layer is None else layer
         spec = self.sparse_attention
         if spec is None:
-            text = str(_cut(full(), self.own_window(layer)))
+            text = self.implied_pattern(stack, layer)
         else:
             names = spec["layers"][stack] if stack else spec["layers"]
             text = spec["patterns"][names[layer]]
@@ -207,7 +223,8 @@ class SparseConfigMixin:
     @property
     def uses_marks(self) -> bool:
         # validation wrote the patterns in their one text form
-        return any(MARKED in text for text in (self.sparse_attention or {}).get("patterns", {}).values())
+        spec = self.sparse_attention
+        return self.implies_pattern if spec is None else any(MARKED in text for text in spec["patterns"].values())
 
 
 def _by_stack(layers, stacks: Mapping[str, int]) -> dict[str, list]:

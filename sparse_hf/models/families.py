@@ -27,8 +27,8 @@ class Positions:
 
     `scheme` is "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
     `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
-    position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's
-    `max_position_embeddings` counts them (RoBERTa does, OPT and BART do not).
+    position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's limit counts
+    them (RoBERTa does, OPT and BART do not). `limit` is that limit's name.
     """
 
     scheme: str
@@ -36,6 +36,7 @@ class Positions:
     buffers: tuple[str, ...] = ()
     offset: int = 0
     counted: bool = False
+    limit: str = "max_position_embeddings"
 
     @property
     def conversion(self) -> str:
@@ -63,6 +64,11 @@ class Family:
     @property
     def sparse_type(self) -> str:
         return self.config_class.model_type
+
+    @property
+    def implies_pattern(self) -> bool:
+        """Is the family of Transformers sparse by itself, so that no pattern need be given?"""
+        return self.config_class.implies_pattern
 
     @property
     def dense_config_class(self) -> type[PreTrainedConfig]:

@@ -34,15 +34,20 @@ class SparseMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if issubclass(cls, PreTrainedModel) and "forward" not in cls.__dict__:
-            cls.forward = _with_marks(cls)
+        if issubclass(cls, PreTrainedModel):
+            parent = cls.__dict__.get("forward", super(cls, cls).forward)
+            cls.forward = _with_marks(parent)
             # such heads hand `num_items_in_batch` to the loss of the library, which divides by it
-            code = inspect.unwrap(super(cls, cls).forward).__code__
+            code = inspect.unwrap(parent).__code__
             cls._parent_scales_loss = issubclass(cls, GenerationMixin) and "loss_function" in code.co_names
 
     def post_init(self):
         super().post_init()
         adopt(self)
+
+    def default_marks(self, input_ids: Tensor) -> Tensor | None:
+        """What a head marks by itself where no `global_attention_mask` is given."""
+        return None
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         return super().get_correct_attn_implementation(own_implementation(requested_attention), is_init_check)
@@ -66,7 +71,7 @@ class SparseMixin:
 
 
 class SparseEncoderMixin(SparseMixin):
-    """For the encoder inside an encoder-decoder, which `generate` calls by itself: it finds the marks."""
+    """For the encoder inside an encoder-decoder, which `generate` calls by itself, or inside heads that mark: it finds the marks."""
 
 
 class SparseGenerationMixin(SparseMixin):
@@ -89,14 +94,19 @@ class SparseGenerationMixin(SparseMixin):
         return inputs
 
 
-def _with_marks(cls):
-    """The parent's forward with one more argument, `global_attention_mask`, visible to Trainer and to `generate`."""
-    parent = super(cls, cls).forward
+def _with_marks(parent):
+    """A forward with one more argument, `global_attention_mask`, visible to Trainer and to `generate`."""
     signature = inspect.signature(parent)
     cache_name = next((name for name in CACHE_NAMES if name in signature.parameters), None)
+    names = list(signature.parameters)[1:]
+    has_marks = "global_attention_mask" in names
 
     @functools.wraps(parent)
     def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
+        if has_marks:
+            # where it is one of the parent's own arguments, it may come by position
+            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
+            global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
         if kwargs.get("output_attentions"):
             check_weights(self.config._attn_implementation)
         marks = _forward_marks(self, kwargs.get("input_ids", args[0] if args else None), global_attention_mask, kwargs)
@@ -113,10 +123,11 @@ def _with_marks(cls):
         return output
 
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
-    parameters = [p for p in signature.parameters.values() if p.name != extra.name]
+    parameters = list(signature.parameters.values())
     place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    forward.__signature__ = signature.replace(parameters=[*parameters[:place], extra, *parameters[place:]])
-    forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC
+    added = [] if has_marks else [extra]
+    forward.__signature__ = signature.replace(parameters=[*parameters[:place], *added, *parameters[place:]])
+    forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
 
@@ -144,10 +155,10 @@ def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs
                 "global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`"
             )
         return None
-    if "encoder" in config.stacks:
+    if "encoder" in config.stacks or config.implies_pattern:
         # marks are the encoder's, which finds those named by id itself
-        if config.is_decoder or not isinstance(model, SparseEncoderMixin):
-            return given
+        if getattr(config, "is_decoder", False) or not isinstance(model, SparseEncoderMixin):
+            return model.default_marks(input_ids) if given is None and input_ids is not None else given
     elif given is None and config.global_token_ids:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if cache is not None and cache.get_seq_length():

@@ -101,7 +101,7 @@ def sparse_attention_forward(
     scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
     if wants_weights:
         plan = _plan(pattern, batch, opaque, query, key)
-        out, weights = _with_weights(query, key, value, plan, dropout, **scores)
+        out, weights = attention_with_weights(query, key, value, plan, dropout, **scores)
         return out.transpose(1, 2).contiguous(), weights
     if opaque is not None:
         pattern, batch = _plan(pattern, batch, opaque, query, key), {}
@@ -109,7 +109,9 @@ def sparse_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _with_weights(q, k, v, plan, dropout, scale, softcap, relative_bias) -> tuple[Tensor, Tensor]:
+def attention_with_weights(
+    q, k, v, plan, dropout, scale=None, softcap=None, relative_bias=None
+) -> tuple[Tensor, Tensor]:
     """The output, and the weights `[B, H, Q, K]` on the way to it."""
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
     out, _, weights = reference.look(q, k, v, plan, scoring, dropout, draw_seed() if dropout else None)

@@ -12,12 +12,14 @@ from .families import dense_class, family_of
 from .mixin import COUNTERPARTS, adopt
 
 
-def sparsify(model: PreTrainedModel, pattern, layers=None, global_token_ids: Sequence[int] = ()) -> PreTrainedModel:
+def sparsify(
+    model: PreTrainedModel, pattern=None, layers=None, global_token_ids: Sequence[int] = ()
+) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
     Args:
         model: a model of a supported family, dense or already sparse.
-        pattern: a `Pattern` or its text.
+        pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
 

@@ -8,10 +8,13 @@ import inspect
 
 from .base import Pattern
 from .explicit import BlockTable, PerHead, RandomBlocks
-from .primitives import Chunk, First, Fixed, Marked, Stride, Window, causal, full
+from .primitives import Chunk, First, Fixed, Marked, MarkedKeys, MarkedQueries, Stride, Window, causal, full
 from .recipes import RECIPES
 
-WORDS = {p.word: p for p in (Window, First, Marked, Stride, Fixed, Chunk, RandomBlocks, BlockTable, PerHead)}
+PRIMITIVES = (
+    Window, First, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Chunk, RandomBlocks, BlockTable, PerHead,
+)  # fmt: skip
+WORDS = {p.word: p for p in PRIMITIVES}
 CALLS = {**WORDS, "causal": causal, "full": full, **RECIPES}
 # far above any pattern that means something, far below what would exhaust the parser
 LONGEST = 100_000

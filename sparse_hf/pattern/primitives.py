@@ -86,6 +86,33 @@ class Marked(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
+class MarkedKeys(Marked):
+    """Pairs whose key is marked: every token sees the marked ones, which see no more than others.
+
+    The half of `marked()` that is left where marked queries have an attention of their own (Longformer).
+    """
+
+    word = "marked_keys"
+    # which of the two `marks` counts
+    side = 1
+
+    def allows(self, q, k, marks=None):
+        return ~joint(q, k) if marks is None else marks[self.side] & joint(q, k)
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        empty = super().blocks(q0, q1, k0, k1)
+        return empty if marks is None else torch.maximum(empty, marks[self.side])
+
+
+@dataclass(frozen=True, repr=False)
+class MarkedQueries(MarkedKeys):
+    """Pairs whose query is marked: the other half of `marked()`."""
+
+    word = "marked_queries"
+    side = 0
+
+
+@dataclass(frozen=True, repr=False)
 class Stride(Pattern):
     """Pairs whose distance is a multiple of `step` (Child et al., arXiv:1904.10509, section 4.2).
 
