@@ -44,5 +44,5 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 bench: $(STAMP)  ## attention beside dense SDPA on this machine, into docs/results
 	$(BIN)/sparse-hf bench attention --out docs/results/attention-local.json
 
-cards: $(STAMP)  ## write model_cards/ from the demo's conversions
+cards: $(STAMP)  ## write model_cards/ from docs/results
 	$(BIN)/python examples/make_cards.py

@@ -26,7 +26,8 @@ setup(
         "flash": ["flash-attn-4>=4.0.0b16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
-            *train, *evaluate, *gguf, "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12",
+            *train, *evaluate, *gguf, "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9", "pytest>=8",
+            "pytest-xdist>=3.6", "ruff>=0.12",
         ],
     },
     entry_points={"console_scripts": ["sparse-hf = sparse_hf.cli:main"]},

