@@ -174,6 +174,10 @@ class PerHead(Pattern):
     def uses_marks(self) -> bool:
         return any(p.uses_marks for p in self._heads)
 
+    @property
+    def uses_length(self) -> bool:
+        return any(p.uses_length for p in self._heads)
+
     def allows(self, q, k, marks=None):
         raise TypeError("per_head is one pattern per head; ask those in .heads")
 

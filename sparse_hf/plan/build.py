@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import EMPTY, FULL, PARTIAL, Pattern
+from ..pattern.base import Marks
 from .layout import Layout
 
 # blocks per side of the coarsest squares, and how many blocks one sweep may list at most if all were full
@@ -50,14 +51,14 @@ class Classifier:
     """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks."""
 
     def __init__(self, pattern: Pattern, layout: Layout, kv_len: int):
-        self.pattern, self.layout = pattern, layout
+        self.pattern, self.layout, self.kv_len = pattern, layout, kv_len
         self.real = _running_count(layout.real)
         # marks only matter to a pattern that asks for them
         self.marks = _running_count(layout.marks) if pattern.uses_marks else None
 
     def __call__(self, b: Tensor, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
         if self.layout.start is None:
-            return self.pattern.blocks(q0, q1, k0, k1, self._mark_states(b, q0, q1, k0, k1))
+            return self.pattern.blocks(q0, q1, k0, k1, self._marks(b, (q0, q1), (k0, k1), self.kv_len))
         # two ranges that do not overlap share at most one sequence, the one that runs from the earlier into the later;
         # two that overlap are told apart only if one sequence holds both
         disjoint = torch.minimum(q1, k1) < torch.maximum(q0, k0)
@@ -69,8 +70,8 @@ class Classifier:
         inside = [torch.maximum(q0, start), torch.minimum(q1, end), torch.maximum(k0, start), torch.minimum(k1, end)]
         empty = ~shared | (inside[0] > inside[1]) | (inside[2] > inside[3])
         a0, a1, c0, c1 = (torch.where(empty, start.clamp(min=0), corner) for corner in inside)
-        marks = self._mark_states(b, a0, a1, c0, c1)
         origin = start.clamp(min=0)
+        marks = self._marks(b, (a0, a1), (c0, c1), end + 1 - origin)
         state = self.pattern.blocks(a0 - origin, a1 - origin, c0 - origin, c1 - origin, marks)
         whole = (q0 >= start) & (q1 <= end) & (k0 >= start) & (k1 <= end)
         if self.real is not None:
@@ -80,10 +81,10 @@ class Classifier:
         state = torch.where(whole, state, state.clamp(max=PARTIAL))
         return torch.where(mixed, PARTIAL, torch.where(empty, EMPTY, state)).to(torch.int8)
 
-    def _mark_states(self, b, q0, q1, k0, k1):
+    def _marks(self, b: Tensor, queries: tuple, keys: tuple, length) -> Marks:
         if self.marks is None:
-            return None
-        return tuple(self._mark_state(b, x0, x1) for x0, x1 in ((q0, q1), (k0, k1)))
+            return Marks(length=length)
+        return Marks(self._mark_state(b, *queries), self._mark_state(b, *keys), length)
 
     def _mark_state(self, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         found = self._count(self.marks, b, x0, x1)
