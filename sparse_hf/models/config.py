@@ -74,6 +74,8 @@ class SparseConfigMixin:
     sparse_attention: dict[str, Any] | None = None
     # is the family sparse by itself, so that its configuration implies a pattern?
     implies_pattern: ClassVar[bool] = False
+    # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
+    heads_mark: ClassVar[bool] = False
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("attn_implementation", "sparse")
