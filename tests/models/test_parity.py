@@ -157,7 +157,8 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
 
 
 def test_the_table_has_every_family():
-    assert sorted(TINY) == sorted(name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern)
+    # Longformer and LED have a table of their own
+    assert {name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern} <= set(TINY) <= set(sparse_hf.FAMILIES)
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
@@ -470,7 +471,7 @@ def test_bad_input_is_refused(call, error, message):
     "model_type",
     ["mpnet", "deberta", "deberta-v2", "gpt_neo", "bloom", "falcon", "mpt", "roformer", "rembert", "megatron-bert",
      "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer", "yoso", "mra",
-     "openai-gpt", "big_bird", "reformer", "perceiver"],
+     "openai-gpt", "reformer", "perceiver"],
 )  # fmt: skip
 def test_families_that_compute_attention_themselves_are_refused_by_name(model_type):
     with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it computes attention by itself"):
