@@ -43,6 +43,7 @@ class OwnPathMixin(SparseMixin):
                 if attention is not None:
                     attention.attention_type = PATH
                     attention.self.config, attention.self.layer_idx = self.config, number
+                    attention.self.reads_encoder = name == "crossattention"
 
     def set_attention_type(self, value: str) -> None:
         # the parent calls it while it is built, if it will read an encoder

@@ -123,6 +123,9 @@ class BlockSparseAttentionMixin:
     configuration's probability, which Transformers' block-sparse path forgets.
     """
 
+    # attention of a decoder's second kind, whose `attention_mask` is that of the encoder's states
+    reads_encoder = False
+
     @property
     def is_causal(self) -> bool:
         return self.config.is_decoder
@@ -145,9 +148,9 @@ class BlockSparseAttentionMixin:
             project(states).unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
             for project, states in ((self.query, hidden_states), (self.key, read), (self.value, read))
         )
-        if crosses:
-            attention_mask = attention_mask if encoder_attention_mask is None else encoder_attention_mask
-        else:
+        if crosses and not self.reads_encoder:
+            attention_mask = encoder_attention_mask
+        if not crosses:
             cache = next((cache for cache in caches if cache is not None), None)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)

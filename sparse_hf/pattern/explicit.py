@@ -14,6 +14,8 @@ from .base import Pattern, joint, state, whole
 _WORD = 0xFFFFFFFF
 # `RandomBlocks.blocks` looks at the draws of at most this many query blocks and calls the rest PARTIAL
 LOOK = 16
+# rectangles that it looks at together
+PIECE = 1 << 14
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -74,13 +76,19 @@ class RandomBlocks(Pattern):
         first, last = q0 // self.size, q1 // self.size
         low, high = k0 // self.size, k1 // self.size
         near = last - first < LOOK
-        hits = torch.zeros_like(first + low)
-        for step in range(LOOK):
-            block = first + step
-            for i in range(self.count):
-                draw, exists = self._draw(block, torch.full_like(block, i))
-                hits = hits + (exists & (block <= last) & (draw >= low) & (draw <= high))
+        hits = self._hits(*torch.broadcast_tensors(first, last, low, high))
         return state(near & (hits == 0), (first == last) & (hits == high - low + 1))
+
+    def _hits(self, *corners: Tensor) -> Tensor:
+        """How many draws of the first `LOOK` query blocks lie in each rectangle, a piece of them at a time."""
+        step = torch.arange(LOOK, device=corners[0].device)[:, None]
+        stratum = torch.arange(self.count, device=step.device)
+        found = []
+        for piece in zip(*(corner.reshape(-1).split(PIECE) for corner in corners), strict=True):
+            first, last, low, high = (corner[:, None, None] for corner in piece)
+            draw, exists = self._draw(first + step, stratum)
+            found.append((exists & (first + step <= last) & (draw >= low) & (draw <= high)).sum((1, 2)))
+        return torch.cat(found).view(corners[0].shape)
 
     def reachable(self, k, q):
         return joint(q, k)

@@ -20,6 +20,8 @@ from .layout import Layout
 # blocks per side of the coarsest squares, and how many blocks one sweep may list at most if all were full
 COARSE = 64
 SWEEP = 1 << 22
+# squares that cost no more to look at than a few
+FEW = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,17 @@ def list_blocks(
     Returns `row = b * q_blocks + i` and `column = j` (int64) and `full` (bool), one entry per block.
     """
     classify = Classifier(pattern, layout, grid.kv_len)
-    strips = -(-grid.q_blocks // COARSE)
-    step = max(1, SWEEP // max(1, COARSE * grid.kv_blocks))
+    size = _coarsest(grid, batch_rows)
+    strips, wide = -(-grid.q_blocks // size), size * grid.kv_blocks
+    step = max(1, SWEEP // max(1, wide))
+    # batch rows go together if one sweep takes more than a row
+    at_once = max(1, SWEEP // max(1, wide * strips))
     found = []
-    for b in range(batch_rows):
+    for b in range(0, batch_rows, at_once):
+        together = range(b, min(b + at_once, batch_rows))
         for strip in range(0, strips, step):
-            found.append(_refine(classify, grid, b, range(strip, min(strip + step, strips)), device, cap_at_partial))
+            some = range(strip, min(strip + step, strips))
+            found.append(_refine(classify, grid, (together, some, size), device, cap_at_partial))
     if not found:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return nothing, nothing, nothing.bool()
@@ -122,23 +129,32 @@ def list_blocks(
     return rows, columns, full
 
 
-def _refine(classify: Classifier, grid: Grid, b: int, strips: range, device, cap_at_partial: bool):
-    i = torch.arange(strips.start, strips.stop, device=device)
-    j = torch.arange(-(-grid.kv_blocks // COARSE), device=device)
-    i, j = (side.reshape(-1) for side in torch.meshgrid(i, j, indexing="ij"))
+def _coarsest(grid: Grid, batch_rows: int) -> int:
+    """Blocks per side of the squares to begin with: so few blocks that they are looked at one by one need no squares."""
     size = COARSE
+    while size > 1 and batch_rows * -(-2 * grid.q_blocks // size) * -(-2 * grid.kv_blocks // size) <= FEW:
+        size //= 2
+    return size
+
+
+def _refine(classify: Classifier, grid: Grid, begin: tuple[range, range, int], device, cap_at_partial: bool):
+    rows, strips, size = begin
+    j = range(-(-grid.kv_blocks // size))
+    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (rows, strips, j))
+    b, i, j = (side.reshape(-1) for side in torch.meshgrid(*axes, indexing="ij"))
     while True:
-        row = torch.full_like(i, b)
-        state = classify(row, *grid.corners(i, j, size))
+        state = classify(b, *grid.corners(i, j, size))
         kept = state > EMPTY
-        i, j, state = i[kept], j[kept], state[kept]
+        b, i, j, state = b[kept], i[kept], j[kept], state[kept]
         if size == 1:
             break
         size //= 2
+        b = b.repeat_interleave(4)
         i = torch.stack((2 * i, 2 * i, 2 * i + 1, 2 * i + 1), 1).reshape(-1)
         j = torch.stack((2 * j, 2 * j + 1, 2 * j, 2 * j + 1), 1).reshape(-1)
         exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
-        i, j = i[exists], j[exists]
-    order = (i * grid.kv_blocks + j).argsort()
+        b, i, j = b[exists], i[exists], j[exists]
+    row = b * grid.q_blocks + i
+    order = (row * grid.kv_blocks + j).argsort()
     full = (state == FULL) & (not cap_at_partial)
-    return b * grid.q_blocks + i[order], j[order], full[order]
+    return row[order], j[order], full[order]
