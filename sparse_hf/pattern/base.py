@@ -5,6 +5,7 @@ Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial, reduce
 from typing import ClassVar, NamedTuple
@@ -71,6 +72,11 @@ class Pattern:
         """Does it ask how long the sequence is?"""
         return False
 
+    @property
+    def grain(self) -> int:
+        """Side of aligned blocks that are full or empty, but for the diagonal and marks; 0: of any, 1: of none."""
+        return 1
+
     def unending(self) -> Pattern | None:
         """The pattern in a sequence that goes on, as any text does for a causal model: nothing is last. None: no pairs."""
         return self
@@ -117,6 +123,10 @@ class _Joined(Pattern):
     @property
     def uses_length(self) -> bool:
         return any(part.uses_length for part in self.parts)
+
+    @property
+    def grain(self) -> int:
+        return math.gcd(*(part.grain for part in self.parts))
 
     def unending(self) -> Pattern | None:
         parts = [part.unending() for part in self.parts]

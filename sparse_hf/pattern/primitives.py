@@ -42,6 +42,10 @@ class Window(Pattern):
     def reachable(self, k, q):
         return joint(q, k) if self.left is None else q <= k + self.left
 
+    @property
+    def grain(self) -> int:
+        return 0 if self.left is None and not self.right else 1
+
 
 @dataclass(frozen=True, repr=False)
 class First(Pattern):
@@ -61,6 +65,10 @@ class First(Pattern):
 
     def reachable(self, k, q):
         return (q < self.n) | (k < self.n)
+
+    @property
+    def grain(self) -> int:
+        return self.n
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,6 +91,10 @@ class Marked(Pattern):
     @property
     def uses_marks(self) -> bool:
         return True
+
+    @property
+    def grain(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,6 +216,10 @@ class Chunk(Pattern):
     def reachable(self, k, q):
         return k // self.size >= q // self.size - self.left
 
+    @property
+    def grain(self) -> int:
+        return self.size
+
 
 @dataclass(frozen=True, repr=False)
 class Last(Pattern):
@@ -244,6 +260,10 @@ class Last(Pattern):
 
     def unending(self) -> Pattern | None:
         return None
+
+    @property
+    def grain(self) -> int:
+        return self.size
 
 
 def causal() -> Pattern:

@@ -120,6 +120,17 @@ def test_blocks_of_primitives_are_exact(text):
 
 @law
 @given(patterns)
+def test_blocks_of_a_grain_are_full_or_empty(pattern):
+    side = pattern.grain or 7
+    # nothing is marked, and the last block is whole
+    whole = N // side * side
+    held = pattern.allows(Q[:whole], K[:, :whole], Marks(length=whole)).view(whole // side, side, whole // side, side)
+    mixed = held.any(3).any(1) & ~held.all(3).all(1)
+    assert not mixed.fill_diagonal_(False).any()
+
+
+@law
+@given(patterns)
 def test_reachable_is_sound(pattern):
     later = pairs(pattern).flip(0).cummax(0).values.flip(0)
     reachable = pattern.reachable(K, Q)
