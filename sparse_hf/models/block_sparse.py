@@ -170,7 +170,7 @@ class BlockSparseAttentionMixin:
         return out.flatten(2), weights
 
     def _past(self, mask, padding_mask: Tensor | None, q_offset: int):
-        """Before 5.20 or so, Transformers asks for a bidirectional mask of the new tokens alone, in a decoder too."""
+        """Transformers 5.17 asks for a bidirectional mask of the new tokens alone, in a decoder too."""
         if not (self.is_causal and isinstance(mask, MaskRequest)):
             return mask
         if mask.mask_function is not bidirectional_mask_function:
