@@ -132,7 +132,9 @@ def card_text(card: Card) -> str:
         tags=["sparse-attention", "long-context", "sparse_hf", card.family],
     )
     sparse = ", ".join(f"`{text}`" for text in dict.fromkeys(span.pattern for span in card.spans))
-    origin = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"A model of the family {card.family}"
+    origin = (
+        f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"A model of the family {card.family}"
+    )
     summary = f"{origin} with sparse attention by sparse_hf: {sparse}. {card.note}".rstrip()
     rows = "\n".join(_row(span, card.length) for span in card.spans)
     parts = [BODY.format(name=card.name, summary=summary, auto=card.auto, length=card.length, rows=rows), card.picture]

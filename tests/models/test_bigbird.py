@@ -352,11 +352,10 @@ def test_random_blocks_of_transformers_leave_its_generator_alone():
 
 
 def test_bad_input_is_refused():
-    sparse = sparse_model("BigBirdModel")
     with pytest.raises(ValueError, match="sparsify the model again"):
-        sparse.set_attention_type("original_full")
-    with pytest.raises(ValueError, match="pattern is None, and a configuration of type 'sparse_bert' implies none"):
+        sparse_model("BigBirdModel").set_attention_type("original_full")
+    full = sparse_model("BigBirdModel", "window(None, None)")
+    with pytest.raises(ValueError, match=r"add `\| marked\(\)`"):
+        full(TEXT, global_attention_mask=torch.ones_like(TEXT))
+    with pytest.raises(ValueError, match="sparse_bert implies no pattern; give one"):
         sparse_hf.sparsify(transformers.BertModel(transformers.BertConfig(**TINY["bert"])))
-    # what is sparse already keeps its pattern
-    again = sparse_hf.sparsify(sparse_hf.sparsify(sparse, "window(3, 3)"))
-    assert again.config.layer_pattern(1) == "window(3, 3)"

@@ -160,7 +160,11 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
 
 def test_the_table_has_every_family():
     # Longformer and LED have a table of their own
-    assert {name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern} <= set(TINY) <= set(sparse_hf.FAMILIES)
+    assert (
+        {name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern}
+        <= set(TINY)
+        <= set(sparse_hf.FAMILIES)
+    )
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
