@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .pattern import EMPTY, FULL, PARTIAL, Pattern
+from .pattern.base import Marks
 from .plan import BlockPlan, build_plan
 
 # up to this length the receptive field is exact; above, it is computed on blocks
@@ -172,14 +173,14 @@ def _grid(pattern: Pattern, length: int, cells: int, marked) -> torch.Tensor:
     edges = torch.linspace(0, length, cells + 1).long()
     first, last = edges[:-1], edges[1:] - 1
     marks = _marks(length, marked)
-    states = None
+    states = ()
     if marks is not None:
         sums = torch.nn.functional.pad(marks[0].long().cumsum(0), (1, 0))
         found = sums[last + 1] - sums[first]
         state = ((found > 0).to(torch.int8) + (found == last - first + 1)).to(torch.int8)
         states = tuple(torch.broadcast_tensors(state[:, None], state[None, :]))
     corners = torch.broadcast_tensors(first[:, None], last[:, None], first[None, :], last[None, :])
-    return pattern.blocks(*corners, states)
+    return pattern.blocks(*corners, Marks(*states, length=length))
 
 
 def _picture(pattern: Pattern, length: int, cells: int, marked) -> Text:

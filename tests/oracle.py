@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_hf import Pattern
+from sparse_hf.pattern.base import Marks
 
 
 def positions(real: Tensor, documents: Tensor) -> Tensor:
@@ -31,7 +32,10 @@ def dense_mask(
     together = (documents[:, offset:, None] == documents[:, None, :]) & real[:, offset:, None] & real[:, None, :]
     parsed = Pattern.parse(pattern)
     q, k = q.clamp(min=0), k.clamp(min=0)
-    masks = [p.allows(q, k, (marks[:, offset:, None], marks[:, None, :])) & together for p in parsed.heads or (parsed,)]
+    # how long the document of each query is
+    length = 1 + torch.where(together, k, 0).amax(-1, keepdim=True)
+    about = Marks(marks[:, offset:, None], marks[:, None, :], length)
+    masks = [p.allows(q, k, about) & together for p in parsed.heads or (parsed,)]
     return torch.stack(masks, 1)
 
 

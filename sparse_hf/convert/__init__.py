@@ -46,7 +46,7 @@ def convert(
     Args:
         source: a folder, a `.gguf` file, or a hub id.
         out: the folder to write.
-        pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED) need none.
+        pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird) need none.
         layers: which layers get another pattern, see `sparse_hf.parse_layers`.
         max_length: positions of the result, in tokens; by default as many as before.
         positions: how learned tables of positions grow, by tiled copy ("tile") or along straight lines ("interpolate").

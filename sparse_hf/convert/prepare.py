@@ -17,7 +17,7 @@ from .weights import Work
 class Choice:
     """What the user asked for, see `convert`."""
 
-    pattern: object
+    pattern: object = None
     layers: object = None
     max_length: int | None = None
     positions: str = "tile"

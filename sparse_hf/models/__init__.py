@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from . import seam  # noqa: F401  (registers our attention with Transformers)
+from .block_sparse import transformers_random_blocks
 from .config import SparseConfigMixin
 from .families import FAMILIES, Family, Positions, dense_class, family_of, register_family
 from .layers import parse_layers
@@ -20,6 +21,7 @@ __all__ = [
     "parse_layers",
     "register_family",
     "sparsify",
+    "transformers_random_blocks",
 ]
 
 # a module per family
@@ -27,6 +29,8 @@ MODULES = (
     "albert",
     "bart",
     "bert",
+    "big_bird",
+    "bigbird_pegasus",
     "camembert",
     "distilbert",
     "electra",

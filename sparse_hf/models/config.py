@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..pattern import Marked, Pattern, Window, causal, full
+from ..pattern import First, Marked, Pattern, Window, causal, full
 from .layers import as_pattern, describe_layers, named_layers
 
 logger = logging.get_logger(__name__)
@@ -74,6 +74,8 @@ class SparseConfigMixin:
     sparse_attention: dict[str, Any] | None = None
     # is the family sparse by itself, so that its configuration implies a pattern?
     implies_pattern: ClassVar[bool] = False
+    # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
+    heads_mark: ClassVar[bool] = False
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("attn_implementation", "sparse")
@@ -255,8 +257,14 @@ def _past(text: str) -> str:
 def _cached_past(text: str) -> str:
     pattern = Pattern.parse(text)
     if pattern.heads:
-        return str(type(pattern)(*(p & causal() for p in pattern.heads)))
-    return str(pattern & causal())
+        return str(type(pattern)(*(_past_of(p) for p in pattern.heads)))
+    return str(_past_of(pattern))
+
+
+def _past_of(pattern: Pattern) -> Pattern:
+    # what is last would change with every token, and answers with a cache would not be those without
+    pattern = pattern.unending()
+    return First(0) if pattern is None else pattern & causal()
 
 
 def check_heads(pattern: Pattern, num_heads: int, where: str) -> None:

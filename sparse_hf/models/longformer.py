@@ -28,7 +28,7 @@ from .mixin import SparseEncoderMixin, SparseMixin
 
 class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
     model_type = "sparse_longformer"
-    implies_pattern = True
+    implies_pattern = heads_mark = True
 
     def implied_pattern(self, stack: str, layer: int) -> str:
         return window_pattern(self.attention_window, layer)

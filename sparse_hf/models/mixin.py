@@ -155,7 +155,7 @@ def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs
                 "global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`"
             )
         return None
-    if "encoder" in config.stacks or config.implies_pattern:
+    if "encoder" in config.stacks or config.heads_mark:
         # marks are the encoder's, which finds those named by id itself
         if getattr(config, "is_decoder", False) or not isinstance(model, SparseEncoderMixin):
             return model.default_marks(input_ids) if given is None and input_ids is not None else given

@@ -85,7 +85,7 @@ def sparse_attention_forward(
     bias = None if bias is None or not bias.numel() else bias
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
-    if _crosses(module, stack):
+    if kwargs.get("is_cross_attention", _crosses(module, stack)):
         assert bias is None
         return _cross_attention(query, key, value, attention_mask, scaling, dropout, wants_weights)
     request = _as_request(attention_mask, query, key)

@@ -4,7 +4,7 @@ from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .parse import PatternError
-from .primitives import Chunk, First, Fixed, Marked, MarkedKeys, MarkedQueries, Stride, Window, causal, full
+from .primitives import Chunk, First, Fixed, Last, Marked, MarkedKeys, MarkedQueries, Stride, Window, causal, full
 
 __all__ = [
     "EMPTY",
@@ -14,6 +14,7 @@ __all__ = [
     "Chunk",
     "First",
     "Fixed",
+    "Last",
     "Marked",
     "MarkedKeys",
     "MarkedQueries",

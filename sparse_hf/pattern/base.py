@@ -5,9 +5,10 @@ Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from functools import reduce
-from typing import ClassVar
+from functools import partial, reduce
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,16 @@ from torch import Tensor
 # the state of a rectangle of pairs; PARTIAL is always a permitted answer
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-# (of the queries, of the keys): bool per element for `allows`, state of the range for `blocks`
-Marks = tuple[Tensor, Tensor]
+
+class Marks(NamedTuple):
+    """What a batch adds to positions: which tokens are marked, and how long the sequence is of which they are part.
+
+    Marks are bool per element for `allows`, the state of the range for `blocks`.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    length: Tensor | int | None = None
 
 
 class Pattern:
@@ -28,14 +37,15 @@ class Pattern:
     def allows(self, q: Tensor, k: Tensor, marks: Marks | None = None) -> Tensor:
         """Element by element: does the pattern hold the pair (q, k)? Bool, of the joint shape of q and k.
 
-        Plain tensor arithmetic, so that kernels can trace it. `marks` says which positions are marked; None: none is.
+        Plain tensor arithmetic, so that kernels can trace it. `marks` says which positions are marked, and the length of
+        the sequence; None: none is marked, and the sequence goes on.
         """
         raise NotImplementedError
 
     def blocks(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, marks: Marks | None = None) -> Tensor:
         """EMPTY, PARTIAL or FULL for rectangles given by their corners: int8.
 
-        `marks` holds a state for each range: 0 none of its positions is marked, 1 some, 2 all.
+        `marks` holds a state for each range (0 none of its positions is marked, 1 some, 2 all) and the length.
         """
         raise NotImplementedError
 
@@ -56,6 +66,20 @@ class Pattern:
     def uses_marks(self) -> bool:
         """Does it ask which tokens are marked?"""
         return False
+
+    @property
+    def uses_length(self) -> bool:
+        """Does it ask how long the sequence is?"""
+        return False
+
+    @property
+    def grain(self) -> int:
+        """Side of aligned blocks that are full or empty, but for the diagonal and marks; 0: of any, 1: of none."""
+        return 1
+
+    def unending(self) -> Pattern | None:
+        """The pattern in a sequence that goes on, as any text does for a causal model: nothing is last. None: no pairs."""
+        return self
 
     @staticmethod
     def parse(text: str) -> Pattern:
@@ -95,6 +119,21 @@ class _Joined(Pattern):
     @property
     def uses_marks(self) -> bool:
         return any(part.uses_marks for part in self.parts)
+
+    @property
+    def uses_length(self) -> bool:
+        return any(part.uses_length for part in self.parts)
+
+    @property
+    def grain(self) -> int:
+        return math.gcd(*(part.grain for part in self.parts))
+
+    def unending(self) -> Pattern | None:
+        parts = [part.unending() for part in self.parts]
+        kept = [part for part in parts if part is not None]
+        if not kept or (len(kept) < len(parts) and isinstance(self, Intersection)):
+            return None
+        return reduce(partial(_join, type(self)), kept)
 
 
 class Union(_Joined):

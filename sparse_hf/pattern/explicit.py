@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,8 @@ from .base import Pattern, joint, state, whole
 _WORD = 0xFFFFFFFF
 # `RandomBlocks.blocks` looks at the draws of at most this many query blocks and calls the rest PARTIAL
 LOOK = 16
+# rectangles that it looks at together
+PIECE = 1 << 14
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -52,38 +55,50 @@ class RandomBlocks(Pattern):
             block = block | (block >> shift)
         return block + 1
 
-    def _draw(self, block: Tensor, stratum: Tensor) -> tuple[Tensor, Tensor]:
-        """The key block that `block` draws from a stratum, and whether the stratum holds any."""
-        reach = self._range(block)
+    def _begin(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """What all draws of a query block share: the range they are from, and the number that each mixes its own from."""
+        return self._range(block), _mix((block & _WORD) ^ (self.seed & _WORD))
+
+    def _draw(self, begin: tuple[Tensor, Tensor], stratum: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The key block that a query block draws from a stratum, and whether the stratum holds any."""
+        reach, mixed = begin
         low, high = stratum * reach // self.count, (stratum + 1) * reach // self.count
-        number = _mix(
-            _mix(_mix((block & _WORD) ^ (self.seed & _WORD)) + stratum & _WORD) + (self.seed >> 32 & _WORD) & _WORD
-        )
+        number = _mix(_mix(mixed + stratum & _WORD) + (self.seed >> 32 & _WORD) & _WORD)
         return low + number % (high - low).clamp(min=1), high > low
 
     def allows(self, q, k, marks=None):
         block, key = q // self.size, k // self.size
-        reach = self._range(block)
-        # the stratum that a key block lies in: the last whose first block is not after it
-        stratum = ((key + 1) * self.count - 1) // reach
-        stratum = stratum.clamp(max=self.count - 1)
-        draw, exists = self._draw(block, stratum)
-        return exists & (draw == key) & (key < reach)
+        begin, allowed = self._begin(block), ~joint(q, k)
+        # a draw belongs to the query alone, so that numbers are mixed once a query and not once a pair
+        for stratum in range(self.count):
+            draw, exists = self._draw(begin, stratum)
+            allowed = allowed | (torch.where(exists, draw, -1) == key)
+        return allowed
 
     def blocks(self, q0, q1, k0, k1, marks=None):
         first, last = q0 // self.size, q1 // self.size
         low, high = k0 // self.size, k1 // self.size
         near = last - first < LOOK
-        hits = torch.zeros_like(first + low)
-        for step in range(LOOK):
-            block = first + step
-            for i in range(self.count):
-                draw, exists = self._draw(block, torch.full_like(block, i))
-                hits = hits + (exists & (block <= last) & (draw >= low) & (draw <= high))
+        hits = self._hits(*torch.broadcast_tensors(first, last, low, high))
         return state(near & (hits == 0), (first == last) & (hits == high - low + 1))
+
+    def _hits(self, *corners: Tensor) -> Tensor:
+        """How many draws of the first `LOOK` query blocks lie in each rectangle, a piece of them at a time."""
+        step = torch.arange(LOOK, device=corners[0].device)[:, None]
+        stratum = torch.arange(self.count, device=step.device)
+        found = []
+        for piece in zip(*(corner.reshape(-1).split(PIECE) for corner in corners), strict=True):
+            first, last, low, high = (corner[:, None, None] for corner in piece)
+            draw, exists = self._draw(self._begin(first + step), stratum)
+            found.append((exists & (first + step <= last) & (draw >= low) & (draw <= high)).sum((1, 2)))
+        return torch.cat(found).view(corners[0].shape)
 
     def reachable(self, k, q):
         return joint(q, k)
+
+    @property
+    def grain(self) -> int:
+        return self.size
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,6 +149,10 @@ class BlockTable(Pattern):
         inside = (block < later.shape[0]) & (key < later.shape[1])
         return inside & later[block.clamp(max=later.shape[0] - 1), key.clamp(max=later.shape[1] - 1)]
 
+    @property
+    def grain(self) -> int:
+        return self.size
+
 
 @lru_cache(maxsize=32)
 def _layout(table: BlockTable, device: str) -> Tensor:
@@ -173,6 +192,14 @@ class PerHead(Pattern):
     @property
     def uses_marks(self) -> bool:
         return any(p.uses_marks for p in self._heads)
+
+    @property
+    def uses_length(self) -> bool:
+        return any(p.uses_length for p in self._heads)
+
+    @property
+    def grain(self) -> int:
+        return math.gcd(*(p.grain for p in self._heads))
 
     def allows(self, q, k, marks=None):
         raise TypeError("per_head is one pattern per head; ask those in .heads")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import EMPTY, Pattern, joint, state, whole
+from .base import EMPTY, Marks, Pattern, joint, state, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,6 +42,10 @@ class Window(Pattern):
     def reachable(self, k, q):
         return joint(q, k) if self.left is None else q <= k + self.left
 
+    @property
+    def grain(self) -> int:
+        return 0 if self.left is None and not self.right else 1
+
 
 @dataclass(frozen=True, repr=False)
 class First(Pattern):
@@ -62,6 +66,10 @@ class First(Pattern):
     def reachable(self, k, q):
         return (q < self.n) | (k < self.n)
 
+    @property
+    def grain(self) -> int:
+        return self.n
+
 
 @dataclass(frozen=True, repr=False)
 class Marked(Pattern):
@@ -70,12 +78,12 @@ class Marked(Pattern):
     word = "marked"
 
     def allows(self, q, k, marks=None):
-        return ~joint(q, k) if marks is None else marks[0] | marks[1]
+        return ~joint(q, k) if marks is None or marks[0] is None else marks[0] | marks[1]
 
     def blocks(self, q0, q1, k0, k1, marks=None):
-        if marks is None:
+        if marks is None or marks[0] is None:
             return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
-        return torch.maximum(*marks)
+        return torch.maximum(*marks[:2])
 
     def reachable(self, k, q):
         return joint(q, k)
@@ -83,6 +91,10 @@ class Marked(Pattern):
     @property
     def uses_marks(self) -> bool:
         return True
+
+    @property
+    def grain(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,11 +109,13 @@ class MarkedKeys(Marked):
     side = 1
 
     def allows(self, q, k, marks=None):
-        return ~joint(q, k) if marks is None else marks[self.side] & joint(q, k)
+        if marks is None or marks[self.side] is None:
+            return ~joint(q, k)
+        return marks[self.side] & joint(q, k)
 
     def blocks(self, q0, q1, k0, k1, marks=None):
         empty = super().blocks(q0, q1, k0, k1)
-        return empty if marks is None else torch.maximum(empty, marks[self.side])
+        return empty if marks is None or marks[self.side] is None else torch.maximum(empty, marks[self.side])
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,25 +189,81 @@ class Fixed(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Chunk(Pattern):
-    """Query and key in the same chunk of `size` positions."""
+    """The key's chunk of `size` positions is the query's, or one of the `left` before it or the `right` after it.
+
+    A window that is aligned to blocks: BigBird's is `chunk(64, 1, 1)`, Reformer's causal one `chunk(64, 1) & causal()`.
+    """
 
     size: int
+    left: int = 0
+    right: int = 0
     word = "chunk"
 
     def __post_init__(self):
         whole("chunk: size", self.size, 1)
+        whole("chunk: left", self.left, 0)
+        whole("chunk: right", self.right, 0)
 
     def allows(self, q, k, marks=None):
-        return q // self.size == k // self.size
+        apart = k // self.size - q // self.size
+        return (apart >= -self.left) & (apart <= self.right)
 
     def blocks(self, q0, q1, k0, k1, marks=None):
-        q_first, q_last, k_first, k_last = (x // self.size for x in (q0, q1, k0, k1))
-        return state(
-            (q_last < k_first) | (k_last < q_first), (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
-        )
+        # how many chunks after the query's the key's is, at least and at most
+        least, most = k0 // self.size - q1 // self.size, k1 // self.size - q0 // self.size
+        return state((most < -self.left) | (least > self.right), (least >= -self.left) & (most <= self.right))
 
     def reachable(self, k, q):
-        return k // self.size >= q // self.size
+        return k // self.size >= q // self.size - self.left
+
+    @property
+    def grain(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True, repr=False)
+class Last(Pattern):
+    """Pairs whose query or key is in one of the last `n` chunks of `size` positions; the very last chunk may be short.
+
+    Where the last one is depends on the length of the sequence, so that a causal model, whose text goes on, has none.
+    """
+
+    n: int
+    size: int = 1
+    word = "last"
+
+    def __post_init__(self):
+        whole("last: n", self.n, 0)
+        whole("last: size", self.size, 1)
+
+    def _begin(self, marks: Marks | None):
+        """The first position that is last, or None if the sequence goes on."""
+        length = None if marks is None or len(marks) < 3 else marks[2]
+        return None if length is None else ((length + self.size - 1) // self.size - self.n) * self.size
+
+    def allows(self, q, k, marks=None):
+        begin = self._begin(marks)
+        return ~joint(q, k) if begin is None else (q >= begin) | (k >= begin)
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        begin = self._begin(marks)
+        if begin is None:
+            return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
+        return state((q1 < begin) & (k1 < begin), (q0 >= begin) | (k0 >= begin))
+
+    def reachable(self, k, q):
+        return joint(q, k)
+
+    @property
+    def uses_length(self) -> bool:
+        return True
+
+    def unending(self) -> Pattern | None:
+        return None
+
+    @property
+    def grain(self) -> int:
+        return self.size
 
 
 def causal() -> Pattern:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Pattern
 from .explicit import RandomBlocks
-from .primitives import First, Fixed, Stride, Window, causal
+from .primitives import Chunk, First, Fixed, Last, Stride, Window, causal
 
 
 def longformer(attention_window: int = 512, num_global: int = 1, dilation: int = 1) -> Pattern:
@@ -18,16 +18,13 @@ def longformer(attention_window: int = 512, num_global: int = 1, dilation: int =
 
 
 def bigbird(block_size: int = 64, num_random_blocks: int = 3, num_global_blocks: int = 1, seed: int = 0) -> Pattern:
-    """BigBird, ITC (arXiv:2007.14062, section 2): three blocks of window, global blocks, random blocks.
+    """BigBird, ITC (arXiv:2007.14062, section 2): three blocks of window, global blocks at both ends, random blocks.
 
-    The paper's window is aligned to blocks (the query's block and one on each side), so that a token sees between 1 and 2
-    blocks to a side; this one is centred on the token and has the same width, 3 / 2 blocks to each side. The paper makes
-    the last block global too, which would need the length.
+    All is aligned to blocks, as in the paper: the window is the query's block and one on each side. The last blocks are
+    the sequence's own, whatever its length; a causal model has none.
     """
-    side = 3 * block_size // 2
-    return (
-        Window(side, side) | First(num_global_blocks * block_size) | RandomBlocks(num_random_blocks, block_size, seed)
-    )
+    ends = First(num_global_blocks * block_size) | Last(num_global_blocks, block_size)
+    return Chunk(block_size, 1, 1) | ends | RandomBlocks(num_random_blocks, block_size, seed)
 
 
 def sparse_transformer(stride: int = 128, mode: str = "strided", summary: int = 8) -> Pattern:

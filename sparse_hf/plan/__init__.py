@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ from .layout import Layout, make_layout
 __all__ = ["BlockPlan", "MaskFunction", "Run", "build_plan", "cached_plan", "make_layout"]
 
 BLOCK_SIZE = 128
+# below this, blocks cost more than the masks that they save
+SMALLEST = 32
 
 
 def build_plan(
@@ -94,6 +97,9 @@ def cached_plan(pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tup
     where building it again would give the same tables.
     """
     key = (pattern, q_len, kv_len, q_offset, str(device))
+    if batch[0] is not None and batch[0].all():
+        # many models make a mask of ones where none is given
+        batch = (None, *batch[1:])
     if all(t is None for t in batch):
         return _plan_without_batch(*key)
     for known, data, plan in _RECENT:
@@ -104,8 +110,8 @@ def cached_plan(pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tup
     return plan
 
 
-# plans of the last few batches: the layers of a model ask for the same one after the other
-_RECENT: deque = deque(maxlen=8)
+# plans of the last batches: each layer of a model may have a pattern of its own
+_RECENT: deque = deque(maxlen=32)
 
 
 @lru_cache(maxsize=64)
@@ -122,8 +128,15 @@ def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, ba
         key_padding_mask=batch[0],
         segment_ids=batch[1],
         marks=batch[2],
+        block_size=_block_size(_as_pattern(pattern), device),
         device=device,
     )
+
+
+def _block_size(pattern: Pattern, device: str) -> int:
+    """Smaller blocks where the pattern's own make all of them full or empty; kernels of a GPU know one size only."""
+    size = math.gcd(BLOCK_SIZE, pattern.grain)
+    return size if size >= SMALLEST and not device.startswith("cuda") else BLOCK_SIZE
 
 
 def _same(one: tuple, other: tuple) -> bool:

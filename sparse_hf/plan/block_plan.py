@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
+from ..pattern.base import Marks
 from .layout import Layout
 
 # a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
@@ -83,13 +84,15 @@ class BlockPlan:
         x = q + self.q_offset
         layout, pattern = self.layout, self.patterns[p]
         row = b if layout.rows > 1 else torch.zeros_like(b)
-        marks = None
+        marks = Marks(length=self.kv_len)
         if layout.marks is not None and pattern.uses_marks:
-            marks = (layout.marks[row, x], layout.marks[row, k])
+            marks = marks._replace(q=layout.marks[row, x], k=layout.marks[row, k])
         if layout.start is None:
             allowed = pattern.allows(x, k, marks)
         else:
             origin, key_origin = layout.start[row, x], layout.start[row, k]
+            if pattern.uses_length:
+                marks = marks._replace(length=layout.end[row, x] + 1 - origin)
             allowed = (origin == key_origin) & (origin >= 0)
             # outside a shared sequence positions mean nothing, but they stay non-negative
             allowed = allowed & pattern.allows(x - origin, k - key_origin, marks)

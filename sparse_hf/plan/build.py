@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ..pattern import EMPTY, FULL, PARTIAL, Pattern
+from ..pattern.base import Marks
 from .layout import Layout
 
 # blocks per side of the coarsest squares, and how many blocks one sweep may list at most if all were full
 COARSE = 64
 SWEEP = 1 << 22
+# squares that cost no more to look at than a few
+FEW = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class Classifier:
     """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks."""
 
     def __init__(self, pattern: Pattern, layout: Layout, kv_len: int):
-        self.pattern, self.layout = pattern, layout
+        self.pattern, self.layout, self.kv_len = pattern, layout, kv_len
         self.real = _running_count(layout.real)
         # marks only matter to a pattern that asks for them
         self.marks = _running_count(layout.marks) if pattern.uses_marks else None
 
     def __call__(self, b: Tensor, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
         if self.layout.start is None:
-            return self.pattern.blocks(q0, q1, k0, k1, self._mark_states(b, q0, q1, k0, k1))
+            return self.pattern.blocks(q0, q1, k0, k1, self._marks(b, (q0, q1), (k0, k1), self.kv_len))
         # two ranges that do not overlap share at most one sequence, the one that runs from the earlier into the later;
         # two that overlap are told apart only if one sequence holds both
         disjoint = torch.minimum(q1, k1) < torch.maximum(q0, k0)
@@ -69,8 +72,8 @@ class Classifier:
         inside = [torch.maximum(q0, start), torch.minimum(q1, end), torch.maximum(k0, start), torch.minimum(k1, end)]
         empty = ~shared | (inside[0] > inside[1]) | (inside[2] > inside[3])
         a0, a1, c0, c1 = (torch.where(empty, start.clamp(min=0), corner) for corner in inside)
-        marks = self._mark_states(b, a0, a1, c0, c1)
         origin = start.clamp(min=0)
+        marks = self._marks(b, (a0, a1), (c0, c1), end + 1 - origin)
         state = self.pattern.blocks(a0 - origin, a1 - origin, c0 - origin, c1 - origin, marks)
         whole = (q0 >= start) & (q1 <= end) & (k0 >= start) & (k1 <= end)
         if self.real is not None:
@@ -80,10 +83,10 @@ class Classifier:
         state = torch.where(whole, state, state.clamp(max=PARTIAL))
         return torch.where(mixed, PARTIAL, torch.where(empty, EMPTY, state)).to(torch.int8)
 
-    def _mark_states(self, b, q0, q1, k0, k1):
+    def _marks(self, b: Tensor, queries: tuple, keys: tuple, length) -> Marks:
         if self.marks is None:
-            return None
-        return tuple(self._mark_state(b, x0, x1) for x0, x1 in ((q0, q1), (k0, k1)))
+            return Marks(length=length)
+        return Marks(self._mark_state(b, *queries), self._mark_state(b, *keys), length)
 
     def _mark_state(self, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         found = self._count(self.marks, b, x0, x1)
@@ -108,12 +111,17 @@ def list_blocks(
     Returns `row = b * q_blocks + i` and `column = j` (int64) and `full` (bool), one entry per block.
     """
     classify = Classifier(pattern, layout, grid.kv_len)
-    strips = -(-grid.q_blocks // COARSE)
-    step = max(1, SWEEP // max(1, COARSE * grid.kv_blocks))
+    size = _coarsest(grid, batch_rows)
+    strips, wide = -(-grid.q_blocks // size), size * grid.kv_blocks
+    step = max(1, SWEEP // max(1, wide))
+    # batch rows go together if one sweep takes more than a row
+    at_once = max(1, SWEEP // max(1, wide * strips))
     found = []
-    for b in range(batch_rows):
+    for b in range(0, batch_rows, at_once):
+        together = range(b, min(b + at_once, batch_rows))
         for strip in range(0, strips, step):
-            found.append(_refine(classify, grid, b, range(strip, min(strip + step, strips)), device, cap_at_partial))
+            some = range(strip, min(strip + step, strips))
+            found.append(_refine(classify, grid, (together, some, size), device, cap_at_partial))
     if not found:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return nothing, nothing, nothing.bool()
@@ -121,23 +129,32 @@ def list_blocks(
     return rows, columns, full
 
 
-def _refine(classify: Classifier, grid: Grid, b: int, strips: range, device, cap_at_partial: bool):
-    i = torch.arange(strips.start, strips.stop, device=device)
-    j = torch.arange(-(-grid.kv_blocks // COARSE), device=device)
-    i, j = (side.reshape(-1) for side in torch.meshgrid(i, j, indexing="ij"))
+def _coarsest(grid: Grid, batch_rows: int) -> int:
+    """Blocks per side of the squares to begin with: so few blocks that they are looked at one by one need no squares."""
     size = COARSE
+    while size > 1 and batch_rows * -(-2 * grid.q_blocks // size) * -(-2 * grid.kv_blocks // size) <= FEW:
+        size //= 2
+    return size
+
+
+def _refine(classify: Classifier, grid: Grid, begin: tuple[range, range, int], device, cap_at_partial: bool):
+    rows, strips, size = begin
+    j = range(-(-grid.kv_blocks // size))
+    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (rows, strips, j))
+    b, i, j = (side.reshape(-1) for side in torch.meshgrid(*axes, indexing="ij"))
     while True:
-        row = torch.full_like(i, b)
-        state = classify(row, *grid.corners(i, j, size))
+        state = classify(b, *grid.corners(i, j, size))
         kept = state > EMPTY
-        i, j, state = i[kept], j[kept], state[kept]
+        b, i, j, state = b[kept], i[kept], j[kept], state[kept]
         if size == 1:
             break
         size //= 2
+        b = b.repeat_interleave(4)
         i = torch.stack((2 * i, 2 * i, 2 * i + 1, 2 * i + 1), 1).reshape(-1)
         j = torch.stack((2 * j, 2 * j + 1, 2 * j, 2 * j + 1), 1).reshape(-1)
         exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
-        i, j = i[exists], j[exists]
-    order = (i * grid.kv_blocks + j).argsort()
+        b, i, j = b[exists], i[exists], j[exists]
+    row = b * grid.q_blocks + i
+    order = (row * grid.kv_blocks + j).argsort()
     full = (state == FULL) & (not cap_at_partial)
-    return b * grid.q_blocks + i[order], j[order], full[order]
+    return row[order], j[order], full[order]

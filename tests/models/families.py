@@ -28,6 +28,9 @@ TINY = {
     "albert": {**COMMON, "embedding_size": 16},
     "bart": SIDES,
     "bert": COMMON,
+    # stock block-sparse attention takes no mask of pairs, and has tests of its own
+    "big_bird": {**COMMON, "attention_type": "original_full"},
+    "bigbird_pegasus": {**SIDES, "attention_type": "original_full"},
     "camembert": {**COMMON, "max_position_embeddings": 514},
     "distilbert": {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "pad_token_id": 0},
     "electra": {**COMMON, "embedding_size": 16},
@@ -71,6 +74,7 @@ LABELS = {
     "ForQuestionAnswering": SPAN,
     "ElectraForPreTraining": TOKEN,
     "AlbertForPreTraining": {**TOKEN, "sentence_order_label": (BATCH,)},
+    "BigBirdForPreTraining": {**TOKEN, "next_sentence_label": (BATCH,)},
     "BertForPreTraining": {**TOKEN, "next_sentence_label": (BATCH,)},
 }
 # dense class name -> dense model type
@@ -98,6 +102,7 @@ def _is_encoder(head: str) -> bool:
     return HEADS[head] in (
         "albert",
         "bert",
+        "big_bird",
         "camembert",
         "distilbert",
         "electra",

@@ -66,8 +66,8 @@ def assert_as_exact(ours, stock, exact, batch):
         assert_as_near(ours[name], stock[name], wanted, name)
 
 
-def assert_as_near(ours, stock, exact, name):
-    allowed = FACTOR * (stock - exact).abs().max() + LEAST * exact.abs().max()
+def assert_as_near(ours, stock, exact, name, largest=0.0):
+    allowed = FACTOR * (stock - exact).abs().max() + LEAST * max(exact.abs().max(), largest)
     found = (ours - exact).abs().max()
     assert found <= allowed, f"{name}: off by {found:.3g}; {allowed:.3g} is allowed"
 
@@ -92,10 +92,12 @@ def assert_gradients_as_exact(ours, stock, exact):
     compared = 0
     names = [name for name, parameter in stock[0].named_parameters() if parameter.requires_grad]
     found = [gradients(outputs.loss, model) for model, outputs in (ours, stock, exact)]
+    # the gradient of a key's bias is 0 but for roundings, which are those of the other gradients
+    largest = max(gradient.abs().max() for gradient in found[2] if gradient is not None)
     for name, *three in zip(names, *found, strict=True):
         # a parameter that the dense model multiplies by zero is not touched here
         if all(gradient is not None for gradient in three):
-            assert_as_near(*three, name)
+            assert_as_near(*three, name, largest)
             compared += 1
         else:
             assert all(gradient is None or not gradient.any() for gradient in three)
@@ -157,7 +159,12 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
 
 
 def test_the_table_has_every_family():
-    assert sorted(TINY) == sorted(name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern)
+    # Longformer and LED have a table of their own
+    assert (
+        {name for name, f in sparse_hf.FAMILIES.items() if not f.implies_pattern}
+        <= set(TINY)
+        <= set(sparse_hf.FAMILIES)
+    )
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
@@ -470,7 +477,7 @@ def test_bad_input_is_refused(call, error, message):
     "model_type",
     ["mpnet", "deberta", "deberta-v2", "gpt_neo", "bloom", "falcon", "mpt", "roformer", "rembert", "megatron-bert",
      "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer", "yoso", "mra",
-     "openai-gpt", "big_bird", "reformer", "perceiver"],
+     "openai-gpt", "reformer", "perceiver"],
 )  # fmt: skip
 def test_families_that_compute_attention_themselves_are_refused_by_name(model_type):
     with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it computes attention by itself"):

@@ -15,6 +15,7 @@ from sparse_hf import (
     Chunk,
     First,
     Fixed,
+    Last,
     Marked,
     MarkedKeys,
     MarkedQueries,
@@ -28,6 +29,7 @@ from sparse_hf import (
     full,
     recipes,
 )
+from sparse_hf.pattern.base import Marks
 from tests.table import PATTERNS
 
 N = 40
@@ -45,7 +47,8 @@ primitives = st.one_of(
     st.builds(MarkedQueries),
     st.builds(Stride, size),
     size.flatmap(lambda b: st.builds(Fixed, st.just(b), st.integers(0, b))),
-    st.builds(Chunk, size),
+    st.builds(Chunk, size, small, small),
+    st.builds(Last, small, size),
     st.builds(RandomBlocks, st.integers(1, 4), size, st.integers(0, 2**40)),
     st.builds(BlockTable, size, st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=8).map(tuple)),
 )
@@ -56,7 +59,7 @@ law = settings(max_examples=100, derandomize=True, deadline=None)
 
 
 def pairs(pattern: Pattern) -> torch.Tensor:
-    allowed = pattern.allows(Q, K, (MARKED[:, None], MARKED[None, :]))
+    allowed = pattern.allows(Q, K, Marks(MARKED[:, None], MARKED[None, :], N))
     assert allowed.shape == (N, N) and allowed.dtype == torch.bool
     return allowed
 
@@ -95,15 +98,35 @@ def states_and_truth(pattern: Pattern, seed: int):
     sums = torch.nn.functional.pad(pairs(pattern).long().cumsum(0).cumsum(1), (1, 0, 1, 0))
     held = sums[q1 + 1, k1 + 1] - sums[q0, k1 + 1] - sums[q1 + 1, k0] + sums[q0, k0]
     truth = torch.where(held == 0, 0, torch.where(held == (q1 - q0 + 1) * (k1 - k0 + 1), 2, 1))
-    return pattern.blocks(q0, q1, k0, k1, tuple(of_range)), truth
+    return pattern.blocks(q0, q1, k0, k1, Marks(*of_range, N)), truth
 
 
 @pytest.mark.parametrize(
-    "text", ["window(5, 0)", "first(3)", "chunk(7)", "stride(3)", "block_table(4, ((0, 2), (1,)))"]
+    "text",
+    [
+        "window(5, 0)",
+        "first(3)",
+        "chunk(7)",
+        "chunk(3, 2, 1)",
+        "last(2, 7)",
+        "stride(3)",
+        "block_table(4, ((0, 2), (1,)))",
+    ],
 )
 def test_blocks_of_primitives_are_exact(text):
     states, truth = states_and_truth(Pattern.parse(text), 0)
     assert torch.equal(states.long(), truth)
+
+
+@law
+@given(patterns)
+def test_blocks_of_a_grain_are_full_or_empty(pattern):
+    side = pattern.grain or 7
+    # nothing is marked, and the last block is whole
+    whole = N // side * side
+    held = pattern.allows(Q[:whole], K[:, :whole], Marks(length=whole)).view(whole // side, side, whole // side, side)
+    mixed = held.any(3).any(1) & ~held.all(3).all(1)
+    assert not mixed.fill_diagonal_(False).any()
 
 
 @law
@@ -172,7 +195,8 @@ def test_recipes_say_what_their_papers_say():
     assert recipes.sliding_window(4096) == Window(4095, 0)
     assert recipes.streaming(window=8, sinks=2) == Window(7, 0) | First(2) & causal()
     assert recipes.sparse_transformer(128, "strided") == (Window(128, 0) | Stride(128)) & causal()
-    assert Pattern.parse("bigbird(block_size=16)") == Window(24, 24) | First(16) | RandomBlocks(3, 16, 0)
+    ends = First(16) | Last(1, 16)
+    assert Pattern.parse("bigbird(block_size=16)") == Chunk(16, 1, 1) | ends | RandomBlocks(3, 16, 0)
     with pytest.raises(ValueError, match="'strided' or 'fixed'"):
         recipes.sparse_transformer(mode="x")
 
