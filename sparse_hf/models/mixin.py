@@ -49,6 +49,13 @@ class SparseMixin:
         """What a head marks by itself where no `global_attention_mask` is given."""
         return None
 
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        # stacks of T5 hold configurations of their own, which older versions leave as they are
+        for module in self.modules():
+            if isinstance(module, SparseMixin):
+                module.config._attn_implementation = self.config._attn_implementation
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         return super().get_correct_attn_implementation(own_implementation(requested_attention), is_init_check)
 

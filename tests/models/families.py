@@ -139,7 +139,11 @@ def dense_config(head: str, **changes):
 
 def dense_model(head: str, **changes):
     torch.manual_seed(0)
-    model = getattr(transformers, head)(dense_config(head, **changes)).eval()
+    config = dense_config(head, **changes)
+    if HEADS[head] == "gemma2":
+        # older versions take "sdpa" by default, which leaves the soft cap out
+        config._attn_implementation = "eager"
+    model = getattr(transformers, head)(config).eval()
     for parameter in model.parameters():
         # initial weights are so small that attention is nearly uniform, and a wrong pattern would hardly show
         if parameter.ndim == 2:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging import version
 from transformers.modeling_outputs import BaseModelOutput
 
 import sparse_hf
@@ -287,6 +288,8 @@ def test_checkpointing_changes_no_gradient(head):
 
 @pytest.mark.parametrize("head", one_head())
 def test_compiled_as_one_graph(head):
+    if HEADS[head] in NOT_COMPILED:
+        pytest.skip("the experts of this version of Transformers cannot be compiled")
     torch._dynamo.reset()
     sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
     batch = inputs(head)
@@ -306,6 +309,9 @@ def test_compiled_as_one_graph(head):
 
 # families whose stock class is not one graph either: GPT-2 warns about the kind of its loss
 NOT_ONE_GRAPH = {"gpt2"}
+# families whose stock class cannot be compiled for training at all: older versions multiply experts by an operator whose
+# backward looks at its data
+NOT_COMPILED = {"mixtral", "qwen3_moe"} if version.parse(transformers.__version__) < version.parse("5.24") else set()
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -22,23 +22,6 @@ class Failing:
         return test == self.test and current and (not self.families or family in self.families)
 
 
-WEIGHTS_BY_CONFIG = (
-    "BUG: config.output_attentions = True is refused on every sparse configuration, 'sparse_reference' too, for the setter "
-    "of PreTrainedConfig compares the name with 'eager'"
-)
-NO_GRADIENT = (
-    "BUG: of PreTrainedConfig, as above; and the weights of 'sparse_reference' are computed beside the output, not on the way "
-    "to it, so that no gradient flows through them"
-)
-UNRECORDED_ENCODER = "BUG: SparseBartEncoder is not in _CAN_RECORD_REGISTRY, so that encoder_hidden_states and encoder_attentions are None"
-OTHER_INITIAL_WEIGHTS = (
-    "BUG: PreTrainedModel.is_custom_code() takes classes outside of Transformers for code that initializes in place, and "
-    "skips _init_weights on modules without parameters of their own, which give those inside them their family's scale"
-)
-LOST_CACHE = (
-    "BUG: a cache under its old name, past_key_values, is overruled by the new one that SparseMixin's forward makes for "
-    "families with a sliding window: it looks for one name only"
-)
 CHOSEN_BY_YEAR = "skipped: it takes models by the year in the file of their configuration, and ours carry none"
 WEIGHTS_OF_SDPA = (
     "by design: a model loaded with attn_implementation='sdpa' is asked for attention weights; 'sparse', for which that "
@@ -53,11 +36,6 @@ OWN_NAMES = (
 ENCODERS = ("bert", "modernbert", "roberta")
 
 EXCEPTIONS = (
-    Failing("test_attention_outputs", WEIGHTS_BY_CONFIG),
-    Failing("test_retain_grad_hidden_states_attentions", NO_GRADIENT),
-    Failing("test_hidden_states_output", UNRECORDED_ENCODER, ("bart",)),
-    Failing("test_bc_cache_name_forward", LOST_CACHE, ("qwen3",)),
-    Failing("test_can_init_all_missing_weights", OTHER_INITIAL_WEIGHTS, ("gpt2", "modernbert")),
     Failing("test_can_init_all_missing_weights", CHOSEN_BY_YEAR, ("modernbert", "qwen3"), before="5.24"),
     Failing("test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions", WEIGHTS_OF_SDPA, ENCODERS),
     Failing("test_sliding_window_mask", OWN_WINDOW, ("qwen3",)),
