@@ -34,6 +34,7 @@ LIMIT = 2e-5
 FACTOR, LEAST = 8, 64 * torch.finfo(torch.float32).eps
 PATTERN = "window(20, 20) | first(3) | marked()"
 DECODER = "window(20, 20) | first(3)"
+OLD = version.parse(transformers.__version__) < version.parse("5.24")
 
 
 def real_part(outputs, batch) -> dict[str, torch.Tensor]:
@@ -187,6 +188,8 @@ def test_every_head_of_the_auto_classes_is_there(family):
 
 @pytest.mark.parametrize(("head", "side"), PADDED)
 def test_dense_pattern_equals_stock(head, side):
+    if OLD and head == "BigBirdForCausalLM":
+        pytest.skip("the decoder of this version of Transformers sees the future")
     dense = dense_model(head)
     sparse = sparse_hf.sparsify(dense, "window(None, None)")
     assert type(sparse).__name__ == f"Sparse{head}" and type(dense).__name__ == head
@@ -311,7 +314,7 @@ def test_compiled_as_one_graph(head):
 NOT_ONE_GRAPH = {"gpt2"}
 # families whose stock class cannot be compiled for training at all: older versions multiply experts by an operator whose
 # backward looks at its data
-NOT_COMPILED = {"mixtral", "qwen3_moe"} if version.parse(transformers.__version__) < version.parse("5.24") else set()
+NOT_COMPILED = {"mixtral", "qwen3_moe"} if OLD else set()
 
 
 @pytest.mark.parametrize("head", HEADS)
