@@ -82,8 +82,7 @@ class SparseGenerationMixin(SparseMixin):
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         for name in CACHE_NAMES:
             if isinstance(model_kwargs.get(name), (DynamicCache, StaticCache)):
-                layers = model_kwargs[name].layers
-                model_kwargs[name].layers = [_keeping_all(layer, max_length) for layer in layers]
+                _keep_all(model_kwargs[name], max_length)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         # the whole text so far is here, of which the model itself sees only the last token: marks are made here
@@ -141,13 +140,11 @@ def _makes_sliding_cache(model, kwargs) -> bool:
     return bool(wanted) and getattr(config, "sliding_window", None) is not None
 
 
-def _keeping_all(layer, max_length: int):
-    """A cache's layer, or if it would drop keys, and holds none yet, one that keeps all of them."""
-    if layer.is_initialized:
-        return layer
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return DynamicLayer()
-    return StaticLayer(max_length) if isinstance(layer, StaticSlidingWindowLayer) else layer
+def _keep_all(cache, max_length: int) -> None:
+    """Have a cache that would drop keys keep them all. It begins anew: `generate` has the whole text to fill it from."""
+    if any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers):
+        is_static = isinstance(cache, StaticCache)
+        cache.layers = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]
 
 
 def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
