@@ -17,9 +17,16 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? segment_ids, Tensor? marks, Tensor? seed, "
     "Tensor? bias, str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend"
 )
+# plans are made on the CPU and outlive the call, neither of which a CUDA graph may hold
+_OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("sparse_hf::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    "sparse_hf::attention",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    tags=_OUTSIDE_GRAPHS,
+)
 def attention(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend
 ):
@@ -34,6 +41,7 @@ def attention(
     "sparse_hf::attention_backward",
     mutates_args=(),
     schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_OUTSIDE_GRAPHS,
 )
 def attention_backward(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend,

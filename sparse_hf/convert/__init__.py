@@ -134,14 +134,14 @@ def _convert_gguf(file: Path, target: Path, choice: Choice, progress: bool) -> N
 
 
 def _carry(source: Source, new: Path, max_length: int | None) -> None:
-    """The tokenizer and the generation configuration, with the new length in the tokenizer's."""
-    for path in source.carried:
-        shutil.copyfile(path, new / path.name)
+    """What travels with the weights, with the new length in the tokenizer's settings."""
+    source.carry(new)
     if max_length is None:
         return
-    settings = new / "tokenizer_config.json"
-    if settings.exists():
-        settings.write_text(json.dumps({**read_json(settings), "model_max_length": max_length}, indent=2) + "\n")
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
+        settings = new / name
+        if settings.exists():
+            settings.write_text(json.dumps({**read_json(settings), key: max_length}, indent=2) + "\n", encoding="utf-8")
     tokenizer = new / "tokenizer.json"
     if tokenizer.exists():
         content = read_json(tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -108,8 +107,7 @@ def _write(source: Source, family: Family, values: dict, target: Path, progress:
         progress_bar(work.source_bytes, f"exporting {source.name}", progress) as advance,
     ):
         write_weights(work, folder, advance)
-        for path in source.carried:
-            shutil.copyfile(path, folder / path.name)
+        source.carry(folder)
         # last, so that a folder without it never loads
         config.save_pretrained(folder)
 

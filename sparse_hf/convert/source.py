@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,13 @@ CARRIED = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
     "LICENSE",
 )
+# modules of Sentence Transformers beside the model, such as 1_Pooling
+MODULES = "[0-9]*_*/*"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,15 @@ class Source:
 
     @property
     def carried(self) -> list[Path]:
-        return [self.folder / name for name in CARRIED if (self.folder / name).is_file()]
+        modules = sorted(self.folder.glob(MODULES)) if (self.folder / "modules.json").is_file() else []
+        return [path for path in (*(self.folder / name for name in CARRIED), *modules) if path.is_file()]
+
+    def carry(self, folder: Path) -> None:
+        """Copy what travels with the weights."""
+        for path in self.carried:
+            target = folder / path.relative_to(self.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def find_folder(source: str | Path) -> Path:

@@ -7,8 +7,8 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .config import check_weights, own_implementation
 
@@ -84,11 +84,12 @@ class SparseEncoderMixin(SparseMixin):
 class SparseGenerationMixin(SparseMixin):
     """For heads that generate."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length, *args)
+        max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         for name in CACHE_NAMES:
-            if name in model_kwargs:
-                model_kwargs[name] = _keeping_all(model_kwargs[name])
+            if isinstance(model_kwargs.get(name), (DynamicCache, StaticCache)):
+                _keep_all(model_kwargs[name], max_length)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         # the whole text so far is here, of which the model itself sees only the last token: marks are made here
@@ -146,12 +147,11 @@ def _makes_sliding_cache(model, kwargs) -> bool:
     return bool(wanted) and getattr(config, "sliding_window", None) is not None
 
 
-def _keeping_all(cache):
-    """The same cache, still empty, with layers that drop no keys."""
-    layers = getattr(cache, "layers", None)
-    if isinstance(cache, DynamicCache) and layers:
-        cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in layers]
-    return cache
+def _keep_all(cache, max_length: int) -> None:
+    """Have a cache that would drop keys keep them all. It begins anew: `generate` has the whole text to fill it from."""
+    if any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers):
+        is_static = isinstance(cache, StaticCache)
+        cache.layers = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]
 
 
 def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:

@@ -34,7 +34,7 @@ class MaskRequest:
 
     attention_mask: Tensor | None  # [B, K] bool, true on real tokens
     mask_function: Callable
-    q_offset: int
+    q_offset: int | Tensor
 
     def to(self, device) -> MaskRequest:
         return replace(self, attention_mask=None if self.attention_mask is None else self.attention_mask.to(device))
@@ -59,6 +59,9 @@ def sparse_mask(
     if attention_mask is not None and attention_mask.shape[-1] != kv_length:
         short = kv_length - attention_mask.shape[-1]
         attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
+    if isinstance(q_offset, Tensor):
+        # a static cache gives its own counter, which it moves on before the attention function looks
+        q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     return MaskRequest(attention_mask, mask_function, q_offset)
 
 
