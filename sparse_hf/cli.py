@@ -170,7 +170,7 @@ def list_families(
     for row in rows:
         table.add_row(row["family"], row["model_type"], _short(row["heads"]), row["positions"], row["conversion"])
     # wide enough that no name is cut, in a narrow window or a pipe too
-    Console(width=max(Console().width, 110)).print(table)
+    Console(width=max(Console().width, 124)).print(table)
 
 
 def _short(heads: list[str]) -> str:
