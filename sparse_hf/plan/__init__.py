@@ -97,8 +97,8 @@ def cached_plan(pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tup
     where building it again would give the same tables.
     """
     key = (pattern, q_len, kv_len, q_offset, str(device))
-    if batch[0] is not None and batch[0].all():
-        # many models make a mask of ones where none is given
+    if batch[0] is not None and batch[0].shape[1:] == (kv_len,) and batch[0].all():
+        # many models make a mask of ones where none is given; one of another shape is refused below
         batch = (None, *batch[1:])
     if all(t is None for t in batch):
         return _plan_without_batch(*key)

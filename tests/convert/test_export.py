@@ -148,9 +148,9 @@ REFUSED = [
     ("Qwen2ForCausalLM", "window(19, 0)", "1=window(9, 0)", {}, "qwen2 has windows of one size only, and layer 0 has window(19"),
     ("Gemma3ForCausalLM", "window(19, 0)", None, {}, "layer 1: window(19, 0) has no native form: it is a full_attention layer"),
     ("ModernBertForMaskedLM", "window(9, 4)", "0=dense", {}, "slides as far to the left as to the right"),
-    ("ModernBertForMaskedLM", "chunk(9)", "0=dense", {}, "layer 1: chunk(9) in chunk(9) & window(16, 16) has no native form"),
+    ("ModernBertForMaskedLM", "chunk(9)", "0=dense", {}, "layer 1: chunk(9, 0, 0) in chunk(9, 0, 0) & window(16, 16) has no"),
     ("BertForMaskedLM", "window(9, 9)", None, {}, "layer 0: window(9, 9) has no native form: bert has no sliding windows"),
-    ("GPT2LMHeadModel", "per_head(window(9, 9), window(9, 0), window(9, 1), chunk(3))", None, {}, "layer 0: chunk(3) in per_head("),
+    ("GPT2LMHeadModel", "per_head(window(9, 9), window(9, 0), window(9, 1), chunk(3))", None, {}, "layer 0: chunk(3, 0, 0) in per_head("),
     ("BartForConditionalGeneration", FULL, "decoder 1=window(9, 0)", {}, "decoder layer 1: window(9, 0)"),
 ]  # fmt: skip
 
