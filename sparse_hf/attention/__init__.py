@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BlockPlan, cached_plan
-from . import blockwise, flex, reference
+from . import blockwise, fa, flex, reference
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -23,10 +23,10 @@ __all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
 
 logger = logging.getLogger(__name__)
 
-# each has `refuses(q, plan, dropout)`, a reason or None, and the differentiable `attend`
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "flex": flex}
+# each has `refuses(q, v, plan, scoring, dropout)`, a reason or None, and the differentiable `attend`
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa}
 # what "auto" tries, in this order
-PREFERENCE = ("flex", "blockwise")
+PREFERENCE = ("fa", "flex", "blockwise")
 
 
 def sparse_attention(
@@ -64,7 +64,7 @@ def sparse_attention(
         relative_bias: `[H, q_offset + Q - 1 + K]`, added to the scores by distance (T5, arXiv:1910.10683, section 2.1): entry
             `k - q + (q_offset + Q - 1)` to the pair of query q and key k, both in key coordinates. Differentiable.
         dropout: probability with which an attention weight is dropped. The caller decides whether it is training.
-        backend: "reference", "blockwise", "flex" or "auto".
+        backend: "reference", "blockwise", "flex", "fa" or "auto".
         return_lse: also return the log-sum-exp of the scores, `[B, H, Q]`, differentiable.
 
     Returns:
@@ -81,7 +81,7 @@ def sparse_attention(
     if isinstance(pattern, BlockPlan):
         plan = _checked_plan(pattern, q, k, (key_padding_mask, segment_ids, marks, q_offset))
         scoring.check(q.shape[1], plan.q_offset + q.shape[2] - 1, k.shape[2])
-        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+        out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
@@ -92,20 +92,20 @@ def sparse_attention(
     else:
         plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device)
         _check_plan(plan, q)
-        out, lse = choose(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+        out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 
 
-def choose(backend: str, q: Tensor, plan: BlockPlan, dropout: float) -> ModuleType:
+def choose(backend: str, q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> ModuleType:
     """The module that runs this call. Only "auto" may choose, and it says what it chose, once."""
     if backend != "auto":
-        reason = BACKENDS[backend].refuses(q, plan, dropout)
+        reason = BACKENDS[backend].refuses(q, v, plan, scoring, dropout)
         if reason:
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
     # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
     names = PREFERENCE if q.shape[2] >= plan.block_size else ("blockwise",)
-    name = next(name for name in names if BACKENDS[name].refuses(q, plan, dropout) is None)
+    name = next(name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
     _say(name, q.device.type, str(q.dtype), bool(dropout))
     return BACKENDS[name]
 

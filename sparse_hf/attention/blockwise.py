@@ -26,7 +26,7 @@ from .scoring import Scoring
 MAX_KEYS = 2048
 
 
-def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
+def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
     return None
 
 

@@ -28,7 +28,7 @@ LONG, FEW = 4, 16
 MAX_KERNELS = 256
 
 
-def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
+def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
     if dropout:
         return "FlexAttention has no dropout of attention weights; use backend='blockwise' or dropout=0"
     if q.device.type != "cuda":

@@ -33,14 +33,14 @@ def attention(
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
     plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
     scoring = Scoring(scale, softcap, bias)
-    out, lse = _chosen(backend, q, plan, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+    out, lse = _chosen(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op(
     "sparse_hf::attention_backward",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_OUTSIDE_GRAPHS,
 )
 def attention_backward(
@@ -49,7 +49,10 @@ def attention_backward(
 ):  # fmt: skip
     """Gradients of q, k, v and the bias (empty without one)."""
     plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
-    chosen, scoring = _chosen(backend, q, plan, dropout), Scoring(scale, softcap, bias)
+    scoring = Scoring(scale, softcap, bias)
+    chosen = _chosen(backend, q, v, plan, scoring, dropout)
+    if not getattr(chosen, "NONE_IS_ZERO", False):
+        grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
     if hasattr(chosen, "backward"):
         grads = chosen.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
     else:
@@ -63,10 +66,10 @@ def attention_backward(
     return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
-def _chosen(backend, q, plan, dropout):
+def _chosen(backend, q, v, plan, scoring, dropout):
     from . import choose
 
-    return choose(backend, q, plan, dropout)
+    return choose(backend, q, v, plan, scoring, dropout)
 
 
 @attention.register_fake
@@ -82,6 +85,8 @@ def _(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
 
 
 def _remember(ctx, inputs, output):
+    # a gradient of lse that nobody asked for must not cost a pass
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], *output)
     ctx.rest = inputs[TENSORS:]
 

@@ -13,7 +13,7 @@ from .dropout import kept
 from .scoring import Scoring
 
 
-def refuses(q: Tensor, plan: BlockPlan, dropout: float) -> str | None:
+def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
     return None
 
 

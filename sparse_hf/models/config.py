@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
     "sparse_reference": "reference",
     "sparse_blockwise": "blockwise",
     "sparse_flex": "flex",
+    "sparse_fa": "fa",
 }
 STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
 

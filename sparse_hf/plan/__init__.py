@@ -13,8 +13,20 @@ from ..pattern import Pattern
 from .block_plan import BlockPlan, MaskFunction, Run
 from .build import Grid, list_blocks
 from .layout import Layout, make_layout
+from .split import Shape, Split, read_pattern, split
 
-__all__ = ["BlockPlan", "MaskFunction", "Run", "build_plan", "cached_plan", "make_layout"]
+__all__ = [
+    "BlockPlan",
+    "MaskFunction",
+    "Run",
+    "Shape",
+    "Split",
+    "build_plan",
+    "cached_plan",
+    "make_layout",
+    "read_pattern",
+    "split",
+]
 
 BLOCK_SIZE = 128
 # below this, blocks cost more than the masks that they save

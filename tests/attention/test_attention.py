@@ -127,7 +127,7 @@ def test_auto_says_what_it_chose_once(caplog):
         (
             {"backend": "fast"},
             ValueError,
-            "backend is 'fast'; the known ones are 'auto', 'reference', 'blockwise', 'flex'",
+            "backend is 'fast'; the known ones are 'auto', 'reference', 'blockwise', 'flex', 'fa'",
         ),
         (
             {"backend": "flex"},

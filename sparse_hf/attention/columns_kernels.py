@@ -1,0 +1,196 @@
+"""`columns` on a GPU, one Triton kernel forward and one backward: each reads q and out once, however the sequences lie.
+
+Legend: S sequences, each cut into P spans of queries; H query heads, G key heads, D head dim; C columns of a sequence, of which a
+launch takes `BC`. A program has one span of one sequence and head, and walks it in tiles of `BM` queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import Split
+from .columns import reach
+
+LOG2_E = 1.4426950408889634
+# columns of one launch, and programs that keep a GPU busy in the backward pass
+MOST_COLUMNS, PROGRAMS = 64, 1024
+
+
+def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, split: Split, scale: float) -> None:
+    sequences = split.sequences_there
+    tile = _tile(q)
+    spans = -(-split.longest // tile)
+    for keys, columns in _launches(split):
+        k_columns, v_columns = (_columns(t, split, columns) for t in (k, v))
+        _absorb[(len(sequences) * spans, q.shape[2])](
+            q, k_columns, v_columns, out, lse, sequences, columns,
+            *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3],
+            scale * LOG2_E, *_limits(split), split.q_offset, spans,
+            R=q.shape[2] // k.shape[2], C=keys, BC=_padded(keys), BM=tile, D=q.shape[3], BD=_padded(q.shape[3]),
+            num_warps=4,
+        )  # fmt: skip
+
+
+def add_gradients_on_gpu(
+    grad_out, q, k, v, out, lse, grad_lse, grad_q, grad_k, grad_v, split: Split, scale: float
+) -> None:
+    sequences = split.sequences_there
+    tile, heads = _tile(q), q.shape[2]
+    # so many spans that all multiprocessors have work, each of whole tiles
+    spans = max(1, min(-(-split.longest // tile), PROGRAMS // max(1, len(sequences) * heads)))
+    span = -(-split.longest // (spans * tile)) * tile
+    for keys, columns in _launches(split):
+        k_columns, v_columns = (_columns(t, split, columns) for t in (k, v))
+        # sums of one span each, added up afterwards in a fixed order
+        sums = q.new_empty((2, len(sequences), spans, heads, keys, q.shape[3]), dtype=torch.float32)
+        _gradients[(len(sequences) * spans, heads)](
+            grad_out, q, k_columns, v_columns, out, lse, lse if grad_lse is None else grad_lse, grad_q, *sums,
+            sequences, columns,
+            *grad_out.stride()[:3], *q.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
+            *lse.stride(), *(lse if grad_lse is None else grad_lse).stride(), *k_columns.stride()[:3],
+            scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span,
+            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], C=keys, BC=_padded(keys), BM=tile,
+            D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8,
+        )  # fmt: skip
+        # [S, spans, G, R, C, D] -> [S, C, G, D]
+        totals = sums.unflatten(3, (k.shape[2], -1)).sum((2, 4)).transpose(2, 3)
+        b, place = _flat(split, columns)
+        for grad, total in zip((grad_k, grad_v), totals, strict=True):
+            # a place beyond the sequence's columns is key 0 with a sum of 0
+            flat = (columns >= 0).flatten()
+            grad.index_put_((b, place), (total.flatten(0, 1) * flat[:, None, None]).to(grad.dtype), accumulate=True)
+
+
+def _launches(split: Split):
+    """The columns `[S, C]` in portions, and how many there are in each."""
+    for columns in split.columns.split(MOST_COLUMNS, dim=1):
+        yield columns.shape[1], columns.contiguous()
+
+
+def _flat(split: Split, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch row and key of each column, `[S * C]` each."""
+    b = split.sequences_there[:, :1].expand(columns.shape)
+    return b.flatten().long(), columns.clamp(min=0).flatten().long()
+
+
+def _columns(t: Tensor, split: Split, columns: Tensor) -> Tensor:
+    """The columns of `[B, K, G, D]`: `[S, C, G, D]`."""
+    return t[_flat(split, columns)].unflatten(0, columns.shape).contiguous()
+
+
+def _limits(split: Split) -> tuple[int, int, int, int]:
+    window, clip = reach(split)
+    return *window, *clip
+
+
+def _tile(q: Tensor) -> int:
+    return 128 if q.shape[3] <= 64 else 64
+
+
+def _padded(n: int) -> int:
+    # the matrix units take no side below 16
+    return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def _seen(rows, key, real, q_offset, left, right, clip_left, clip_right):
+    distance = key[None, :] - (rows[:, None] + q_offset)
+    in_window = (distance >= -left) & (distance <= right)
+    return real & (key[None, :] >= 0) & (distance >= -clip_left) & (distance <= clip_right) & (in_window == 0)
+
+
+@triton.jit
+def _absorb(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sequences, columns,
+    q_b, q_m, q_h, o_b, o_m, o_h, l_b, l_h, l_m, k_s, k_c, k_g,
+    scale, left, right, clip_left, clip_right, q_offset, spans,
+    R: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    s = (tl.program_id(0) // spans).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.load(sequences + s * 5).to(tl.int64)
+    first = tl.load(sequences + s * 5 + 1) + tl.program_id(0) % spans * BM
+    last = tl.load(sequences + s * 5 + 2)
+    if first >= last:
+        return
+    c, d = tl.arange(0, BC), tl.arange(0, BD)
+    key = tl.load(columns + s * C + c, mask=c < C, other=-1)
+    places = s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :]
+    inside = (c[:, None] < C) & (d[None, :] < D)
+    k = tl.load(k_ptr + places, mask=inside, other=0.0)
+    v = tl.load(v_ptr + places, mask=inside, other=0.0)
+    rows = first + tl.arange(0, BM)
+    wide = rows.to(tl.int64)
+    real = (rows < last)[:, None]
+    box = real & (d[None, :] < D)
+    q = tl.load(q_ptr + b * q_b + wide[:, None] * q_m + h * q_h + d[None, :], mask=box, other=0.0)
+    at_out = out_ptr + b * o_b + wide[:, None] * o_m + h * o_h + d[None, :]
+    at_lse = lse_ptr + b * l_b + h * l_h + wide * l_m
+    out = tl.load(at_out, mask=box, other=0.0)
+    lse = tl.load(at_lse, mask=rows < last, other=0.0) * 1.4426950408889634
+    scores = tl.dot(q, tl.trans(k)) * scale
+    scores = tl.where(_seen(rows, key, real, q_offset, left, right, clip_left, clip_right), scores, float("-inf"))
+    top = tl.maximum(tl.max(scores, 1), lse)
+    # a row that has seen nothing yet: subtracting -inf would give NaN
+    finite = tl.where(top > float("-inf"), top, 0.0)
+    weights = tl.exp2(scores - finite[:, None])
+    kept = tl.exp2(lse - finite)
+    total = tl.sum(weights, 1) + kept
+    safe = tl.where(total > 0, total, 1.0)
+    merged = tl.dot(weights.to(v.dtype), v) + out.to(tl.float32) * kept[:, None]
+    tl.store(at_out, (merged / safe[:, None]).to(out.dtype), mask=box)
+    tl.store(
+        at_lse, tl.where(total > 0, (finite + tl.log2(safe)) / 1.4426950408889634, float("-inf")), mask=rows < last
+    )
+
+
+@triton.jit
+def _gradients(
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, sequences, columns,
+    do_b, do_m, do_h, q_b, q_m, q_h, o_b, o_m, o_h, dq_b, dq_m, dq_h,
+    l_b, l_h, l_m, dl_b, dl_h, dl_m, k_s, k_c, k_g,
+    scale, scale_log2, left, right, clip_left, clip_right, q_offset, spans, span,
+    HAS_GRAD_LSE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    s = (tl.program_id(0) // spans).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.load(sequences + s * 5).to(tl.int64)
+    first = tl.load(sequences + s * 5 + 1) + tl.program_id(0) % spans * span
+    last = tl.minimum(tl.load(sequences + s * 5 + 2), first + span)
+    c, d = tl.arange(0, BC), tl.arange(0, BD)
+    key = tl.load(columns + s * C + c, mask=c < C, other=-1)
+    places = s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :]
+    inside = (c[:, None] < C) & (d[None, :] < D)
+    k = tl.load(k_ptr + places, mask=inside, other=0.0)
+    v = tl.load(v_ptr + places, mask=inside, other=0.0)
+    sum_k = tl.zeros((BC, BD), tl.float32)
+    sum_v = tl.zeros((BC, BD), tl.float32)
+    for start in range(first, last, BM):
+        rows = start + tl.arange(0, BM)
+        wide = rows.to(tl.int64)
+        real = (rows < last)[:, None]
+        box = real & (d[None, :] < D)
+        q = tl.load(q_ptr + b * q_b + wide[:, None] * q_m + h * q_h + d[None, :], mask=box, other=0.0)
+        do = tl.load(do_ptr + b * do_b + wide[:, None] * do_m + h * do_h + d[None, :], mask=box, other=0.0)
+        out = tl.load(out_ptr + b * o_b + wide[:, None] * o_m + h * o_h + d[None, :], mask=box, other=0.0)
+        lse = tl.load(lse_ptr + b * l_b + h * l_h + wide * l_m, mask=rows < last, other=float("inf"))
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        if HAS_GRAD_LSE:
+            delta -= tl.load(dlse_ptr + b * dl_b + h * dl_h + wide * dl_m, mask=rows < last, other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        seen = _seen(rows, key, real, q_offset, left, right, clip_left, clip_right)
+        weights = tl.where(seen, tl.exp2(scores - lse[:, None] * 1.4426950408889634), 0.0)
+        change = (weights * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(q.dtype)
+        at_dq = dq_ptr + b * dq_b + wide[:, None] * dq_m + h * dq_h + d[None, :]
+        dq = tl.load(at_dq, mask=box, other=0.0)
+        tl.store(at_dq, (dq.to(tl.float32) + tl.dot(change, k) * scale).to(dq.dtype), mask=box)
+        sum_k += tl.dot(tl.trans(change), q)
+        sum_v += tl.dot(tl.trans(weights.to(do.dtype)), do)
+    # [S, spans, H, C, D]
+    sums = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) + h) * C + c[:, None]) * D + d[None, :]
+    tl.store(dk_ptr + sums, sum_k * scale, mask=inside)
+    tl.store(dv_ptr + sums, sum_v, mask=inside)

@@ -1,0 +1,214 @@
+"""FlashAttention kernels with a window, forward and backward, behind one small interface.
+
+A part of a merged attention is differentiated by handing its kernel the merged output and log-sum-exp: the kernels recompute
+the weights as exp(score - lse), so that the gradients of the parts add up to those of the whole.
+
+Legend: B batch, Q queries, K keys, H query heads, G key heads, D head dim; T tokens of all rows, flattened. With `packed`, tensors are
+`[T, heads, D]` and lse `[H, T]`; without, `[B, length, heads, D]` and `[B, H, Q]`. The last query stands at the last key.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# (left, right), None is no limit
+Window = tuple[int | None, int | None]
+EVERYTHING: Window = (None, None)
+CAUSAL: Window = (None, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Where sequences begin on the flattened axis: `[N + 1]` int32 each, and the longest of them."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device) -> Packed:
+    """Sequences at the ranges `[S, 2]` (first, last + 1), ascending; tokens between them belong to none.
+
+    Kernels want sequences without gaps: queries in a gap become a sequence without keys, keys in a gap one without queries.
+    """
+    previous = torch.nn.functional.pad(torch.stack((q_ranges[:, 1], k_ranges[:, 1]), 1), (0, 0, 1, 0))
+    begins = torch.stack((q_ranges[:, 0], k_ranges[:, 0]), 1)
+    ends = torch.tensor([[total_q, total_k]])
+    gaps = torch.cat((begins, ends)) - previous
+    lengths = torch.zeros(len(gaps), 3, 2, dtype=torch.long)
+    lengths[:, 0, 0], lengths[:, 1, 1] = gaps[:, 0], gaps[:, 1]
+    lengths[:-1, 2] = previous[1:] - begins
+    lengths = lengths.flatten(0, 1)
+    lengths = lengths[lengths.any(1)]
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).int()
+    max_q, max_k = lengths.amax(0).tolist()
+    return Packed(*(c.contiguous().to(device) for c in cu.unbind(1)), max_q, max_k)
+
+
+class FA2:
+    """The FlashAttention-2 kernels that torch carries, those under `torch.nn.attention.varlen`."""
+
+    name = "fa2"
+
+    @staticmethod
+    def refuses(q: Tensor) -> str | None:
+        if torch.cuda.get_device_capability(q.device)[0] < 8:
+            return f"it needs compute capability 8.0 or higher, and {torch.cuda.get_device_name(q.device)} has less"
+        return None
+
+    @staticmethod
+    def forward(q, k, v, packed: Packed | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_lengths(q, k, packed), 0.0, window == CAUSAL, False, scale=scale, **_sides(window)
+        )
+        return out, lse
+
+    @classmethod
+    def backward(
+        cls, grad_out, q, k, v, out, lse, grad_lse, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = cls._backward(grad_out, q, k, v, out, lse, packed, window, scale)
+        if grad_lse is None:
+            return grads
+        # these kernels know no gradient of lse. d score = weight * (grad_out @ v - sum(grad_out * out)), so that v = 0 and a
+        # product sum(grad_out * out) of -grad_lse leave weight * grad_lse; three halves hold a float32 number
+        fake_out, ones = torch.zeros_like(out), torch.zeros_like(out)
+        rest = -(grad_lse.transpose(-1, -2)).float()
+        for column in range(3):
+            fake_out[..., column] = rest.to(out.dtype)
+            rest = rest - fake_out[..., column].float()
+        ones[..., :3] = 1
+        more = cls._backward(ones, q, k, torch.zeros_like(v), fake_out, lse, packed, window, scale)
+        return grads[0].add_(more[0]), grads[1].add_(more[1]), grads[2]
+
+    @staticmethod
+    def _backward(grad_out, q, k, v, out, lse, packed, window, scale) -> tuple[Tensor, Tensor, Tensor]:
+        # random state of a dropout that there is none of
+        state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        rest = (*_lengths(q, k, packed), 0.0, window == CAUSAL, state, unused)
+        return torch.ops.aten._flash_attention_backward(
+            grad_out, q, k, v, out, lse, *rest, scale=scale, **_sides(window)
+        )
+
+
+def _lengths(q: Tensor, k: Tensor, packed: Packed | None) -> tuple:
+    if packed is None:
+        return None, None, q.shape[1], k.shape[1]
+    return packed.cu_q, packed.cu_k, packed.max_q, packed.max_k
+
+
+def _sides(window: Window) -> dict[str, int]:
+    left, right = (-1 if side is None else side for side in window)
+    return {"window_size_left": left, "window_size_right": right}
+
+
+class FA4:
+    """FlashAttention-4, the CuTe kernels of the package `flash-attn-4`."""
+
+    name = "fa4"
+
+    @staticmethod
+    def refuses(q: Tensor) -> str | None:
+        broken = _fa4_broken()
+        if broken:
+            return broken
+        major = torch.cuda.get_device_capability(q.device)[0]
+        if major not in (9, 10) or (major == 10 and q.shape[-1] > 128):
+            return f"flash-attn-4 has no backward for head dim {q.shape[-1]} on {torch.cuda.get_device_name(q.device)}"
+        return None
+
+    @staticmethod
+    def forward(q, k, v, packed: Packed | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        return _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **_fa4_arguments(packed, window))[:2]
+
+    @staticmethod
+    def backward(
+        grad_out, q, k, v, out, lse, grad_lse, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        return _flash_attn_bwd(
+            q, k, v, out, grad_out, lse, softmax_scale=scale, dlse=grad_lse,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_fa4_arguments(packed, window),
+        )  # fmt: skip
+
+
+def _fa4_arguments(packed: Packed | None, window: Window) -> dict:
+    given = {"window_size_left": window[0], "window_size_right": window[1]}
+    if packed is not None:
+        given |= {"cu_seqlens_q": packed.cu_q, "cu_seqlens_k": packed.cu_k}
+        given |= {"max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k}
+    return given
+
+
+@lru_cache(maxsize=1)
+def _fa4_broken() -> str | None:
+    """Why flash-attn-4 cannot be used; said once if it is installed."""
+    try:
+        if importlib.util.find_spec("flash_attn.cute") is None:
+            return "flash-attn-4 is not installed"
+    except ModuleNotFoundError:
+        return "flash-attn-4 is not installed"
+    version = importlib.metadata.version("flash-attn-4")
+    try:
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    except ImportError as error:
+        reason = f"flash-attn-4 {version} is installed and does not import: {error}"
+        logger.warning("%s; windows run on torch's FlashAttention-2", reason)
+        return reason
+    # a merged backward needs the functions below the public ones
+    wanted = {_flash_attn_fwd: {"return_lse", "window_size_left"}, _flash_attn_bwd: {"dlse", "deterministic", "lse"}}
+    missing = {n for function, names in wanted.items() for n in names - set(inspect.signature(function).parameters)}
+    if missing:
+        reason = f"flash-attn-4 {version} has no argument {', '.join(sorted(missing))}; 4.0.0b16 has"
+        logger.warning("%s; windows run on torch's FlashAttention-2", reason)
+        return reason
+    return None
+
+
+KERNELS = {"fa4": FA4, "fa2": FA2}
+_ONLY: ContextVar[str | None] = ContextVar("only", default=None)
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run on these kernels and no others, for benchmarks and tests."""
+    token = _ONLY.set(name)
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
+
+
+def kernels(q: Tensor):
+    """The fastest kernels that run here."""
+    name = _ONLY.get()
+    if name is not None:
+        reason = KERNELS[name].refuses(q)
+        if reason:
+            raise NotImplementedError(f"kernels {name!r} cannot run here: {reason}")
+        return KERNELS[name]
+    found = next((kind for kind in KERNELS.values() if kind.refuses(q) is None), FA2)
+    _say(found.name)
+    return found
+
+
+@lru_cache
+def _say(name: str) -> None:
+    logger.info("windows run on the kernels %r", name)
