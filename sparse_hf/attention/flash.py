@@ -44,6 +44,7 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
     """Sequences at the ranges `[S, 2]` (first, last + 1), ascending; tokens between them belong to none.
 
     Kernels want sequences without gaps: queries in a gap become a sequence without keys, keys in a gap one without queries.
+    Output and gradient of the former are undefined; the gradients of the latter are 0.
     """
     previous = torch.nn.functional.pad(torch.stack((q_ranges[:, 1], k_ranges[:, 1]), 1), (0, 0, 1, 0))
     begins = torch.stack((q_ranges[:, 0], k_ranges[:, 0]), 1)

@@ -146,12 +146,12 @@ class Plain:
             change = weights * (torch.einsum("qhd,khd->hqk", do, value) - delta.T[..., None]) * scale
             if keys.start < keys.stop:
                 whole[7][b, rows] = torch.einsum("hqk,khd->qhd", change, key.repeat_interleave(repeats, 1))
-            if rows.start < rows.stop:
-                grad_k, grad_v = (
-                    torch.einsum("hqk,qhd->khd", w, t).unflatten(1, (groups, repeats)).sum(2)
-                    for w, t in ((change, query), (weights, do))
-                )
-                whole[8][b, keys], whole[9][b, keys] = grad_k, grad_v
+            # keys of a sequence without queries get zeros
+            grad_k, grad_v = (
+                torch.einsum("hqk,qhd->khd", w, t).unflatten(1, (groups, repeats)).sum(2)
+                for w, t in ((change, query), (weights, do))
+            )
+            whole[8][b, keys], whole[9][b, keys] = grad_k, grad_v
         return tuple(grads)
 
 
