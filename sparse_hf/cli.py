@@ -193,8 +193,9 @@ def bench_attention(
         float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")
     ] = 60,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """One attention layer, ours beside dense SDPA, forward and backward, length by length."""
+    """One attention layer, ours beside dense SDPA and the window kernels of others, forward and backward, length by length."""
     from sparse_hf.bench import run_attention
 
     run_attention(
@@ -208,6 +209,7 @@ def bench_attention(
         backends=[name.strip() for name in backends.split(",") if name.strip()] or None,
         budget=budget,
         out=out,
+        plot=plot,
     )
 
 

@@ -6,6 +6,9 @@ launch takes `BC`. A program has one span of one sequence and head, and walks it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,66 +22,78 @@ LOG2_E = 1.4426950408889634
 MOST_COLUMNS, PROGRAMS = 64, 1024
 
 
+@dataclass(frozen=True, eq=False)
+class _Portion:
+    """The columns of one launch: keys `[S, C]`, and flattened the batch row, the key (0 beyond the columns) and which exist."""
+
+    keys: Tensor
+    b: Tensor
+    places: Tensor
+    real: Tensor
+
+    def take(self, t: Tensor) -> Tensor:
+        """The columns of `[B, K, G, D]`: `[S, C, G, D]`."""
+        return t[self.b, self.places].unflatten(0, self.keys.shape)
+
+    def add(self, t: Tensor, total: Tensor) -> None:
+        """Add `[S, C, G, D]` to `[B, K, G, D]`: no key comes twice, so that the order of adding plays no part."""
+        place = self.b[self.real], self.places[self.real]
+        t[place] = (t[place] + total.flatten(0, 1)[self.real]).to(t.dtype)
+
+
+@lru_cache(maxsize=64)
+def _portions(split: Split) -> tuple[_Portion, ...]:
+    b = split.sequences_there[:, :1].long()
+    return tuple(
+        _Portion(
+            keys.contiguous(),
+            b.expand(keys.shape).flatten(),
+            keys.clamp(min=0).flatten().long(),
+            (keys >= 0).flatten().nonzero().flatten(),
+        )
+        for keys in split.columns.split(MOST_COLUMNS, dim=1)
+    )
+
+
 def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, split: Split, scale: float) -> None:
-    sequences = split.sequences_there
     tile = _tile(q)
     spans = -(-split.longest // tile)
-    for keys, columns in _launches(split):
-        k_columns, v_columns = (_columns(t, split, columns) for t in (k, v))
-        _absorb[(len(sequences) * spans, q.shape[2])](
-            q, k_columns, v_columns, out, lse, sequences, columns,
+    for portion in _portions(split):
+        k_columns, v_columns = portion.take(k), portion.take(v)
+        count = portion.keys.shape[1]
+        _absorb[(len(split.sequences) * spans, q.shape[2])](
+            q, k_columns, v_columns, out, lse, split.sequences_there, portion.keys,
             *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3],
-            scale * LOG2_E, *_limits(split), split.q_offset, spans,
-            R=q.shape[2] // k.shape[2], C=keys, BC=_padded(keys), BM=tile, D=q.shape[3], BD=_padded(q.shape[3]),
-            num_warps=4,
+            scale * LOG2_E, *_limits(split), split.q_offset, spans, count,
+            R=q.shape[2] // k.shape[2], BC=_padded(count), BM=tile, D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4,
         )  # fmt: skip
 
 
 def add_gradients_on_gpu(
     grad_out, q, k, v, out, lse, grad_lse, grad_q, grad_k, grad_v, split: Split, scale: float
 ) -> None:
-    sequences = split.sequences_there
-    tile, heads = _tile(q), q.shape[2]
+    sequences, tile, heads = split.sequences_there, _tile(q), q.shape[2]
     # so many spans that all multiprocessors have work, each of whole tiles
     spans = max(1, min(-(-split.longest // tile), PROGRAMS // max(1, len(sequences) * heads)))
     span = -(-split.longest // (spans * tile)) * tile
-    for keys, columns in _launches(split):
-        k_columns, v_columns = (_columns(t, split, columns) for t in (k, v))
+    given_lse = lse if grad_lse is None else grad_lse
+    for portion in _portions(split):
+        k_columns, v_columns = portion.take(k), portion.take(v)
+        count = portion.keys.shape[1]
         # sums of one span each, added up afterwards in a fixed order
-        sums = q.new_empty((2, len(sequences), spans, heads, keys, q.shape[3]), dtype=torch.float32)
+        sums = q.new_empty((2, len(sequences), spans, heads, count, q.shape[3]), dtype=torch.float32)
         _gradients[(len(sequences) * spans, heads)](
-            grad_out, q, k_columns, v_columns, out, lse, lse if grad_lse is None else grad_lse, grad_q, *sums,
-            sequences, columns,
+            grad_out, q, k_columns, v_columns, out, lse, given_lse, grad_q, *sums, sequences, portion.keys,
             *grad_out.stride()[:3], *q.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
-            *lse.stride(), *(lse if grad_lse is None else grad_lse).stride(), *k_columns.stride()[:3],
-            scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span,
-            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], C=keys, BC=_padded(keys), BM=tile,
+            *lse.stride(), *given_lse.stride(), *k_columns.stride()[:3],
+            scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count,
+            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=_padded(count), BM=tile,
             D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8,
         )  # fmt: skip
-        # [S, spans, G, R, C, D] -> [S, C, G, D]
+        # [2, S, spans, G, R, C, D] -> [2, S, C, G, D]
         totals = sums.unflatten(3, (k.shape[2], -1)).sum((2, 4)).transpose(2, 3)
-        b, place = _flat(split, columns)
         for grad, total in zip((grad_k, grad_v), totals, strict=True):
-            # a place beyond the sequence's columns is key 0 with a sum of 0
-            flat = (columns >= 0).flatten()
-            grad.index_put_((b, place), (total.flatten(0, 1) * flat[:, None, None]).to(grad.dtype), accumulate=True)
-
-
-def _launches(split: Split):
-    """The columns `[S, C]` in portions, and how many there are in each."""
-    for columns in split.columns.split(MOST_COLUMNS, dim=1):
-        yield columns.shape[1], columns.contiguous()
-
-
-def _flat(split: Split, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch row and key of each column, `[S * C]` each."""
-    b = split.sequences_there[:, :1].expand(columns.shape)
-    return b.flatten().long(), columns.clamp(min=0).flatten().long()
-
-
-def _columns(t: Tensor, split: Split, columns: Tensor) -> Tensor:
-    """The columns of `[B, K, G, D]`: `[S, C, G, D]`."""
-    return t[_flat(split, columns)].unflatten(0, columns.shape).contiguous()
+            portion.add(grad, total)
 
 
 def _limits(split: Split) -> tuple[int, int, int, int]:
@@ -102,12 +117,16 @@ def _seen(rows, key, real, q_offset, left, right, clip_left, clip_right):
     return real & (key[None, :] >= 0) & (distance >= -clip_left) & (distance <= clip_right) & (in_window == 0)
 
 
-@triton.jit
+# numbers that change from batch to batch must not compile another kernel each
+_VARY = ["left", "right", "clip_left", "clip_right", "q_offset", "spans", "span", "C"]
+
+
+@triton.jit(do_not_specialize=[name for name in _VARY if name != "span"])
 def _absorb(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sequences, columns,
     q_b, q_m, q_h, o_b, o_m, o_h, l_b, l_h, l_m, k_s, k_c, k_g,
-    scale, left, right, clip_left, clip_right, q_offset, spans,
-    R: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    scale, left, right, clip_left, clip_right, q_offset, spans, C,
+    R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     s = (tl.program_id(0) // spans).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -147,13 +166,13 @@ def _absorb(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARY)
 def _gradients(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, sequences, columns,
     do_b, do_m, do_h, q_b, q_m, q_h, o_b, o_m, o_h, dq_b, dq_m, dq_h,
     l_b, l_h, l_m, dl_b, dl_h, dl_m, k_s, k_c, k_g,
-    scale, scale_log2, left, right, clip_left, clip_right, q_offset, spans, span,
-    HAS_GRAD_LSE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    scale, scale_log2, left, right, clip_left, clip_right, q_offset, spans, span, C,
+    HAS_GRAD_LSE: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     s = (tl.program_id(0) // spans).to(tl.int64)

@@ -100,8 +100,9 @@ def backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     q, k, v, out, grad_out = (_heads_last(t) for t in (q, k, v, out, grad_out))
     kind = kind or flash.kernels(q)
-    # a row with infinite lse has weight exp(score - lse) = 0: global queries are done below, padding never
-    here = lse.where(lse > -torch.inf, torch.inf)
+    # a row with infinite lse has weight exp(score - lse) = 0: global queries are done below, rows that see nothing never
+    all_see = parts.split.whole and parts.window is not None
+    here = lse if all_see and parts.rows is None else lse.where(lse > -torch.inf, torch.inf)
     if parts.rows is not None:
         _put(here.transpose(1, 2), parts.split.rows, torch.inf)
     if grad_lse is not None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from ..attention import BACKENDS, sparse_attention
-from ..pattern import Pattern
+from ..attention import BACKENDS
+from ..pattern import Pattern, causal, full
 from ..plan import build_plan
 from .measure import environment, peak_bytes, row_error, seconds, slope, write_json
+from .peers import Peer, peers
+from .plot import plot_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # largest relative error of an output row against float64 that still counts as correct
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
-DENSE = "sdpa_dense"
 
 
 def run_attention(
@@ -34,11 +35,13 @@ def run_attention(
     repeats: int = 3,
     budget: float = 60.0,
     out: str | Path | None = None,
+    plot: str | Path | None = None,
 ) -> dict:
-    """Time attention over `lengths`, print a table, and write the figures to `out` (JSON).
+    """Time attention over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
 
-    Every backend's output is compared with float64 rows before it is timed, and a wrong one is an error. Dense SDPA
-    (causal if the pattern is) runs beside ours until one call would take longer than `budget` seconds.
+    Beside ours run dense SDPA (causal if the pattern is), until one call would take longer than `budget` seconds, and on a GPU
+    the window kernels of others on the pattern's window alone. Every output and gradient of q is compared with float64
+    rows before it is timed, and a wrong one is an error.
 
     Args:
         lengths: sequence lengths, ascending.
@@ -50,6 +53,7 @@ def run_attention(
         repeats: timed calls per figure, of which the median counts.
         budget: seconds per figure.
         out: where to write the result.
+        plot: where to draw it; needs matplotlib.
 
     Raises:
         ValueError: an unknown dtype or backend.
@@ -61,13 +65,14 @@ def run_attention(
     if unknown:
         raise ValueError(f"unknown backends {unknown}; the known ones are {', '.join(BACKENDS)}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backends = list(backends or (["flex", "blockwise"] if place.type == "cuda" else ["blockwise"]))
+    backends = list(backends) if backends else None
     console = Console(stderr=True)
     shape = {"heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "dtype": dtype}
     rows = []
     for n in sorted(lengths):
         with console.status(f"n = {n:,}"):
             rows += _one_length(n, pattern, shape, place, backends, repeats, budget, rows)
+    _ratios(rows)
     result = {
         "benchmark": "attention",
         "environment": environment(place),
@@ -79,71 +84,91 @@ def run_attention(
     Console().print(_table(result))
     if out:
         write_json(result, out)
+    if plot:
+        plot_attention(result, plot)
     return result
 
 
 def _one_length(n, pattern, shape, place, backends, repeats, budget, earlier) -> list[dict]:
     generator = torch.Generator(place).manual_seed(n)
     sizes = [(1, h, n, shape["head_dim"]) for h in (shape["heads"], shape["kv_heads"], shape["kv_heads"])]
-    q, k, v = (
-        torch.randn(size, generator=generator, device=place).to(DTYPES[shape["dtype"]]).requires_grad_()
-        for size in sizes
-    )
-    plan = build_plan(pattern, n, device=place)
-    parsed = Pattern.parse(pattern)
-    far = torch.tensor([0, n - 1])
-    is_causal = not bool(parsed.allows(far[:1], far[1:]).any()) and not bool(parsed.allows(far[:1], far[:1] + 1).any())
-    calls: dict[str, Callable[[], Tensor]] = {
-        name: (lambda name=name: sparse_attention(q, k, v, pattern, backend=name)) for name in backends
-    }
-    dense_before = next((r for r in reversed(earlier) if r["name"] == DENSE), None)
-    # dense work grows with n^2: skip it once a call is expected to pass the budget
-    if not earlier or (dense_before and dense_before["step_s"] * (n / dense_before["n"]) ** 2 < budget):
-        calls[DENSE] = lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, enable_gqa=shape["heads"] != shape["kv_heads"]
+    q, k, v = (torch.randn(size, generator=generator, device=place).to(DTYPES[shape["dtype"]]) for size in sizes)
+    # heads after tokens, as the projections of a model make them
+    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v)]
+    rows = []
+    for peer in peers(Pattern.parse(pattern), *tensors, backends):
+        before = next((r for r in reversed(earlier) if r["name"] == peer.name), None)
+        # dense work grows with n^2: skip it once a call is expected to pass the budget
+        if peer.kind == "dense" and earlier and not (before and before["step_s"] * (n / before["n"]) ** 2 < budget):
+            continue
+        rows.append(_figures(peer, tensors, n, shape, place, repeats, budget))
+    return rows
+
+
+def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict:
+    q, k, v = tensors
+    grad = torch.randn(q.shape, generator=torch.Generator(place).manual_seed(n + 1), device=place).to(q.dtype)
+    out = peer.call(*tensors)
+    (grad_q,) = torch.autograd.grad(out, q, grad)
+    errors = row_error(q, k, v, out, peer.pattern, grad, grad_q)
+    if max(errors) > TOLERANCE[shape["dtype"]]:
+        found = ", ".join(f"{error:.1e}" for error in errors)
+        raise AssertionError(
+            f"{peer.name} at n={n}: output and gradient are off by {found}; {TOLERANCE[shape['dtype']]:.0e} is right"
         )
-    return [_figures(name, call, (q, k, v), plan, shape, place, repeats, budget) for name, call in calls.items()]
-
-
-def _figures(name, call, tensors, plan, shape, place, repeats, budget) -> dict:
-    n = plan.q_len
+    del out, grad_q
     with torch.no_grad():
-        out = call()
-        error = None if name == DENSE else row_error(*tensors, out, plan)
-        if error is not None and error > TOLERANCE[shape["dtype"]]:
-            raise AssertionError(
-                f"{name} at n={n} is off by {error:.1e}; at most {TOLERANCE[shape['dtype']]:.0e} is right"
-            )
-        del out
-        forward = seconds(lambda: call(), place, repeats, budget)
-    grad = torch.ones(1, shape["heads"], n, shape["head_dim"], device=place, dtype=tensors[0].dtype)
+        forward = seconds(lambda: peer.call(*tensors), place, repeats, budget)
 
     def step():
         for t in tensors:
             t.grad = None
-        call().backward(grad)
+        peer.call(*tensors).backward(grad)
 
     both = seconds(step, place, repeats, budget)
     for t in tensors:
         t.grad = None
     # what any implementation must hold: q, k, v, out and the gradients of the four
-    held = 4 * sum(t.numel() * t.element_size() for t in (tensors[0], tensors[1]))
+    held = 4 * sum(t.numel() * t.element_size() for t in (q, k))
     given = sum(t.numel() * t.element_size() for t in (*tensors, grad))
     peak = peak_bytes(step, place)
-    pairs = n * (n + 1) // 2 if name == DENSE else plan.pairs
+    for t in tensors:
+        t.grad = None
+    pairs = _pairs(str(peer.pattern), n)
     return {
-        "name": name,
+        "name": peer.name,
+        "kind": peer.kind,
         "n": n,
         "forward_s": forward,
         "step_s": both,
         "useful_tflops_forward": 4 * shape["heads"] * shape["head_dim"] * pairs / forward / 1e12,
         "useful_tflops_step": 14 * shape["heads"] * shape["head_dim"] * pairs / both / 1e12,
         "pairs": pairs,
-        "relative_error": error,
+        "relative_error": errors[0],
+        "relative_error_grad_q": errors[1],
         "peak_bytes": peak,
         "extra_bytes": None if peak is None else max(0, peak - (held - given)),
         "held_bytes": held,
     }
+
+
+@lru_cache
+def _pairs(pattern: str, n: int) -> int:
+    if pattern == str(causal()):
+        return n * (n + 1) // 2
+    return n * n if pattern == str(full()) else build_plan(pattern, n).pairs
+
+
+def _ratios(rows: list[dict]) -> None:
+    """Useful rate of each of ours over the fastest peer's that computes no more than the window, and over dense time."""
+    for row in (r for r in rows if r["kind"] == "ours"):
+        beside = [r for r in rows if r["n"] == row["n"]]
+        for what in ("forward", "step"):
+            rate, time = f"useful_tflops_{what}", f"{what}_s"
+            fast = max((r[rate] for r in beside if r["kind"] == "window"), default=None)
+            dense = min((r[time] for r in beside if r["kind"] == "dense"), default=None)
+            row[f"{what}_rate_over_window_peer"] = None if fast is None else row[rate] / fast
+            row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time]
 
 
 def _slopes(rows: list[dict]) -> dict:
@@ -163,16 +188,25 @@ def _table(result: dict) -> Table:
         f"{result['pattern']}, {result['heads']} heads of {result['head_dim']}, {result['dtype']}, {facts['hardware']}"
     )
     table = Table(title=title)
-    for column in ("n", "backend", "forward", "forward + backward", "against dense", "extra memory / held", "error"):
+    for column in (
+        "n",
+        "",
+        "forward",
+        "forward + backward",
+        "TFLOP/s",
+        "against dense",
+        "of window peer",
+        "extra memory / held",
+        "error",
+    ):
         table.add_column(column, justify="right")
-    dense = {r["n"]: r for r in result["rows"] if r["name"] == DENSE}
     for row in result["rows"]:
-        beside = dense.get(row["n"])
-        faster = f"{beside['step_s'] / row['step_s']:.2f} x faster" if beside and row["name"] != DENSE else ""
+        rates = " / ".join(f"{row[key]:.0f}" for key in ("useful_tflops_forward", "useful_tflops_step"))
+        faster, of_peer = row.get("step_dense_over_ours"), row.get("step_rate_over_window_peer")
         extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / row['held_bytes']:.2f}"
-        error = "" if row["relative_error"] is None else f"{row['relative_error']:.0e}"
-        times = (f"{row[key] * 1e3:,.1f} ms" for key in ("forward_s", "step_s"))
-        table.add_row(f"{row['n']:,}", row["name"], *times, faster, extra, error)
+        times = (f"{row[key] * 1e3:,.2f} ms" for key in ("forward_s", "step_s"))
+        beside = (f"{faster:.2f} x faster" if faster else "", f"{of_peer:.2f}" if of_peer else "")
+        table.add_row(f"{row['n']:,}", row["name"], *times, rates, *beside, extra, f"{row['relative_error']:.0e}")
     fits = (f"{name} {fit['step_s']:.2f}" for name, fit in result["slopes"].items() if fit["step_s"])
     table.caption = "slope of time against n: " + ", ".join(fits)
     return table

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..pattern import Pattern
+
 VERSIONS = ("torch", "transformers", "triton", "flash-attn-4", "sparse-hf")
 
 
@@ -55,16 +57,34 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], None], device: torch.device, repeats: int, budget: float) -> float:
-    """Median time of one call, after one that is not counted (it may compile); no more once `budget` seconds are spent."""
+    """Median time of one call, after one that is not counted (it may compile); no more once `budget` seconds are spent.
+
+    On a GPU it is the device's own time, between events, with caches that hold nothing of the call before.
+    """
     work()
     synchronize(device)
+    measure = _event_time if device.type == "cuda" else _clock_time
     begin, taken = time.perf_counter(), []
     while len(taken) < repeats and (not taken or time.perf_counter() - begin < budget):
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(measure(work, device))
     return statistics.median(taken)
+
+
+def _clock_time(work: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _event_time(work: Callable[[], None], device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # more than the L2 cache of any GPU; writing it also gives the host time to queue what comes next
+    torch.empty(1 << 28, dtype=torch.int8, device=device).zero_()
+    start.record()
+    work()
+    end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
@@ -104,20 +124,27 @@ def slope(lengths: list[int], values: list[float]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
-def row_error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan, rows: int = 64) -> float:
-    """Largest relative error of `rows` random output rows against dense attention over the same pairs in float64."""
+def row_error(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, pattern: Pattern, grad_out: Tensor, grad_q: Tensor, rows: int = 64
+) -> tuple[float, float]:
+    """Largest relative errors of `rows` random rows of output and gradient of q, against dense attention in float64.
+
+    q is `[1, H, n, D]`, k and v `[1, G, n, D]`, of one sequence.
+    """
     chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:rows].sort().values.to(q.device)
-    keys = torch.arange(k.shape[2], device=q.device)
-    mask = plan.allows(torch.zeros(1, 1, dtype=torch.long, device=q.device), 0, chosen[:, None], keys[None, :])
-    repeats = q.shape[1] // k.shape[1]
-    worst = 0.0
+    mask = pattern.on(q.device).allows(chosen[:, None], torch.arange(k.shape[2], device=q.device)[None, :])
+    repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    worst = [0.0, 0.0]
     # head by head, so that the rows of one head are all that exists in float64
     for h in range(q.shape[1]):
-        key, value = (t[0, h // repeats].double() for t in (k, v))
-        scores = q[0, h, chosen].double() @ key.T * q.shape[-1] ** -0.5
-        exact = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
-        worst = max(worst, float((out[0, h, chosen].double() - exact).norm() / exact.norm()))
-    return worst
+        key, value = (t[0, h // repeats].detach().double() for t in (k, v))
+        query, grad = (t[0, h, chosen].detach().double() for t in (q, grad_out))
+        weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1)
+        exact = weights @ value
+        change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
+        for i, (got, right) in enumerate(((out, exact), (grad_q, change @ key * scale))):
+            worst[i] = max(worst[i], float((got[0, h, chosen].detach().double() - right).norm() / right.norm()))
+    return worst[0], worst[1]
 
 
 def write_json(result: dict, path: str | Path) -> None:

@@ -1,0 +1,104 @@
+"""What attention of ours is timed beside, and ours on each of its kernels: one table of names.
+
+Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import BACKENDS, flash, sparse_attention
+from ..attention.scoring import Scoring
+from ..pattern import Pattern, Window, causal, full
+from ..plan import build_plan, read_pattern
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`call` computes attention over the pairs of `pattern`, which for a peer may be others than those asked for."""
+
+    name: str
+    pattern: Pattern
+    call: Attention
+    # "ours", "window" (the window alone) or "dense"
+    kind: str
+
+
+def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
+    """Those that can run this call here; dense ones first."""
+    n = q.shape[2]
+    far = torch.tensor([0, n - 1])
+    is_causal = n > 1 and not bool(pattern.allows(far[:1], far[:1] + 1).any())
+    gqa = q.shape[1] != k.shape[1]
+    dense = causal() if is_causal else full()
+    for name, kernel in _dense_kernels(q.device):
+
+        def call(q, k, v, kernel=kernel):
+            from torch.nn.attention import sdpa_kernel
+
+            with nullcontext() if kernel is None else sdpa_kernel(kernel):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
+
+        yield Peer(name, dense, call, "dense")
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda and half:
+        shape = read_pattern(pattern, n)
+        if not isinstance(shape, str) and shape.window is not None:
+            yield from _window_kernels(q, shape.window)
+    yield from _ours(pattern, q, v, backends)
+
+
+def _dense_kernels(device: torch.device):
+    if device.type != "cuda":
+        return [("sdpa_dense", None)]
+    from torch.nn.attention import SDPBackend
+
+    return [("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)]
+
+
+def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    sides = tuple(-1 if side is None else side for side in (window.left, window.right))
+    gqa = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__annotations__ else {}
+
+    def varlen(q, k, v):
+        n = q.shape[2]
+        cu = torch.tensor([0, n], dtype=torch.int32, device=q.device)
+        flat = (t[0].transpose(0, 1) for t in (q, k, v))
+        return varlen_attn(*flat, cu, cu, n, n, window_size=sides, **gqa).transpose(0, 1)[None]
+
+    yield Peer("varlen_fa2", window, varlen, "window")
+    if flash.FA4.refuses(q) is None:
+        from flash_attn.cute import flash_attn_func
+
+        def fa4(q, k, v):
+            heads_last = (t.transpose(1, 2) for t in (q, k, v))
+            return flash_attn_func(*heads_last, window_size=(window.left, window.right))[0].transpose(1, 2)
+
+        yield Peer("flash_attn_4", window, fa4, "window")
+
+
+def _ours(pattern: Pattern, q: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
+    plan = build_plan(pattern, q.shape[2], device=q.device)
+    scoring = Scoring(q.shape[-1] ** -0.5)
+    for name in backends or [name for name in BACKENDS if name != "reference"]:
+        if BACKENDS[name].refuses(q, v, plan, scoring, 0.0) is not None and not backends:
+            continue
+        if not backends and name == "blockwise" and q.is_cuda:
+            continue
+        kinds = [kind for kind in flash.KERNELS.values() if kind.refuses(q) is None] if name == "fa" else [None]
+        for kind in kinds:
+
+            def call(q, k, v, name=name, kind=kind):
+                with nullcontext() if kind is None else flash.only(kind.name):
+                    return sparse_attention(q, k, v, pattern, backend=name)
+
+            yield Peer(name if kind is None else f"{name} ({kind.name})", pattern, call, "ours")

@@ -1,0 +1,137 @@
+"""`fa` on a GPU, on the kernels of torch and, if it is installed, of flash-attn-4: exactness, determinism, odd inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_hf import build_plan, sparse_attention
+from sparse_hf.attention import flash
+from sparse_hf.plan import split
+from tests import oracle
+from tests.attention.test_exactness import compare, tensors
+from tests.attention.test_fa import PATTERNS
+from tests.table import LENGTHS, SCENARIOS, SHAPES, causal_form
+
+pytestmark = pytest.mark.gpu
+
+# flash-attn-4 compiles a kernel per head dim, head ratio, kind of window and packing: fewer of them
+FA4_PATTERNS = ["window(20, 20)", "window(40, 0)", "window(16, 16) | first(2)", "streaming(window=32, sinks=4)"]
+
+
+def cases(patterns, shapes):
+    found = []
+    for p, pattern in enumerate(patterns):
+        for s, case in enumerate(SCENARIOS):
+            for c, text in enumerate(dict.fromkeys((pattern, causal_form(pattern)))):
+                if isinstance(split(build_plan(text, 9, marks=torch.ones(1, 9)), 1), str):
+                    continue
+                shape, length = shapes[(p + s + c) % len(shapes)], LENGTHS[(p + s + 2 * c) % len(LENGTHS)]
+                found.append(pytest.param(text, length, case, shape, id=f"{text[:30]}-{length}-{case}-{shape}"))
+    return found
+
+
+def poison() -> None:
+    """Leave NaN in memory that is about to be handed out, so that what a kernel does not write shows."""
+    torch.cuda.empty_cache()
+    del [torch.full((size,), torch.nan, device="cuda") for size in (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 24)][:]
+
+
+def run(kernels: str, *args, **kwargs) -> None:
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    if reason:
+        pytest.skip(reason)
+    poison()
+    with flash.only(kernels):
+        compare("fa", *args, device="cuda", **kwargs)
+
+
+@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(PATTERNS, SHAPES))
+def test_fa_is_exact_on_torchs_kernels(pattern, length, case, shape):
+    run("fa2", pattern, length, case, shape, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(FA4_PATTERNS, [(4, 2, 64), (4, 4, 128)]))
+def test_fa_is_exact_on_flash_attn_4(pattern, length, case, shape):
+    run("fa4", pattern, length, case, shape, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("pattern", ["window(40, 0) | first(4) & window(None, 0)", "window(30, 5) | marked()"])
+def test_fa_is_exact_in_float16_at_every_head_dim(pattern, head_dim):
+    run("fa2", pattern, 257, "packed", (4, 2, head_dim), torch.float16)
+
+
+@pytest.mark.parametrize("kernels", ["fa2", "fa4"])
+def test_expanded_and_interleaved_tensors_are_read_right(kernels):
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    if reason:
+        pytest.skip(reason)
+    q, k, v = tensors((4, 2, 64), 257, 257, torch.bfloat16, "cuda")
+    pattern = "window(20, 0) | first(4) & window(None, 0)"
+
+    def gradients(q, k, v):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        # the gradient of a sum is one number, expanded
+        return torch.autograd.grad(sparse_attention(*leaves, pattern, backend="fa").sum(), leaves)
+
+    # as models make them: heads after tokens, and all three in one tensor
+    with flash.only(kernels):
+        wanted = gradients(q, k, v)
+        as_views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+        joined = torch.cat((q, k, v), 1).transpose(1, 2).contiguous().transpose(1, 2).split((4, 2, 2), 1)
+        for given in (as_views, joined):
+            for got, right in zip(gradients(*given), wanted, strict=True):
+                torch.testing.assert_close(got, right, atol=2e-2, rtol=2e-2)
+
+
+def repeated(kernels: str, pattern: str):
+    q, k, v = tensors((4, 2, 64), 1000, 1000, torch.bfloat16, "cuda")
+    with flash.only(kernels):
+        return [
+            oracle.gradients(lambda *t: sparse_attention(*t, pattern, backend="fa", return_lse=True), q, k, v)
+            for _ in range(20)
+        ]
+
+
+@pytest.mark.parametrize("kernels", ["fa2", "fa4"])
+@pytest.mark.parametrize("pattern", ["window(100, 0) | first(4) & window(None, 0)", "window(64, 64) | first(2)"])
+def test_twenty_runs_are_bitwise_equal_if_torch_is_told_so(kernels, pattern):
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    if reason:
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = repeated(kernels, pattern)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for later in runs[1:]:
+        for one, other in zip(runs[0], later, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernels", ["fa2", "fa4"])
+def test_twenty_runs_differ_by_roundings_at_most(kernels):
+    # gradients of queries are added up in no fixed order; outputs and lse are the same each time
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    if reason:
+        pytest.skip(reason)
+    runs = repeated(kernels, "window(64, 64) | first(2)")
+    for later in runs[1:]:
+        for one, other in zip(runs[0][:2], later[:2], strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(runs[0][2:], later[2:], strict=True):
+            assert (one.float() - other.float()).abs().max() <= 2**-7 * one.float().abs().max()
+
+
+def test_what_has_no_gradient_of_lse_costs_no_second_pass(monkeypatch):
+    calls = []
+    original = flash.FA2._backward
+    monkeypatch.setattr(flash.FA2, "_backward", staticmethod(lambda *a: calls.append(1) or original(*a)))
+    q, k, v = (t.requires_grad_() for t in tensors((4, 2, 64), 257, 257, torch.bfloat16, "cuda"))
+    with flash.only("fa2"):
+        sparse_attention(q, k, v, "window(20, 0)", backend="fa").sum().backward()
+        assert len(calls) == 1
+        step = torch.compile(lambda q, k, v: sparse_attention(q, k, v, "window(20, 0)", backend="fa").sum())
+        step(q, k, v).backward()
+        assert len(calls) == 2
