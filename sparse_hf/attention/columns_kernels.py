@@ -19,7 +19,7 @@ from .columns import reach
 
 LOG2_E = 1.4426950408889634
 # columns of one launch, and programs that keep a GPU busy in the backward pass
-MOST_COLUMNS, PROGRAMS = 64, 1024
+MOST_COLUMNS, PROGRAMS = 64, 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,20 @@ class _Portion:
     b: Tensor
     places: Tensor
     real: Tensor
+    # the keys as a slice, where they are the same in all batch rows
+    span: slice | None
 
     def take(self, t: Tensor) -> Tensor:
         """The columns of `[B, K, G, D]`: `[S, C, G, D]`."""
+        if self.span is not None:
+            return t[:, self.span]
         return t[self.b, self.places].unflatten(0, self.keys.shape)
 
     def add(self, t: Tensor, total: Tensor) -> None:
         """Add `[S, C, G, D]` to `[B, K, G, D]`: no key comes twice, so that the order of adding plays no part."""
+        if self.span is not None:
+            t[:, self.span] += total
+            return
         place = self.b[self.real], self.places[self.real]
         t[place] = (t[place] + total.flatten(0, 1)[self.real]).to(t.dtype)
 
@@ -50,8 +57,11 @@ def _portions(split: Split) -> tuple[_Portion, ...]:
             b.expand(keys.shape).flatten(),
             keys.clamp(min=0).flatten().long(),
             (keys >= 0).flatten().nonzero().flatten(),
+            slice(first, first + keys.shape[1]) if split.leading else None,
         )
-        for keys in split.columns.split(MOST_COLUMNS, dim=1)
+        for first, keys in zip(
+            range(0, split.columns.shape[1], MOST_COLUMNS), split.columns.split(MOST_COLUMNS, dim=1), strict=True
+        )
     )
 
 
@@ -63,7 +73,7 @@ def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spl
         count = portion.keys.shape[1]
         _absorb[(len(split.sequences) * spans, q.shape[2])](
             q, k_columns, v_columns, out, lse, split.sequences_there, portion.keys,
-            *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3],
+            *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
             scale * LOG2_E, *_limits(split), split.q_offset, spans, count,
             R=q.shape[2] // k.shape[2], BC=_padded(count), BM=tile, D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4,
         )  # fmt: skip
@@ -85,7 +95,7 @@ def add_gradients_on_gpu(
         _gradients[(len(sequences) * spans, heads)](
             grad_out, q, k_columns, v_columns, out, lse, given_lse, grad_q, *sums, sequences, portion.keys,
             *grad_out.stride()[:3], *q.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
-            *lse.stride(), *given_lse.stride(), *k_columns.stride()[:3],
+            *lse.stride(), *given_lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
             scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count,
             HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=_padded(count), BM=tile,
             D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8,
@@ -124,7 +134,7 @@ _VARY = ["left", "right", "clip_left", "clip_right", "q_offset", "spans", "span"
 @triton.jit(do_not_specialize=[name for name in _VARY if name != "span"])
 def _absorb(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sequences, columns,
-    q_b, q_m, q_h, o_b, o_m, o_h, l_b, l_h, l_m, k_s, k_c, k_g,
+    q_b, q_m, q_h, o_b, o_m, o_h, l_b, l_h, l_m, k_s, k_c, k_g, v_s, v_c, v_g,
     scale, left, right, clip_left, clip_right, q_offset, spans, C,
     R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -137,10 +147,9 @@ def _absorb(
         return
     c, d = tl.arange(0, BC), tl.arange(0, BD)
     key = tl.load(columns + s * C + c, mask=c < C, other=-1)
-    places = s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :]
     inside = (c[:, None] < C) & (d[None, :] < D)
-    k = tl.load(k_ptr + places, mask=inside, other=0.0)
-    v = tl.load(v_ptr + places, mask=inside, other=0.0)
+    k = tl.load(k_ptr + s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :], mask=inside, other=0.0)
+    v = tl.load(v_ptr + s * v_s + c[:, None] * v_c + h // R * v_g + d[None, :], mask=inside, other=0.0)
     rows = first + tl.arange(0, BM)
     wide = rows.to(tl.int64)
     real = (rows < last)[:, None]
@@ -170,7 +179,7 @@ def _absorb(
 def _gradients(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, sequences, columns,
     do_b, do_m, do_h, q_b, q_m, q_h, o_b, o_m, o_h, dq_b, dq_m, dq_h,
-    l_b, l_h, l_m, dl_b, dl_h, dl_m, k_s, k_c, k_g,
+    l_b, l_h, l_m, dl_b, dl_h, dl_m, k_s, k_c, k_g, v_s, v_c, v_g,
     scale, scale_log2, left, right, clip_left, clip_right, q_offset, spans, span, C,
     HAS_GRAD_LSE: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
@@ -182,10 +191,9 @@ def _gradients(
     last = tl.minimum(tl.load(sequences + s * 5 + 2), first + span)
     c, d = tl.arange(0, BC), tl.arange(0, BD)
     key = tl.load(columns + s * C + c, mask=c < C, other=-1)
-    places = s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :]
     inside = (c[:, None] < C) & (d[None, :] < D)
-    k = tl.load(k_ptr + places, mask=inside, other=0.0)
-    v = tl.load(v_ptr + places, mask=inside, other=0.0)
+    k = tl.load(k_ptr + s * k_s + c[:, None] * k_c + h // R * k_g + d[None, :], mask=inside, other=0.0)
+    v = tl.load(v_ptr + s * v_s + c[:, None] * v_c + h // R * v_g + d[None, :], mask=inside, other=0.0)
     sum_k = tl.zeros((BC, BD), tl.float32)
     sum_v = tl.zeros((BC, BD), tl.float32)
     for start in range(first, last, BM):

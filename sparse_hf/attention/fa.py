@@ -81,14 +81,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, 
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_work(q), device=q.device)
     else:
         out, lse = parts.window.forward(kind, q, k, v, scoring.scale)
-    _put(out, parts.split.padding_q, 0)
-    _put(lse.transpose(1, 2), parts.split.padding_q, -torch.inf)
+    parts.padding_q.put(out, 0)
+    parts.padding_q.put(lse.transpose(1, 2), -torch.inf)
     if parts.split.columns.shape[1]:
         columns.absorb(q, k, v, out, lse, parts.split, scoring.scale)
     if parts.rows is not None:
-        row_out, row_lse = parts.rows.forward(_for_rows(kind), _take(q, parts), k, v, scoring.scale)
-        _put(out, parts.split.rows, row_out.flatten(0, -3))
-        _put(lse.transpose(1, 2), parts.split.rows, row_lse.transpose(-1, -2).flatten(0, -2))
+        row_q = parts.row_places.take(q, parts.rows.packed is not None)
+        row_out, row_lse = parts.rows.forward(_for_rows(kind), row_q, k, v, scoring.scale)
+        parts.row_places.put(out, row_out)
+        parts.row_places.put(lse.transpose(1, 2), row_lse.transpose(-1, -2))
     return out.transpose(1, 2), lse
 
 
@@ -104,7 +105,7 @@ def backward(
     all_see = parts.split.whole and parts.window is not None
     here = lse if all_see and parts.rows is None else lse.where(lse > -torch.inf, torch.inf)
     if parts.rows is not None:
-        _put(here.transpose(1, 2), parts.split.rows, torch.inf)
+        parts.row_places.put(here.transpose(1, 2), torch.inf)
     if grad_lse is not None:
         grad_lse = grad_lse.where(lse > -torch.inf, 0).contiguous()
     if parts.window is None:
@@ -115,17 +116,21 @@ def backward(
         columns.add_gradients(grad_out, q, k, v, out, here, grad_lse, *grads, parts.split, scale)
     if parts.rows is not None:
         _add_rows(parts, _for_rows(kind), grad_out, q, k, v, out, lse, grad_lse, grads, scale)
-    for grad, padding in zip(grads, (parts.split.padding_q, *[parts.split.padding_k] * 2), strict=True):
-        _put(grad, padding, 0)
+    for grad, padding in zip(grads, (parts.padding_q, parts.padding_k, parts.padding_k), strict=True):
+        padding.put(grad, 0)
     return *(g.transpose(1, 2) for g in grads), None
 
 
 def _add_rows(parts: _Parts, kind, grad_out, q, k, v, out, lse, grad_lse, grads: list[Tensor], scale: float) -> None:
     """Add what the global queries give to `grads`, in place."""
-    row_grad, row_q, row_out = (_take(t, parts) for t in (grad_out, q, out))
-    row_lse, row_grad_lse = (None if t is None else _lse_of_rows(t, parts) for t in (lse, grad_lse))
+    packed = parts.rows.packed is not None
+    row_grad, row_q, row_out = (parts.row_places.take(t, packed) for t in (grad_out, q, out))
+    row_lse, row_grad_lse = (
+        None if t is None else parts.row_places.take(t.transpose(1, 2), packed).transpose(-1, -2).contiguous()
+        for t in (lse, grad_lse)
+    )
     grad_q, grad_k, grad_v = parts.rows.backward(kind, row_grad, row_q, k, v, row_out, row_lse, row_grad_lse, scale)
-    _put(grads[0], parts.split.rows, grad_q.flatten(0, -3))
+    parts.row_places.put(grads[0], grad_q)
     grads[1].add_(grad_k)
     grads[2].add_(grad_v)
 
@@ -173,6 +178,9 @@ class _Parts:
     split: Split
     window: _Call | None
     rows: _Call | None
+    row_places: _Places
+    padding_q: _Places
+    padding_k: _Places
 
 
 @lru_cache(maxsize=64)
@@ -198,7 +206,10 @@ def _parts(plan: BlockPlan, batch: int) -> _Parts:
         q_ranges = torch.stack((ends - counts, ends), 1)
         packed = None if alike else flash.pack(q_ranges, k_ranges, len(found.rows), totals[1], device)
         rows = _Call(flash.EVERYTHING, packed, keys)
-    return _Parts(found, window, rows)
+    leading = found.columns.shape[1] if found.leading and rows is not None else None
+    places = _places(found.rows, plan.q_len, leading)
+    padding = _places(found.padding_q, plan.q_len), _places(found.padding_k, plan.kv_len)
+    return _Parts(found, window, rows, places, *padding)
 
 
 def _heads_last(t: Tensor) -> Tensor:
@@ -211,22 +222,28 @@ def _work(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _put(t: Tensor, index: Tensor, value: Tensor | float) -> None:
-    """Write to `[B, L, ...]` at indices into the flattened `[B * L]`."""
-    if len(index):
-        value = value if isinstance(value, Tensor) else t.new_tensor(value)
-        t.index_put_((torch.div(index, t.shape[1], rounding_mode="floor"), index % t.shape[1]), value)
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Some tokens of `[B, L, ...]`: the first `count` of every row as a slice, or those at `index` (batch rows, tokens)."""
+
+    count: int | None
+    index: tuple[Tensor, Tensor]
+
+    def take(self, t: Tensor, packed: bool) -> Tensor:
+        """`[T, ...]` if packed, else `[B, tokens, ...]`."""
+        if self.count is not None and not packed:
+            return t[:, : self.count]
+        taken = t[self.index]
+        return taken if packed else taken.unflatten(0, (t.shape[0], -1))
+
+    def put(self, t: Tensor, value: Tensor | float) -> None:
+        """Write a number, or what `take` gives, to `t`."""
+        if self.count is not None:
+            t[:, : self.count] = value
+        elif len(self.index[0]):
+            t[self.index] = value.flatten(0, -t.ndim + 1) if isinstance(value, Tensor) else value
 
 
-def _take(t: Tensor, parts: _Parts) -> Tensor:
-    """The global queries of `[B, Q, H, D]`: `[T, H, D]`, or `[B, rows, H, D]` where they need no packing."""
-    taken = t.flatten(0, 1).index_select(0, parts.split.rows)
-    return taken if parts.rows.packed is not None else taken.unflatten(0, (t.shape[0], -1))
-
-
-def _lse_of_rows(lse: Tensor, parts: _Parts) -> Tensor:
-    index, q_len = parts.split.rows, lse.shape[2]
-    taken = lse.transpose(1, 2)[torch.div(index, q_len, rounding_mode="floor"), index % q_len]  # [T, H]
-    if parts.rows.packed is not None:
-        return taken.T.contiguous()
-    return taken.unflatten(0, (lse.shape[0], -1)).transpose(1, 2).contiguous()
+def _places(index: Tensor, length: int, count: int | None = None) -> _Places:
+    """Of indices into the flattened `[B * length]`."""
+    return _Places(count, (torch.div(index, length, rounding_mode="floor"), index % length))

@@ -15,7 +15,6 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,7 +108,8 @@ class FA2:
 def _lengths(q: Tensor, k: Tensor, packed: Packed | None) -> tuple:
     if packed is None:
         return None, None, q.shape[1], k.shape[1]
-    return packed.cu_q, packed.cu_k, packed.max_q, packed.max_k
+    # one query per sequence would take a path for decoding, which expects a query in every sequence
+    return packed.cu_q, packed.cu_k, max(2, packed.max_q), packed.max_k
 
 
 def _sides(window: Window) -> dict[str, int]:
@@ -184,32 +184,34 @@ def _fa4_broken() -> str | None:
 
 
 KERNELS = {"fa4": FA4, "fa2": FA2}
-_ONLY: ContextVar[str | None] = ContextVar("only", default=None)
+# not a context variable: the backward pass runs on threads of its own
+_only: list[str] = []
 
 
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Run on these kernels and no others, for benchmarks and tests."""
-    token = _ONLY.set(name)
+    _only.append(name)
     try:
         yield
     finally:
-        _ONLY.reset(token)
+        _only.pop()
 
 
 def kernels(q: Tensor):
     """The fastest kernels that run here."""
-    name = _ONLY.get()
-    if name is not None:
-        reason = KERNELS[name].refuses(q)
+    if _only:
+        kind = KERNELS[_only[-1]]
+        reason = kind.refuses(q)
         if reason:
-            raise NotImplementedError(f"kernels {name!r} cannot run here: {reason}")
-        return KERNELS[name]
-    found = next((kind for kind in KERNELS.values() if kind.refuses(q) is None), FA2)
-    _say(found.name)
-    return found
+            raise NotImplementedError(f"kernels {kind.name!r} cannot run here: {reason}")
+        return kind
+    return _fastest(q.device, q.shape[-1])
 
 
 @lru_cache
-def _say(name: str) -> None:
-    logger.info("windows run on the kernels %r", name)
+def _fastest(device: torch.device, head_dim: int):
+    q = torch.empty(0, head_dim, device=device)
+    found = next((kind for kind in KERNELS.values() if kind.refuses(q) is None), FA2)
+    logger.info("windows of head dim %d run on the kernels %r", head_dim, found.name)
+    return found

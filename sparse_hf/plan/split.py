@@ -144,6 +144,12 @@ class Split:
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     @cached_property
+    def leading(self) -> bool:
+        """Are the global tokens the first of every batch row, the same number in each, and the queries all the tokens?"""
+        alike = self.whole and self.q_len == self.kv_len and not self.shape.marked
+        return alike and bool((self.columns >= 0).all())
+
+    @cached_property
     def sequences_there(self) -> Tensor:
         """`sequences` where the other tables are."""
         return self.sequences.to(self.columns.device)
