@@ -44,12 +44,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: Tensor | No
     repeats = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    low = max(-1e30, torch.finfo(q.dtype).min)
     weights = torch.where(
-        mask, (scores - scores.masked_fill(~mask, -1e30).amax(-1, keepdim=True).detach()).clamp(max=0).exp(), 0
+        mask, (scores - scores.masked_fill(~mask, low).amax(-1, keepdim=True).detach()).clamp(max=0).exp(), 0
     )
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total > 0, total, 1)
-    lse = torch.where(mask.any(-1), torch.logsumexp(scores.masked_fill(~mask, -1e30), -1), -torch.inf)
+    lse = torch.where(mask.any(-1), torch.logsumexp(scores.masked_fill(~mask, low), -1), -torch.inf)
     return (weights if factor is None else weights * factor) @ v, lse
 
 

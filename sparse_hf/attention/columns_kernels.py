@@ -49,7 +49,7 @@ class _Portion:
 
 
 @lru_cache(maxsize=64)
-def _portions(split: Split) -> tuple[_Portion, ...]:
+def portions(split: Split) -> tuple[_Portion, ...]:
     b = split.sequences_there[:, :1].long()
     return tuple(
         _Portion(
@@ -68,14 +68,14 @@ def _portions(split: Split) -> tuple[_Portion, ...]:
 def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, split: Split, scale: float) -> None:
     tile = _tile(q)
     spans = -(-split.longest // tile)
-    for portion in _portions(split):
+    for portion in portions(split):
         k_columns, v_columns = portion.take(k), portion.take(v)
         count = portion.keys.shape[1]
         _absorb[(len(split.sequences) * spans, q.shape[2])](
             q, k_columns, v_columns, out, lse, split.sequences_there, portion.keys,
             *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
             scale * LOG2_E, *_limits(split), split.q_offset, spans, count,
-            R=q.shape[2] // k.shape[2], BC=_padded(count), BM=tile, D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4,
+            R=q.shape[2] // k.shape[2], BC=padded(count), BM=tile, D=q.shape[3], BD=padded(q.shape[3]), num_warps=4,
         )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def add_gradients_on_gpu(
     spans = max(1, min(-(-split.longest // tile), PROGRAMS // max(1, len(sequences) * heads)))
     span = -(-split.longest // (spans * tile)) * tile
     given_lse = lse if grad_lse is None else grad_lse
-    for portion in _portions(split):
+    for portion in portions(split):
         k_columns, v_columns = portion.take(k), portion.take(v)
         count = portion.keys.shape[1]
         # sums of one span each, added up afterwards in a fixed order
@@ -97,8 +97,8 @@ def add_gradients_on_gpu(
             *grad_out.stride()[:3], *q.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
             *lse.stride(), *given_lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
             scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count,
-            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=_padded(count), BM=tile,
-            D=q.shape[3], BD=_padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8,
+            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=padded(count), BM=tile,
+            D=q.shape[3], BD=padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8,
         )  # fmt: skip
         # [2, S, spans, G, R, C, D] -> [2, S, C, G, D]
         totals = sums.unflatten(3, (k.shape[2], -1)).sum((2, 4)).transpose(2, 3)
@@ -115,7 +115,7 @@ def _tile(q: Tensor) -> int:
     return 128 if q.shape[3] <= 64 else 64
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
     # the matrix units take no side below 16
     return max(16, triton.next_power_of_2(n))
 

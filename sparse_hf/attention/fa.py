@@ -123,6 +123,12 @@ def backward(
 
 def _add_rows(parts: _Parts, kind, grad_out, q, k, v, out, lse, grad_lse, grads: list[Tensor], scale: float) -> None:
     """Add what the global queries give to `grads`, in place."""
+    if q.is_cuda:
+        from .rows_kernels import add_rows_on_gpu
+
+        grad_q = add_rows_on_gpu(grad_out, q, k, v, out, lse, grad_lse, *grads[1:], parts.split, scale)
+        parts.row_places.put(grads[0], grad_q)
+        return
     packed = parts.rows.packed is not None
     row_grad, row_q, row_out = (parts.row_places.take(t, packed) for t in (grad_out, q, out))
     row_lse, row_grad_lse = (
@@ -239,6 +245,7 @@ class _Places:
     def put(self, t: Tensor, value: Tensor | float) -> None:
         """Write a number, or what `take` gives, to `t`."""
         if self.count is not None:
+            value = value.unflatten(0, (t.shape[0], -1)) if isinstance(value, Tensor) and value.ndim < t.ndim else value
             t[:, : self.count] = value
         elif len(self.index[0]):
             t[self.index] = value.flatten(0, -t.ndim + 1) if isinstance(value, Tensor) else value

@@ -150,6 +150,12 @@ class Split:
         return alike and bool((self.columns >= 0).all())
 
     @cached_property
+    def asked(self) -> Tensor:
+        """Which of the flattened `columns` are queries too, in the order of `rows`."""
+        first, last = (self.sequences_there[:, i, None] + self.q_offset for i in (1, 2))
+        return ((self.columns >= 0) & (self.columns >= first) & (self.columns < last)).flatten().nonzero().flatten()
+
+    @cached_property
     def sequences_there(self) -> Tensor:
         """`sequences` where the other tables are."""
         return self.sequences.to(self.columns.device)
