@@ -105,7 +105,10 @@ def choose(backend: str, q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring
         return BACKENDS[backend]
     # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
     names = PREFERENCE if q.shape[2] >= plan.block_size else ("blockwise",)
-    name = next(name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
+    able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
+    if able[:2] == ["fa", "flex"] and not fa.is_fastest(q, plan):
+        able = able[1:]
+    name = able[0]
     _say(name, q.device.type, str(q.dtype), bool(dropout))
     return BACKENDS[name]
 

@@ -24,6 +24,8 @@ from .scoring import Scoring
 MAX_COLUMNS = 256
 # `backward` takes None for a gradient of zero
 NONE_IS_ZERO = True
+# numbers in q from which FlexAttention overtakes torch's FA2 on a window, of head dims up to 64 and above
+FLEX_FROM = (1 << 25, 1 << 27)
 
 
 def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
@@ -45,6 +47,15 @@ def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: fl
             f"a sequence has {found.columns.shape[1]} global tokens; up to {MAX_COLUMNS} are merged, use backend='flex'"
         )
     return flash.FA2.refuses(q)
+
+
+def is_fastest(q: Tensor, plan: BlockPlan) -> bool:
+    """Is this the fastest backend for a call that it does not refuse? Measured on an H100 beside `flex`."""
+    found = split(plan, q.shape[0])
+    if found.shape.has_globals or flash.kernels(q) is not flash.FA2:
+        return True
+    # FA2 wastes more of a short window than FlexAttention does, which in turn takes the host longer to launch
+    return q.numel() <= FLEX_FROM[q.shape[-1] > 64]
 
 
 def attend(
@@ -248,7 +259,8 @@ class _Places:
             value = value.unflatten(0, (t.shape[0], -1)) if isinstance(value, Tensor) and value.ndim < t.ndim else value
             t[:, : self.count] = value
         elif len(self.index[0]):
-            t[self.index] = value.flatten(0, -t.ndim + 1) if isinstance(value, Tensor) else value
+            # written by index, unlike by slice, dtypes must agree
+            t[self.index] = value.flatten(0, -t.ndim + 1).to(t.dtype) if isinstance(value, Tensor) else value
 
 
 def _places(index: Tensor, length: int, count: int | None = None) -> _Places:

@@ -25,7 +25,8 @@ def add_rows_on_gpu(
     """Add to the gradients of k and v, in place; gives those of the global queries, `[T, H, D]` in the order of `split.rows`."""
     heads, dim = q.shape[2:]
     longest = int((split.sequences[:, 4] - split.sequences[:, 3]).max())
-    tile = TILE if dim <= 128 else TILE // 2
+    # wider heads fill shared memory
+    tile = TILE if dim <= 64 else TILE // 2 if dim <= 128 else TILE // 4
     tiles = -(-longest // tile)
     given_lse = lse if grad_lse is None else grad_lse
     found = []
@@ -39,7 +40,7 @@ def add_rows_on_gpu(
             *lse.stride(), *given_lse.stride(), *grad_k.stride()[:3], *grad_v.stride()[:3],
             scale, scale * LOG2_E, split.q_offset, tiles, count,
             HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=padded(count), BN=tile, D=dim, BD=padded(dim),
-            num_warps=4 if dim <= 64 else 8,
+            num_warps=4 if dim <= 64 else 8, num_stages=3 if dim <= 128 else 1,
         )  # fmt: skip
         found.append(sums.sum(1).transpose(1, 2))  # [S, C, H, D]
     return torch.cat(found, 1).flatten(0, 1)[split.asked]
