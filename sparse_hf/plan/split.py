@@ -54,14 +54,15 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
         return f"{pattern} has more than {MAX_TERMS} terms when written out"
     windows, clips, first, marked = [], set(), 0, False
     for term in terms:
-        window = reduce(_narrowest, (part for part in term if isinstance(part, Window)), Window(None, None))
+        window = reduce(_narrowest, (part for part in term if type(part) is Window), Window(None, None))
         window = _within(window, kv_len)
-        rest = {part for part in term if not isinstance(part, Window)}
+        rest = {part for part in term if type(part) is not Window}
         if not rest:
             windows.append(window)
             continue
-        count = min((part.n for part in rest if isinstance(part, First)), default=None)
-        if not all(isinstance(part, (First, Marked)) for part in rest) or (count is not None and Marked() in rest):
+        count = min((part.n for part in rest if type(part) is First), default=None)
+        # by type itself: what derives from these holds other pairs
+        if not all(type(part) in (First, Marked) for part in rest) or (count is not None and Marked() in rest):
             return f"{' & '.join(map(str, sorted(rest, key=str)))} is neither a window nor global tokens"
         if count != 0:
             clips.add(window)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,7 +77,9 @@ def test_parts_hold_each_pair_once(pattern, case):
 
 
 windows = st.builds("window({}, {})".format, *[st.none() | st.integers(0, 12)] * 2)
-globals_ = st.sampled_from(["first(0)", "first(1)", "first(3)", "first(30)", "marked()"])
+globals_ = st.sampled_from(
+    ["first(0)", "first(1)", "first(3)", "first(30)", "marked()", "marked_keys()", "marked_queries()", "last(2)"]
+)
 leaves = st.one_of(windows, globals_)
 patterns = st.recursive(
     leaves, lambda inner: st.builds("({}) {} ({})".format, inner, st.sampled_from("|&"), inner), max_leaves=5
@@ -195,12 +199,14 @@ def test_the_gradient_of_the_output_alone_is_exact(plain):
     ("pattern", "message"),
     [
         ("window(3, 3) & stride(2)", r"stride\(2\) is neither a window nor global tokens"),
-        ("window(3, 3) | chunk(5)", r"chunk\(5\) is neither"),
-        ("bigbird(block_size=16)", r"random_blocks\(3, 16, 0\) is neither"),
+        ("window(3, 3) | chunk(5)", r"chunk\(5.*\) is neither"),
+        ("bigbird(block_size=16)", r"random_blocks\(.*\) is neither"),
         ("first(3) & marked()", r"first\(3\) & marked\(\) is neither"),
         ("first(2) & window(4, 0) | marked()", "global tokens have different reaches"),
         ("first(2) & window(9, 9)", r"see window\(9, 9\) only; they must see everything"),
         ("(window(3, 0) | marked()) & window(None, 0)", r"see window\(None, 0\) only"),
+        ("window(3, 3) | marked_keys()", r"marked_keys\(\) is neither"),
+        ("window(3, 3) | last(2)", r"last\(2.*\) is neither"),
         ("first(0)", "holds no pair"),
         ("per_head(window(1, 1), first(2))", "heads have patterns of their own"),
     ],
@@ -209,7 +215,7 @@ def test_a_plan_that_is_no_window_with_globals_says_why(pattern, message):
     marks = torch.arange(40)[None] % 7 == 0
     found = split(build_plan(pattern, 40, marks=marks), 1)
     assert isinstance(found, str)
-    assert __import__("re").search(message, found), found
+    assert re.search(message, found), found
 
 
 def test_queries_with_keys_ahead_in_reach_are_refused():
