@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .folder import check_target, keep_apart, whole_folder
-from .gguf import dequantise, read_gguf
+from .gguf import dequantise, is_gguf, read_gguf
 from .prepare import Choice, Prepared, prepare
 from .progress import progress_bar
 from .report import describe, report_text
@@ -67,7 +67,7 @@ def convert(
     # the danger that matters most is told of first; a hub id is no path yet
     keep_apart(Path(source), Path(out))
     target = check_target(out, overwrite)
-    if Path(source).suffix == ".gguf" and not Path(source).is_dir():
+    if is_gguf(source):
         _convert_gguf(Path(source), target, choice, progress)
         return Path(out)
     folder = find_folder(source)
@@ -92,7 +92,7 @@ def describe_conversion(
     Transformers names them while it dequantises.
     """
     choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
-    if Path(source).suffix == ".gguf" and not Path(source).is_dir():
+    if is_gguf(source):
         return describe(prepare(read_gguf(Path(source)), choice))
     return describe(prepare(open_source(find_folder(source), _name(source)), choice))
 

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,10 +16,9 @@ from transformers import PreTrainedConfig
 from ..models import Family, family_of
 from ..models.remote import auto_map
 from ..show import describe, render, save_png
-from .check import NOT_DENSE, meta_model
-from .export import is_causal
+from .check import is_causal, meta_model, sees_past_only, sparse_config
 from .report import report_text
-from .source import read_json
+from .source import card_metadata, read_json
 
 CARD, PICTURE, RESULTS, REPORT = "README.md", "pattern.png", "results.json", "conversion.json"
 # numbers of the pattern are given for no greater length, which would take long to count
@@ -145,8 +145,12 @@ def card_text(card: Card) -> str:
     return f"---\n{data.to_yaml().strip()}\n---\n" + "\n".join(part for part in parts if part)
 
 
+# a pattern is counted for its row and again for the choice of the picture
+_facts = lru_cache(maxsize=32)(describe)
+
+
 def _row(span: Span, length: int) -> str:
-    facts = describe(span.counted, length)
+    facts = _facts(span.counted, length)
     # a bar inside a table's cell would end it
     pattern = span.pattern.replace("|", "\\|")
     mean = f"{facts.keys_per_query[1]:,.0f}"
@@ -176,7 +180,7 @@ def _read(folder: Path, base: str | None, results: Mapping | None) -> Card:
     family = family_of(stored.get("model_type", ""))
     if stored["model_type"] != family.sparse_type:
         raise ValueError(f"{folder} is {stored['model_type']}, which is dense; convert it first (sparse-hf convert)")
-    config = family.config_class(**{key: value for key, value in stored.items() if key not in NOT_DENSE[:-1]})
+    config = sparse_config(family, stored)
     model = meta_model(family, stored)
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     limit = report.get("density_length") or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -206,8 +210,7 @@ def _spans(config: PreTrainedConfig, causal: bool) -> tuple[Span, ...]:
         for layer in range(count):
             layers.setdefault(config.layer_pattern(layer, stack=stack), []).append(layer)
         for text, numbers in layers.items():
-            past = stack == "decoder" if stack else causal
-            counted = config.layer_pattern(numbers[0], past, stack)
+            counted = config.layer_pattern(numbers[0], sees_past_only(stack, causal), stack)
             spans.append(Span(f"{stack} {_ranges(numbers)}".strip(), text, counted))
     return tuple(spans)
 
@@ -231,21 +234,14 @@ def _origin(folder: Path, report: dict, base: str | None) -> dict:
     told = report.get("origin") or {}
     if _is_id(report.get("source")):
         told = {**told, "base_model": report["source"]}
-    found = told | _metadata(folder)
+    found = told | card_metadata(folder)
     if base is None:
         return found
     if Path(base).is_dir():
-        return found | _metadata(Path(base))
+        return found | card_metadata(Path(base))
     if not _is_id(base):
         raise ValueError(f"base is {base!r}; give a hub id (owner/name), or the folder of the dense checkpoint")
     return found | {"base_model": base}
-
-
-def _metadata(folder: Path) -> dict:
-    if not (folder / CARD).is_file():
-        return {}
-    data = ModelCard.load(folder / CARD).data.to_dict()
-    return {key: data[key] for key in ("license", "base_model") if data.get(key)}
 
 
 def _is_id(text) -> bool:
@@ -255,7 +251,7 @@ def _is_id(text) -> bool:
 
 def _picture(folder: Path, spans: tuple[Span, ...], length: int) -> str:
     """The sparsest pattern, drawn beside the card, or in it where matplotlib is missing."""
-    span = min(spans, key=lambda s: describe(s.counted, length).density)
+    span = min(spans, key=lambda s: _facts(s.counted, length).density)
     try:
         save_png(span.counted, length, folder / PICTURE)
     except ImportError:

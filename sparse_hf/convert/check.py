@@ -7,26 +7,44 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
 
 from ..models import Family, dense_class
+from ..models.config import dense_values
 from .shards import Stored
 
-# keys of a configuration that are not the dense model's
-NOT_DENSE = ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention")
 SHOWN = 3
 
 
 def meta_model(family: Family, config: dict) -> PreTrainedModel:
     """The dense model that a configuration describes, without weights."""
-    dense = family.dense_config_class(**{key: value for key, value in config.items() if key not in NOT_DENSE})
+    dense = family.dense_config_class(**dense_values(config))
     known = {name: dense_class(c) for c in family.classes for name in (c.__name__, dense_class(c).__name__)}
     named = [known[name] for name in config.get("architectures") or () if name in known]
     with torch.device("meta"), no_init_weights():
         return (named or [MODEL_MAPPING[type(dense)]])[0](dense)
+
+
+def sparse_config(family: Family, config: dict) -> PreTrainedConfig:
+    """The sparse configuration that a `config.json` describes.
+
+    Raises:
+        ValueError: its `sparse_attention` does not fit the model.
+    """
+    return family.config_class(**dense_values(config), sparse_attention=config.get("sparse_attention"))
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Does the model see its past only? Of an encoder-decoder, the decoder does."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def sees_past_only(stack: str, causal_model: bool) -> bool:
+    """Does a stack of layers see its past only? Of an encoder-decoder, the name of the stack says so."""
+    return stack == "decoder" if stack else causal_model
 
 
 def check_fits(tensors: Iterable[Stored], model: PreTrainedModel, tables: tuple[str, ...], folder: Path) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..models import FAMILIES, Family, family_of
+from ..models.config import dense_values
 from ..pattern import First, Pattern, Stride, Window, causal, full
 from ..pattern.base import Intersection, Union
-from .check import NOT_DENSE, check_fits, meta_model
+from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
 from .folder import check_target, keep_apart, whole_folder
 from .progress import progress_bar
 from .shards import Shard
@@ -77,7 +78,7 @@ def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = Fa
     family = family_of(source.config["model_type"])
     if source.config["model_type"] != family.sparse_type:
         raise ValueError(f"{folder} is {source.config['model_type']}, which is dense already; give a sparse checkpoint")
-    values = {key: value for key, value in source.config.items() if key not in NOT_DENSE}
+    values = dense_values(source.config)
     values["architectures"] = _stock_names(source, family)
     if to == "native":
         family, values = _native(source, family, values)
@@ -123,9 +124,7 @@ def _renamed(shard: Shard, old: str, new: str) -> Shard:
 
 def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]:
     """The family and the configuration that say in Transformers' own words what the patterns say."""
-    # the names of classes are no part of what the sparse configuration is asked for
-    kept = {key: value for key, value in values.items() if key != "architectures"}
-    config = family.config_class(**kept, sparse_attention=source.config.get("sparse_attention"))
+    config = sparse_config(family, source.config)
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"use_bidirectional_attention is set, and its windows have no native form here; {INSTEAD}")
     layers = list(_layers(config, is_causal(meta_model(family, source.config))))
@@ -133,20 +132,15 @@ def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]
         family, values = _as_mistral(config, values["architectures"])
     values = {**values, **_own_words(family, config, layers)}
     # what the family makes of it must be what was asked for
-    made = family.config_class(**{key: value for key, value in values.items() if key != "architectures"})
+    made = sparse_config(family, values)
     for layer in layers:
         assert made.own_window(layer.number) == (None if layer.is_full else layer.window), layer
     return family, values
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Does the model see its past only? Of an encoder-decoder, the decoder does."""
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
-
-
-def _layers(config: PreTrainedConfig, past_only: bool) -> Iterator[Layer]:
+def _layers(config: PreTrainedConfig, causal_model: bool) -> Iterator[Layer]:
     for stack, count in config.stacks.items():
-        limit = causal() if stack == "decoder" or (not stack and past_only) else full()
+        limit = causal() if sees_past_only(stack, causal_model) else full()
         for number in range(count):
             pattern = Pattern.parse(config.layer_pattern(number, stack=stack))
             window = _window(pattern, limit)
@@ -166,7 +160,7 @@ def _window(pattern: Pattern, limit: Window) -> Window | None:
         found = {_window(head, limit) for head in pattern.heads}
         return found.pop() if len(found) == 1 else None
     if isinstance(pattern, Window):
-        return Window(_nearer(pattern.left, limit.left), _nearer(pattern.right, limit.right))
+        return pattern.narrowed(limit)
     if pattern == Stride(1):
         return limit
     if isinstance(pattern, Intersection):
@@ -179,17 +173,8 @@ def _window(pattern: Pattern, limit: Window) -> Window | None:
         found = [_window(part, limit) for part in pattern.parts if part != First(0)]
         if limit in found:
             return limit
-        return None if None in found or not found else reduce(_span, found)
+        return None if None in found or not found else reduce(Window.widened, found)
     return None
-
-
-def _nearer(a: int | None, b: int | None) -> int | None:
-    return min((x for x in (a, b) if x is not None), default=None)
-
-
-def _span(a: Window, b: Window) -> Window:
-    left, right = (None if None in ends else max(ends) for ends in ((a.left, b.left), (a.right, b.right)))
-    return Window(left, right)
 
 
 def _culprit(pattern: Pattern, limit: Window) -> Pattern:
@@ -207,7 +192,7 @@ def _as_mistral(config: PreTrainedConfig, architectures: list[str]) -> tuple[Fam
             )
     mistral = FAMILIES["mistral"]
     # all values, because the two families have other ones where a file says nothing
-    values = {key: value for key, value in config.to_dict().items() if key not in NOT_DENSE}
+    values = dense_values(config.to_dict())
     for field in ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"):
         values.pop(field, None)
     names = [name.replace("Llama", "Mistral") for name in architectures]

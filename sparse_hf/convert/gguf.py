@@ -8,6 +8,10 @@ from pathlib import Path
 from .source import Source
 
 
+def is_gguf(source: str | Path) -> bool:
+    return Path(source).suffix == ".gguf" and not Path(source).is_dir()
+
+
 def read_gguf(file: Path) -> Source:
     """What the header of a GGUF file says of the model, without its tensors.
 

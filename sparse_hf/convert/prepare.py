@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models import Family, family_of
-from .check import NOT_DENSE, check_fits, meta_model
+from .check import check_fits, is_causal, meta_model, sparse_config
 from .positions import changes, check_choice, scale_rope, set_length
 from .source import Source
 from .weights import Work
@@ -48,8 +48,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     family = family_of(source.config["model_type"])
     if source.config.get("sparse_attention") is not None:
         # it will be replaced, but one that does not fit says that something else is wrong
-        ignored = set(NOT_DENSE) - {"sparse_attention"}
-        family.config_class(**{key: value for key, value in source.config.items() if key not in ignored})
+        sparse_config(family, source.config)
     config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
     model = meta_model(family, source.config)
     config.architectures = _architectures(source.config, family, model)
@@ -61,7 +60,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
     work = Work(source.shards, grown, _left_out(source))
-    return Prepared(source, choice, family, config, work, lengths, _is_causal(model))
+    return Prepared(source, choice, family, config, work, lengths, is_causal(model))
 
 
 def _architectures(config: dict, family: Family, model: PreTrainedModel) -> list[str]:
@@ -81,7 +80,3 @@ def _left_out(source: Source) -> frozenset[str]:
         for ending in ("bias", "masked_bias")
     }
     return frozenset(tensor.name for tensor in source.tensors if tensor.name in masks)
-
-
-def _is_causal(model: PreTrainedModel) -> bool:
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())

@@ -10,6 +10,7 @@ import transformers
 from ..pattern import Marked
 from ..plan import build_plan
 from ..version import __version__
+from .check import sees_past_only
 from .prepare import Prepared
 from .source import read_json
 
@@ -53,7 +54,7 @@ def _layers(prepared: Prepared, length: int) -> Iterator[dict]:
     """Ranges of layers that have the same pattern, and how much of the square it fills."""
     counted: dict[str, tuple[float, int]] = {}
     for stack, count in prepared.config.stacks.items():
-        is_causal = prepared.is_causal if not stack else stack == "decoder"
+        is_causal = sees_past_only(stack, prepared.is_causal)
         texts = [prepared.config.layer_pattern(layer, is_causal, stack) for layer in range(count)]
         first = 0
         for layer, text in enumerate(texts):

@@ -115,6 +115,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def card_metadata(folder: Path) -> dict:
+    """`license` and `base_model` of the model card in a folder, as far as it has them."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(path).data.to_dict()
+    return {key: data[key] for key in ("license", "base_model") if data.get(key)}
+
+
 def _shards(folder: Path) -> tuple[Path, ...]:
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if (folder / index).exists():

@@ -8,7 +8,7 @@ from functools import wraps
 from transformers import BigBirdConfig, BigBirdModel
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdSelfAttention
 
-from .block_sparse import PATH, BlockSparseAttentionMixin, BlockSparseConfigMixin, implied_text
+from .block_sparse import PATH, BlockSparseAttentionMixin, BlockSparseConfigMixin, implied_text, refuse_attention_type
 from .families import Positions, register_family
 from .mixin import SparseMixin
 
@@ -48,10 +48,7 @@ class OwnPathMixin(SparseMixin):
     def set_attention_type(self, value: str) -> None:
         # the parent calls it while it is built, if it will read an encoder
         if self.attention_type == PATH:
-            raise ValueError(
-                f"set_attention_type({value!r}) would change a sparse model's layers for others; sparsify the model again "
-                "with the pattern that you want, 'window(None, None)' for full attention"
-            )
+            refuse_attention_type(value)
 
 
 class SparseBigBirdModel(OwnPathMixin, BigBirdModel):

@@ -12,7 +12,14 @@ from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import (
     BigBirdPegasusSelfAttention,
 )
 
-from .block_sparse import FULL, PATH, BlockSparseAttentionMixin, BlockSparseConfigMixin, implied_text
+from .block_sparse import (
+    FULL,
+    PATH,
+    BlockSparseAttentionMixin,
+    BlockSparseConfigMixin,
+    implied_text,
+    refuse_attention_type,
+)
 from .encoder_decoder import SparseEncoderDecoderConfigMixin
 from .families import Positions, register_family
 from .mixin import SparseEncoderMixin
@@ -44,10 +51,7 @@ class SparseBigBirdPegasusEncoder(SparseEncoderMixin, BigBirdPegasusEncoder):
             attention.self.config, attention.self.layer_idx, attention.self.is_decoder = self.config, number, False
 
     def set_attention_type(self, value: str) -> None:
-        raise ValueError(
-            f"set_attention_type({value!r}) would change a sparse model's layers for others; sparsify the model again with "
-            "the pattern that you want, 'window(None, None)' for full attention"
-        )
+        refuse_attention_type(value)
 
 
 class SparseBigBirdPegasusDecoder(BigBirdPegasusDecoder):

@@ -9,6 +9,7 @@ pattern is a set of pairs, the same in training and evaluation, at every length 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -104,6 +105,14 @@ def _draws(config: PreTrainedConfig, seed: int, length: int) -> list[list[list[i
     finally:
         np.random.set_state(state)
     return [rows.tolist() for rows in drawn]
+
+
+def refuse_attention_type(value: str) -> NoReturn:
+    """What a sparse model's `set_attention_type` does."""
+    raise ValueError(
+        f"set_attention_type({value!r}) would change a sparse model's layers for others; sparsify the model again with the "
+        "pattern that you want, 'window(None, None)' for full attention"
+    )
 
 
 class BlockSparseConfigMixin(SparseConfigMixin):

@@ -23,6 +23,8 @@ from .layers import as_pattern, describe_layers, named_layers
 logger = logging.get_logger(__name__)
 
 KEYS = ("patterns", "layers", "global_token_ids")
+# keys of a configuration that are not the dense model's
+NOT_DENSE = ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention")
 # the word of all patterns that speak of marked tokens
 MARKED = Marked.word
 # the attention implementations of a sparse model, and what stock names stand for: never silently dense
@@ -34,6 +36,11 @@ IMPLEMENTATIONS = {
     "sparse_fa": "fa",
 }
 STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
+
+
+def dense_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a `config.json`, dense or sparse, describes the dense model."""
+    return {key: value for key, value in config.items() if key not in NOT_DENSE}
 
 
 def check_weights(implementation: str | None) -> None:
@@ -128,9 +135,7 @@ class SparseConfigMixin:
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
         """
-        values = dict(dense if isinstance(dense, Mapping) else dense.to_dict())
-        for key in ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention"):
-            values.pop(key, None)
+        values = dense_values(dense if isinstance(dense, Mapping) else dense.to_dict())
         if pattern is None and not cls.implies_pattern:
             raise ValueError(f"{cls.model_type} implies no pattern; give one, like 'window(255, 0) | first(4)'")
         plain, pattern = cls(**values), None if pattern is None else as_pattern(pattern)

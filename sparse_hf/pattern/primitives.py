@@ -46,6 +46,16 @@ class Window(Pattern):
     def grain(self) -> int:
         return 0 if self.left is None and not self.right else 1
 
+    def narrowed(self, other: Window) -> Window:
+        """The pairs that both windows hold."""
+        sides = ((self.left, other.left), (self.right, other.right))
+        return Window(*(min((x for x in side if x is not None), default=None) for side in sides))
+
+    def widened(self, other: Window) -> Window:
+        """The pairs that either window holds: each holds the diagonal, so that the union is a window too."""
+        sides = ((self.left, other.left), (self.right, other.right))
+        return Window(*(None if None in side else max(side) for side in sides))
+
 
 @dataclass(frozen=True, repr=False)
 class First(Pattern):

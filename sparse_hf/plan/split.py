@@ -54,7 +54,7 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
         return f"{pattern} has more than {MAX_TERMS} terms when written out"
     windows, clips, first, marked = [], set(), 0, False
     for term in terms:
-        window = reduce(_narrowest, (part for part in term if type(part) is Window), Window(None, None))
+        window = reduce(Window.narrowed, (part for part in term if type(part) is Window), Window(None, None))
         window = _within(window, kv_len)
         rest = {part for part in term if type(part) is not Window}
         if not rest:
@@ -69,9 +69,9 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
             first, marked = max(first, count or 0), marked or count is None
     if len(clips) > 1:
         return f"global tokens have different reaches: {', '.join(sorted(map(str, clips)))}"
-    window = reduce(_widest, windows) if windows else None
+    window = reduce(Window.widened, windows) if windows else None
     clip = clips.pop() if clips else Window(None, None)
-    if window is not None and (not (first or marked) or _narrowest(window, clip) == clip):
+    if window is not None and (not (first or marked) or window.narrowed(clip) == clip):
         # the window holds all that the global tokens would add
         return Shape(window, 0, False, Window(None, None))
     shape = Shape(window, first, marked, clip)
@@ -95,17 +95,6 @@ def _terms(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
     else:
         out = [(pattern,)]
     return out if out is not None and len(out) <= MAX_TERMS else None
-
-
-def _narrowest(a: Window, b: Window) -> Window:
-    sides = ((a.left, b.left), (a.right, b.right))
-    return Window(*(min((x for x in side if x is not None), default=None) for side in sides))
-
-
-def _widest(a: Window, b: Window) -> Window:
-    # every window holds the diagonal, so that the union of two is one
-    sides = ((a.left, b.left), (a.right, b.right))
-    return Window(*(None if None in side else max(side) for side in sides))
 
 
 def _within(window: Window, kv_len: int) -> Window:
