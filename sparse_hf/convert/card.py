@@ -18,9 +18,9 @@ from ..models.remote import auto_map
 from ..show import describe, render, save_png
 from .check import is_causal, meta_model, sees_past_only, sparse_config
 from .report import report_text
-from .source import card_metadata, read_json
+from .source import CARD, card_metadata, read_json
 
-CARD, PICTURE, RESULTS, REPORT = "README.md", "pattern.png", "results.json", "conversion.json"
+PICTURE, RESULTS, REPORT = "pattern.png", "results.json", "conversion.json"
 # numbers of the pattern are given for no greater length, which would take long to count
 LONGEST, DEFAULT_LENGTH = 16384, 4096
 # Auto class -> what hubs call the task, the most telling first

@@ -12,7 +12,7 @@ from ..plan import build_plan
 from ..version import __version__
 from .check import sees_past_only
 from .prepare import Prepared
-from .source import read_json
+from .source import card_metadata, read_json
 
 # densities are counted at no greater length; patterns with more half-filled blocks a row, whose pairs must be counted one by
 # one, at the shortest
@@ -32,6 +32,7 @@ def describe(prepared: Prepared) -> dict:
     same = [t for name, t in tensors.items() if name not in work.changes and name not in work.left_out]
     return {
         "source": prepared.source.name,
+        "origin": card_metadata(prepared.source.folder),
         "family": prepared.family.dense_type,
         "model_type": config.model_type,
         "architectures": config.architectures,

@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging
+
 from .shards import Shard, Stored, read_shard
+
+logger = logging.get_logger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# read for where a checkpoint comes from; the sparse one gets a card of its own
+CARD = "README.md"
 # what travels with the weights, besides the configuration
 CARRIED = (
     "generation_config.json",
@@ -79,7 +85,7 @@ def find_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.bin", *CARRIED]
+    patterns = ["*.json", "*.safetensors", "*.bin", CARD, *CARRIED]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -117,12 +123,19 @@ def read_json(path: Path) -> dict:
 
 def card_metadata(folder: Path) -> dict:
     """`license` and `base_model` of the model card in a folder, as far as it has them."""
-    path = folder / "README.md"
+    path = folder / CARD
     if not path.is_file():
         return {}
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
-    data = ModelCard.load(path).data.to_dict()
+    try:
+        data = ModelCard.load(path).data.to_dict()
+    except (ValueError, YAMLError) as error:
+        logger.warning(
+            "the metadata of %s cannot be read (%s); license and base model are not taken from it", path, error
+        )
+        return {}
     return {key: data[key] for key in ("license", "base_model") if data.get(key)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_card_of_a_conversion(converted):
     assert card.data.to_dict() == {
         "base_model": "owner/dense",
         "library_name": "transformers",
+        "license": "mit",
         "pipeline_tag": "text-generation",
         "tags": ["sparse-attention", "long-context", "sparse_hf", "llama"],
     }
@@ -70,6 +72,21 @@ def test_base_of_a_conversion_from_a_hub(converted):
     write_card(converted)
     data = ModelCard.load(converted / "README.md").data
     assert (data.license, data.base_model) == ("mit", "owner/model")
+
+
+def test_license_and_base_travel_with_the_conversion(converted):
+    shutil.rmtree(converted.parent / "dense")
+    write_card(converted)
+    data = ModelCard.load(converted / "README.md").data
+    assert (data.license, data.base_model) == ("mit", "someone/bigger")
+
+
+@pytest.mark.parametrize("content", ["---\nlicense: [mit\n---\n", "---\n- mit\n---\n", "no metadata"])
+def test_a_card_that_cannot_be_read_stops_no_conversion(content, tmp_path):
+    dense_model("LlamaForCausalLM").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(content)
+    sparse_hf.convert(tmp_path / "dense", tmp_path / "sparse", "window(9, 0)", progress=False)
+    assert json.loads((tmp_path / "sparse" / "conversion.json").read_text())["origin"] == {}
 
 
 def test_results_beside_the_checkpoint(converted):
