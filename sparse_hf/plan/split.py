@@ -3,7 +3,8 @@
 The pairs of the pattern are `window | clip & globals`, where `globals` are the pairs whose query or key is a global token.
 Each pair is counted exactly once, as one of three parts:
 
-- rows: a global query sees all keys of its sequence (only where `clip` is everything; otherwise there are no such rows);
+- rows: a global query sees all keys of its sequence (only where `clip` is everything; otherwise there are no such rows, nor
+  where the pattern says `marked_keys()`, which makes no query global);
 - columns: any other query sees the global keys within `clip` that its window does not hold;
 - window: any other query sees its window.
 
@@ -20,7 +21,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..pattern import First, Marked, Pattern, Window
+from ..pattern import First, Marked, MarkedKeys, Pattern, Window
 from ..pattern.base import Intersection, Union
 from .block_plan import BlockPlan
 
@@ -30,12 +31,16 @@ MAX_TERMS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """`window | clip & (first(first) | marked())`: a pattern without lengths. `window` None holds no pair."""
+    """`window | clip & (first(first) | marked())`: a pattern without lengths. `window` None holds no pair.
+
+    With `keys_only` it is `marked_keys()` instead of `marked()`, and there is no `first`.
+    """
 
     window: Window | None
     first: int
     marked: bool
     clip: Window
+    keys_only: bool = False
 
     @property
     def has_globals(self) -> bool:
@@ -44,7 +49,7 @@ class Shape:
     @property
     def has_rows(self) -> bool:
         # with no future, what a global query among the first n sees are global keys: columns hold all of it
-        return self.has_globals and (self.marked or self.clip.right != 0)
+        return self.has_globals and not self.keys_only and (self.marked or self.clip.right != 0)
 
 
 def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
@@ -52,7 +57,7 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
     terms = _terms(pattern)
     if terms is None:
         return f"{pattern} has more than {MAX_TERMS} terms when written out"
-    windows, clips, first, marked = [], set(), 0, False
+    windows, clips, first, marks = [], set(), 0, set()
     for term in terms:
         window = reduce(Window.narrowed, (part for part in term if type(part) is Window), Window(None, None))
         window = _within(window, kv_len)
@@ -62,19 +67,25 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
             continue
         count = min((part.n for part in rest if type(part) is First), default=None)
         # by type itself: what derives from these holds other pairs
-        if not all(type(part) in (First, Marked) for part in rest) or (count is not None and Marked() in rest):
+        marked = {type(part) for part in rest} - {First}
+        if not marked <= {Marked, MarkedKeys} or (count is not None and marked):
             return f"{' & '.join(map(str, sorted(rest, key=str)))} is neither a window nor global tokens"
         if count != 0:
             clips.add(window)
-            first, marked = max(first, count or 0), marked or count is None
+            # a marked pair of both kinds is one of the narrower
+            marks |= {MarkedKeys if MarkedKeys in marked else Marked} if marked else set()
+            first = max(first, count or 0)
     if len(clips) > 1:
         return f"global tokens have different reaches: {', '.join(sorted(map(str, clips)))}"
     window = reduce(Window.widened, windows) if windows else None
     clip = clips.pop() if clips else Window(None, None)
-    if window is not None and (not (first or marked) or window.narrowed(clip) == clip):
+    if window is not None and (not (first or marks) or window.narrowed(clip) == clip):
         # the window holds all that the global tokens would add
         return Shape(window, 0, False, Window(None, None))
-    shape = Shape(window, first, marked, clip)
+    keys_only = MarkedKeys in marks and (Marked not in marks)
+    if keys_only and first and clip.right != 0:
+        return f"the first {first} tokens are queries that see everything, and marked ones keys only"
+    shape = Shape(window, first, bool(marks), clip, keys_only)
     if not shape.has_globals:
         return f"{pattern} holds no pair"
     if shape.has_rows and clip != Window(None, None):
