@@ -213,6 +213,42 @@ def bench_attention(
     )
 
 
+@bench.command("models")
+def bench_models(
+    models: Annotated[
+        str, typer.Option(help="bert, longformer, big_bird, reformer, modernbert, mistral, with commas.")
+    ] = "longformer,big_bird,bert",
+    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
+    layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    training: Annotated[bool, typer.Option(help="Time a training step as well.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time both under torch.compile.")] = False,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; a model that took longer is not run on longer texts.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """Whole models with random weights, ours beside Transformers' class, forward and training step, length by length."""
+    from sparse_hf.bench import run_models
+
+    run_models(
+        [name.strip() for name in models.split(",") if name.strip()],
+        [_number(part) for part in lengths.split(",")],
+        layers=layers,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        training=training,
+        compiled=compiled,
+        budget=budget,
+        out=out,
+        plot=plot,
+    )
+
+
 def _number(text: str) -> int:
     try:
         return int(text)

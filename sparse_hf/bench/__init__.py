@@ -2,5 +2,6 @@
 
 from .attention import run_attention
 from .measure import peak_bytes
+from .models import run_models
 
-__all__ = ["peak_bytes", "run_attention"]
+__all__ = ["peak_bytes", "run_attention", "run_models"]

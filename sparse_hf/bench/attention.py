@@ -13,11 +13,10 @@ from rich.table import Table
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
 from ..plan import build_plan
-from .measure import environment, peak_bytes, row_error, seconds, slope, write_json
+from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slope, write_json
 from .peers import Peer, peers
-from .plot import plot_attention
+from .plot import plot_result
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # largest relative error of an output row against float64 that still counts as correct
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
 
@@ -85,7 +84,8 @@ def run_attention(
     if out:
         write_json(result, out)
     if plot:
-        plot_attention(result, plot)
+        sizes = f"{heads} heads of {head_dim}, {shape['kv_heads']} key heads, {dtype}"
+        plot_result(result, f"{result['pattern']}: {sizes}", plot)
     return result
 
 

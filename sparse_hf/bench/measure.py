@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..pattern import Pattern
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSIONS = ("torch", "transformers", "triton", "flash-attn-4", "sparse-hf")
 
 

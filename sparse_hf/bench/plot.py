@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-STYLES = {"ours": "-", "window": "--", "dense": ":"}
+STYLES = {"ours": "-", "window": "--", "transformers": "--", "dense": ":"}
 
 
-def plot_attention(result: dict, path: str | Path) -> None:
-    """Draw a result of `run_attention`: forward and backward time, and peak memory above what is given."""
+def plot_result(result: dict, title: str, path: str | Path) -> None:
+    """Draw the `rows` of a benchmark: time of a step (or of what was timed), and peak memory above what is given."""
     try:
         import matplotlib
     except ImportError:
@@ -17,19 +17,18 @@ def plot_attention(result: dict, path: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in dict.fromkeys(row["name"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["name"] == name]
+    measured = [row for row in result["rows"] if not row.get("failed")]
+    what = "step_s" if all(row["step_s"] is not None for row in measured) else "forward_s"
+    for name in dict.fromkeys(row["name"] for row in measured):
+        rows = [row for row in measured if row["name"] == name]
         lengths = [row["n"] for row in rows]
         style = {"label": name, "linestyle": STYLES[rows[0]["kind"]], "marker": "o", "markersize": 3}
-        left.plot(lengths, [row["step_s"] * 1e3 for row in rows], **style)
+        left.plot(lengths, [row[what] * 1e3 for row in rows], **style)
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
-    shape = f"{result['heads']} heads of {result['head_dim']}, {result['kv_heads']} key heads, {result['dtype']}"
-    figure.suptitle(
-        f"{result['pattern']}: {shape}, {facts['hardware']}, torch {facts['versions']['torch']}", fontsize=10
-    )
-    left.set_ylabel("forward + backward, ms")
-    right.set_ylabel("peak memory of a step, MiB")
+    figure.suptitle(f"{title}, {facts['hardware']}, torch {facts['versions']['torch']}", fontsize=10)
+    left.set_ylabel("forward + backward, ms" if what == "step_s" else "forward, ms")
+    right.set_ylabel("peak memory, MiB")
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlabel="tokens")
         axis.set_xscale("log", base=2)

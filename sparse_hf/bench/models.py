@@ -1,0 +1,301 @@
+"""`sparse-hf bench models`: whole models, ours beside Transformers' class with the same weights, forward and training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..models import sparsify
+from ..models.block_sparse import transformers_random_blocks
+from ..plan import build_plan
+from .measure import DTYPES, environment, peak_bytes, seconds, slope, write_json
+from .plot import plot_result
+
+# tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
+CHECKED = 1280
+# how far from Transformers in float32 ours may be, as a multiple of how far Transformers itself is in the same dtype; in
+# float32 itself, where that is 0, the number below
+FACTOR, EXACT = 2.0, 1e-4
+VOCABULARY = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family: the class and configuration of Transformers, our pattern, and what the batch holds beside its tokens.
+
+    `config` gets the length and the layers. Without `pattern` the family implies one. `same` are the arguments of
+    `sparsify` under which ours computes the very pairs that Transformers' class does at some length, where the pattern that
+    is timed is another one; `check` are those of Transformers' class (a mask of the pattern's pairs).
+    """
+
+    model: str
+    config: Callable[[int, int], dict]
+    pattern: str | None = None
+    global_tokens: int = 0
+    same: Callable[[transformers.PreTrainedConfig, int], dict] = lambda config, n: {}
+    check: Callable[[str, int, torch.device], dict] = lambda pattern, n, device: {}
+
+
+def _encoder(n: int, layers: int, **more) -> dict:
+    """Base size without dropout: 12 heads of 64."""
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": layers}
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": VOCABULARY}
+    return {**sizes, **plain, "max_position_embeddings": n + 2, **more}
+
+
+def _decoder(n: int, layers: int, **more) -> dict:
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}
+    return {**sizes, "num_hidden_layers": layers, "vocab_size": VOCABULARY, "max_position_embeddings": n, **more}
+
+
+def _factors(n: int) -> list[int]:
+    """Two numbers whose product is n, as equal as can be: the shape of Reformer's axial positions."""
+    one = next(f for f in range(int(n**0.5), 0, -1) if n % f == 0)
+    return [one, n // one]
+
+
+def _reformer(n: int, layers: int) -> dict:
+    return {
+        "attn_layers": (["local", "lsh"] * layers)[:layers], "hidden_size": 768, "num_attention_heads": 12,
+        "attention_head_size": 64, "feed_forward_size": 3072, "vocab_size": VOCABULARY, "max_position_embeddings": n,
+        "axial_pos_shape": _factors(n), "axial_pos_embds_dim": [256, 512], "num_hashes": 1, "num_buckets": None,
+        "lsh_attn_chunk_length": 64, "local_attn_chunk_length": 64, "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0, "is_decoder": False,
+        "hash_seed": 0, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def _dense_mask(pattern: str, n: int, device: torch.device) -> dict:
+    return {"attention_mask": build_plan(pattern, n, device=device).to_dense()}
+
+
+CASES: dict[str, Case] = {
+    "bert": Case("BertModel", _encoder, "window(256, 256) | first(1)", check=_dense_mask),
+    "longformer": Case("LongformerModel", lambda n, layers: _encoder(n, layers, attention_window=[512] * layers), global_tokens=1),
+    "big_bird": Case(
+        "BigBirdModel", lambda n, layers: _encoder(n, layers, block_size=64, num_random_blocks=3),
+        same=lambda config, n: {"layers": dict(enumerate(transformers_random_blocks(config, n)))},
+    ),
+    "reformer": Case("ReformerModel", _reformer),
+    "modernbert": Case(
+        "ModernBertModel",
+        lambda n, layers: _decoder(n, layers, num_attention_heads=16, local_attention=128, pad_token_id=0, cls_token_id=1, sep_token_id=2),
+        "window(None, None)",
+    ),
+    "mistral": Case("MistralModel", lambda n, layers: _decoder(n, layers, sliding_window=1024, use_cache=False), "window(1023, 0)"),
+}  # fmt: skip
+
+
+def run_models(
+    models: Sequence[str] = ("longformer", "big_bird", "bert"),
+    lengths: Sequence[int] = (4096, 16384),
+    *,
+    layers: int = 12,
+    batch: int = 1,
+    dtype: str = "fp32",
+    device: str | None = None,
+    training: bool = True,
+    compiled: bool = False,
+    repeats: int = 3,
+    budget: float = 60.0,
+    out: str | Path | None = None,
+    plot: str | Path | None = None,
+) -> dict:
+    """Time models over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+
+    Each model of base size with random weights runs as Transformers' class and, with the same weights, as ours. Before that,
+    outputs and the gradient of the embeddings at 1,280 tokens are compared with Transformers' class in float32: ours may be
+    no farther from it than twice as far as Transformers is itself in `dtype`. A length that does not fit is noted as such.
+
+    Args:
+        models: names of `CASES`. "bert" is dense there and has a window and a global token here.
+        lengths: tokens, ascending.
+        layers, batch: of the model, and rows of a batch.
+        dtype: "fp32", "bf16" or "fp16", of weights and activations.
+        device: "cpu" or "cuda"; by default the GPU if there is one.
+        training: time a training step (forward and backward) as well.
+        compiled: time both under `torch.compile`.
+        repeats: timed calls per figure, of which the median counts.
+        budget: seconds; a model that needed more for one call is not run on longer texts.
+        out, plot: where to write the result, and to draw it (needs matplotlib).
+
+    Raises:
+        ValueError: an unknown model or dtype.
+        AssertionError: ours computes something else than Transformers.
+    """
+    unknown = sorted(set(models) - set(CASES))
+    if unknown:
+        raise ValueError(f"unknown models {unknown}; the known ones are {', '.join(CASES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shape = {"layers": layers, "batch": batch, "dtype": dtype, "training": training, "compiled": compiled}
+    console, rows, errors = Console(stderr=True), [], {}
+    for name in models:
+        with console.status(f"{name}: comparing"):
+            errors[name] = _compare(CASES[name], layers, dtype, place)
+        for n in sorted(lengths):
+            with console.status(f"{name}: n = {n:,}"):
+                rows += _one_length(name, n, shape, place, repeats, budget, rows)
+    _ratios(rows)
+    result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
+    result["slopes"] = _slopes(rows)
+    # wide enough for all columns, in a narrow window or a pipe too
+    Console(width=max(Console().width, 124)).print(_table(result))
+    if out:
+        write_json(result, out)
+    if plot:
+        plot_result(result, f"{layers} layers, hidden size 768 or 1,024, {batch} row(s), {dtype}", plot)
+    return result
+
+
+def _build(case: Case, n: int, layers: int, dtype: torch.dtype, place: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, case.model)
+    model = model_class(model_class.config_class(**case.config(n, layers)))
+    return model.to(place, dtype).train()
+
+
+def _tokens(case: Case, n: int, batch: int, place: torch.device) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(place)
+    if not case.global_tokens:
+        return {"input_ids": ids}
+    marks = torch.zeros_like(ids)
+    marks[:, : case.global_tokens] = 1
+    return {"input_ids": ids, "global_attention_mask": marks}
+
+
+def _compare(case: Case, layers: int, dtype: str, place: torch.device) -> dict[str, float]:
+    """Relative errors of output and gradient against Transformers in float32: Transformers' own in `dtype`, and ours."""
+    stock = _build(case, CHECKED, layers, torch.float32, place)
+    given = _tokens(case, CHECKED, 1, place)
+    masks = case.check(case.pattern, CHECKED, place)
+    right = _results(stock, {**given, **masks})
+    stock = stock.to(DTYPES[dtype])
+    theirs = _errors(_results(stock, {**given, **masks}), right)
+    sparse = sparsify(stock, case.pattern, **case.same(stock.config, CHECKED))
+    ours = _errors(_results(sparse, given), right)
+    for what, mine, their in zip(("output", "gradient"), ours, theirs, strict=True):
+        if not mine <= max(FACTOR * their, EXACT):
+            raise AssertionError(
+                f"{case.model}: {what} is off by {mine:.1e}, Transformers' own in {dtype} by {their:.1e}"
+            )
+    names = ("transformers_output", "transformers_gradient", "output", "gradient")
+    return dict(zip(names, (*theirs, *ours), strict=True))
+
+
+def _results(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+    weights = model.get_input_embeddings().weight
+    out = _forward(model, inputs)
+    # what is behind a layer norm has almost no gradient of its mean or square
+    (grad,) = torch.autograd.grad(out, weights, _direction(out))
+    return out.detach().float(), grad.float()
+
+
+def _forward(model: nn.Module, inputs: dict) -> Tensor:
+    # hashes are drawn from torch's generator
+    torch.manual_seed(0)
+    return model(**inputs)[0]
+
+
+def _direction(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+
+
+def _errors(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float, ...]:
+    return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
+
+
+def _one_length(name: str, n: int, shape: dict, place, repeats: int, budget: float, earlier: list[dict]) -> list[dict]:
+    case, rows = CASES[name], []
+    for kind in ("dense" if case.pattern and case.check is _dense_mask else "transformers", "ours"):
+        label = f"{name}, {'sparse_hf' if kind == 'ours' else 'transformers'}"
+        row = {"model": name, "name": label, "kind": kind, "n": n}
+        before = next((r for r in reversed(earlier) if r["name"] == label), None)
+        if before and (before.get("failed") or max(before["forward_s"], before.get("step_s") or 0) > budget):
+            rows.append({**row, "failed": before.get("failed") or "not run: the length before took too long"})
+            continue
+        try:
+            rows.append({**row, **_figures(case, kind == "ours", n, shape, place, repeats, budget)})
+        except torch.OutOfMemoryError:
+            rows.append({**row, "failed": "out of memory"})
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, budget: float) -> dict:
+    model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place)
+    if ours:
+        model = sparsify(model, case.pattern)
+    inputs = _tokens(case, n, shape["batch"], place)
+    run = torch.compile(model) if shape["compiled"] else model
+    grad = torch.randn((shape["batch"], n, model.config.hidden_size), device=place).to(DTYPES[shape["dtype"]])
+
+    @torch.no_grad()
+    def forward():
+        model.eval()
+        run(**inputs)
+
+    def step():
+        model.train()
+        model.zero_grad(set_to_none=True)
+        run(**inputs)[0].backward(grad)
+
+    found = {"forward_s": seconds(forward, place, repeats, budget), "forward_peak_bytes": peak_bytes(forward, place)}
+    if shape["training"]:
+        found |= {"step_s": seconds(step, place, repeats, budget)}
+        model.zero_grad(set_to_none=True)
+        found |= {"peak_bytes": peak_bytes(step, place)}
+    else:
+        found |= {"step_s": None, "peak_bytes": found["forward_peak_bytes"]}
+    return found
+
+
+def _ratios(rows: list[dict]) -> None:
+    """How many times faster than Transformers' class, and which part of its memory."""
+    for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
+        other = next(r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours")
+        for what in ("forward", "step"):
+            mine, theirs = row[f"{what}_s"], other.get(f"{what}_s")
+            row[f"{what}_times_faster"] = theirs / mine if mine and theirs else None
+        mine, theirs = row["peak_bytes"], other.get("peak_bytes")
+        row["memory_ratio"] = mine / theirs if mine and theirs else None
+
+
+def _slopes(rows: list[dict]) -> dict:
+    slopes = {}
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = [r for r in rows if r["name"] == name and not r.get("failed")]
+        keys = ("forward_s", "step_s", "peak_bytes")
+        slopes[name] = {key: slope([r["n"] for r in mine], [r[key] or 0 for r in mine]) for key in keys}
+    return slopes
+
+
+def _table(result: dict) -> Table:
+    what = f"{result['layers']} layers, {result['batch']} row(s), {result['dtype']}" + ", compiled" * result["compiled"]
+    table = Table(title=f"{what}, {result['environment']['hardware']}")
+    for column in ("n", "", "forward", "training step", "peak memory", "step faster", "forward faster", "memory"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        if row.get("failed"):
+            table.add_row(f"{row['n']:,}", row["name"], row["failed"])
+            continue
+        times = ("" if row[key] is None else f"{row[key] * 1e3:,.1f} ms" for key in ("forward_s", "step_s"))
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+        faster = (row.get(f"{key}_times_faster") for key in ("step", "forward"))
+        memory = row.get("memory_ratio")
+        beside = (*("" if ratio is None else f"{ratio:.2f} x" for ratio in faster), f"{memory:.2f} x" if memory else "")
+        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *beside)
+    fits = (
+        f"{name} {fit['step_s'] or fit['forward_s']:.2f}" for name, fit in result["slopes"].items() if fit["forward_s"]
+    )
+    table.caption = "slope of time against n: " + ", ".join(fits)
+    return table
