@@ -143,7 +143,7 @@ def run_models(
             errors[name] = _compare(CASES[name], layers, dtype, place)
         for n in sorted(lengths):
             with console.status(f"{name}: n = {n:,}"):
-                rows += _one_length(name, n, shape, place, repeats, budget, rows)
+                rows += _one_length(name, n, shape, place, repeats, budget, rows, console)
     _ratios(rows)
     result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
     result["slopes"] = _slopes(rows)
@@ -213,7 +213,7 @@ def _errors(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float, 
     return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
 
 
-def _one_length(name: str, n: int, shape: dict, place, repeats: int, budget: float, earlier: list[dict]) -> list[dict]:
+def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlier: list[dict], console) -> list[dict]:
     case, rows = CASES[name], []
     for kind in ("dense" if case.pattern and case.check is _dense_mask else "transformers", "ours"):
         label = f"{name}, {'sparse_hf' if kind == 'ours' else 'transformers'}"
@@ -226,6 +226,8 @@ def _one_length(name: str, n: int, shape: dict, place, repeats: int, budget: flo
             rows.append({**row, **_figures(case, kind == "ours", n, shape, place, repeats, budget)})
         except torch.OutOfMemoryError:
             rows.append({**row, "failed": "out of memory"})
+        if not console.is_terminal:
+            console.print(f"{label}, n = {n:,}: {rows[-1].get('failed') or 'measured'}", highlight=False)
         if place.type == "cuda":
             torch.cuda.empty_cache()
     return rows
