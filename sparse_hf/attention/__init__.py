@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # each has `refuses(q, v, plan, scoring, dropout)`, a reason or None, and the differentiable `attend`
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa}
+FEW_QUERIES = 128
 # what "auto" tries, in this order
 PREFERENCE = ("fa", "flex", "blockwise")
 
@@ -104,7 +105,7 @@ def choose(backend: str, q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
     # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
-    names = PREFERENCE if q.shape[2] >= plan.block_size else ("blockwise",)
+    names = PREFERENCE if q.shape[2] >= FEW_QUERIES else ("blockwise",)
     able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
     if able[:2] == ["fa", "flex"] and not fa.is_fastest(q, plan):
         able = able[1:]

@@ -103,7 +103,11 @@ class GlobalRowsMixin:
         states = hidden_states.gather(1, index.expand_as(hidden_states))
         q = self._heads("query_global", states[:, : tokens.most])
         k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
-        rows, _ = self._attend(q, k, v, ALL_KEYS, sorted_tokens)  # [B, H, M, D]
+        if torch.compiler.is_compiling() or (self.training and self.dropout):
+            # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
+            rows, _ = self._attend(q, k, v, ALL_KEYS, sorted_tokens)  # [B, H, M, D]
+        else:
+            rows = _see_all(q, k, v, sorted_tokens.real)
         place = index[:, None, : tokens.most].expand_as(rows)
         # a batch row with fewer marked tokens keeps what it has
         is_marked = sorted_tokens.marks[:, None, : tokens.most, None]
@@ -120,6 +124,15 @@ class GlobalRowsMixin:
             return attention_with_weights(q, k, v, plan, dropout)
         backend = IMPLEMENTATIONS[self.config._attn_implementation]
         return sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend), None
+
+
+def _see_all(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """Dense attention of a few queries to all real keys: M * N work, and no M x N tensor."""
+    mask = None
+    if real is not None:
+        # a row of padding alone must give no NaN; what it sees instead is thrown away
+        mask = (real | ~real.any(-1, keepdim=True))[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
 
 # a graph takes the answer as a constant instead of tracing the parser

@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 128
-# below this, blocks cost more than the masks that they save
-SMALLEST = 32
+# below this, blocks cost more than the masks that they save; on a GPU tiles smaller than the second are slow
+SMALLEST, SMALLEST_ON_GPU = 32, 64
 
 
 def build_plan(
@@ -146,9 +146,9 @@ def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, ba
 
 
 def _block_size(pattern: Pattern, device: str) -> int:
-    """Smaller blocks where the pattern's own make all of them full or empty; kernels of a GPU know one size only."""
+    """Smaller blocks where the pattern's own make all of them full or empty."""
     size = math.gcd(BLOCK_SIZE, pattern.grain)
-    return size if size >= SMALLEST and not device.startswith("cuda") else BLOCK_SIZE
+    return size if size >= (SMALLEST_ON_GPU if device.startswith("cuda") else SMALLEST) else BLOCK_SIZE
 
 
 def _same(one: tuple, other: tuple) -> bool:
