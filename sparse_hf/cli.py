@@ -224,7 +224,10 @@ def bench_models(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     training: Annotated[bool, typer.Option(help="Time a training step as well.")] = True,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time both under torch.compile.")] = False,
+    compile_mode: Annotated[
+        str | None,
+        typer.Option("--compile", help="Time both under torch.compile in this mode: default, reduce-overhead."),
+    ] = None,
     budget: Annotated[
         float, typer.Option(help="Seconds per figure; a model that took longer is not run on longer texts.")
     ] = 60,
@@ -242,7 +245,7 @@ def bench_models(
         dtype=dtype,
         device=device,
         training=training,
-        compiled=compiled,
+        compile_mode=compile_mode,
         budget=budget,
         out=out,
         plot=plot,

@@ -17,6 +17,7 @@ from . import blockwise, fa, flex, reference
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
+from .operator import attention_of_lengths
 from .scoring import Scoring
 
 __all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
@@ -89,9 +90,11 @@ def sparse_attention(
     batch = key_padding_mask, segment_ids, marks
     if torch.compiler.is_compiling():
         rest = str(pattern), q_offset, scoring.scale, softcap, dropout, backend
-        out, lse = attention_operator(q, k, v, *batch, seed, relative_bias, *rest)
+        asks_batch = any(t is not None for t in (*batch, seed))
+        operator = attention_operator if asks_batch else attention_of_lengths
+        out, lse = operator(q, k, v, *batch, seed, relative_bias, *rest)
     else:
-        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device)
+        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, by_identity=True)
         _check_plan(plan, q)
         out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out

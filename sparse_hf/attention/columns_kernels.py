@@ -7,14 +7,13 @@ launch takes `BC`. A program has one span of one sequence and head, and walks it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import Split
+from ..plan import Split, remembered
 from .columns import reach
 
 LOG2_E = 1.4426950408889634
@@ -48,7 +47,7 @@ class _Portion:
         t[place] = (t[place] + total.flatten(0, 1)[self.real]).to(t.dtype)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def portions(split: Split) -> tuple[_Portion, ...]:
     b = split.sequences_there[:, :1].long()
     return tuple(

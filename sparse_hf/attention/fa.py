@@ -10,13 +10,12 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; insi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..plan import BlockPlan, Split, split
+from ..plan import BlockPlan, Split, remembered, split
 from . import columns, flash
 from .scoring import Scoring
 
@@ -203,7 +202,7 @@ class _Parts:
     padding_k: _Places
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _parts(plan: BlockPlan, batch: int) -> _Parts:
     """The calls that a plan is made of."""
     found = split(plan, batch)

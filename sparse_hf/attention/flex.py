@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan
+from ..plan import BlockPlan, remembered
 from .merge import merge
 from .scoring import Scoring
 
@@ -141,7 +141,7 @@ class Piece:
     mask: object
 
 
-@lru_cache(maxsize=32)
+@remembered
 def pieces(plan: BlockPlan) -> tuple[Piece, ...]:
     """The plan's blocks, long rows and long columns apart."""
     return tuple(_pieces(plan))

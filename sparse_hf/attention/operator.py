@@ -2,13 +2,16 @@
 
 The plan depends on the content of the batch (padding, packing, marks), which a graph cannot look at; inside the operator
 it can. Eager code does not come here: it calls the backend directly.
+
+There are two of it. CUDA graphs record what runs once and replay it, so that only calls whose plan depends on nothing but
+lengths may be recorded: those of `attention_of_lengths`. `attention` is run between graphs.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..plan import cached_plan
+from ..plan import BlockPlan, cached_plan
 from .scoring import Scoring
 
 # arguments that are tensors come first
@@ -17,38 +20,26 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? segment_ids, Tensor? marks, Tensor? seed, "
     "Tensor? bias, str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend"
 )
-# plans are made on the CPU and outlive the call, neither of which a CUDA graph may hold
-_OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+# recorded graphs read the tables of these for as long as they live
+_RECORDED: set[BlockPlan] = set()
 
 
-@torch.library.custom_op(
-    "sparse_hf::attention",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    tags=_OUTSIDE_GRAPHS,
-)
-def attention(
+def _forward(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend
 ):
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
+    plan = _plan(q, k, pattern, q_offset, (key_padding_mask, segment_ids, marks))
     scoring = Scoring(scale, softcap, bias)
     out, lse = _chosen(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op(
-    "sparse_hf::attention_backward",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_OUTSIDE_GRAPHS,
-)
-def attention_backward(
+def _gradients(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend,
     out, lse, grad_out, grad_lse,
 ):  # fmt: skip
     """Gradients of q, k, v and the bias (empty without one)."""
-    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, (key_padding_mask, segment_ids, marks), q.device)
+    plan = _plan(q, k, pattern, q_offset, (key_padding_mask, segment_ids, marks))
     scoring = Scoring(scale, softcap, bias)
     chosen = _chosen(backend, q, v, plan, scoring, dropout)
     if not getattr(chosen, "NONE_IS_ZERO", False):
@@ -66,36 +57,60 @@ def attention_backward(
     return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
+def _plan(q, k, pattern: str, q_offset: int, batch: tuple) -> BlockPlan:
+    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, batch, q.device)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _RECORDED.add(plan)
+    return plan
+
+
 def _chosen(backend, q, v, plan, scoring, dropout):
     from . import choose
 
     return choose(backend, q, v, plan, scoring, dropout)
 
 
-@attention.register_fake
-def _(q, k, v, *rest):
+def _fake_forward(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
-@attention_backward.register_fake
-def _(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
+def _fake_gradients(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
     like = (q, k, v, q.new_empty(0) if bias is None else bias)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
 
 
-def _remember(ctx, inputs, output):
-    # a gradient of lse that nobody asked for must not cost a pass
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS], *output)
-    ctx.rest = inputs[TENSORS:]
+def _operator(name: str, tags: tuple):
+    """Register the operator `sparse_hf::{name}`, and its gradient as one of its own."""
+    forward = torch.library.custom_op(
+        f"sparse_hf::{name}", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)", tags=tags
+    )
+    given = f"{_ARGUMENTS}, Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse"
+    gradients = torch.library.custom_op(
+        f"sparse_hf::{name}_backward",
+        _gradients,
+        mutates_args=(),
+        schema=f"({given}) -> (Tensor, Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
+    forward.register_fake(_fake_forward)
+    gradients.register_fake(_fake_gradients)
+
+    def remember(ctx, inputs, output):
+        # a gradient of lse that nobody asked for must not cost a pass
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+        ctx.rest = inputs[TENSORS:]
+
+    def backward(ctx, grad_out, grad_lse):
+        saved = ctx.saved_tensors
+        *grads, grad_bias = gradients(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
+        grad_bias = None if saved[TENSORS - 1] is None else grad_bias
+        return *grads, None, None, None, None, grad_bias, *(None,) * len(ctx.rest)
+
+    forward.register_autograd(backward, setup_context=remember)
+    return forward
 
 
-def _backward(ctx, grad_out, grad_lse):
-    saved = ctx.saved_tensors
-    *grads, grad_bias = attention_backward(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
-    grad_bias = None if saved[TENSORS - 1] is None else grad_bias
-    return *grads, None, None, None, None, grad_bias, *(None,) * len(ctx.rest)
-
-
-attention.register_autograd(_backward, setup_context=_remember)
+attention = _operator("attention", (torch.Tag.cudagraph_unsafe,))
+attention_of_lengths = _operator("attention_of_lengths", ())

@@ -102,7 +102,7 @@ def run_models(
     dtype: str = "fp32",
     device: str | None = None,
     training: bool = True,
-    compiled: bool = False,
+    compile_mode: str | None = None,
     repeats: int = 3,
     budget: float = 60.0,
     out: str | Path | None = None,
@@ -121,7 +121,7 @@ def run_models(
         dtype: "fp32", "bf16" or "fp16", of weights and activations.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         training: time a training step (forward and backward) as well.
-        compiled: time both under `torch.compile`.
+        compile_mode: time both under `torch.compile` in this mode ("default", "reduce-overhead").
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a model that needed more for one call is not run on longer texts.
         out, plot: where to write the result, and to draw it (needs matplotlib).
@@ -136,7 +136,7 @@ def run_models(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = {"layers": layers, "batch": batch, "dtype": dtype, "training": training, "compiled": compiled}
+    shape = {"layers": layers, "batch": batch, "dtype": dtype, "training": training, "compile_mode": compile_mode}
     console, rows, errors = Console(stderr=True), [], {}
     for name in models:
         with console.status(f"{name}: comparing"):
@@ -226,8 +226,11 @@ def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlie
             rows.append({**row, **_figures(case, kind == "ours", n, shape, place, repeats, budget)})
         except torch.OutOfMemoryError:
             rows.append({**row, "failed": "out of memory"})
+        except torch._dynamo.exc.TorchDynamoException as error:
+            rows.append({**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"})
         if not console.is_terminal:
             console.print(f"{label}, n = {n:,}: {rows[-1].get('failed') or 'measured'}", highlight=False)
+        torch._dynamo.reset()
         if place.type == "cuda":
             torch.cuda.empty_cache()
     return rows
@@ -238,7 +241,7 @@ def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, b
     if ours:
         model = sparsify(model, case.pattern)
     inputs = _tokens(case, n, shape["batch"], place)
-    run = torch.compile(model) if shape["compiled"] else model
+    run = torch.compile(model, mode=shape["compile_mode"]) if shape["compile_mode"] else model
     grad = torch.randn((shape["batch"], n, model.config.hidden_size), device=place).to(DTYPES[shape["dtype"]])
 
     @torch.no_grad()
@@ -282,7 +285,9 @@ def _slopes(rows: list[dict]) -> dict:
 
 
 def _table(result: dict) -> Table:
-    what = f"{result['layers']} layers, {result['batch']} row(s), {result['dtype']}" + ", compiled" * result["compiled"]
+    what = f"{result['layers']} layers, {result['batch']} row(s), {result['dtype']}" + (
+        f", compiled ({result['compile_mode']})" if result["compile_mode"] else ""
+    )
     table = Table(title=f"{what}, {result['environment']['hardware']}")
     for column in ("n", "", "forward", "training step", "peak memory", "step faster", "forward faster", "memory"):
         table.add_column(column, justify="right")

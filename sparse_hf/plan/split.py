@@ -15,7 +15,7 @@ them. Queries are counted from the plan's first, keys in key coordinates: query 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, reduce
 from itertools import product
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..pattern import First, Marked, MarkedKeys, Pattern, Window
 from ..pattern.base import Intersection, Union
 from .block_plan import BlockPlan
+from .memo import remembered
 
 # a pattern whose written-out form has more terms than this is not looked at
 MAX_TERMS = 64
@@ -162,7 +163,7 @@ class Split:
         return self.sequences.to(self.columns.device)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def split(plan: BlockPlan, batch: int) -> Split | str:
     """The plan for `batch` rows as a window and global tokens, its index tables on its device; or the reason why it is none."""
     if plan.mask_function is not None:

@@ -165,3 +165,18 @@ def test_operator_agrees_with_torchs_own_checks():
     real = torch.ones(1, 40, dtype=torch.bool)
     arguments = (q, k, v, real, None, None, None, None, "window(5, 0)", 0, 0.5, None, 0.0, "auto")
     torch.library.opcheck(torch.ops.sparse_hf.attention.default, arguments)
+    torch.library.opcheck(torch.ops.sparse_hf.attention_of_lengths.default, (*arguments[:3], None, *arguments[4:]))
+
+
+def test_a_mask_that_was_written_to_is_read_again():
+    q, k, v = random((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))
+    real = torch.ones(1, 40, dtype=torch.bool)
+    real[:, 30:] = False
+    before = sparse_attention(q, k, v, "window(5, 0)", key_padding_mask=real)
+    assert torch.equal(sparse_attention(q, k, v, "window(5, 0)", key_padding_mask=real), before)
+    real[:, 20:] = False
+    after = sparse_attention(q, k, v, "window(5, 0)", key_padding_mask=real)
+    assert torch.equal(after[:, :, :20], before[:, :, :20]) and (after[:, :, 20:] == 0).all()
+    # another tensor in its place
+    real = torch.ones(1, 40, dtype=torch.bool)
+    assert (sparse_attention(q, k, v, "window(5, 0)", key_padding_mask=real)[:, :, 20:] != 0).any()
