@@ -74,7 +74,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     pattern: Annotated[
-        str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED and BigBird bring theirs.")
+        str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED, BigBird and Perceiver bring theirs.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")

@@ -39,7 +39,7 @@ from ..plan import build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .cross_attention import attend_across, attend_across_with_weights
 from .families import Positions, register_family
-from .mixin import SparseMixin
+from .mixin import SparseMixin, adopt
 from .seam import MaskRequest, attention_with_weights
 
 
@@ -170,6 +170,11 @@ class SparsePerceiverMixin(SparseMixin):
     config: SparsePerceiverConfig
     config_class = SparsePerceiverConfig
     supports_gradient_checkpointing = True
+
+    def post_init(self):
+        # the layers must know checkpointing before a configuration that asks for it is read
+        adopt(self)
+        super().post_init()
 
 
 class SparsePerceiverModel(SparsePerceiverMixin, PerceiverModel):
