@@ -166,11 +166,11 @@ def list_families(
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("family", "sparse", "heads", "positions", "conversion to a greater length"):
-        table.add_column(column, min_width=26 if column == "heads" else None)
+        table.add_column(column, min_width=34 if column == "heads" else None)
     for row in rows:
         table.add_row(row["family"], row["model_type"], _short(row["heads"]), row["positions"], row["conversion"])
     # wide enough that no name is cut, in a narrow window or a pipe too
-    Console(width=max(Console().width, 124)).print(table)
+    Console(width=max(Console().width, 132)).print(table)
 
 
 def _short(heads: list[str]) -> str:
