@@ -13,8 +13,8 @@ import torch
 
 from .block_plan import BlockPlan
 
-# unions of words that an exact answer may cost, some seconds
-WORK = 3_000_000_000
+# unions of words that an exact answer may cost, a few seconds
+WORK = 2_000_000_000
 # tokens whose sets are kept, 32 MiB
 LONGEST = 16_384
 # layers beyond which nobody asks
