@@ -46,7 +46,9 @@ def _options(
 
 @app.command()
 def show(
-    pattern: Annotated[str, typer.Argument(help=PATTERN_HELP)],
+    patterns: Annotated[
+        list[str], typer.Argument(help=f"{PATTERN_HELP} Several are layers in this order, over and over.")
+    ],
     length: Annotated[int, typer.Option(help="Tokens.")] = 4096,
     num_heads: Annotated[int, typer.Option(help="Query heads, for FLOPs and memory.")] = 12,
     head_dim: Annotated[int, typer.Option(help="Numbers per head, for FLOPs.")] = 64,
@@ -54,8 +56,11 @@ def show(
     marked: Annotated[str, typer.Option(help="Positions that marked() speaks of, like '0,17'.")] = "",
     png: Annotated[Path | None, typer.Option(help="Also draw the pattern to this file.")] = None,
 ) -> None:
-    """Print a pattern as a picture, and its costs beside dense attention."""
-    from sparse_hf.show import render, save_png
+    """Print a pattern as a picture, and its costs beside dense attention; of several, also what layers reach together."""
+    from sparse_hf.show import render, render_stack, save_png
+
+    if png and len(patterns) > 1:
+        raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
 
     options = {
         "num_heads": num_heads,
@@ -63,9 +68,10 @@ def show(
         "block_size": block_size,
         "marked": tuple(_number(part) for part in marked.split(",") if part.strip()),
     }
-    Console().print(render(pattern, length, **options))
+    several = len(patterns) > 1
+    Console().print(render_stack(patterns, length, **options) if several else render(patterns[0], length, **options))
     if png:
-        save_png(pattern, length, png, **options)
+        save_png(patterns[0], length, png, **options)
         Console(stderr=True).print(f"drawn to {png}")
 
 
@@ -74,7 +80,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     pattern: Annotated[
-        str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED and BigBird bring theirs.")
+        str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED, BigBird and Perceiver bring theirs.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")
@@ -166,11 +172,11 @@ def list_families(
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("family", "sparse", "heads", "positions", "conversion to a greater length"):
-        table.add_column(column, min_width=26 if column == "heads" else None)
+        table.add_column(column, min_width=34 if column == "heads" else None)
     for row in rows:
         table.add_row(row["family"], row["model_type"], _short(row["heads"]), row["positions"], row["conversion"])
     # wide enough that no name is cut, in a narrow window or a pipe too
-    Console(width=max(Console().width, 124)).print(table)
+    Console(width=max(Console().width, 132)).print(table)
 
 
 def _short(heads: list[str]) -> str:

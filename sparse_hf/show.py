@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,8 @@ from rich.text import Text
 
 from .pattern import EMPTY, FULL, PARTIAL, Pattern
 from .pattern.base import Marks
-from .plan import BlockPlan, build_plan
+from .plan import BlockPlan, Reach, build_plan, reach
 
-# up to this length the receptive field is exact; above, it is computed on blocks
-EXACT_FIELD = 2048
-# blocks per side of the matrix on which the receptive field of a long sequence is computed
-FIELD_BLOCKS = 2048
 COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
 SHADES = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
 
@@ -65,7 +62,7 @@ def describe(
     pairs = int(counts.sum() // counts.shape[1])
     full = int(plan.full.sum())
     partial = len(plan.full) - full
-    layers, note = _layers_to_reach(plan)
+    found = reach([plan])
     return Description(
         pattern=str(_parsed(pattern)),
         length=length,
@@ -73,14 +70,43 @@ def describe(
         density=plan.density,
         keys_per_query=(int(counts.min()), float(counts.double().mean()), int(counts.max())),
         blocks=(counts.shape[1] * plan.q_blocks * plan.kv_blocks - full - partial, partial, full),
-        layers_to_reach=layers,
-        reach_note=note,
+        layers_to_reach=found.layers,
+        reach_note=_reach_note(found),
         flops_forward=4 * head_dim * num_heads * pairs,
         flops_step=14 * head_dim * num_heads * pairs,
         dense_flops_forward=4 * head_dim * num_heads * length * length,
         table_bytes=sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full)),
         score_bytes=4 * num_heads * length * length,
     )
+
+
+def describe_stack(patterns: Sequence[Pattern | str], length: int, *, block_size: int = 128, marked=()) -> Reach:
+    """After how many layers every token has heard of every other, if layers have these patterns in turn, over and over.
+
+    The receptive field of a stack, for patterns that are meant to work together: the two halves of Sparse Transformer
+    (arXiv:1904.10509, section 4.2) reach every earlier token in two layers, and one of them alone does not.
+
+    Args:
+        patterns: a pattern or its text for each layer; where a model has more layers, they begin anew.
+        length: tokens n; exact up to 16,384, see `sparse_hf.plan.reach`.
+        block_size, marked: as in `describe`.
+
+    Raises:
+        ValueError: no pattern, a bad one, or a length below 1.
+    """
+    if not patterns:
+        raise ValueError("patterns is empty; give a pattern for each layer")
+    return reach([_plan(pattern, length, block_size, marked) for pattern in patterns])
+
+
+def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> Group:
+    """Picture and numbers of every pattern of a stack, as `render`, and what its layers reach together."""
+    parts = [render(pattern, length, **options) for pattern in patterns]
+    found = describe_stack(
+        patterns, length, block_size=options.get("block_size", 128), marked=options.get("marked", ())
+    )
+    names = ", then ".join(str(_parsed(pattern)) for pattern in patterns)
+    return Group(*parts, Text(f"layers with {names}, in turn: {_reach_note(found)}", style="bold"))
 
 
 def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -> Group:
@@ -145,6 +171,14 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path
+
+
+def _reach_note(found: Reach) -> str:
+    whom = "every other token" if found.looks_ahead else "every earlier token"
+    unit = "" if found.unit == 1 else f" (in blocks of {found.unit} tokens)"
+    if found.is_beyond:
+        return f"more than 1,000, to {whom}{unit}"
+    return f"never reaches {whom}{unit}" if found.layers is None else f"{found.layers}, to {whom}{unit}"
 
 
 def _parsed(pattern: Pattern | str) -> Pattern:
@@ -223,39 +257,3 @@ def _size(count: int) -> str:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     raise AssertionError
-
-
-def _layers_to_reach(plan: BlockPlan) -> tuple[int | None, str]:
-    """Layers until every token has heard of every other it may hear of (earlier ones only, if nothing looks ahead)."""
-    step, size = _adjacency(plan)
-    n = step.shape[0]
-    looks_ahead = bool(torch.triu(step, 1).any())
-    wanted = torch.ones_like(step, dtype=torch.bool) if looks_ahead else torch.tril(torch.ones_like(step)).bool()
-    whom = "every other token" if looks_ahead else "every earlier token"
-    unit = "" if size == 1 else f" (in blocks of {size} tokens)"
-    seen, layers = step.clone(), 1
-    while True:
-        if bool((seen | ~wanted).all()):
-            return layers, f"{layers}, to {whom}{unit}"
-        # squaring would skip the exact number, so one layer is added at a time, on 0/1 floats
-        grown = (seen.float() @ step.float()) > 0
-        grown |= seen
-        if bool((grown == seen).all()) or layers > 4 * n:
-            return None, f"never reaches {whom}{unit}"
-        seen, layers = grown, layers + 1
-        if layers > 1000:
-            return None, f"more than 1,000, to {whom}{unit}"
-
-
-def _adjacency(plan: BlockPlan) -> tuple[torch.Tensor, int]:
-    """Who hears whom in one layer, heads together, `[n, n]` or block by block; with the size of a block."""
-    if plan.q_len <= EXACT_FIELD:
-        return plan.to_dense()[0].any(0), 1
-    # blocks of the plan, joined until the matrix is small
-    join = -(-plan.q_blocks // FIELD_BLOCKS)
-    side = -(-plan.q_blocks // join)
-    counts = plan.row_offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts)), counts) % plan.q_blocks
-    step = torch.zeros(side, side, dtype=torch.bool)
-    step[row // join, plan.columns.long() // join] = True
-    return step, join * plan.block_size

@@ -18,6 +18,7 @@ PATTERNS = [
     "window(60, 60) & stride(3)",
     "stride(7)",
     "fixed(16, 3)",
+    "summary(16, 3) | window(0, 0)",
     "chunk(50)",
     "chunk(24, 2, 1)",
     "last(3)",
@@ -29,6 +30,7 @@ PATTERNS = [
     "bigbird(block_size=16)",
     "sparse_transformer(stride=16, mode='strided')",
     "sparse_transformer(stride=16, mode='fixed')",
+    "sparse_transformer_heads(num_heads=4, stride=16, mode='fixed')",
     "sliding_window(33)",
     "streaming(window=32, sinks=4)",
 ]

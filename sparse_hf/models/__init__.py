@@ -47,6 +47,7 @@ MODULES = (
     "modernbert",
     "opt",
     "pegasus",
+    "perceiver",
     "phi3",
     "qwen2",
     "qwen3",

@@ -84,6 +84,8 @@ class SparseConfigMixin:
     implies_pattern: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
+    # what is said to who gives marks to a model that does not ask for them
+    why_no_marks: ClassVar[str] = "no pattern of this model has marked(); add `| marked()`"
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("attn_implementation", "sparse")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +90,9 @@ def dense_class(sparse_class: type) -> type:
     return sparse_class.__bases__[1]
 
 
-def register_family(config_class: type, positions: Positions, parts: dict[type, type] | None = None) -> Family:
+def register_family(
+    config_class: type, positions: Positions, parts: dict[type, type] | None = None, heads: Iterable[type] = ()
+) -> Family:
     """Make the sparse class of every head of a family and register it with the Auto classes that find the dense one.
 
     The classes appear in the module of `config_class`, named as in Transformers with `Sparse` in front; a class that the
@@ -99,18 +102,23 @@ def register_family(config_class: type, positions: Positions, parts: dict[type, 
         config_class: `class SparseXConfig(SparseConfigMixin, XConfig)`.
         positions: the scheme of its positions.
         parts: modules inside the model that need a counterpart of their own, dense class -> sparse class.
+        heads: dense classes that no Auto class knows.
     """
     dense_config = config_class.__bases__[1]
     module = sys.modules[config_class.__module__]
     AutoConfig.register(config_class.model_type, config_class)
-    classes = []
-    for dense, auto_classes in _heads(dense_config).items():
+    classes, found = [], {**_heads(dense_config), **{dense: [] for dense in heads}}
+    for dense in found:
         sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
         setattr(module, sparse.__name__, sparse)
         classes.append(sparse)
         COUNTERPARTS[dense] = sparse
-        for auto_class in auto_classes:
-            auto_class.register(config_class, sparse)
+    for auto_class in dict.fromkeys(auto for autos in found.values() for auto in autos):
+        known = tuple(COUNTERPARTS[dense] for dense, autos in found.items() if auto_class in autos)
+        auto_class.register(config_class, known[0])
+        if len(known) > 1:
+            # as in Transformers' own table, where the configuration's `architectures` tell which
+            auto_class._model_mapping.register(config_class, known, exist_ok=True)
     COUNTERPARTS.update(parts or {})
     for sparse in (*classes, *(parts or {}).values()):
         # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes

@@ -12,8 +12,9 @@ from typing import Any
 from ..pattern import Pattern, full
 
 DENSE = "dense"
-_ENTRY = r"(?:(?:encoder|decoder)\s*(?:\d+\s*(?:-\s*\d*)?)?|\d+\s*(?:-\s*\d*)?)\s*="
-_WHERE = re.compile(r"\s*(encoder|decoder)?\s*(?:(\d+)\s*(-)?\s*(\d*))?\s*")
+_RANGE = r"\d+\s*(?:-\s*\d*\s*(?:/\s*\d+)?)?"
+_ENTRY = rf"(?:(?:encoder|decoder)\s*(?:{_RANGE})?|{_RANGE})\s*="
+_WHERE = re.compile(r"\s*(encoder|decoder)?\s*(?:(\d+)\s*(?:(-)\s*(\d*)\s*(?:/\s*([1-9]\d*))?)?)?\s*")
 
 
 def parse_layers(layers, num_layers: int, pattern) -> list[Pattern]:
@@ -21,8 +22,8 @@ def parse_layers(layers, num_layers: int, pattern) -> list[Pattern]:
 
     Args:
         layers: None (the same everywhere); a text like `"0-3=dense, 8=window(64, 0), 20-=dense"` with inclusive ranges,
-            where `dense` is full attention and layers that are not named take `pattern`; a dict from such a range or a
-            layer number to a pattern; or a sequence with one pattern per layer.
+            where `dense` is full attention and layers that are not named take `pattern`; `"0-/2=dense"` names every second
+            layer; a dict from such a range or a layer number to a pattern; or a sequence with one pattern per layer.
         num_layers: layers of the model.
         pattern: a `Pattern` or its text.
 
@@ -94,7 +95,7 @@ def _places(where, stacks: Mapping[str, int]) -> list[tuple[str, int]]:
     last = first if not match[3] else int(match[4]) if match[4] else count - 1
     if first > last or last >= count:
         raise ValueError(f"layers: {where!r} is outside the model, which has layers 0-{count - 1}")
-    return [(stack, layer) for layer in range(first, last + 1)]
+    return [(stack, layer) for layer in range(first, last + 1, int(match[5] or 1))]
 
 
 def _spell(place: tuple[str, int]) -> str:

@@ -158,9 +158,7 @@ def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs
     config = model.config
     if not config.uses_marks:
         if given is not None:
-            raise ValueError(
-                "global_attention_mask was given, but no pattern of this model has marked(); add `| marked()`"
-            )
+            raise ValueError(f"global_attention_mask was given, but {config.why_no_marks}")
         return None
     if "encoder" in config.stacks or config.heads_mark:
         # marks are the encoder's, which finds those named by id itself

@@ -30,7 +30,8 @@ __all__ = [
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """What `config.json` says to Transformers: the class of each Auto class, in the file that `write_remote` writes.
 
-    An Auto class that knows several heads of a family gives the one that its own mapping lists first.
+    An Auto class that knows several heads of a family gives the one that the configuration's `architectures` name, or the
+    one that its own mapping lists first.
     """
     family = family_of(config.model_type)
     found = {"AutoConfig": family.config_class.__name__}
@@ -38,7 +39,8 @@ def auto_map(config: PreTrainedConfig) -> dict[str, str]:
         names = auto._model_mapping._model_mapping.get(family.dense_type, ())
         heads = [name for name in ((names,) if isinstance(names, str) else names) if name in family.architectures]
         if heads and not auto.__name__.startswith("_"):
-            found[auto.__name__] = family.architectures[heads[0]]
+            sparse = [family.architectures[name] for name in heads]
+            found[auto.__name__] = next((name for name in sparse if name in (config.architectures or ())), sparse[0])
     return {auto: f"{MODULE}.{name}" for auto, name in found.items()}
 
 

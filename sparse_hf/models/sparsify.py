@@ -19,7 +19,7 @@ def sparsify(
 
     Args:
         model: a model of a supported family, dense or already sparse.
-        pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird) need none.
+        pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
 

@@ -4,7 +4,20 @@ from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .parse import PatternError
-from .primitives import Chunk, First, Fixed, Last, Marked, MarkedKeys, MarkedQueries, Stride, Window, causal, full
+from .primitives import (
+    Chunk,
+    First,
+    Fixed,
+    Last,
+    Marked,
+    MarkedKeys,
+    MarkedQueries,
+    Stride,
+    Summary,
+    Window,
+    causal,
+    full,
+)
 
 __all__ = [
     "EMPTY",
@@ -23,6 +36,7 @@ __all__ = [
     "PerHead",
     "RandomBlocks",
     "Stride",
+    "Summary",
     "Window",
     "causal",
     "full",

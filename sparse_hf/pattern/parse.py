@@ -8,11 +8,24 @@ import inspect
 
 from .base import Pattern
 from .explicit import BlockTable, PerHead, RandomBlocks
-from .primitives import Chunk, First, Fixed, Last, Marked, MarkedKeys, MarkedQueries, Stride, Window, causal, full
+from .primitives import (
+    Chunk,
+    First,
+    Fixed,
+    Last,
+    Marked,
+    MarkedKeys,
+    MarkedQueries,
+    Stride,
+    Summary,
+    Window,
+    causal,
+    full,
+)
 from .recipes import RECIPES
 
 PRIMITIVES = (
-    Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Chunk, RandomBlocks, BlockTable, PerHead,
+    Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Summary, Chunk, RandomBlocks, BlockTable, PerHead,
 )  # fmt: skip
 WORDS = {p.word: p for p in PRIMITIVES}
 CALLS = {**WORDS, "causal": causal, "full": full, **RECIPES}

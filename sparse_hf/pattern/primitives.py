@@ -198,6 +198,35 @@ class Fixed(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
+class Summary(Pattern):
+    """The key is one of the last `count` of its block of `block` positions: the far half of `fixed` (arXiv:1904.10509, 4.2)."""
+
+    block: int
+    count: int
+    word = "summary"
+
+    def __post_init__(self):
+        whole("summary: block", self.block, 1)
+        if whole("summary: count", self.count, 1) > self.block:
+            raise ValueError(f"summary: count is {self.count}; it must be at most block, {self.block}")
+
+    def _is_summary(self, k):
+        return k % self.block >= self.block - self.count
+
+    def allows(self, q, k, marks=None):
+        return joint(q, k) & self._is_summary(k)
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        # keys that reach beyond a block hold its last position
+        within = k0 // self.block == k1 // self.block
+        only = (within & self._is_summary(k0)) | (self.count == self.block)
+        return state(joint(q0, k0) & within & ~self._is_summary(k1), joint(q0, k0) & only)
+
+    def reachable(self, k, q):
+        return joint(q, k) & self._is_summary(k)
+
+
+@dataclass(frozen=True, repr=False)
 class Chunk(Pattern):
     """The key's chunk of `size` positions is the query's, or one of the `left` before it or the `right` after it.
 

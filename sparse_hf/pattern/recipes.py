@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .base import Pattern
-from .explicit import RandomBlocks
-from .primitives import Chunk, First, Fixed, Last, Stride, Window, causal
+from .explicit import PerHead, RandomBlocks
+from .primitives import Chunk, First, Fixed, Last, Stride, Summary, Window, causal
 
 
 def longformer(attention_window: int = 512, num_global: int = 1, dilation: int = 1) -> Pattern:
@@ -27,16 +27,42 @@ def bigbird(block_size: int = 64, num_random_blocks: int = 3, num_global_blocks:
     return Chunk(block_size, 1, 1) | ends | RandomBlocks(num_random_blocks, block_size, seed)
 
 
-def sparse_transformer(stride: int = 128, mode: str = "strided", summary: int = 8) -> Pattern:
+def sparse_transformer(stride: int = 128, mode: str = "strided", summary: int = 8, part: int | None = None) -> Pattern:
     """Sparse Transformer (arXiv:1904.10509, section 4.2), causal: "strided" or "fixed".
 
     Strided: the last `stride` positions, and every `stride`-th before. Fixed: the query's block of `stride` positions, and
     the last `summary` of each earlier block. Both reach every earlier token in two layers.
+
+    The pair of patterns of which it is made can stand in layers or heads of their own (section 5.2): `part` 1 is the near
+    one, 2 the far one; None is both in one ("merged"). In the far one of "fixed" a query sees itself too, without which
+    those before the first summary would see nothing. See `sparse_transformer_layers` and `sparse_transformer_heads`.
     """
-    kinds = {"strided": Window(stride, 0) | Stride(stride), "fixed": Fixed(stride, min(summary, stride))}
-    if mode not in kinds:
+    if mode not in ("strided", "fixed"):
         raise ValueError(f"sparse_transformer: mode is {mode!r}; it must be 'strided' or 'fixed'")
-    return kinds[mode] & causal()
+    near, far = {
+        "strided": lambda: (Window(stride, 0), Stride(stride)),
+        "fixed": lambda: (Chunk(stride), Summary(stride, min(summary, stride)) | Window(0, 0)),
+    }[mode]()
+    merged = near | far if mode == "strided" else Fixed(stride, min(summary, stride))
+    parts = {None: merged, 1: near, 2: far}
+    if part not in parts:
+        raise ValueError(f"sparse_transformer: part is {part!r}; it must be 1 (near), 2 (far), or None for both")
+    return parts[part] & causal()
+
+
+def sparse_transformer_layers(
+    num_layers: int, stride: int = 128, mode: str = "strided", summary: int = 8
+) -> list[Pattern]:
+    """The two parts of `sparse_transformer` by turns, one a layer (arXiv:1904.10509, section 5.2): what `layers` takes.
+
+    The near part comes first: of "fixed", two layers reach every earlier token in this order only.
+    """
+    return [sparse_transformer(stride, mode, summary, part=1 + layer % 2) for layer in range(num_layers)]
+
+
+def sparse_transformer_heads(num_heads: int, stride: int = 128, mode: str = "strided", summary: int = 8) -> Pattern:
+    """The two parts of `sparse_transformer` by turns, one a head (arXiv:1904.10509, section 5.2)."""
+    return PerHead(*(sparse_transformer(stride, mode, summary, part=1 + head % 2) for head in range(num_heads)))
 
 
 def sliding_window(size: int) -> Pattern:
@@ -49,4 +75,7 @@ def streaming(window: int = 1024, sinks: int = 4) -> Pattern:
     return Window(window - 1, 0) | First(sinks) & causal()
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (longformer, bigbird, sparse_transformer, sliding_window, streaming)}
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (longformer, bigbird, sparse_transformer, sparse_transformer_heads, sliding_window, streaming)
+}

@@ -15,17 +15,20 @@ from .block_plan import BlockPlan, MaskFunction, Run
 from .build import Grid, list_blocks
 from .layout import Layout, make_layout
 from .memo import remembered
+from .reach import Reach, reach
 from .split import Shape, Split, read_pattern, split
 
 __all__ = [
     "BlockPlan",
     "MaskFunction",
+    "Reach",
     "Run",
     "Shape",
     "Split",
     "build_plan",
     "cached_plan",
     "make_layout",
+    "reach",
     "read_pattern",
     "remembered",
     "split",

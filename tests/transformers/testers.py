@@ -34,6 +34,27 @@ TASKS = {
     "token-classification": ("ForTokenClassification",),
     "text-generation": ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"),
 }
+# inputs of other kinds than text have heads of their own
+PERCEIVER = tuple(
+    {
+        "num_latents": LENGTH, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "pad_token_id": 0,
+        "eos_token_id": EOS, "bos_token_id": 1,
+    }.items()
+)  # fmt: skip
+PERCEIVER_NAMES = {
+    "num_hidden_layers": "num_self_attends_per_block",
+    "num_attention_heads": "num_self_attention_heads",
+    "hidden_size": "d_latents",
+}
+OF_IMAGES = tuple(
+    f"PerceiverFor{task}"
+    for task in (
+        *(f"ImageClassification{kind}" for kind in ("Learned", "Fourier", "ConvProcessing")),
+        "OpticalFlow",
+        "MultimodalAutoencoding",
+    )
+)
 TOKENIZER = "PreTrainedTokenizerFast"
 # they ask for attention weights, which of our implementations the reference alone gives
 WITH_WEIGHTS = (
@@ -60,6 +81,8 @@ class Suite:
 SUITES = {
     suite.dense_type: suite
     for suite in (
+        # its plain model reads vectors
+        Suite("perceiver", "PerceiverForMaskedLM", PERCEIVER, without=("PerceiverModel", *OF_IMAGES)),
         Suite("bert", "BertForMaskedLM"),
         Suite("roberta", "RobertaForMaskedLM"),
         Suite("modernbert", "ModernBertForMaskedLM"),
@@ -83,8 +106,9 @@ class Tester:
     def __init__(self, suite: Suite, sparse: bool, with_weights: bool = False):
         self.suite, self.sparse, self.with_weights = suite, sparse, with_weights
         config = self.get_config()
-        self.num_hidden_layers, self.num_attention_heads = config.num_hidden_layers, config.num_attention_heads
-        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.vocab_size = config.vocab_size
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            setattr(self, name, getattr(config, PERCEIVER_NAMES[name] if suite.dense_type == "perceiver" else name))
         self.causal_lm_class = next(c for c in self.classes if c.__name__.removeprefix("Sparse") == suite.trained)
 
     @property
@@ -107,7 +131,7 @@ class Tester:
 
     @property
     def tiny(self) -> dict:
-        return {**TINY[self.suite.dense_type], **dict(self.suite.changes)}
+        return {**TINY.get(self.suite.dense_type, {}), **dict(self.suite.changes)}
 
     @property
     def config_class(self) -> type:
@@ -183,7 +207,7 @@ class Ours:
     def test_config(self):
         common = _module("test_configuration_common")
         # as many fields as the two kinds share, with values other than the default
-        tester = common.ConfigTester(self, config_class=self.model_tester.config_class, **TINY[self.suite.dense_type])
+        tester = common.ConfigTester(self, config_class=self.model_tester.config_class, **self.model_tester.tiny)
         tester.run_common_tests()
 
 
