@@ -99,19 +99,22 @@ class GlobalRowsMixin:
 
     def _gathered_rows(self, hidden_states: Tensor, out: Tensor, tokens: Tokens) -> Tensor:
         """`out` `[B, H, N, D]` with the rows of marked tokens replaced: M * N work, wherever they stand."""
-        index, sorted_tokens = tokens.order[..., None], tokens.sorted()
-        states = hidden_states.gather(1, index.expand_as(hidden_states))
-        q = self._heads("query_global", states[:, : tokens.most])
-        k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
+        index = tokens.order[:, : tokens.most, None]
+        marked = hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1]))
+        q = self._heads("query_global", marked)
+        is_marked = tokens.marks.gather(1, index[..., 0])
         if torch.compiler.is_compiling() or (self.training and self.dropout):
             # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
+            sorted_tokens, everything = tokens.sorted(), tokens.order[..., None].expand_as(hidden_states)
+            states = hidden_states.gather(1, everything)
+            k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
             rows, _ = self._attend(q, k, v, ALL_KEYS, sorted_tokens)  # [B, H, M, D]
         else:
-            rows = _see_all(q, k, v, sorted_tokens.real)
-        place = index[:, None, : tokens.most].expand_as(rows)
+            k, v = (self._heads(name, hidden_states) for name in ("key_global", "value_global"))
+            rows = _see_all(q, k, v, tokens.real)
+        place = index[:, None].expand_as(rows)
         # a batch row with fewer marked tokens keeps what it has
-        is_marked = sorted_tokens.marks[:, None, : tokens.most, None]
-        return out.scatter(2, place, torch.where(is_marked, rows, out.gather(2, place)))
+        return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
 
     def _heads(self, name: str, states: Tensor) -> Tensor:
         return getattr(self, name)(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
