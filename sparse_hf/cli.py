@@ -222,7 +222,10 @@ def bench_attention(
 @bench.command("models")
 def bench_models(
     models: Annotated[
-        str, typer.Option(help="bert, longformer, big_bird, reformer, modernbert, mistral, with commas.")
+        str,
+        typer.Option(
+            help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, with commas."
+        ),
     ] = "longformer,big_bird,bert",
     lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
     layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import sparse_hf
 from sparse_hf.cli import app
 from sparse_hf.show import describe, save_png
 from tests.models.families import dense_model
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def run(*arguments: str):
@@ -111,6 +114,23 @@ def test_bench_writes_figures_with_versions(tmp_path):
     assert all(r["relative_error"] < 1e-5 for r in result["rows"] if r["name"] == "blockwise")
 
 
+def test_bench_compares_models_before_it_times_them(tmp_path, monkeypatch):
+    from sparse_hf.bench import cases, models
+
+    # 2 heads are enough to see that all of it works
+    small = dataclasses.replace(cases.CASES["bert"], config=lambda n, k: {**cases._encoder(n, k), **SMALL})
+    monkeypatch.setitem(cases.CASES, "bert", small)
+    result = models.run_models(["bert"], [256, 512], layers=1, device="cpu", out=tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    assert [row["name"] for row in result["rows"]] == ["bert, transformers", "bert, sparse_hf"] * 2
+    assert all(row["step_s"] > 0 for row in result["rows"]) and result["errors"]["bert"]["gradient"] < 1e-4
+    # another pattern than the one that Transformers is given
+    wrong = dataclasses.replace(small, same=lambda config, n: {"layers": {0: "window(9, 9)"}})
+    monkeypatch.setitem(cases.CASES, "bert", wrong)
+    with pytest.raises(AssertionError, match="BertModel: output is off by"):
+        models.run_models(["bert"], [256], layers=1, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +143,7 @@ def test_bench_writes_figures_with_versions(tmp_path):
         (["export", "/nowhere", "out", "--to", "gguf"], "to is 'gguf'; it must be 'dense' or 'native'"),
         (["card", "/nowhere"], "/nowhere has no config.json"),
         (["bench", "attention", "--dtype", "fp8"], "dtype is 'fp8'"),
+        (["bench", "models", "--models", "gpt5"], r"unknown models ['gpt5']; the known ones are bert, longformer"),
         (["bench", "attention", "--backends", "x"], r"unknown backends ['x']"),
     ],
 )

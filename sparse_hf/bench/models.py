@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..models import sparsify
-from ..models.block_sparse import transformers_random_blocks
-from ..plan import build_plan
+from .cases import CASES, VOCABULARY, Case
 from .measure import DTYPES, environment, peak_bytes, seconds, slope, write_json
 from .plot import plot_result
 
@@ -23,74 +21,6 @@ CHECKED = 1280
 # how far from Transformers in float32 ours may be, as a multiple of how far Transformers itself is in the same dtype; in
 # float32 itself, where that is 0, the number below
 FACTOR, EXACT = 2.0, 1e-4
-VOCABULARY = 1024
-
-
-@dataclass(frozen=True)
-class Case:
-    """One family: the class and configuration of Transformers, our pattern, and what the batch holds beside its tokens.
-
-    `config` gets the length and the layers. Without `pattern` the family implies one. `same` are the arguments of
-    `sparsify` under which ours computes the very pairs that Transformers' class does at some length, where the pattern that
-    is timed is another one; `check` are those of Transformers' class (a mask of the pattern's pairs).
-    """
-
-    model: str
-    config: Callable[[int, int], dict]
-    pattern: str | None = None
-    global_tokens: int = 0
-    same: Callable[[transformers.PreTrainedConfig, int], dict] = lambda config, n: {}
-    check: Callable[[str, int, torch.device], dict] = lambda pattern, n, device: {}
-
-
-def _encoder(n: int, layers: int, **more) -> dict:
-    """Base size without dropout: 12 heads of 64."""
-    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": layers}
-    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": VOCABULARY}
-    return {**sizes, **plain, "max_position_embeddings": n + 2, **more}
-
-
-def _decoder(n: int, layers: int, **more) -> dict:
-    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}
-    return {**sizes, "num_hidden_layers": layers, "vocab_size": VOCABULARY, "max_position_embeddings": n, **more}
-
-
-def _factors(n: int) -> list[int]:
-    """Two numbers whose product is n, as equal as can be: the shape of Reformer's axial positions."""
-    one = next(f for f in range(int(n**0.5), 0, -1) if n % f == 0)
-    return [one, n // one]
-
-
-def _reformer(n: int, layers: int) -> dict:
-    return {
-        "attn_layers": (["local", "lsh"] * layers)[:layers], "hidden_size": 768, "num_attention_heads": 12,
-        "attention_head_size": 64, "feed_forward_size": 3072, "vocab_size": VOCABULARY, "max_position_embeddings": n,
-        "axial_pos_shape": _factors(n), "axial_pos_embds_dim": [256, 512], "num_hashes": 1, "num_buckets": None,
-        "lsh_attn_chunk_length": 64, "local_attn_chunk_length": 64, "hidden_dropout_prob": 0.0,
-        "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0, "is_decoder": False,
-        "hash_seed": 0, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
-
-
-def _dense_mask(pattern: str, n: int, device: torch.device) -> dict:
-    return {"attention_mask": build_plan(pattern, n, device=device).to_dense()}
-
-
-CASES: dict[str, Case] = {
-    "bert": Case("BertModel", _encoder, "window(256, 256) | first(1)", check=_dense_mask),
-    "longformer": Case("LongformerModel", lambda n, layers: _encoder(n, layers, attention_window=[512] * layers), global_tokens=1),
-    "big_bird": Case(
-        "BigBirdModel", lambda n, layers: _encoder(n, layers, block_size=64, num_random_blocks=3),
-        same=lambda config, n: {"layers": dict(enumerate(transformers_random_blocks(config, n)))},
-    ),
-    "reformer": Case("ReformerModel", _reformer),
-    "modernbert": Case(
-        "ModernBertModel",
-        lambda n, layers: _decoder(n, layers, num_attention_heads=16, local_attention=128, pad_token_id=0, cls_token_id=1, sep_token_id=2),
-        "window(None, None)",
-    ),
-    "mistral": Case("MistralModel", lambda n, layers: _decoder(n, layers, sliding_window=1024, use_cache=False), "window(1023, 0)"),
-}  # fmt: skip
 
 
 def run_models(
@@ -159,7 +89,8 @@ def run_models(
 def _build(case: Case, n: int, layers: int, dtype: torch.dtype, place: torch.device) -> nn.Module:
     torch.manual_seed(0)
     model_class = getattr(transformers, case.model)
-    model = model_class(model_class.config_class(**case.config(n, layers)))
+    with place:
+        model = model_class(model_class.config_class(**case.config(n, layers)))
     return model.to(place, dtype).train()
 
 
@@ -176,7 +107,7 @@ def _compare(case: Case, layers: int, dtype: str, place: torch.device) -> dict[s
     """Relative errors of output and gradient against Transformers in float32: Transformers' own in `dtype`, and ours."""
     stock = _build(case, CHECKED, layers, torch.float32, place)
     given = _tokens(case, CHECKED, 1, place)
-    masks = case.check(case.pattern, CHECKED, place)
+    masks = case.masks(CHECKED, place)
     right = _results(stock, {**given, **masks})
     stock = stock.to(DTYPES[dtype])
     theirs = _errors(_results(stock, {**given, **masks}), right)
@@ -192,7 +123,7 @@ def _compare(case: Case, layers: int, dtype: str, place: torch.device) -> dict[s
 
 
 def _results(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
-    weights = model.get_input_embeddings().weight
+    weights = next(p for p in model.parameters() if p.shape[:1] == (VOCABULARY,))
     out = _forward(model, inputs)
     # what is behind a layer norm has almost no gradient of its mean or square
     (grad,) = torch.autograd.grad(out, weights, _direction(out))
@@ -215,7 +146,7 @@ def _errors(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float, 
 
 def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlier: list[dict], console) -> list[dict]:
     case, rows = CASES[name], []
-    for kind in ("dense" if case.pattern and case.check is _dense_mask else "transformers", "ours"):
+    for kind in ("dense" if case.dense else "transformers", "ours"):
         label = f"{name}, {'sparse_hf' if kind == 'ours' else 'transformers'}"
         row = {"model": name, "name": label, "kind": kind, "n": n}
         before = next((r for r in reversed(earlier) if r["name"] == label), None)
@@ -242,12 +173,13 @@ def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, b
         model = sparsify(model, case.pattern)
     inputs = _tokens(case, n, shape["batch"], place)
     run = torch.compile(model, mode=shape["compile_mode"]) if shape["compile_mode"] else model
-    grad = torch.randn((shape["batch"], n, model.config.hidden_size), device=place).to(DTYPES[shape["dtype"]])
 
     @torch.no_grad()
     def forward():
         model.eval()
-        run(**inputs)
+        return run(**inputs)[0]
+
+    grad = _direction(forward())
 
     def step():
         model.train()
