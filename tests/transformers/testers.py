@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
 import sparse_hf
-from tests.models.families import EOS, TINY, VOCABULARY
+from tests.models.families import COMMON, EOS, SIDES, TINY, VOCABULARY
 from tests.transformers import sdist, standins
 
 PATTERN = "window(2, 2) | first(1)"
@@ -63,6 +63,14 @@ WITH_WEIGHTS = (
     "test_retain_grad_hidden_states_attentions",
 )
 
+# families that are sparse by themselves
+BLOCKS = (("attention_type", "block_sparse"), ("block_size", 2), ("num_random_blocks", 1))
+LONGFORMER = (*COMMON.items(), ("attention_window", 4), ("sep_token_id", EOS))
+LED = (
+    *((key, value) for key, value in SIDES.items() if key != "max_position_embeddings"),
+    ("max_encoder_position_embeddings", 64), ("max_decoder_position_embeddings", 64), ("attention_window", 4),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -70,12 +78,16 @@ class Suite:
 
     `trained` is the dense class that learns by heart in the training test, which also runs on several ranks; `changes`
     are made to the tiny configuration of the parity tests; `without` are classes that take other inputs than the rest.
+    `pattern` None is what the configuration implies, and a family `has_marks` whose inputs are marked: by hand, or by a head that
+    looks for the separators of a question.
     """
 
     dense_type: str
     trained: str
     changes: tuple[tuple[str, object], ...] = ()
     without: tuple[str, ...] = ()
+    pattern: str | None = PATTERN
+    has_marks: bool = False
 
 
 SUITES = {
@@ -91,6 +103,12 @@ SUITES = {
         Suite("gpt2", "GPT2LMHeadModel"),
         # its decoder alone reads one text, not two
         Suite("bart", "BartForConditionalGeneration", without=("BartForCausalLM",)),
+        Suite("longformer", "LongformerForMaskedLM", LONGFORMER, pattern=None, has_marks=True),
+        Suite("led", "LEDForConditionalGeneration", LED, pattern=None, has_marks=True),
+        Suite("big_bird", "BigBirdForMaskedLM", BLOCKS, pattern=None),
+        Suite(
+            "bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", BLOCKS, ("BigBirdPegasusForCausalLM",), None
+        ),
     )
 }
 
@@ -124,7 +142,7 @@ class Tester:
         dense = family.dense_config_class(**self.tiny)
         if not self.sparse:
             return dense
-        config = family.config_class.from_dense(dense, PATTERN)
+        config = family.config_class.from_dense(dense, self.suite.pattern)
         if self.with_weights:
             config._attn_implementation = "sparse_reference"
         return config
@@ -144,6 +162,9 @@ class Tester:
             # heads that classify read the state of the last token of the text
             ids[:, -1] = EOS
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.suite.has_marks:
+            ids[:, [2, 4, 6]] = EOS
+            inputs["global_attention_mask"] = (torch.arange(LENGTH) < 2).long().expand(BATCH, -1).contiguous()
         if config.is_encoder_decoder:
             decoder_ids = torch.randint(EOS + 1, VOCABULARY, (BATCH, LENGTH))
             inputs |= {"decoder_input_ids": decoder_ids, "decoder_attention_mask": torch.ones_like(decoder_ids)}
