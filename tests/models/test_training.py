@@ -10,28 +10,46 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.test_published import HEADS as PUBLISHED
+
 SCRIPT = Path(__file__).parent / "train_script.py"
 
 
-def step(head: str, processes: int, batch: int, accumulate: int, out: Path) -> dict:
+DENSE = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "LlamaForCausalLM")
+
+
+def steps(heads: tuple[str, ...], processes: int, batch: int, accumulate: int, out: Path) -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, "-W", "ignore", *launch, str(SCRIPT), head, str(batch), str(accumulate), str(out)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        *launch,
+        str(SCRIPT),
+        ",".join(heads),
+        str(batch),
+        str(accumulate),
+        str(out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[2], timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "head", ["BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "LlamaForCausalLM"]
-)
-def test_processes_and_accumulation_change_nothing(head, tmp_path):
-    whole = step(head, 1, 4, 1, tmp_path / "whole.pt")
-    assert any(g.abs().sum() > 0 for g in whole["grads"].values())
+@pytest.mark.parametrize("heads", [DENSE, PUBLISHED], ids=["dense", "sparse by themselves"])
+def test_processes_and_accumulation_change_nothing(heads, tmp_path):
+    whole = steps(heads, 1, 4, 1, tmp_path / "whole.pt")
     for name, processes, batch, accumulate in (("two processes", 2, 2, 1), ("accumulated", 1, 1, 4)):
-        other = step(head, processes, batch, accumulate, tmp_path / f"{processes}.pt")
-        assert other["loss"] == pytest.approx(whole["loss"], rel=1e-4), name
-        for key, grad in whole["grads"].items():
-            torch.testing.assert_close(
-                other["grads"][key], grad, rtol=1e-3, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}"
-            )
+        other = steps(heads, processes, batch, accumulate, tmp_path / f"{processes}.pt")
+        for head in heads:
+            assert len(whole[head]["losses"]) == 2 and any(g.abs().sum() > 0 for g in whole[head]["steps"].values())
+            assert other[head]["losses"] == pytest.approx(whole[head]["losses"], rel=1e-4), (head, name)
+            for key, change in whole[head]["steps"].items():
+                torch.testing.assert_close(
+                    other[head]["steps"][key],
+                    change,
+                    rtol=1e-3,
+                    atol=2e-6,
+                    msg=lambda m, name=f"{head} {key}": f"{name}: {m}",
+                )
