@@ -45,3 +45,12 @@ class Scoring:
         shifted = torch.nn.functional.pad(grad.flip(-2), (0, m)).flatten(-2)[..., : m * (m + n - 1)]
         sums = shifted.unflatten(-1, (m, m + n - 1)).sum(-2)
         total[heads.flatten(), first : first + m + n - 1] += sums.flatten(0, -2).to(total.dtype)
+
+    def tile_at(self, heads: Tensor, index: Tensor) -> Tensor:
+        """The bias `[*heads, m, n]` of pairs whose entries in it are `index` `[m, n]`."""
+        return self.bias[heads[..., None, None], index]
+
+    def add_gradient_at(self, total: Tensor, heads: Tensor, grad: Tensor, index: Tensor) -> None:
+        """`add_gradient` for pairs whose entries in the bias are `index` `[m, n]`."""
+        grad = grad.flatten(0, -3).flatten(1).to(total.dtype)
+        total[heads.flatten()] += torch.zeros_like(total[heads.flatten()]).index_add_(1, index.flatten(), grad)

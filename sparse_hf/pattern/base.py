@@ -63,9 +63,14 @@ class Pattern:
         return None
 
     @property
+    def marked_sides(self) -> tuple[bool, bool]:
+        """Does it ask which queries are marked, and which keys?"""
+        return False, False
+
+    @property
     def uses_marks(self) -> bool:
         """Does it ask which tokens are marked?"""
-        return False
+        return any(self.marked_sides)
 
     @property
     def uses_length(self) -> bool:
@@ -117,8 +122,8 @@ class _Joined(Pattern):
         return type(self)(tuple(part.on(device) for part in self.parts))
 
     @property
-    def uses_marks(self) -> bool:
-        return any(part.uses_marks for part in self.parts)
+    def marked_sides(self) -> tuple[bool, bool]:
+        return tuple(map(any, zip(*(part.marked_sides for part in self.parts), strict=True)))
 
     @property
     def uses_length(self) -> bool:

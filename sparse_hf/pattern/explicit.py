@@ -190,8 +190,8 @@ class PerHead(Pattern):
         return self._heads
 
     @property
-    def uses_marks(self) -> bool:
-        return any(p.uses_marks for p in self._heads)
+    def marked_sides(self) -> tuple[bool, bool]:
+        return tuple(map(any, zip(*(p.marked_sides for p in self._heads), strict=True)))
 
     @property
     def uses_length(self) -> bool:

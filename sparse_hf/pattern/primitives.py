@@ -99,8 +99,8 @@ class Marked(Pattern):
         return joint(q, k)
 
     @property
-    def uses_marks(self) -> bool:
-        return True
+    def marked_sides(self) -> tuple[bool, bool]:
+        return True, True
 
     @property
     def grain(self) -> int:
@@ -126,6 +126,10 @@ class MarkedKeys(Marked):
     def blocks(self, q0, q1, k0, k1, marks=None):
         empty = super().blocks(q0, q1, k0, k1)
         return empty if marks is None or marks[self.side] is None else torch.maximum(empty, marks[self.side])
+
+    @property
+    def marked_sides(self) -> tuple[bool, bool]:
+        return self.side == 0, self.side == 1
 
 
 @dataclass(frozen=True, repr=False)

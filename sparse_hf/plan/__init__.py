@@ -12,14 +12,16 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from .block_plan import BlockPlan, MaskFunction, Run
-from .build import Grid, list_blocks
-from .layout import Layout, make_layout
+from .gathered import Call, Gathered, calls
+from .layout import make_layout
 from .memo import remembered
 from .reach import Reach, reach
 from .split import Shape, Split, read_pattern, split
 
 __all__ = [
     "BlockPlan",
+    "Call",
+    "Gathered",
     "MaskFunction",
     "Reach",
     "Run",
@@ -27,6 +29,7 @@ __all__ = [
     "Split",
     "build_plan",
     "cached_plan",
+    "calls",
     "make_layout",
     "reach",
     "read_pattern",
@@ -87,11 +90,7 @@ def build_plan(
         device = torch.device("cuda", torch.cuda.current_device())
     # a mask function may look at the batch row, so that rows alike in every other respect may still differ
     batch_rows = given.shape[0] if mask_function is not None and given is not None else layout.rows
-    grid = Grid(q_len, kv_len, q_offset, block_size)
-    # the tables are small and their making is many small steps: the CPU is the place for it
-    on_host = layout.to("cpu")
-    row_offsets, columns, full = _tables(patterns, grid, on_host, batch_rows, mask_function is not None)
-    plan = BlockPlan(
+    return BlockPlan(
         patterns=patterns,
         heads=tuple(patterns.index(p) for p in heads) if pattern.heads else (),
         q_len=q_len,
@@ -99,13 +98,10 @@ def build_plan(
         q_offset=q_offset,
         block_size=block_size,
         batch_rows=batch_rows,
-        layout=on_host,
-        row_offsets=row_offsets,
-        columns=columns,
-        full=full,
+        layout=layout.to(device),
         mask_function=mask_function,
+        device=device,
     )
-    return plan.to(device)
 
 
 def cached_plan(
@@ -217,23 +213,3 @@ def _checked_offset(q_len: int, kv_len: int, q_offset: int | None) -> int:
             "sequence (self-attention), so pass q_offset with q_offset + q_len <= kv_len"
         )
     return q_offset
-
-
-def _tables(patterns, grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool):
-    # [B * P * Nq] rows: pattern by pattern, then interleaved by sorting on the joint row number
-    rows, columns, full = [], [], []
-    layout_rows = layout.rows
-    for p, pattern in enumerate(patterns):
-        row, column, is_full = list_blocks(pattern, grid, layout, layout_rows, "cpu", cap_at_partial)
-        repeats = batch_rows // layout_rows
-        for copy in range(repeats):
-            b, i = row // max(1, grid.q_blocks) + copy, row % max(1, grid.q_blocks)
-            rows.append((b * len(patterns) + p) * grid.q_blocks + i)
-            columns.append(column)
-            full.append(is_full)
-    row, column, is_full = torch.cat(rows), torch.cat(columns), torch.cat(full)
-    if len(rows) > 1:
-        order = row.argsort(stable=True)
-        row, column, is_full = row[order], column[order], is_full[order]
-    counts = torch.bincount(row, minlength=batch_rows * len(patterns) * grid.q_blocks)
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), column.int(), is_full

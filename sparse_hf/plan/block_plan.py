@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..pattern import FULL, Pattern
 from ..pattern.base import Marks
-from .build import Classifier, Grid
+from .build import Classifier, Grid, list_tables
 from .layout import Layout
 
 # a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
@@ -37,10 +37,10 @@ class Run:
 class BlockPlan:
     """Which key blocks each query block attends to, as compact tables: O(non-empty blocks), never O(n^2).
 
-    `row_offsets` is `[B * P * Nq + 1]` int64, `columns` `[N]` int32 and `full` `[N]` bool: query block i of batch row b
-    under pattern p owns the entries `row_offsets[r] : row_offsets[r + 1]` with `r = (b * P + p) * Nq + i`, in ascending
-    order of key block. Partial blocks are evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when
-    all heads share one.
+    They are listed when they are first asked for, since not every backend asks. `row_offsets` is `[B * P * Nq + 1]` int64,
+    `columns` `[N]` int32 and `full` `[N]` bool: query block i of batch row b under pattern p owns the entries
+    `row_offsets[r] : row_offsets[r + 1]` with `r = (b * P + p) * Nq + i`, in ascending order of key block. Partial blocks are
+    evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when all heads share one.
     """
 
     patterns: tuple[Pattern, ...]
@@ -51,10 +51,8 @@ class BlockPlan:
     block_size: int
     batch_rows: int
     layout: Layout
-    row_offsets: Tensor
-    columns: Tensor
-    full: Tensor
     mask_function: MaskFunction | None = None
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
         object.__setattr__(self, "patterns", tuple(p.on(self.device) for p in self.patterns))
@@ -67,15 +65,30 @@ class BlockPlan:
     def kv_blocks(self) -> int:
         return -(-self.kv_len // self.block_size)
 
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        # the tables are small and their making is many small steps: the CPU is the place for it
+        patterns = tuple(p.on("cpu") for p in self.patterns)
+        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size)
+        capped = self.mask_function is not None
+        found = list_tables(patterns, grid, self.layout.to("cpu"), self.batch_rows, capped)
+        return tuple(t.to(self.device) for t in found)
+
     @property
-    def device(self) -> torch.device:
-        return self.columns.device
+    def row_offsets(self) -> Tensor:
+        return self._tables[0]
+
+    @property
+    def columns(self) -> Tensor:
+        return self._tables[1]
+
+    @property
+    def full(self) -> Tensor:
+        return self._tables[2]
 
     def to(self, device) -> BlockPlan:
-        if torch.device(device) == self.device:
-            return self
-        moved = {name: getattr(self, name).to(device) for name in ("row_offsets", "columns", "full", "layout")}
-        return replace(self, **moved)
+        device = torch.device(device)
+        return self if device == self.device else replace(self, layout=self.layout.to(device), device=device)
 
     def allows(self, b: Tensor, p: int, q: Tensor, k: Tensor) -> Tensor:
         """Element by element: may query q see key k? Indices (not positions) that broadcast; `b` is the batch row.
@@ -135,6 +148,14 @@ class BlockPlan:
                 return False
         return True
 
+    def query_places(self, b: int, first: int, last: int) -> Tensor:
+        """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""
+        return torch.arange(first, last, device=self.device)
+
+    def key_places(self, b: int, first: int, last: int) -> Tensor:
+        """Indices of the keys `first..last` (end exclusive)."""
+        return torch.arange(first, last, device=self.device)
+
     def mask(self, b: int, p: int, q_range: tuple[int, int], k_range: tuple[int, int]) -> Tensor:
         """`allows` on a rectangle of indices (ends exclusive): `[queries, keys]` bool."""
         q = torch.arange(*q_range, device=self.device)[:, None]
@@ -151,7 +172,7 @@ class BlockPlan:
         """Per row of the table, its key blocks as runs of neighbours: what a backend that takes slices loops over."""
         columns, offsets = self.columns.tolist(), self.row_offsets.tolist()
         full = self.full.tolist()
-        return [list(_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [list(as_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
     def row_counts(self) -> Tensor:
         """Keys per query, `[B, P, Q]` int64: exact, block by block."""
@@ -202,7 +223,8 @@ def _length(bounds: tuple[int, int]) -> int:
     return bounds[1] - bounds[0]
 
 
-def _runs(columns: list[int], full: list[bool]) -> Iterator[Run]:
+def as_runs(columns: list[int], full: list[bool]) -> Iterator[Run]:
+    """Listed key blocks of a row, in ascending order, as runs of neighbours."""
     begin = 0
     for at in range(1, len(columns) + 1):
         if at == len(columns) or columns[at] != columns[at - 1] + 1:

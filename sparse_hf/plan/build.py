@@ -163,3 +163,26 @@ def _refine(classify: Classifier, grid: Grid, begin: tuple[range, range, int], d
     order = (row * grid.kv_blocks + j).argsort()
     full = (state == FULL) & (not cap_at_partial)
     return row[order], j[order], full[order]
+
+
+def list_tables(
+    patterns: tuple[Pattern, ...], grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of a `BlockPlan`: row offsets, columns, full."""
+    # [B * P * Nq] rows: pattern by pattern, then interleaved by sorting on the joint row number
+    rows, columns, full = [], [], []
+    layout_rows = layout.rows
+    for p, pattern in enumerate(patterns):
+        row, column, is_full = list_blocks(pattern, grid, layout, layout_rows, "cpu", cap_at_partial)
+        repeats = batch_rows // layout_rows
+        for copy in range(repeats):
+            b, i = row // max(1, grid.q_blocks) + copy, row % max(1, grid.q_blocks)
+            rows.append((b * len(patterns) + p) * grid.q_blocks + i)
+            columns.append(column)
+            full.append(is_full)
+    row, column, is_full = torch.cat(rows), torch.cat(columns), torch.cat(full)
+    if len(rows) > 1:
+        order = row.argsort(stable=True)
+        row, column, is_full = row[order], column[order], is_full[order]
+    counts = torch.bincount(row, minlength=batch_rows * len(patterns) * grid.q_blocks)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), column.int(), is_full

@@ -35,6 +35,12 @@ class Layout:
     def to(self, device) -> Layout:
         return Layout(*(None if t is None else t.to(device) for t in self.tensors()))
 
+    def collapsed(self) -> Layout:
+        """One row where all rows are alike, so that one plan serves the batch."""
+        if all((t == t[:1]).all() for t in self.tensors() if t is not None):
+            return Layout(*(None if t is None else t[:1] for t in self.tensors()))
+        return self
+
 
 def make_layout(
     kv_len: int,
@@ -75,7 +81,7 @@ def make_layout(
         start, end = _sequences(everything, segment_ids)
         if real is None and not start.any():
             start = end = None
-    return _collapse(Layout(start, end, real, marks))
+    return Layout(start, end, real, marks).collapsed()
 
 
 def _sequences(real: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,11 +108,3 @@ def _refuse_split_documents(real: Tensor, segment_ids: Tensor, begins: Tensor) -
     if split.any():
         row = int(split.nonzero()[0])
         raise ValueError(f"segment_ids: row {row} has a document in several pieces; its tokens must be contiguous")
-
-
-def _collapse(layout: Layout) -> Layout:
-    """One row where all rows are alike, so that one plan serves the batch."""
-    present = [t for t in layout.tensors() if t is not None]
-    if all((t == t[:1]).all() for t in present):
-        return Layout(*(None if t is None else t[:1] for t in layout.tensors()))
-    return layout

@@ -36,6 +36,18 @@ def test_no_tensor_has_two_lengths(pattern):
     assert seen.largest <= 2 * 128 * LONG
 
 
+@pytest.mark.parametrize("pattern", ["window(64, 64) | marked()", "(window(64, 0) | marked_keys()) & window(None, 0)"])
+def test_marks_all_over_a_text_are_few_tiles(pattern):
+    q, k, v = random(*[(1, 2, LONG, 16)] * 3)
+    marks = torch.arange(LONG)[None] % 100 == 17
+    with AllocationInterceptor(LONG) as seen:
+        out, lse = sparse_attention(q, k, v, pattern, marks=marks, backend="blockwise", return_lse=True)
+        (out.sum() + lse.sum()).backward()
+    # a look at every pair of blocks would be 101 * 101 tiles, each some dozens of allocations
+    assert not seen.quadratic and seen.calls < 60_000
+    assert seen.largest <= 2 * 128 * LONG
+
+
 def test_the_interceptor_sees_what_the_reference_makes():
     n = 257
     q, k, v = random(*[(1, 2, n, 16)] * 3)
@@ -44,10 +56,12 @@ def test_the_interceptor_sees_what_the_reference_makes():
     assert any(shape[-2:] == (n, n) for _, shape in seen.quadratic)
 
 
-def test_dropout_is_the_same_mask_on_every_backend_and_exact():
+@pytest.mark.parametrize("pattern", ["window(40, 7) | first(2)", "window(40, 7) | marked()"])
+def test_dropout_is_the_same_mask_on_every_backend_and_exact(pattern):
     q, k, v = random((2, 4, 200, 16), (2, 2, 200, 16), (2, 2, 200, 16), dtype=torch.float64)
     rate = 0.3
-    plan = build_plan("window(40, 7) | first(2)", 200)
+    marks = torch.rand(2, 200) < 0.1
+    plan = build_plan(pattern, 200, marks=marks)
 
     def run(backend):
         torch.manual_seed(5)
@@ -57,7 +71,7 @@ def test_dropout_is_the_same_mask_on_every_backend_and_exact():
     torch.manual_seed(5)
     seed = torch.randint(0, 0xFFFFFFFF, (), dtype=torch.int64)
     factor = kept(seed, 2, 4, 200, 200, rate, "cpu") / (1 - rate)
-    mask = oracle.dense_mask("window(40, 7) | first(2)", 200, 200)
+    mask = oracle.dense_mask(pattern, 200, 200, marks=marks)
     out, lse = oracle.attention(q, k, v, mask, factor)
     exact = out, lse, *torch.autograd.grad((out * torch.arange(16)).sum() + lse.sum(), (q, k, v))
     for backend in ("reference", "blockwise"):
