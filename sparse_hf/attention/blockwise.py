@@ -87,14 +87,14 @@ def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) ->
 def _forward(q, sources, pieces, out, lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> None:
     """Fill `out` and `lse` of the queries of a call; `sources` holds keys and values for each of its pieces."""
     scratch = _Scratch()
-    for part in parts(plan, q, sources[0][0].shape[1]):
+    for part in parts(plan, pieces, q, sources[0][0].shape[1], scoring):
         part_q = part.queries(q)
         part_sources = [tuple(map(part.keys, source)) for source in sources]
         for rows, tiles in part.rows(pieces):
             query = part_q[..., rows, :].to(lse.dtype) * scoring.scale  # [G, R, m, D]
             state = None
             for tile in tiles:
-                keys, values = (t[:, tile.keys].to(lse.dtype) for t in part_sources[tile.piece])
+                keys, values = (tile.of_keys(t).to(lse.dtype) for t in part_sources[tile.piece])
                 factor = part.drop(seed, pieces[tile.piece], rows, tile, dropout) if dropout else None
                 change = Change(scoring, plan, part, pieces[tile.piece], rows, tile)
                 state = _absorb(state, tile, query, keys, values, change, factor, scratch)
@@ -132,7 +132,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias (None without one), given those of out and lse."""
     work = lse.dtype
-    totals = [torch.zeros_like(t, dtype=work) for t in (q, k, v)]
+    totals = [torch.zeros_like(t, dtype=work, memory_format=torch.contiguous_format) for t in (q, k, v)]
     grad_bias = None if scoring.bias is None else torch.zeros_like(scoring.bias, dtype=work)
     rest = grad_bias, plan, scoring, dropout, seed
     first, *others = calls(plan)
@@ -159,7 +159,7 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, pieces, totals, grad_bias, 
     work, scratch = lse.dtype, _Scratch()
     sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in pieces]
     sums = [totals[1:] if source[0] is k else [torch.zeros_like(t, dtype=work) for t in source] for source in sources]
-    for part in parts(plan, q, k.shape[1]):
+    for part in parts(plan, pieces, q, k.shape[1], scoring):
         part_q, part_out, part_grad, part_lse, part_grad_lse = (
             part.queries(t) for t in (q, out, grad_out, lse, grad_lse)
         )
@@ -175,7 +175,7 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, pieces, totals, grad_bias, 
             grad_query = torch.zeros_like(query)
             for tile in tiles:
                 piece = pieces[tile.piece]
-                keys, values = (t[:, tile.keys].to(work) for t in part_sources[tile.piece])
+                keys, values = (tile.of_keys(t).to(work) for t in part_sources[tile.piece])
                 factor = part.drop(seed, piece, rows, tile, dropout) if dropout else None
                 of_rows = (t[..., tile.queries, :] for t in (query, grad, row_lse, delta))
                 change = Change(scoring, plan, part, piece, rows, tile)
@@ -183,7 +183,7 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, pieces, totals, grad_bias, 
                 into = grad_query[..., tile.queries, :]
                 into.add_(tile_q.view(into.shape))
                 for total, of_tile in zip(sums[tile.piece], tile_kv, strict=True):
-                    part.add(total, tile.keys, of_tile)
+                    tile.add(total[part.b], part.chosen, of_tile)
             part.put(totals[0], rows, grad_query.mul_(scoring.scale))
     for piece, of_piece in zip(pieces, sums, strict=True):
         for total, gathered in zip(totals[1:], of_piece, strict=True):

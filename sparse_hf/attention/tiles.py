@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan, Gathered, Run
+from ..plan import BlockPlan, Gathered, Run, joined_rows
 from .dropout import kept_at
 from .scoring import Scoring
 
@@ -40,15 +40,51 @@ class Tile:
     def queries(self) -> slice:
         return slice(self.q0, self.q1)
 
-    @property
-    def keys(self) -> slice:
-        return slice(self.k0, self.k1)
+    def of_keys(self, t: Tensor) -> Tensor:
+        """The tile's share of `[G, K, D]`, `[G, n, D]`."""
+        return t[:, self.k0 : self.k1]
+
+    def add(self, total: Tensor, chosen: Tensor | None, value: Tensor) -> None:
+        """Add `value` `[G, n, D]` to `total` `[all key heads, K, D]`."""
+        into = self.of_keys(total)
+        if chosen is None:
+            into.add_(value)
+        else:
+            into.index_add_(0, chosen, value)
 
     def cover(self, scores: Tensor) -> Tensor:
         """Put -inf on the pairs of `scores` `[G, R, m, n]` that the plan leaves out, in place."""
         for first, last, mask in self.masks:
             scores[..., first:last].masked_fill_(~mask, -torch.inf)
         return scores
+
+
+@dataclass(frozen=True)
+class JoinedTile:
+    """A whole query block against keys of its own in every head: `index` `[G, n]`, of which some may not exist."""
+
+    q1: int
+    index: Tensor
+    exists: Tensor
+    piece: int = 0
+    q0: int = 0
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.q0, self.q1)
+
+    def _flat(self, heads: Tensor, length: int) -> Tensor:
+        return (heads[:, None] * length + self.index).flatten()
+
+    def of_keys(self, t: Tensor) -> Tensor:
+        index = self._flat(torch.arange(len(t), device=t.device), t.shape[1])
+        return t.flatten(0, 1).index_select(0, index).view(*self.index.shape, -1)
+
+    def add(self, total: Tensor, chosen: Tensor, value: Tensor) -> None:
+        total.view(-1, total.shape[-1]).index_add_(0, self._flat(chosen, total.shape[1]), value.flatten(0, 1))
+
+    def cover(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill_(~self.exists[:, None, None], -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -59,34 +95,27 @@ class Part:
     p: int  # the pattern of these heads
     heads: Tensor  # [G, R] int64: the query heads, those of one key head in a row
     chosen: Tensor | None  # [G] int64: the key heads if the part has only some of the heads, each with R = 1
+    done: frozenset[int] = frozenset()  # query blocks that another part computes
 
     def queries(self, t: Tensor) -> Tensor:
         """The part's share of `[B, H, Q, ...]` as `[G, R, Q, ...]`."""
         t = t[self.b]
-        return (t if self.chosen is None else t[self.heads.flatten()]).unflatten(0, self.heads.shape)
+        return (t if self.chosen is None else t[neighbours(self.heads.flatten())]).unflatten(0, self.heads.shape)
 
     def keys(self, t: Tensor) -> Tensor:
         """The part's share of `[B, G, K, D]` as `[G, K, D]`."""
-        return t[self.b] if self.chosen is None else t[self.b, self.chosen]
+        return t[self.b] if self.chosen is None else t[self.b][neighbours(self.chosen)]
 
     def put(self, total: Tensor, rows: slice, value: Tensor) -> None:
         """Write `value` `[G, R, m, ...]` into `total` `[B, H, Q, ...]`."""
-        heads = slice(None) if self.chosen is None else self.heads.flatten()
-        total[self.b, heads, rows] = value.flatten(0, 1).to(total.dtype)
-
-    def add(self, total: Tensor, keys: slice, value: Tensor) -> None:
-        """Add `value` `[G, n, D]` to `total` `[B, G, K, D]`."""
-        into = total[self.b, :, keys]
-        if self.chosen is None:
-            into.add_(value)
-        else:
-            into.index_add_(0, self.chosen, value)
+        heads = slice(None) if self.chosen is None else neighbours(self.heads.flatten())
+        total[self.b][heads, rows] = value.flatten(0, 1).to(total.dtype)
 
     def rows(self, pieces: tuple[Piece, ...]) -> Iterator[tuple[slice, Iterator[Tile]]]:
         """Each query block that sees anything: its queries, its tiles."""
         for i in range(pieces[0].q_blocks):
             runs = [(number, run) for number, piece in enumerate(pieces) for run in self._runs(piece, i)]
-            if runs:
+            if runs and i not in self.done:
                 rows = slice(*pieces[0].block_range(i, i, pieces[0].q_len))
                 yield rows, (tile for number, run in runs for tile in self._tiles(pieces[number], number, rows, run))
 
@@ -127,14 +156,49 @@ class Part:
         return q, piece.key_places(row, tile.k0, tile.k1)
 
 
-def parts(plan: BlockPlan, q: Tensor, groups: int) -> Iterator[Part]:
+@dataclass(frozen=True, kw_only=True)
+class JoinedPart(Part):
+    """Heads with patterns of their own that compute some query blocks together."""
+
+    blocks: dict[int, Tensor]  # query block -> key blocks [G, L], -1 beyond their number
+
+    def keys(self, t: Tensor) -> Tensor:
+        # tiles take whole keys from it, which must lie side by side
+        return super().keys(t).contiguous()
+
+    def rows(self, pieces: tuple[Piece, ...]) -> Iterator[tuple[slice, Iterator[JoinedTile]]]:
+        (plan,) = pieces
+        within = torch.arange(plan.block_size, device=plan.device)
+        for i, blocks in self.blocks.items():
+            rows = slice(*plan.block_range(i, i, plan.q_len))
+            index = (blocks[..., None] * plan.block_size + within).flatten(1)
+            exists = (index >= 0) & (index < plan.kv_len)
+            yield rows, iter((JoinedTile(rows.stop - rows.start, index.where(exists, 0), exists),))
+
+    def places(self, piece: Piece, rows: slice, tile: JoinedTile) -> tuple[Tensor, Tensor]:
+        return piece.query_places(self.row(piece), rows.start, rows.stop), tile.index[:, None, None]
+
+
+def neighbours(index: Tensor) -> slice | Tensor:
+    """A slice, which copies nothing, if the indices are consecutive."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if torch.equal(index, torch.arange(first, last + 1, device=index.device)) else index
+
+
+def parts(plan: BlockPlan, pieces: tuple[Piece, ...], q: Tensor, groups: int, scoring: Scoring) -> Iterator[Part]:
+    """The parts of a call; with patterns per head, those query blocks first that all heads compute together."""
     batch, num_heads = q.shape[:2]
     everything = torch.arange(num_heads, device=q.device)
+    # a bias is read off as slices
+    joins = plan.heads and len(pieces) == 1 and isinstance(pieces[0], BlockPlan) and scoring.bias is None
     for b in range(batch):
+        blocks = joined_rows(pieces[0])[b if pieces[0].batch_rows > 1 else 0] if joins else {}
+        if blocks:
+            yield JoinedPart(b, 0, everything[:, None], everything // (num_heads // groups), blocks=blocks)
         for p in range(len(plan.patterns)):
             if plan.heads:
                 heads = everything[[h for h, pattern in enumerate(plan.heads) if pattern == p]]
-                yield Part(b, p, heads[:, None], heads // (num_heads // groups))
+                yield Part(b, p, heads[:, None], heads // (num_heads // groups), frozenset(blocks))
             else:
                 yield Part(b, p, everything.view(groups, -1), None)
 

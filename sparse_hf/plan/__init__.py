@@ -13,6 +13,7 @@ from torch import Tensor
 from ..pattern import Pattern
 from .block_plan import BlockPlan, MaskFunction, Run
 from .gathered import Call, Gathered, calls
+from .joined import joined_rows
 from .layout import make_layout
 from .memo import remembered
 from .reach import Reach, reach
@@ -30,6 +31,7 @@ __all__ = [
     "build_plan",
     "cached_plan",
     "calls",
+    "joined_rows",
     "make_layout",
     "reach",
     "read_pattern",
