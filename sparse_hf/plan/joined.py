@@ -5,18 +5,17 @@ Legend: B batch rows, H heads, P patterns, Nq query blocks, L most key blocks of
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .block_plan import BlockPlan
+from .memo import remembered
 
 # rows with more key blocks are done head by head: beside a row that sees everything, others would be padded to it
 MAX_BLOCKS = 32
 
 
-@lru_cache(maxsize=64)
+@remembered
 def joined_rows(plan: BlockPlan) -> list[dict[int, Tensor]]:
     """Per batch row of the table, query block -> the key blocks of each head, `[H, L]` int64, -1 beyond their number.
 
