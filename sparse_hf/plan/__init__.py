@@ -150,7 +150,7 @@ class _Stamp:
 
     def fits(self, batch: tuple) -> bool:
         return all(
-            t is None if known is None else known[0]() is t and known[1] == t._version
+            t is None if known is None else t is not None and known[0]() is t and known[1] == t._version
             for known, t in zip(self.tensors, batch, strict=True)
         )
 

@@ -124,6 +124,16 @@ def test_batch_data_may_change_in_place():
     assert (second[:, :, 30:] == 0).all() and not (first[:, :, 30:40] == 0).all()
 
 
+def test_a_mask_that_is_gone_is_not_the_mask_that_is_not_given():
+    q, k, v = (t.detach() for t in random(*[(1, 2, 50, 8)] * 3))
+    given = (torch.arange(50) < 30)[None]
+    sparse_attention(q, k, v, "window(5, 5)", key_padding_mask=given)
+    del given
+    marks = (torch.arange(50) == 3)[None]
+    plain = sparse_attention(q, k, v, "window(5, 5)", marks=marks)
+    torch.testing.assert_close(plain, sparse_attention(q, k, v, "window(5, 5)"))
+
+
 def test_auto_says_what_it_chose_once(caplog):
     from sparse_hf.attention import _say
 
