@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
 import sparse_hf
-from tests.models.families import EOS, TINY, VOCABULARY
+from tests.models.families import COMMON, EOS, TINY, VOCABULARY
 from tests.transformers import sdist, standins
 
 PATTERN = "window(2, 2) | first(1)"
@@ -63,6 +63,13 @@ WITH_WEIGHTS = (
     "test_retain_grad_hidden_states_attentions",
 )
 
+# chunks of one token, of which every length is a multiple: the dense class trains on nothing else, and both hash
+REFORMER = (
+    *COMMON.items(), ("is_decoder", True), ("attn_layers", ("local", "lsh")), ("attention_head_size", 8),
+    ("feed_forward_size", 64), ("axial_pos_embds", False), ("local_attn_chunk_length", 1), ("lsh_attn_chunk_length", 1),
+    ("local_num_chunks_before", 3), ("lsh_num_chunks_before", 3), ("num_buckets", 4), ("num_hashes", 2), ("hash_seed", 0),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -70,12 +77,14 @@ class Suite:
 
     `trained` is the dense class that learns by heart in the training test, which also runs on several ranks; `changes`
     are made to the tiny configuration of the parity tests; `without` are classes that take other inputs than the rest.
+    `pattern` None is what the configuration implies.
     """
 
     dense_type: str
     trained: str
     changes: tuple[tuple[str, object], ...] = ()
     without: tuple[str, ...] = ()
+    pattern: str | None = PATTERN
 
 
 SUITES = {
@@ -91,6 +100,8 @@ SUITES = {
         Suite("gpt2", "GPT2LMHeadModel"),
         # its decoder alone reads one text, not two
         Suite("bart", "BartForConditionalGeneration", without=("BartForCausalLM",)),
+        # one class wants a decoder, the other none
+        Suite("reformer", "ReformerModelWithLMHead", REFORMER, without=("ReformerForMaskedLM",), pattern=None),
     )
 }
 
@@ -124,7 +135,7 @@ class Tester:
         dense = family.dense_config_class(**self.tiny)
         if not self.sparse:
             return dense
-        config = family.config_class.from_dense(dense, PATTERN)
+        config = family.config_class.from_dense(dense, self.suite.pattern)
         if self.with_weights:
             config._attn_implementation = "sparse_reference"
         return config
