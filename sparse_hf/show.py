@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .pattern import EMPTY, FULL, PARTIAL, Pattern
+from .pattern import EMPTY, FULL, PARTIAL, First, Pattern
 from .pattern.base import Marks
 from .plan import BlockPlan, Reach, build_plan, reach
 
@@ -49,7 +49,8 @@ def describe(
     """Count what a pattern holds at a length.
 
     Args:
-        pattern: a pattern or its text; of `per_head(...)`, numbers are means over heads.
+        pattern: a pattern or its text; of `per_head(...)`, numbers are means over heads; pairs that are chosen from queries
+            and keys count as many as there may be.
         length: tokens n.
         num_heads, head_dim, block_size: of the layer.
         marked: positions that `marked()` speaks of.
@@ -58,20 +59,21 @@ def describe(
         ValueError: a bad pattern, or a length below 1.
     """
     plan = _plan(pattern, length, block_size, marked)
-    counts = plan.row_counts()
+    chosen = _parsed(pattern).most_keys
+    counts = (plan.row_counts() + chosen).clamp(max=length)
     pairs = int(counts.sum() // counts.shape[1])
     full = int(plan.full.sum())
     partial = len(plan.full) - full
-    found = reach([plan])
+    found = None if chosen else reach([plan])
     return Description(
         pattern=str(_parsed(pattern)),
         length=length,
         pairs=pairs,
-        density=plan.density,
+        density=float(counts.double().mean()) / length,
         keys_per_query=(int(counts.min()), float(counts.double().mean()), int(counts.max())),
         blocks=(counts.shape[1] * plan.q_blocks * plan.kv_blocks - full - partial, partial, full),
-        layers_to_reach=found.layers,
-        reach_note=_reach_note(found),
+        layers_to_reach=None if found is None else found.layers,
+        reach_note="depends on queries and keys" if found is None else _reach_note(found),
         flops_forward=4 * head_dim * num_heads * pairs,
         flops_step=14 * head_dim * num_heads * pairs,
         dense_flops_forward=4 * head_dim * num_heads * length * length,
@@ -114,7 +116,7 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
     facts = describe(pattern, length, **options)
     plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
     parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
-    for p, one in enumerate(plan.patterns):
+    for p, one in enumerate(_drawn(pattern, plan)):
         heads = [str(h) for h, own in enumerate(plan.heads) if own == p]
         if heads:
             parts.append(Text(f"heads {', '.join(heads)}: {one}"))
@@ -123,6 +125,9 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
     )
     parts.append(_numbers(facts))
+    chosen = _parsed(pattern).most_keys
+    if chosen:
+        parts.append(Text(f"up to {chosen:,} keys per query are chosen from queries and keys; numbers count them all"))
     if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
         parts.append(Text("marked() comes from the batch, and nothing is marked here; give positions with --marked"))
     return Group(*parts)
@@ -149,7 +154,7 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     cells = min(length, max(32, min(plan.q_blocks, 256)))
     figure = Figure(figsize=(5.2 * len(plan.patterns) + 0.8, 6.2), layout="constrained")
     axes = figure.subplots(1, len(plan.patterns), squeeze=False)[0]
-    for p, (axis, one) in enumerate(zip(axes, plan.patterns, strict=True)):
+    for p, (axis, one) in enumerate(zip(axes, _drawn(pattern, plan), strict=True)):
         states = _grid(one, length, cells, marked)
         axis.imshow(
             states.numpy(), cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
@@ -163,9 +168,8 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     side = -(-length // cells)
-    figure.suptitle(
-        f"{length:,} tokens, {plan.density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11
-    )
+    density = min(1.0, plan.density + _parsed(pattern).most_keys / length)
+    figure.suptitle(f"{length:,} tokens, {density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
         figure.savefig(file, format="png", dpi=120)
     os.chmod(file.name, 0o644)
@@ -185,10 +189,17 @@ def _parsed(pattern: Pattern | str) -> Pattern:
     return pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
 
 
+def _drawn(pattern: Pattern | str, plan: BlockPlan) -> tuple[Pattern, ...]:
+    """What is drawn: pairs that are chosen from queries and keys may be anywhere."""
+    return (_parsed(pattern),) if _parsed(pattern).uses_content else plan.patterns
+
+
 def _plan(pattern: Pattern | str, length: int, block_size: int, marked) -> BlockPlan:
     if length < 1:
         raise ValueError(f"length is {length}; it must be at least 1 token")
-    return build_plan(_parsed(pattern), length, marks=_marks(length, marked), block_size=block_size)
+    known = _parsed(pattern).without_content()
+    known = First(0) if known is None else known
+    return build_plan(known, length, marks=_marks(length, marked), block_size=block_size)
 
 
 def _marks(length: int, marked) -> torch.Tensor | None:

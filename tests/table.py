@@ -21,6 +21,8 @@ PATTERNS = [
     "summary(16, 3) | window(0, 0)",
     "chunk(50)",
     "chunk(24, 2, 1)",
+    "ring(24, 1, 1)",
+    "ring(50, 2)",
     "last(3)",
     "chunk(16, 1, 1) | first(16) | last(1, 16) | marked()",
     "random_blocks(2, 16, 1)",

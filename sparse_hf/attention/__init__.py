@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BlockPlan, cached_plan
-from . import blockwise, fa, flex, reference
+from . import blockwise, content, fa, flex, reference
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -90,9 +90,13 @@ def sparse_attention(
     batch = key_padding_mask, segment_ids, marks
     if torch.compiler.is_compiling():
         rest = str(pattern), q_offset, scoring.scale, softcap, dropout, backend
-        asks_batch = any(t is not None for t in (*batch, seed))
+        # a CUDA graph may hold what depends on lengths alone
+        asks_batch = any(t is not None for t in (*batch, seed)) or content.uses_content(str(pattern))
         operator = attention_operator if asks_batch else attention_of_lengths
         out, lse = operator(q, k, v, *batch, seed, relative_bias, *rest)
+    elif content.uses_content(str(pattern)):
+        rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
+        out, lse = content.attend(q, k, v, *rest, choose)
     else:
         plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, by_identity=True)
         _check_plan(plan, q)

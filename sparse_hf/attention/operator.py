@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..plan import BlockPlan, cached_plan
+from . import content
 from .scoring import Scoring
 
 # arguments that are tensors come first
@@ -28,9 +29,12 @@ def _forward(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend
 ):
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    plan = _plan(q, k, pattern, q_offset, (key_padding_mask, segment_ids, marks))
-    scoring = Scoring(scale, softcap, bias)
-    out, lse = _chosen(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+    batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
+    if content.uses_content(pattern):
+        out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
+        return out.contiguous(), lse.contiguous()
+    plan = _plan(q, k, pattern, q_offset, batch)
+    out, lse = _choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
 
@@ -39,9 +43,15 @@ def _gradients(
     out, lse, grad_out, grad_lse,
 ):  # fmt: skip
     """Gradients of q, k, v and the bias (empty without one)."""
-    plan = _plan(q, k, pattern, q_offset, (key_padding_mask, segment_ids, marks))
-    scoring = Scoring(scale, softcap, bias)
-    chosen = _chosen(backend, q, v, plan, scoring, dropout)
+    batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
+    if content.uses_content(pattern):
+        grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
+        grads = content.backward(
+            q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
+        )
+        return *(g.contiguous() for g in grads), q.new_empty(0)
+    plan = _plan(q, k, pattern, q_offset, batch)
+    chosen = _choose(backend, q, v, plan, scoring, dropout)
     if not getattr(chosen, "NONE_IS_ZERO", False):
         grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
     if hasattr(chosen, "backward"):
@@ -64,7 +74,7 @@ def _plan(q, k, pattern: str, q_offset: int, batch: tuple) -> BlockPlan:
     return plan
 
 
-def _chosen(backend, q, v, plan, scoring, dropout):
+def _choose(backend, q, v, plan, scoring, dropout):
     from . import choose
 
     return choose(backend, q, v, plan, scoring, dropout)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from ..pattern import Marked
+from ..pattern import Marked, Pattern
 from ..plan import build_plan
 from ..version import __version__
 from .check import sees_past_only
@@ -70,7 +70,12 @@ def _layers(prepared: Prepared, length: int) -> Iterator[dict]:
 
 
 def _density(text: str, length: int) -> tuple[float, int]:
-    """The share of all pairs, and the length at which it was counted."""
+    """The share of all pairs, and the length at which it was counted. Pairs chosen at run time count as many as may be."""
+    pattern = Pattern.parse(text)
+    if pattern.uses_content:
+        known = pattern.without_content()
+        density, tokens = (0.0, length) if known is None else _density(str(known), length)
+        return min(1.0, density + pattern.most_keys / tokens), tokens
     lengths = [length]
     while lengths[-1] > SHORTEST_PLAN:
         lengths.append(lengths[-1] // 2)

@@ -52,6 +52,7 @@ MODULES = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "reformer",
     "roberta",
     "smollm3",
     "t5",

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from ..attention import reference, sparse_attention
+from ..attention import content, reference, sparse_attention
+from ..attention.content import uses_content
 from ..attention.dropout import draw_seed
 from ..attention.scoring import Scoring
 from ..plan import build_plan
@@ -102,6 +103,9 @@ def sparse_attention_forward(
         "q_offset": int(request.q_offset),
     }
     scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
+    if wants_weights and uses_content(pattern) and opaque is None:
+        out, weights = _content_weights(query, key, value, pattern, batch, dropout, scores)
+        return out.transpose(1, 2).contiguous(), weights
     if wants_weights:
         plan = _plan(pattern, batch, opaque, query, key)
         out, weights = attention_with_weights(query, key, value, plan, dropout, **scores)
@@ -118,6 +122,17 @@ def attention_with_weights(
     """The output, and the weights `[B, H, Q, K]` on the way to it."""
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
     out, _, weights = reference.look(q, k, v, plan, scoring, dropout, draw_seed() if dropout else None)
+    return out, weights
+
+
+def _content_weights(q, k, v, pattern: str, batch: dict, dropout: float, scores: dict) -> tuple[Tensor, Tensor]:
+    """As `attention_with_weights`, of a pattern that chooses pairs from queries and keys."""
+    scoring = Scoring(
+        q.shape[-1] ** -0.5 if scores["scale"] is None else scores["scale"], scores["softcap"], scores["relative_bias"]
+    )
+    told = batch["key_padding_mask"], batch["segment_ids"], batch["marks"]
+    seed = draw_seed() if dropout else None
+    out, _, weights = content.look(q, k, v, pattern, batch["q_offset"], told, scoring, dropout, seed)
     return out, weights
 
 

@@ -2,6 +2,7 @@
 
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
+from .content import LSH, LSHChunks
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .parse import PatternError
 from .primitives import (
@@ -18,6 +19,7 @@ from .primitives import (
     causal,
     full,
 )
+from .ring import Ring
 
 __all__ = [
     "EMPTY",
@@ -27,6 +29,8 @@ __all__ = [
     "Chunk",
     "First",
     "Fixed",
+    "LSH",
+    "LSHChunks",
     "Last",
     "Marked",
     "MarkedKeys",
@@ -35,6 +39,7 @@ __all__ = [
     "PatternError",
     "PerHead",
     "RandomBlocks",
+    "Ring",
     "Stride",
     "Summary",
     "Window",

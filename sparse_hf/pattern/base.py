@@ -78,6 +78,20 @@ class Pattern:
         return False
 
     @property
+    def uses_content(self) -> bool:
+        """Are its pairs chosen from queries and keys at run time?"""
+        return False
+
+    @property
+    def most_keys(self) -> int:
+        """How many keys a query may get that are chosen at run time."""
+        return 0
+
+    def without_content(self) -> Pattern | None:
+        """The pairs that are not chosen at run time, None if there are none."""
+        return self
+
+    @property
     def grain(self) -> int:
         """Side of aligned blocks that are full or empty, but for the diagonal and marks; 0: of any, 1: of none."""
         return 1
@@ -130,11 +144,20 @@ class _Joined(Pattern):
         return any(part.uses_length for part in self.parts)
 
     @property
+    def uses_content(self) -> bool:
+        return any(part.uses_content for part in self.parts)
+
+    def without_content(self) -> Pattern | None:
+        return self._rejoined([part.without_content() for part in self.parts])
+
+    @property
     def grain(self) -> int:
         return math.gcd(*(part.grain for part in self.parts))
 
     def unending(self) -> Pattern | None:
-        parts = [part.unending() for part in self.parts]
+        return self._rejoined([part.unending() for part in self.parts])
+
+    def _rejoined(self, parts: list[Pattern | None]) -> Pattern | None:
         kept = [part for part in parts if part is not None]
         if not kept or (len(kept) < len(parts) and isinstance(self, Intersection)):
             return None
@@ -143,6 +166,10 @@ class _Joined(Pattern):
 
 class Union(_Joined):
     symbol = "|"
+
+    @property
+    def most_keys(self) -> int:
+        return sum(part.most_keys for part in self.parts)
 
     def allows(self, q, k, marks=None):
         return reduce(torch.Tensor.__or__, [part.allows(q, k, marks) for part in self.parts])
@@ -156,6 +183,10 @@ class Union(_Joined):
 
 class Intersection(_Joined):
     symbol = "&"
+
+    @property
+    def most_keys(self) -> int:
+        return min((part.most_keys for part in self.parts if part.uses_content), default=0)
 
     def allows(self, q, k, marks=None):
         return reduce(torch.Tensor.__and__, [part.allows(q, k, marks) for part in self.parts])

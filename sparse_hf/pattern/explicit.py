@@ -183,6 +183,10 @@ class PerHead(Pattern):
                 raise TypeError(f"per_head: {pattern!r} is not a pattern")
             if pattern.heads is not None:
                 raise TypeError("per_head stands outermost and does not nest")
+            if pattern.uses_content:
+                raise ValueError(
+                    f"per_head holds {pattern}, which draws directions of its own for each head; use it alone"
+                )
         self._heads = patterns
 
     @property

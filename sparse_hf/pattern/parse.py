@@ -7,6 +7,7 @@ import difflib
 import inspect
 
 from .base import Pattern
+from .content import LSH, LSHChunks
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .primitives import (
     Chunk,
@@ -23,9 +24,11 @@ from .primitives import (
     full,
 )
 from .recipes import RECIPES
+from .ring import Ring
 
 PRIMITIVES = (
-    Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Summary, Chunk, RandomBlocks, BlockTable, PerHead,
+    Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Summary, Chunk, Ring, RandomBlocks, BlockTable,
+    LSH, LSHChunks, PerHead,
 )  # fmt: skip
 WORDS = {p.word: p for p in PRIMITIVES}
 CALLS = {**WORDS, "causal": causal, "full": full, **RECIPES}

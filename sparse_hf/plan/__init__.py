@@ -84,6 +84,11 @@ def build_plan(
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
     heads = pattern.heads or (pattern,)
     patterns = tuple(dict.fromkeys(heads))
+    if any(p.uses_content for p in patterns):
+        raise ValueError(
+            f"{pattern} chooses pairs from queries and keys, so that there is no plan of it before they are known; pass the "
+            "pattern itself, and a 2-D attention mask"
+        )
     asked_marks = marks if any(p.uses_marks for p in patterns) else None
     layout = make_layout(kv_len, key_padding_mask, segment_ids, asked_marks)
     given = next((t for t in (key_padding_mask, segment_ids, marks) if t is not None), None)

@@ -70,6 +70,12 @@ LED = (
     *((key, value) for key, value in SIDES.items() if key != "max_position_embeddings"),
     ("max_encoder_position_embeddings", 64), ("max_decoder_position_embeddings", 64), ("attention_window", 4),
 )  # fmt: skip
+# chunks of one token, of which every length is a multiple: the dense class trains on nothing else, and both hash
+REFORMER = (
+    *COMMON.items(), ("is_decoder", True), ("attn_layers", ("local", "lsh")), ("attention_head_size", 8),
+    ("feed_forward_size", 64), ("axial_pos_embds", False), ("local_attn_chunk_length", 1), ("lsh_attn_chunk_length", 1),
+    ("local_num_chunks_before", 3), ("lsh_num_chunks_before", 3), ("num_buckets", 4), ("num_hashes", 2), ("hash_seed", 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ SUITES = {
         Suite(
             "bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", BLOCKS, ("BigBirdPegasusForCausalLM",), None
         ),
+        # one class wants a decoder, the other none
+        Suite("reformer", "ReformerModelWithLMHead", REFORMER, without=("ReformerForMaskedLM",), pattern=None),
     )
 }
 

@@ -1,0 +1,204 @@
+"""Plans of pairs that are chosen from queries and keys: tiles in the order of hash buckets.
+
+Legend: B batch, H heads, X = B * H rows, R rounds, N tokens, m places of a tile, C tiles of a round, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# numbers that hashing makes at once: with many buckets it would make tokens x buckets of them
+PIECE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Tiles of queries of which none holds a query twice, and the tiles of keys that each sees."""
+
+    x: Tensor  # [T] int64: the row
+    i: Tensor  # [T] int64: the tile of queries
+    columns: Tensor  # [T, w] int64: tiles of keys, -1 for none; one that stands there twice counts twice
+    # may query q of row x see key k? Tokens, not places, that broadcast
+    allows: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def split(self, size: int) -> Iterator[Group]:
+        """The same tiles, at most `size` at a time."""
+        for part in zip(*(t.split(size) for t in (self.x, self.i, self.columns)), strict=True):
+            yield Group(*part, self.allows)
+
+
+@dataclass(frozen=True, eq=False)
+class HashedPlan:
+    """Which tiles meet, and which token stands at which place of them: O(N) tables, never O(N^2).
+
+    X rows of queries, Y of keys, where Y divides X: query row x reads key row `x // (X / Y)`.
+    """
+
+    size: int  # m
+    q_index: Tensor  # [X, tiles * m] int64: the token at each place, -1 for none
+    k_index: Tensor  # [Y, tiles * m]
+    groups: tuple[Group, ...]
+    # H where no query meets a key twice, so that the pair is known by its tokens; None where it may
+    heads: int | None = None
+
+    @property
+    def repeats(self) -> int:
+        """Query rows per key row."""
+        return self.q_index.shape[0] // self.k_index.shape[0]
+
+    def queries(self, group: Group) -> Tensor:
+        """The tokens of a group's tiles, `[T, m]`, -1 for none."""
+        return self.q_index.unflatten(1, (-1, self.size))[group.x, group.i]
+
+    def keys(self, group: Group) -> Tensor:
+        """The tokens that each tile sees, `[T, w * m]`, -1 for none."""
+        found = self.k_index.unflatten(1, (-1, self.size))[
+            (group.x // self.repeats)[:, None], group.columns.clamp(min=0)
+        ]
+        return torch.where(group.columns[..., None] >= 0, found, -1).flatten(1)
+
+    def counts(self, q_len: int, kv_len: int) -> Tensor:
+        """How often each query meets each key, `[X, Q, K]`. O(N^2): for the reference and for tests."""
+        rows = self.q_index.shape[0]
+        total = torch.zeros(rows * q_len * kv_len, dtype=torch.int64, device=self.q_index.device)
+        for group in self.groups:
+            x, q, k = group.x[:, None, None], self.queries(group)[:, :, None], self.keys(group)[:, None, :]
+            held = (q >= 0) & (k >= 0) & group.allows(x, q.clamp(min=0), k.clamp(min=0))
+            place = ((x * q_len + q) * kv_len + k).expand_as(held)
+            total.index_add_(0, place[held], torch.ones_like(place[held]))
+        return total.view(rows, q_len, kv_len)
+
+
+def hash_vectors(vectors: Tensor, rotations: Tensor, buckets: int | tuple[int, ...]) -> Tensor:
+    """The bucket of each vector: the direction to which it is closest, of random ones and their opposites.
+
+    Args:
+        vectors: `[B, H, N, D]`.
+        rotations: `[H, D, R, S / 2]`, where S is the number of buckets, or the sum of its factors.
+        buckets: their number, or factors of it: a bucket is then one bucket of each factor (arXiv:2001.04451, section 2;
+            Andoni et al., arXiv:1509.02897).
+
+    Returns:
+        `[B, H, R, N]` int64, without gradient.
+    """
+    vectors = vectors.detach()
+    factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
+    per_token = vectors.shape[0] * rotations.shape[0] * rotations.shape[2] * 2 * rotations.shape[3]
+    if torch.compiler.is_compiling():
+        return _hash(vectors, rotations, factors)
+    step = max(1, PIECE // per_token)
+    return torch.cat([_hash(piece, rotations, factors) for piece in vectors.split(step, dim=2)], dim=-1)
+
+
+def _hash(vectors: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
+    rotated = torch.einsum("bhnd,hdrs->bhrns", vectors, rotations)
+    found, product = 0, 1
+    for factor, part in zip(factors, rotated.split([f // 2 for f in factors], dim=-1), strict=True):
+        found = found + product * torch.cat([part, -part], dim=-1).argmax(-1)
+        product *= factor
+    return found
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How tokens in hash order, or in that of their positions, fall into chunks.
+
+    `multiple` and `least` are those of Transformers: a text of more than `least` tokens is padded to a multiple of
+    `multiple`, which is one of `size`.
+    """
+
+    size: int
+    left: int
+    right: int
+    multiple: int
+    least: int
+
+    def tiles(self, length):
+        """Chunks of a text of `length` tokens: a number for a number, a tensor for a tensor."""
+        padded = (length + self.multiple - 1) // self.multiple * self.multiple // self.size
+        if isinstance(length, Tensor):
+            return torch.where(length <= self.least, 1, padded).clamp(min=1)
+        return 1 if length <= self.least else max(1, padded)
+
+
+def plan_chunks(
+    buckets: Tensor | None,
+    real: Tensor | None,
+    shape: tuple[int, int, int],
+    chunking: Chunking,
+    *,
+    is_causal: bool,
+    sees_itself: bool,
+    device,
+) -> HashedPlan:
+    """The plan of `lsh_chunks(...)`, or of `ring(...)` if there are no buckets.
+
+    Args:
+        buckets: `[B, H, R, N]`, or None to keep tokens in the order of their positions (one round).
+        real: `[B, N]`, true on real tokens. In hash order padding stands behind all buckets. A row that is padded on the
+            left has the chunks that it has without that padding; padding on the right counts, as in Transformers.
+        shape: B, H, N.
+        is_causal: may a query see its past only?
+        sees_itself: may a query see itself?
+    """
+    batch, heads, length = shape
+    rounds, tiles = 1 if buckets is None else buckets.shape[2], chunking.tiles(length)
+    size = length if tiles == 1 else chunking.size
+    places = _places(buckets, real, shape, tiles * size, device)
+    own = torch.full((batch * heads,), tiles, device=device)
+    if real is not None:
+        own = chunking.tiles(length - real.int().argmax(1)).repeat_interleave(heads)
+
+    def allows(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if is_causal:
+            return q >= k if sees_itself else q > k
+        return (q >= 0) & (k >= 0) if sees_itself else q != k
+
+    ring = _ring(own, rounds, tiles, chunking.left, chunking.right)
+    groups = tuple(Group(*_drop_empty(found, places, size), allows) for found in ring)
+    return HashedPlan(size, places, places, groups)
+
+
+def _places(buckets: Tensor | None, real: Tensor | None, shape: tuple[int, int, int], width: int, device) -> Tensor:
+    """The token at each of the `width` places of each round, -1 for none: `[X, R * width]`."""
+    batch, heads, length = shape
+    behind = None if real is None else ~real
+    if buckets is None:
+        buckets = torch.zeros(1, 1, 1, length, dtype=torch.int32, device=device)
+        if real is not None:
+            # padding between real tokens keeps its place
+            behind = torch.arange(length, device=device) < real.int().argmax(1, keepdim=True)
+    if behind is not None:
+        buckets = buckets.masked_fill(behind[:, None, None], torch.iinfo(buckets.dtype).max)
+    order = buckets.sort(dim=-1, stable=True).indices
+    if real is not None:
+        order = torch.where(real[:, None, None].expand_as(order).gather(-1, order), order, -1)
+    order = order.expand(batch, heads, *order.shape[2:])
+    return torch.nn.functional.pad(order, (0, width - length), value=-1).flatten(2).flatten(0, 1)
+
+
+def _ring(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> Iterator[tuple[Tensor, ...]]:
+    """The tiles of each round, and their neighbours in the ring of the `own` `[X]` first tiles of all rounds."""
+    rows, device = len(own), own.device
+    x = torch.arange(rows, device=device).repeat_interleave(tiles)
+    c = torch.arange(tiles, device=device).repeat(rows)
+    exists = c < own[x]
+    x, c = x[exists], c[exists]
+    around = (rounds * own[x])[:, None]
+    steps = torch.arange(-left, right + 1, device=device)
+    # Transformers moves chunks by slices, which move nothing if they are to move by more than there are
+    steps = torch.where(steps.abs() <= around, steps, 0)
+    for r in range(rounds):
+        seen = (r * own[x] + c)[:, None].add(steps) % around
+        columns = seen // own[x, None] * tiles + seen % own[x, None]
+        yield x, r * tiles + c, columns
+
+
+def _drop_empty(found: tuple[Tensor, ...], places: Tensor, size: int) -> Iterator[Tensor]:
+    """Without the tiles that hold padding only."""
+    holds = (places.unflatten(1, (-1, size)) >= 0).any(-1)[found[0], found[1]]
+    return (t[holds] for t in found)

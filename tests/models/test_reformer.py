@@ -1,0 +1,299 @@
+"""sparse_reformer against Transformers' own classes and against the definition."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+import transformers
+
+import sparse_hf
+from sparse_hf.testing import AllocationInterceptor
+from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model
+
+# ours may err this many times as much as the stock class in float32 does, against the stock class in float64, plus roundings
+SLACK, ROUNDING = 4, 1e-5
+TRAINED = ["ReformerModelWithLMHead", "ReformerForMaskedLM"]
+DRAWS = [pytest.param(seed, marks=() if seed < 20 else pytest.mark.slow) for seed in range(220)]
+
+
+@pytest.mark.parametrize("seed", DRAWS)
+def test_equals_stock(seed, monkeypatch):
+    case = draw(seed)
+    stock = stock_model(case.head, seed, **case.values)
+    ours = sparse_hf.sparsify(stock)
+    assert type(ours).__name__ == f"Sparse{case.head}" and type(stock).__name__ == case.head
+    for module in ours.modules():
+        # the stock class takes chunks that divide the length only
+        for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
+            if name in vars(module):
+                setattr(module, name, 7 * (seed % 2))
+    batch, hashes = inputs(case.head, case.length, case.side, seed), Hashes(monkeypatch)
+    truth = hashes.run(stock_answers, exact(stock), batch)
+    plain = hashes.run(stock_answers, stock, batch)
+    found = hashes.run(answers, ours.train(), batch)
+    assert found.keys() == plain.keys() and len(found) > 10
+    for name, right in truth.items():
+        scale = right.abs().max().clamp(min=1)
+        error, allowed = ((t[name].double() - right).abs().max() / scale for t in (found, plain))
+        assert error <= SLACK * allowed + ROUNDING, f"{name} errs by {error:.1e}, the stock class by {allowed:.1e}"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_row_padded_on_the_left_is_the_row_alone(head):
+    ours = sparse_hf.sparsify(stock_model(head, is_decoder=head == "ReformerModelWithLMHead"))
+    alone = inputs(head, 61, "none", batch=1)
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    alone["attention_mask"] = torch.ones(1, 61, dtype=torch.long)
+    padded = {k: torch.nn.functional.pad(v, (23, 0), value=pad[k]) if v.ndim == 2 else v for k, v in alone.items()}
+    padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        wanted, found = (ours(**b, output_hidden_states=True).hidden_states[-1] for b in (alone, padded))
+    torch.testing.assert_close(found[:, 23:], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{}, {"num_hashes": 3, "num_buckets": None}, {"is_decoder": True}])
+def test_reversible_layers_give_what_layers_that_keep_states_give(values):
+    dropped = dict.fromkeys(("hidden_dropout_prob", "local_attention_probs_dropout_prob"), 0.2)
+    layers = ["local", "lsh", "lsh"]
+    stock = stock_model("ReformerModel", attn_layers=layers, lsh_attention_probs_dropout_prob=0.3, **dropped, **values)
+    ours = sparse_hf.sparsify(stock).double().train()
+    batch = inputs("ReformerModel", 77)
+
+    def gradients(**more):
+        torch.manual_seed(7)
+        states = ours(**batch, **more).last_hidden_state
+        return states, *torch.autograd.grad(states.square().sum(), list(ours.parameters()))
+
+    for found, wanted in zip(gradients(), gradients(output_hidden_states=True), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_depth_keeps_no_activations():
+    kept = {}
+    for depth in (2, 8):
+        ours = sparse_hf.sparsify(stock_model("ReformerModel", attn_layers=["local"] * depth)).train()
+        batch, sizes = inputs("ReformerModel", 200), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t) or t, lambda t: t):
+            ours(**batch)
+        parameters = {p.data_ptr() for p in ours.parameters()}
+        kept[depth] = sum(t.numel() for t in sizes if t.data_ptr() not in parameters)
+    assert kept[2] == kept[8]
+
+
+@pytest.mark.parametrize("length", [4_352, pytest.param(16_640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head", TRAINED)
+def test_no_tensor_has_two_lengths(head, length):
+    own = {"axial_pos_embds": True, "axial_pos_shape": [130, 136], "num_hashes": 2, "num_buckets": None}
+    sizes = {"local_attn_chunk_length": 60, "lsh_attn_chunk_length": 60, "max_position_embeddings": 17_000}
+    ours = sparse_hf.sparsify(stock_model(head, **own, **sizes)).train()
+    batch = inputs(head, length, batch=1)
+    with AllocationInterceptor(length) as seen:
+        ours(**batch).loss.backward()
+    assert not seen.quadratic and seen.calls > 500
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_compiled_as_one_graph(head):
+    torch._dynamo.reset()
+    # in float64, because reversible layers compute their states again, and a graph does not
+    ours, batch = sparse_hf.sparsify(stock_model(head)).double(), inputs(head, 70)
+    wanted = answers(ours, batch)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for name, value in answers(compiled, batch).items():
+        torch.testing.assert_close(value, wanted[name.replace("_orig_mod.", "")], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["ReformerModel", *TRAINED])
+def test_exported(head):
+    ours = sparse_hf.sparsify(stock_model(head))
+    batch = {k: v for k, v in inputs(head, 70).items() if k != "labels"} | {"use_cache": False}
+    batch = batch if head != "ReformerForMaskedLM" else {k: v for k, v in batch.items() if k != "use_cache"}
+    program = torch.export.export(ours, (), batch, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(**batch)[0], ours(**batch)[0])
+
+
+@pytest.mark.parametrize("layers", [["local", "local"], ["local", "lsh"], ["lsh", "local"]])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generates_the_same_with_a_cache_without_and_as_stock(layers, beams, capsys):
+    stock = stock_model("ReformerModelWithLMHead", attn_layers=layers)
+    ours, ids = sparse_hf.sparsify(stock), inputs("ReformerModel", 29, "none")["input_ids"]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    found = ours.generate(ids, **options)
+    assert torch.equal(found, ours.generate(ids, **options, use_cache=False)) and not capsys.readouterr().out
+    assert torch.equal(found, stock.generate(ids, **options, use_cache=False))
+    padded = torch.nn.functional.pad(ids, (9, 0))
+    again = ours.generate(padded, attention_mask=(padded > 0).long(), **options)
+    assert torch.equal(again[:, 9:], found)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_checkpoints_load_unchanged(head, tmp_path):
+    stock, batch = stock_model(head), inputs(head, 50)
+    stock.save_pretrained(tmp_path / "stock")
+    loaded, told = getattr(sparse_hf, f"Sparse{head}").from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    sparse_hf.convert(tmp_path / "stock", tmp_path / "sparse", progress=False)
+    converted = type(loaded).from_pretrained(tmp_path / "sparse")
+    assert converted.config.sparse_attention["layers"] == ["sparse", "pattern_1"]
+    assert converted.config.layer_pattern(1) == loaded.config.layer_pattern(1) == "lsh_chunks(8, 1, 0, 2, 8, 5)"
+    with torch.no_grad():
+        wanted = sparse_hf.sparsify(stock)(**batch)[0]
+        for model in (loaded, converted):
+            torch.testing.assert_close(model.eval()(**batch)[0], wanted)
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "sparse")).__name__ == "SparseReformerModel"
+
+
+# what of the published configurations says what attends to what
+PUBLISHED = {
+    "crime-and-punishment": (
+        {"attn_layers": ["local", "lsh"] * 3, "axial_pos_shape": [512, 1024], "axial_pos_embds_dim": [64, 192],
+         "num_buckets": [64, 128], "num_hashes": 1, "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64,
+         "max_position_embeddings": 524288, "hidden_size": 256, "num_attention_heads": 2},
+        ["ring(64, 1, 0)", "lsh_chunks(64, 1, 0, 1, (64, 128), None)"],
+    ),
+    "enwik8": (
+        {"attn_layers": ["local", "local", "lsh", "local"] * 3, "axial_pos_shape": [128, 512],
+         "axial_pos_embds_dim": [256, 768], "num_buckets": 512, "num_hashes": 4, "local_attn_chunk_length": 128,
+         "lsh_attn_chunk_length": 256, "max_position_embeddings": 65536, "hidden_size": 1024, "num_attention_heads": 8},
+        ["ring(128, 1, 0)", "lsh_chunks(256, 1, 0, 4, 512, None)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_translate(name):
+    values, (local, hashed) = PUBLISHED[name]
+    config = sparse_hf.SparseReformerConfig.from_dense({**values, "is_decoder": True, "model_type": "reformer"})
+    kinds = {"local": local, "lsh": hashed}
+    assert [config.layer_pattern(i) for i in range(len(values["attn_layers"]))] == [
+        kinds[k] for k in values["attn_layers"]
+    ]
+    assert config.layer_pattern(0, is_causal=True) == f"{local.replace('ring', 'chunk')} & window(None, 0)"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", TRAINED)
+def test_half_precision(head, dtype):
+    # two tokens alike in one chunk of hash order, one that sees itself alone, and padding: where masks would overflow
+    ours = sparse_hf.sparsify(stock_model(head)).to(dtype).train()
+    outputs = ours(**inputs(head, 70))
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype and outputs.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in ours.parameters() if p.grad is not None)
+    whole = sparse_hf.sparsify(stock_model(head, attn_layers=["local", "local"]))
+    # without hashes, which half precision may turn into others
+    exact = copy.deepcopy(whole).double()(**inputs(head, 70)).logits
+    error = (whole.to(dtype)(**inputs(head, 70)).logits.double() - exact).abs().max()
+    assert error < 60 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_nothing_is_sticky(head):
+    ours = sparse_hf.sparsify(stock_model(head, num_buckets=None))
+
+    def everything():
+        plain = {n: {k: repr(v) for k, v in vars(m).items() if k[0] != "_"} for n, m in ours.named_modules()}
+        return copy.deepcopy((ours.config.to_dict(), plain)), torch.get_rng_state().tolist()
+
+    before, batch = everything(), inputs(head, 50)
+    first = ours(**batch)[0]
+    ours(**inputs(head, 7))
+    ours(**inputs(head, 90)).to_tuple()[0].sum().backward()
+    assert everything() == before and torch.equal(ours(**batch)[0], first)
+
+
+@pytest.mark.parametrize("head", TRAINED)
+def test_weights_come_from_the_reference(head):
+    ours, batch = sparse_hf.sparsify(stock_model(head)), inputs(head, 50)
+    with pytest.raises(ValueError, match="attn_implementation='sparse_reference'"):
+        ours(**batch, output_attentions=True)
+    plain = ours(**batch)
+    ours.set_attn_implementation("sparse_reference")
+    outputs, real = ours(**batch, output_attentions=True), batch["attention_mask"].bool()
+    torch.testing.assert_close(outputs.logits[real], plain.logits[real], rtol=1e-4, atol=1e-5)
+    for weights in outputs.attentions:
+        assert weights.shape == (2, 4, 50, 50)
+        rows = weights.sum(-1).transpose(1, 2)[real]
+        torch.testing.assert_close(rows, torch.ones_like(rows))
+    ours.set_attn_implementation("sparse_flex")
+    with pytest.raises(NotImplementedError, match="cannot run"):
+        ours(**batch)
+
+
+def test_checkpointing_is_there_from_the_start():
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerForMaskedLM")).train(), inputs("ReformerForMaskedLM", 50)
+    wanted = ours(**batch).loss
+    getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)()
+    loss = ours(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+
+
+def test_trainer_trains(tmp_path):
+    ours = sparse_hf.sparsify(stock_model("ReformerModelWithLMHead", hash_seed=None, num_buckets=None))
+    data = [{"input_ids": row, "labels": row} for row in inputs("ReformerModel", 45, "none", batch=4)["input_ids"]]
+    options = {"max_steps": 12, "learning_rate": 3e-3, "report_to": "none", "use_cpu": True, "logging_steps": 1}
+    known = inspect.signature(transformers.TrainingArguments).parameters
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    arguments = transformers.TrainingArguments(tmp_path, save_strategy="no", **options, **{name: True})
+    trainer = transformers.Trainer(ours, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0] and trainer.evaluate()["eval_loss"] < losses[0]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_forward_takes_its_arguments_as_stock(head):
+    stock = stock_model(head)
+    ours = sparse_hf.sparsify(stock)
+    wanted = list(inspect.signature(type(stock).forward).parameters)
+    found = list(inspect.signature(type(ours).forward).parameters)
+    assert [name for name in found if name != "global_attention_mask"] == wanted
+    batch = inputs(head, 48, "none")
+    as_tuple, theirs = ours(**batch, return_dict=False), stock(**batch, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], theirs[0], rtol=1e-4, atol=1e-4)
+    states = stock.get_input_embeddings()(batch.pop("input_ids"))
+    torch.testing.assert_close(ours(inputs_embeds=states, **batch)[0], theirs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_rounds_may_be_asked_for():
+    stock = stock_model("ReformerModel")
+    ours, batch = sparse_hf.sparsify(stock), inputs("ReformerModel", 64)
+    real = batch["attention_mask"].bool()
+    for rounds in (1, 4):
+        wanted = stock(**batch, num_hashes=rounds)[0][real]
+        torch.testing.assert_close(ours(**batch, num_hashes=rounds)[0][real], wanted, rtol=1e-4, atol=1e-4)
+
+
+def _forward(head: str, **changes):
+    own = {k: changes.pop(k) for k in ("axial_pos_embds",) if k in changes}
+    return lambda: sparse_hf.sparsify(stock_model(head, **own))(**{**inputs(head, 50), **changes})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (_forward("ReformerModel", attention_mask=torch.ones(2, 1, 50, 50)), r"attention_mask has shape \(2, 1, 50, 50\)"),
+        (_forward("ReformerModel", inputs_embeds=torch.ones(2, 50, 32)), "either input_ids or inputs_embeds"),
+        (_forward("ReformerModel", position_ids=torch.arange(300, 350)[None], axial_pos_embds=True), "room for 256"),
+        (_forward("ReformerModel", global_attention_mask=torch.ones(2, 50)), "no pattern of this model has marked"),
+        (lambda: sparse_hf.sparsify(stock_model("ReformerModel"), layers={1: "window(5, 0)"}), r"takes lsh_chunks\(...\)"),
+        (lambda: sparse_hf.sparsify(stock_model("ReformerModel"), layers={0: "lsh_chunks(8)"}), "takes a pattern of positions"),
+        (lambda: sparse_hf.sparsify(stock_model("ReformerModel"), layers={0: "marked()"}), "takes a pattern of positions"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_local_layers_take_other_patterns():
+    stock = stock_model("ReformerModel", attn_layers=["local", "lsh", "local"])
+    ours = sparse_hf.sparsify(stock, "window(3, 3) | first(1)", layers={1: "lsh_chunks(16, 1, 0, 1, 4, 0)"})
+    assert [ours.config.layer_pattern(i) for i in range(3)] == [
+        "window(3, 3) | first(1)", "lsh_chunks(16, 1, 0, 1, 4, 0)", "window(3, 3) | first(1)"]  # fmt: skip
+    assert ours(**inputs("ReformerModel", 50))[0].isfinite().all()
