@@ -20,8 +20,9 @@ from ..plan import BlockPlan, remembered
 from .merge import merge
 from .scoring import Scoring
 
-# kernels work on tiles that divide a block, and lengths that divide by it need no bounds checks
-TILE = 64
+# kernels work on 128 x 128 tiles, and lengths that divide by it need no bounds checks; torch chooses those of the backward
+# pass by head dim and has none that divide smaller blocks
+TILE = 128
 # a row of the table is long if it has more than this many times the median's blocks, plus a few
 LONG, FEW = 4, 16
 # distinct shapes and patterns that may be compiled in one process, before an error says so
@@ -36,12 +37,6 @@ OPTIONS = {
     },
     (9, 128): {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
 }  # fmt: skip
-# blocks of 64, which torch's own sizes do not divide; in float32, numbers take twice the memory
-SMALL = {
-    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
-    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4, "bwd_num_stages": 2,
-}  # fmt: skip
-SMALL_FP32 = {key: 32 if "BLOCK" in key and key != "fwd_BLOCK_M" else value for key, value in SMALL.items()}
 
 
 def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
@@ -88,19 +83,16 @@ def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, score_mod
             score_mod=score_mod,
             block_mask=piece.mask,
             scale=scale,
-            kernel_options=_options(q, piece.mask.BLOCK_SIZE[0]),
+            kernel_options=_options(q),
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=True),
         )
     return out, aux.lse
 
 
-def _options(q: Tensor, block_size: int) -> dict[str, int] | None:
-    """Sizes of the kernels' tiles where others than torch's own are faster, or are needed."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if block_size % 128:
-        return SMALL if half else SMALL_FP32
-    if not half:
+def _options(q: Tensor) -> dict[str, int] | None:
+    """Sizes of the kernels' tiles where others than torch's own are faster."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
         return None
     return OPTIONS.get((torch.cuda.get_device_capability(q.device)[0], q.shape[-1]))
 
@@ -230,15 +222,6 @@ def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Te
 
 def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None):
     size, q_len, kv_len = plan.block_size, plan.q_len, plan.kv_len
-    if plan.is_settled:
-        # one kernel for the patterns of all heads and layers: what they differ in is in the tables
-        def settled(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            q, k = _place(q, q_blocks, size), _place(k, kv_blocks, size)
-            exists = (q < q_len) & (k < kv_len)
-            return exists & together(b, q.clamp(max=q_len - 1), k.clamp(max=kv_len - 1))
-
-        together = plan.together
-        return settled
     heads = torch.tensor(plan.heads, device=plan.device) if plan.heads else None
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

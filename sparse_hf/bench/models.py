@@ -68,19 +68,20 @@ def run_models(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shape = {"layers": layers, "batch": batch, "dtype": dtype, "training": training, "compile_mode": compile_mode}
     console, rows, errors = Console(stderr=True), [], {}
+    result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
     for name in models:
         with console.status(f"{name}: comparing"):
             errors[name] = _compare(CASES[name], layers, dtype, place)
         for n in sorted(lengths):
             with console.status(f"{name}: n = {n:,}"):
                 rows += _one_length(name, n, shape, place, repeats, budget, rows, console)
-    _ratios(rows)
-    result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
-    result["slopes"] = _slopes(rows)
+            _ratios(rows)
+            result["slopes"] = _slopes(rows)
+            if out:
+                # what is measured stays, whatever happens to the next model
+                write_json(result, out)
     # wide enough for all columns, in a narrow window or a pipe too
     Console(width=max(Console().width, 124)).print(_table(result))
-    if out:
-        write_json(result, out)
     if plot:
         plot_result(result, f"{layers} layers, hidden size 768 or 1,024, {batch} row(s), {dtype}", plot)
     return result
@@ -160,11 +161,19 @@ def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlie
         except torch._dynamo.exc.TorchDynamoException as error:
             rows.append({**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"})
         if not console.is_terminal:
-            console.print(f"{label}, n = {n:,}: {rows[-1].get('failed') or 'measured'}", highlight=False)
+            console.print(f"{label}, n = {n:,}: {_told(rows[-1])}", highlight=False, soft_wrap=True)
         torch._dynamo.reset()
         if place.type == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def _told(row: dict) -> str:
+    if row.get("failed"):
+        return row["failed"]
+    step = "" if row["step_s"] is None else f", step {row['step_s'] * 1e3:,.1f} ms"
+    memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:,.0f} MiB"
+    return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"
 
 
 def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, budget: float) -> dict:

@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 128
-# below this, blocks cost more than the masks that they save; on a GPU tiles smaller than the second are slow
-SMALLEST, SMALLEST_ON_GPU = 32, 64
+# below this, blocks cost more than the masks that they save
+SMALLEST = 32
 
 
 def build_plan(
@@ -185,9 +185,14 @@ def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, ba
 
 
 def _block_size(pattern: Pattern, device: str) -> int:
-    """Smaller blocks where the pattern's own make all of them full or empty."""
+    """Smaller blocks where the pattern's own make all of them full or empty.
+
+    Kernels of a GPU know one size only. But they would be compiled for every pattern of every head, for minutes a layer, so
+    that heads with patterns of their own get blocks that need no masks there too.
+    """
     size = math.gcd(BLOCK_SIZE, pattern.grain)
-    return size if size >= (SMALLEST_ON_GPU if device.startswith("cuda") else SMALLEST) else BLOCK_SIZE
+    fits = size >= SMALLEST and (pattern.heads is not None or not device.startswith("cuda"))
+    return size if fits else BLOCK_SIZE
 
 
 def _same(one: tuple, other: tuple) -> bool:

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..pattern import FULL, Pattern
+from ..pattern import Pattern
 from ..pattern.base import Marks
-from .build import Classifier, Grid, list_tables
+from .build import Grid, list_tables
 from .layout import Layout
 
 # a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
@@ -97,7 +97,7 @@ class BlockPlan:
         """
         x = q + self.q_offset
         layout, pattern = self.layout, self.patterns[p]
-        row = self._row(b)
+        row = b if layout.rows > 1 else torch.zeros_like(b)
         marks = Marks(length=self.kv_len)
         if layout.marks is not None and pattern.uses_marks:
             marks = marks._replace(q=layout.marks[row, x], k=layout.marks[row, k])
@@ -107,46 +107,14 @@ class BlockPlan:
             origin, key_origin = layout.start[row, x], layout.start[row, k]
             if pattern.uses_length:
                 marks = marks._replace(length=layout.end[row, x] + 1 - origin)
+            allowed = (origin == key_origin) & (origin >= 0)
             # outside a shared sequence positions mean nothing, but they stay non-negative
-            allowed = self.together(b, q, k) & pattern.allows(x - origin, k - key_origin, marks)
+            allowed = allowed & pattern.allows(x - origin, k - key_origin, marks)
+        if layout.real is not None:
+            allowed = allowed & layout.real[row, x] & layout.real[row, k]
         if self.mask_function is not None:
             allowed = allowed & self.mask_function(b, torch.zeros_like(b), x, k)
         return allowed
-
-    def together(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Are query q and key k real tokens of one sequence? As `allows`, whatever the pattern says."""
-        x, layout, row = q + self.q_offset, self.layout, self._row(b)
-        if layout.start is None:
-            return (x >= 0) & (k >= 0)
-        origin = layout.start[row, x]
-        found = (origin == layout.start[row, k]) & (origin >= 0)
-        if layout.real is not None:
-            found = found & layout.real[row, x] & layout.real[row, k]
-        return found
-
-    def _row(self, b: Tensor) -> Tensor:
-        return b if self.layout.rows > 1 else torch.zeros_like(b)
-
-    @cached_property
-    def is_settled(self) -> bool:
-        """Do the tables say all that the pattern says? Then `allows` is `together` on every listed block.
-
-        So it is where the pattern is made of aligned blocks, as BigBird's, and sequences begin at block borders.
-        """
-        if self.mask_function is not None:
-            return False
-        layout, counts = self.layout.to("cpu"), self.row_offsets.diff().cpu()
-        row = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        (b, p), i = _divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
-        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size)
-        corners = grid.corners(i, self.columns.long().cpu(), 1)
-        b = b if layout.rows > 1 else torch.zeros_like(b)
-        for index, pattern in enumerate(self.patterns):
-            mine = p == index
-            classify = Classifier(pattern.on("cpu"), layout, self.kv_len, borders=False)
-            if not (classify(b[mine], *(corner[mine] for corner in corners)) == FULL).all():
-                return False
-        return True
 
     def query_places(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""
@@ -213,10 +181,6 @@ class BlockPlan:
                     k_range = self.block_range(first, last, self.kv_len)
                     dense[b, p, slice(*q_range), slice(*k_range)] = self.mask(b, p, q_range, k_range)
         return dense
-
-
-def _divmod(x: Tensor, y: int) -> tuple[Tensor, Tensor]:
-    return torch.div(x, y, rounding_mode="floor"), x % y
 
 
 def _length(bounds: tuple[int, int]) -> int:

@@ -50,13 +50,10 @@ class Grid:
 
 
 class Classifier:
-    """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks.
+    """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks."""
 
-    Without `borders` it is the pattern's own among the pairs of one sequence: FULL although there is padding beside them.
-    """
-
-    def __init__(self, pattern: Pattern, layout: Layout, kv_len: int, borders: bool = True):
-        self.pattern, self.layout, self.kv_len, self.borders = pattern, layout, kv_len, borders
+    def __init__(self, pattern: Pattern, layout: Layout, kv_len: int):
+        self.pattern, self.layout, self.kv_len = pattern, layout, kv_len
         self.real = _running_count(layout.real)
         # marks only matter to a pattern that asks for them
         self.marks = _running_count(layout.marks) if pattern.uses_marks else None
@@ -78,8 +75,6 @@ class Classifier:
         origin = start.clamp(min=0)
         marks = self._marks(b, (a0, a1), (c0, c1), end + 1 - origin)
         state = self.pattern.blocks(a0 - origin, a1 - origin, c0 - origin, c1 - origin, marks)
-        if not self.borders:
-            return torch.where(mixed, PARTIAL, state).to(torch.int8)
         whole = (q0 >= start) & (q1 <= end) & (k0 >= start) & (k1 <= end)
         if self.real is not None:
             whole &= (self._count(self.real, b, q0, q1) == q1 - q0 + 1) & (

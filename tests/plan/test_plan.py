@@ -116,37 +116,6 @@ def test_rows_that_are_alike_share_one_plan():
     assert build_plan("window(9, 9)", 300, marks=marks).batch_rows == 1
 
 
-BLOCKS = "chunk(16, 1, 1) | first(16) | last(1, 16) | random_blocks(2, 16, 1) | marked()"
-
-
-@pytest.mark.parametrize("case", ["plain", "last_queries", "left_padding", "right_padding", "packed"])
-@pytest.mark.parametrize("pattern", [BLOCKS, f"per_head({BLOCKS}, chunk(16, 2, 0))", "window(20, 20) | first(3)"])
-@pytest.mark.parametrize("marked", [False, True])
-def test_tables_that_say_all_are_known_as_such(pattern, case, marked):
-    data = scenario(case, 200)
-    plan = build_plan(
-        pattern,
-        data["q_len"],
-        200,
-        key_padding_mask=data["real"],
-        segment_ids=data["documents"],
-        marks=data["marks"] if marked else None,
-        block_size=16,
-    )
-    q, k = torch.arange(plan.q_len)[:, None], torch.arange(200)[None]
-    within = torch.zeros(plan.batch_rows, len(plan.patterns), plan.q_len, 200, dtype=torch.bool)
-    for row, runs in enumerate(plan.runs):
-        (b, p), i = divmod(row // plan.q_blocks, len(plan.patterns)), row % plan.q_blocks
-        for run in runs:
-            within[b, p, i * 16 : i * 16 + 16, run.first * 16 : run.last * 16 + 16] = True
-    together = torch.stack([plan.together(torch.tensor([[b]]), q, k) for b in range(plan.batch_rows)])
-    says_all = torch.equal(within & together[:, None], plan.to_dense())
-    # a window's edges may hide in padding, but nothing that tables do not say may be taken for settled
-    assert says_all or not plan.is_settled
-    if pattern != "window(20, 20) | first(3)" and not marked and case in ("plain", "right_padding"):
-        assert plan.is_settled
-
-
 def test_density_and_pairs_count_the_pattern():
     plan = build_plan("window(None, 0)", 1000)
     assert plan.pairs == 1000 * 1001 // 2 and plan.density == pytest.approx(0.5005)
