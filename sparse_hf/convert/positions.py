@@ -124,7 +124,11 @@ def _scaled(parameters: dict, rope: str, old: int, new: int) -> dict:
 def changes(
     tensors: Iterable[Stored], positions: Positions, old: int | None, new: int | None, method: str
 ) -> dict[str, Change]:
-    """The tensors that grow from `old` to `new` tokens, by name."""
+    """The tensors that grow from `old` to `new` tokens, by name.
+
+    Raises:
+        ValueError: learned positions are in no table that grows (Reformer's axial ones, those of images).
+    """
     found: dict[str, Change] = {}
     if old is None or new is None or old == new:
         return found
@@ -136,6 +140,11 @@ def changes(
         elif positions.buffers and tensor.name.endswith(positions.buffers):
             shape = (*tensor.shape[:-1], tensor.shape[-1] + new - old)
             found[tensor.name] = Change(shape, partial(_grown_buffer, tensor.name, shape, DTYPES[tensor.dtype]))
+    if positions.scheme == "learned" and not any(name.endswith(positions.tables) for name in found):
+        raise ValueError(
+            f"max_length is {new} and the model has {old} positions, but no table of positions that could grow: those of "
+            "axial shapes and of images stay as they are; leave max_length out"
+        )
     return found
 
 

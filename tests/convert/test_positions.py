@@ -253,3 +253,16 @@ def test_angles_are_not_scaled_twice(tmp_path):
         convert(tmp_path / "once", tmp_path / "twice", max_length=2 * NEW, rope="linear")
     convert(tmp_path / "once", tmp_path / "twice", max_length=2 * NEW)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "twice").rope_parameters["factor"] == NEW / OLD
+
+
+def test_tables_that_cannot_grow_are_refused(tmp_path):
+    config = transformers.ReformerConfig(
+        hidden_size=32, num_attention_heads=2, attention_head_size=16, feed_forward_size=32, vocab_size=97,
+        attn_layers=["local", "lsh"], axial_pos_shape=[8, 16], axial_pos_embds_dim=[16, 16], num_buckets=4,
+        max_position_embeddings=128, is_decoder=True,
+    )  # fmt: skip
+    transformers.ReformerModelWithLMHead(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="max_length is 256 and the model has 128 positions, but no table"):
+        convert(tmp_path / "dense", tmp_path / "sparse", max_length=256)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+    convert(tmp_path / "dense", tmp_path / "sparse")
