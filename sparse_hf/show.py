@@ -18,7 +18,7 @@ from rich.text import Text
 
 from .pattern import EMPTY, FULL, PARTIAL, First, Pattern
 from .pattern.base import Marks
-from .plan import BlockPlan, Reach, build_plan, reach
+from .plan import BlockPlan, Reach, Strides, build_plan, reach, read_strides
 
 COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
 SHADES = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
@@ -121,6 +121,9 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         if heads:
             parts.append(Text(f"heads {', '.join(heads)}: {one}"))
         parts.append(_picture(one, length, min(width, length), options.get("marked", ())))
+        found = read_strides(one, length)
+        if isinstance(found, Strides) and found.spares(length, has_batch=bool(options.get("marked"))):
+            parts.append(Text(f"computed with every {found.step}th token side by side, not in these blocks"))
     parts.append(
         Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
     )

@@ -17,6 +17,7 @@ PATTERNS = [
     "(window(None, 0) | stride(5)) & marked_queries()",
     "window(60, 60) & stride(3)",
     "stride(7)",
+    "window(30, 30) & outside(window(5, 9) | first(2))",
     "fixed(16, 3)",
     "summary(16, 3) | window(0, 0)",
     "chunk(50)",

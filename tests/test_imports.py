@@ -25,7 +25,7 @@ ALLOWED = {
     "__init__": {"attention", "convert", "models", "pattern", "plan", "version"},
 }
 NO_TRANSFORMERS = {"pattern", "plan", "attention", "show", "testing"}
-IMPLEMENTATIONS = {"reference", "blockwise", "flex", "fa"}
+IMPLEMENTATIONS = {"reference", "blockwise", "flex", "fa", "regroup"}
 
 
 def imports(path: Path) -> set[str]:

@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan, cached_plan
-from . import blockwise, content, fa, flex, reference
+from ..plan import AnyPlan, BlockPlan, cached_plan
+from . import blockwise, content, fa, flex, reference, regroup
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -98,32 +98,45 @@ def sparse_attention(
         rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
         out, lse = content.attend(q, k, v, *rest, choose)
     else:
-        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, by_identity=True)
+        may = regroup.may_regroup(backend, scoring, dropout)
+        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, True, may)
         _check_plan(plan, q)
         out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 
 
-def choose(backend: str, q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> ModuleType:
-    """The module that runs this call. Only "auto" may choose, and it says what it chose, once."""
+def choose(
+    backend: str, q: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring, dropout: float
+) -> ModuleType | regroup.Composition:
+    """What runs this call. Only "auto" may choose a backend, and it says what it chose, once."""
+    if isinstance(plan, BlockPlan):
+        return _backend(backend, q, v, plan, scoring, dropout, q.shape[2])
+    # parts may be short, but there are many of them
+    return regroup.Composition(
+        lambda part_q, part_v, part: _backend(backend, part_q, part_v, part, scoring, dropout, q.shape[2], True)
+    )
+
+
+def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, regrouped: bool = False) -> ModuleType:
     if backend != "auto":
         reason = BACKENDS[backend].refuses(q, v, plan, scoring, dropout)
         if reason:
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
     # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
-    names = PREFERENCE if q.shape[2] >= FEW_QUERIES else ("blockwise",)
+    names = PREFERENCE if queries >= FEW_QUERIES else ("blockwise",)
     able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
     if able[:2] == ["fa", "flex"] and not fa.is_fastest(q, plan):
         able = able[1:]
     name = able[0]
-    _say(name, q.device.type, str(q.dtype), bool(dropout))
+    _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)
     return BACKENDS[name]
 
 
 @lru_cache
-def _say(name: str, device: str, dtype: str, dropout: bool) -> None:
-    logger.info("attention on %s in %s%s runs on backend %r", device, dtype, " with dropout" * dropout, name)
+def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> None:
+    how = " with dropout" * dropout + ", tokens of a stride side by side," * regrouped
+    logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
 
 
 def _check_backend(backend: str) -> None:
@@ -160,7 +173,7 @@ def _checked_plan(plan: BlockPlan, q: Tensor, k: Tensor, batch: tuple) -> BlockP
     return plan.to(q.device)
 
 
-def _check_plan(plan: BlockPlan, q: Tensor) -> None:
+def _check_plan(plan: AnyPlan, q: Tensor) -> None:
     if plan.heads and len(plan.heads) != q.shape[1]:
         raise ValueError(f"per_head names {len(plan.heads)} patterns; q has {q.shape[1]} heads")
     if plan.batch_rows not in (1, q.shape[0]):

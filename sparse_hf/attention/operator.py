@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import BlockPlan, cached_plan
+from ..plan import AnyPlan, cached_plan
 from . import content
+from .regroup import may_regroup
 from .scoring import Scoring
 
 # arguments that are tensors come first
@@ -22,7 +23,7 @@ _ARGUMENTS = (
     "Tensor? bias, str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend"
 )
 # recorded graphs read the tables of these for as long as they live
-_RECORDED: set[BlockPlan] = set()
+_RECORDED: set[AnyPlan] = set()
 
 
 def _forward(
@@ -33,7 +34,7 @@ def _forward(
     if content.uses_content(pattern):
         out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
         return out.contiguous(), lse.contiguous()
-    plan = _plan(q, k, pattern, q_offset, batch)
+    plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
     out, lse = _choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
@@ -50,7 +51,7 @@ def _gradients(
             q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
         )
         return *(g.contiguous() for g in grads), q.new_empty(0)
-    plan = _plan(q, k, pattern, q_offset, batch)
+    plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
     chosen = _choose(backend, q, v, plan, scoring, dropout)
     if not getattr(chosen, "NONE_IS_ZERO", False):
         grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
@@ -67,8 +68,8 @@ def _gradients(
     return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
-def _plan(q, k, pattern: str, q_offset: int, batch: tuple) -> BlockPlan:
-    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, batch, q.device)
+def _plan(q, k, pattern: str, q_offset: int, batch: tuple, may: bool) -> AnyPlan:
+    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, batch, q.device, may_regroup=may)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         _RECORDED.add(plan)
     return plan

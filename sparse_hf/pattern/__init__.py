@@ -2,6 +2,7 @@
 
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
+from .complement import Outside
 from .content import LSH, LSHChunks
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .parse import PatternError
@@ -35,6 +36,7 @@ __all__ = [
     "Marked",
     "MarkedKeys",
     "MarkedQueries",
+    "Outside",
     "Pattern",
     "PatternError",
     "PerHead",

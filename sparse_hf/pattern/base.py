@@ -73,6 +73,11 @@ class Pattern:
         return any(self.marked_sides)
 
     @property
+    def marks_add(self) -> bool:
+        """Do marks only add pairs?"""
+        return True
+
+    @property
     def uses_length(self) -> bool:
         """Does it ask how long the sequence is?"""
         return False
@@ -138,6 +143,10 @@ class _Joined(Pattern):
     @property
     def marked_sides(self) -> tuple[bool, bool]:
         return tuple(map(any, zip(*(part.marked_sides for part in self.parts), strict=True)))
+
+    @property
+    def marks_add(self) -> bool:
+        return all(part.marks_add for part in self.parts)
 
     @property
     def uses_length(self) -> bool:

@@ -7,6 +7,7 @@ import difflib
 import inspect
 
 from .base import Pattern
+from .complement import Outside
 from .content import LSH, LSHChunks
 from .explicit import BlockTable, PerHead, RandomBlocks
 from .primitives import (
@@ -28,9 +29,11 @@ from .ring import Ring
 
 PRIMITIVES = (
     Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Summary, Chunk, Ring, RandomBlocks, BlockTable,
-    LSH, LSHChunks, PerHead,
+    LSH, LSHChunks, Outside, PerHead,
 )  # fmt: skip
 WORDS = {p.word: p for p in PRIMITIVES}
+# those whose arguments are patterns
+OF_PATTERNS = {Outside.word, PerHead.word}
 CALLS = {**WORDS, "causal": causal, "full": full, **RECIPES}
 # far above any pattern that means something, far below what would exhaust the parser
 LONGEST = 100_000
@@ -96,7 +99,7 @@ def _call(node: ast.Call, text: str) -> Pattern:
     word, at = node.func.id, node.col_offset
     if word not in CALLS:
         raise _unknown(word, at, text)
-    values = [_pattern(a, text) if word == PerHead.word else _value(a, text) for a in node.args]
+    values = [_pattern(a, text) if word in OF_PATTERNS else _value(a, text) for a in node.args]
     named = {}
     for keyword in node.keywords:
         if keyword.arg is None:

@@ -17,17 +17,22 @@ from .joined import joined_rows
 from .layout import make_layout
 from .memo import remembered
 from .reach import Reach, reach
+from .regroup import AnyPlan, ByHeads, Regrouped, Strides, read_strides, regrouped, strided_plan
 from .split import Shape, Split, read_pattern, split
 
 __all__ = [
+    "AnyPlan",
     "BlockPlan",
+    "ByHeads",
     "Call",
     "Gathered",
     "MaskFunction",
     "Reach",
+    "Regrouped",
     "Run",
     "Shape",
     "Split",
+    "Strides",
     "build_plan",
     "cached_plan",
     "calls",
@@ -35,8 +40,11 @@ __all__ = [
     "make_layout",
     "reach",
     "read_pattern",
+    "read_strides",
+    "regrouped",
     "remembered",
     "split",
+    "strided_plan",
 ]
 
 BLOCK_SIZE = 128
@@ -112,16 +120,17 @@ def build_plan(
 
 
 def cached_plan(
-    pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tuple, device, by_identity: bool = False
-) -> BlockPlan:
+    pattern: str, q_len: int, kv_len: int, q_offset: int, batch: tuple, device, by_identity: bool = False,
+    may_regroup: bool = False,
+) -> AnyPlan:  # fmt: skip
     """`build_plan`, remembered: by its arguments when no batch data enters, else by the content of that data.
 
     `batch` is `(key_padding_mask, segment_ids, marks)`. Remembering by content is a pure function: a plan is reused only
     where building it again would give the same tables. With `by_identity`, tensors that are the very same objects,
     unchanged, are not compared: on a GPU that would make the host wait in every layer. Compiled code, which writes to its
-    buffers unseen, must not ask for it.
+    buffers unseen, must not ask for it. With `may_regroup` it is a plan of strides where those are worth it.
     """
-    key = (pattern, q_len, kv_len, q_offset, str(device))
+    key = (pattern, q_len, kv_len, q_offset, str(device), may_regroup)
     if by_identity:
         for known, stamp, plan in _STAMPED:
             if known == key and stamp.fits(batch):
@@ -132,7 +141,7 @@ def cached_plan(
     return plan
 
 
-def _cached_by_content(key: tuple, batch: tuple) -> BlockPlan:
+def _cached_by_content(key: tuple, batch: tuple) -> AnyPlan:
     kv_len = key[2]
     if batch[0] is not None and batch[0].shape[1:] == (kv_len,) and batch[0].all():
         # many models make a mask of ones where none is given; one of another shape is refused below
@@ -166,11 +175,18 @@ _STAMPED: deque = deque(maxlen=32)
 
 
 @lru_cache(maxsize=64)
-def _plan_without_batch(*key) -> BlockPlan:
+def _plan_without_batch(*key) -> AnyPlan:
     return _build(*key, (None, None, None))
 
 
-def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, batch: tuple) -> BlockPlan:
+def _build(
+    pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, may_regroup: bool, batch: tuple
+) -> AnyPlan:
+    # queries that are not all the tokens are few as a rule, and see what they see as blocks
+    if may_regroup and q_len == kv_len and q_offset == 0:
+        found = _worth_regrouping(_as_pattern(pattern), kv_len, batch, device)
+        if found is not None:
+            return found
     return build_plan(
         pattern,
         q_len,
@@ -182,6 +198,24 @@ def _build(pattern: str, q_len: int, kv_len: int, q_offset: int, device: str, ba
         block_size=_block_size(_as_pattern(pattern), device),
         device=device,
     )
+
+
+def _worth_regrouping(pattern: Pattern, kv_len: int, batch: tuple, device: str) -> AnyPlan | None:
+    """The pattern regrouped, if that is worth it for any head."""
+    patterns = tuple(dict.fromkeys(pattern.heads or (pattern,)))
+    found = [read_strides(one, kv_len) for one in patterns]
+    found = [
+        one if isinstance(one, Strides) and one.spares(kv_len, any(t is not None for t in batch)) else None
+        for one in found
+    ]
+    if not any(found):
+        return None
+    plans = [
+        _build(str(one), kv_len, kv_len, 0, device, False, batch) if strides is None
+        else regrouped(strides, kv_len, batch, device)
+        for one, strides in zip(patterns, found, strict=True)
+    ]  # fmt: skip
+    return ByHeads(tuple(map(patterns.index, pattern.heads)), tuple(plans)) if pattern.heads else plans[0]
 
 
 def _block_size(pattern: Pattern, device: str) -> int:

@@ -165,7 +165,7 @@ class Call:
 @remembered
 def calls(plan: BlockPlan) -> tuple[Call, ...]:
     """What a plan is made of: one call of its own, unless tokens are marked. Later calls take their queries from earlier ones."""
-    if plan.layout.marks is None:
+    if plan.layout.marks is None or not all(p.marks_add for p in plan.patterns):
         return (Call(None, (plan,)),)
     asks_queries, asks_keys = map(any, zip(*(p.marked_sides for p in plan.patterns), strict=True))
     rest = _without_marks(plan)

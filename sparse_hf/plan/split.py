@@ -53,15 +53,18 @@ class Shape:
         return self.has_globals and not self.keys_only and (self.marked or self.clip.right != 0)
 
 
-def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
-    """The pattern as a `Shape` on sequences of at most `kv_len` tokens, or the reason why it is none."""
-    terms = _terms(pattern)
+def read_pattern(pattern: Pattern, kv_len: int, of_any_reach: bool = False) -> Shape | str:
+    """The pattern as a `Shape` on sequences of at most `kv_len` tokens, or the reason why it is none.
+
+    Global queries see everything, unless they may be `of_any_reach`: then they see what is in `clip`.
+    """
+    terms = written_out(pattern)
     if terms is None:
         return f"{pattern} has more than {MAX_TERMS} terms when written out"
     windows, clips, first, marks = [], set(), 0, set()
     for term in terms:
         window = reduce(Window.narrowed, (part for part in term if type(part) is Window), Window(None, None))
-        window = _within(window, kv_len)
+        window = within(window, kv_len)
         rest = {part for part in term if type(part) is not Window}
         if not rest:
             windows.append(window)
@@ -89,18 +92,18 @@ def read_pattern(pattern: Pattern, kv_len: int) -> Shape | str:
     shape = Shape(window, first, bool(marks), clip, keys_only)
     if not shape.has_globals:
         return f"{pattern} holds no pair"
-    if shape.has_rows and clip != Window(None, None):
+    if shape.has_rows and clip != Window(None, None) and not of_any_reach:
         return f"global queries that see {clip} only; they must see everything"
     return shape
 
 
-def _terms(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
+def written_out(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
     """The pattern written out as a union of intersections; None if there are too many."""
     if isinstance(pattern, Union):
-        found = [_terms(part) for part in pattern.parts]
+        found = [written_out(part) for part in pattern.parts]
         out = None if None in found else [term for terms in found for term in terms]
     elif isinstance(pattern, Intersection):
-        found = [_terms(part) for part in pattern.parts]
+        found = [written_out(part) for part in pattern.parts]
         if None in found or reduce(lambda n, terms: n * len(terms), found, 1) > MAX_TERMS:
             return None
         out = [sum(choice, ()) for choice in product(*found)]
@@ -109,7 +112,7 @@ def _terms(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
     return out if out is not None and len(out) <= MAX_TERMS else None
 
 
-def _within(window: Window, kv_len: int) -> Window:
+def within(window: Window, kv_len: int) -> Window:
     return Window(*(None if side is None or side >= kv_len - 1 else side for side in (window.left, window.right)))
 
 

@@ -19,6 +19,7 @@ from sparse_hf import (
     Marked,
     MarkedKeys,
     MarkedQueries,
+    Outside,
     Pattern,
     PatternError,
     PerHead,
@@ -55,7 +56,9 @@ primitives = st.one_of(
     st.builds(BlockTable, size, st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=8).map(tuple)),
 )
 patterns = st.recursive(
-    primitives, lambda p: st.builds(Pattern.__or__, p, p) | st.builds(Pattern.__and__, p, p), max_leaves=5
+    primitives,
+    lambda p: st.builds(Pattern.__or__, p, p) | st.builds(Pattern.__and__, p, p) | st.builds(Outside, p),
+    max_leaves=5,
 )
 law = settings(max_examples=100, derandomize=True, deadline=None)
 
@@ -76,6 +79,13 @@ def test_union_and_intersection_are_those_of_sets(a, b, c):
     assert torch.equal(pairs(a & (b | c)), pairs((a & b) | (a & c)))
     assert torch.equal(pairs(a | a), pairs(a)) and torch.equal(pairs(a & full()), pairs(a))
     assert torch.equal(pairs(a | (a & b)), pairs(a))
+
+
+@law
+@given(patterns, patterns)
+def test_outside_is_the_complement(a, b):
+    assert torch.equal(pairs(Outside(a)), ~pairs(a))
+    assert torch.equal(pairs(Outside(a | b)), pairs(Outside(a) & Outside(b)))
 
 
 @law
@@ -112,6 +122,7 @@ def states_and_truth(pattern: Pattern, seed: int):
         "chunk(3, 2, 1)",
         "last(2, 7)",
         "stride(3)",
+        "outside(window(5, 0))",
         "block_table(4, ((0, 2), (1,)))",
     ],
 )
@@ -226,6 +237,8 @@ def test_recipes_say_what_their_papers_say():
         ("window(1, 0) |", r"invalid syntax"),
         ("window(1, 0", r"never closed"),
         ("per_head(first(1)) | first(2)", r"per_head stands outermost"),
+        ("outside(per_head(first(1)))", r"per_head stands outermost"),
+        ("outside(3)", r"'3' is not a pattern"),
         ("per_head(per_head(first(1)))", r"per_head stands outermost"),
         ("", r"the pattern is empty; the known words are"),
         ("(" * 3000 + ")" * 3000, r"too many nested|nested too deeply"),
