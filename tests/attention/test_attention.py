@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import types
 
 import pytest
 import torch
 
-from sparse_hf import BlockPlan, build_plan, sparse_attention
+from sparse_hf import BlockPlan, attention, build_plan, sparse_attention
 from sparse_hf.attention import merge
 from sparse_hf.attention.dropout import kept
 from sparse_hf.testing import AllocationInterceptor
@@ -204,3 +205,31 @@ def test_a_mask_that_was_written_to_is_read_again():
     # another tensor in its place
     real = torch.ones(1, 40, dtype=torch.bool)
     assert (sparse_attention(q, k, v, "window(5, 0)", key_padding_mask=real)[:, :, 20:] != 0).any()
+
+
+def test_compiled_gradients_of_a_backend_that_leans_on_autograd(monkeypatch):
+    """As FlexAttention, which pads, gathers and merges around its own kernel."""
+
+    def attend(q, k, v, plan, scoring, dropout, seed):
+        q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 3)) for t in (q, k, v))
+        scores = q @ k.repeat_interleave(2, 1).mT * scoring.scale
+        mask = torch.nn.functional.pad(plan.to_dense()[:, 0], (0, 3, 0, 3))
+        mask[:, -3:] = True
+        weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        lse = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1)
+        return (weights @ v.repeat_interleave(2, 1))[:, :, :-3], lse[..., :-3]
+
+    leaning = types.SimpleNamespace(refuses=lambda *_: None, attend=attend)
+    monkeypatch.setitem(attention.BACKENDS, "flex", leaning)
+    tensors = random((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))
+
+    def gradients(backend, compiled):
+        def loss(q, k, v):
+            out, lse = sparse_attention(q, k, v, "window(5, 0)", backend=backend, return_lse=True)
+            return out.square().sum() + lse.sum()
+
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        return torch.autograd.grad(loss(*tensors), tensors)
+
+    for one, other in zip(gradients("flex", True), gradients("blockwise", False), strict=True):
+        torch.testing.assert_close(one, other)
