@@ -25,10 +25,10 @@ IGNORED = -100
 
 
 def first_position(config: PreTrainedConfig) -> int:
-    """The position of a document's first token: 0, but for families that begin behind the padding id (RoBERTa's 2)."""
+    """The position of a document's first token: 0, but for families that begin behind the padding id (RoBERTa)."""
     for family in FAMILIES.values():
         if config.model_type in (family.dense_type, family.sparse_type) and family.positions.counted:
-            return family.positions.offset
+            return config.pad_token_id + 1
     return 0
 
 
