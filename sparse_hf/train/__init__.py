@@ -4,7 +4,9 @@ Imported only when asked: `from sparse_hf.train import MarkHeaders`.
 """
 
 from .collators import MarkHeaders, MarkQuestion, MarkTokens
-from .heal import Distillation, Healed, HealingTrainer, heal, lora_config
+from .distillation import Distillation
+from .heal import Healed, HealingTrainer, heal
+from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "MarkTokens",
     "PackDocuments",
     "PackedCollator",
+    "add_lora",
     "first_position",
     "heal",
     "lora_config",

@@ -1,6 +1,6 @@
 """Healing: a converted model learns to live with its pattern, by more pre-training or from the dense teacher.
 
-Legend: B batch, L tokens of a row, T tokens that have a label, V vocabulary, D hidden size.
+Legend: B batch, L tokens of a row, T tokens that have a label.
 """
 
 from __future__ import annotations
@@ -16,41 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..models import SparseMixin, sparsify
 from ..pattern import Window
-
-IGNORED = -100
-# answers that a teacher gives are compared with the student's in rows of this many tokens: T x V is large
-CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What is learned from a teacher, as weights of the terms of the loss. All are means over the labelled tokens of a step.
-
-    Attributes:
-        labels: weight of the model's own loss.
-        logits: weight of KL(teacher || student) of the softmax at `temperature`, times its square (arXiv:1503.02531).
-        temperature: above 1 gives unlikely answers more say.
-        hidden: weight of the mean squared difference of hidden states, averaged over layers and their width.
-        layers: weights of the layers in that average, one for each; by default all alike.
-    """
-
-    labels: float = 1.0
-    logits: float = 1.0
-    temperature: float = 2.0
-    hidden: float = 0.0
-    layers: Sequence[float] | None = None
-
-    def __post_init__(self):
-        weights = {"labels": self.labels, "logits": self.logits, "hidden": self.hidden}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} is {weight}; a weight of the loss is a number from 0")
-        if not any(weights.values()):
-            raise ValueError("all weights of the loss are 0; give labels, logits or hidden a weight")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be greater than 0")
-        if self.layers is not None and (min(self.layers, default=0) < 0 or not sum(self.layers)):
-            raise ValueError(f"layers is {list(self.layers)}; weights of layers are numbers from 0, and not all 0")
+from .distillation import Distillation, check_teacher, distillation_loss, labelled, shifts
+from .lora import add_lora
 
 
 class HealingTrainer(Trainer):
@@ -164,66 +131,6 @@ def _perplexity(nll: Tensor, count: Tensor) -> float | None:
     return math.exp(min(float(nll / count), 700.0)) if count else None
 
 
-def _plain(model):
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def shifts(model) -> bool:
-    """Does a token's answer belong to the next label (a decoder), rather than to its own?"""
-    model = _plain(model)
-    return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
-
-
-def labelled(model, labels: Tensor) -> Tensor:
-    """True where an answer has a label: `[B, L - 1]` of a decoder, whose last answer has none, else `[B, L]`."""
-    return (labels[:, 1:] if shifts(model) else labels) != IGNORED
-
-
-def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillation) -> Tensor:
-    """The teacher's terms, summed over labelled tokens."""
-    keep = labelled(model, labels)
-    total = outputs["logits"].new_zeros((), dtype=torch.float32)
-    if weights.logits:
-        pairs = [o["logits"][:, : keep.shape[1]][keep] for o in (outputs, taught)]  # [T, V]
-        for student, teacher in zip(*(p.split(CHUNK) for p in pairs), strict=True):
-            student, teacher = ((x.float() / weights.temperature).log_softmax(-1) for x in (student, teacher))
-            kl = F.kl_div(student, teacher, reduction="sum", log_target=True)
-            total = total + weights.logits * weights.temperature**2 * kl
-    if weights.hidden:
-        # the first states are the embeddings
-        states = [[s[:, : keep.shape[1]][keep] for s in o["hidden_states"][1:]] for o in (outputs, taught)]  # [T, D]
-        layers = weights.layers or [1.0] * len(states[0])
-        for weight, student, teacher in zip(layers, *states, strict=True):
-            square = F.mse_loss(student.float(), teacher.float(), reduction="none").mean(-1).sum()
-            total = total + weights.hidden * weight / sum(layers) * square
-    return total
-
-
-def check_teacher(student, teacher: PreTrainedModel, weights: Distillation) -> None:
-    """Refuse a teacher that the student cannot be compared with."""
-    ours, theirs = _plain(student).config, teacher.config
-    if ours.vocab_size != theirs.vocab_size:
-        raise ValueError(
-            f"the teacher has {theirs.vocab_size} tokens and the model {ours.vocab_size}; they must share them"
-        )
-    trained = {p.data_ptr() for p in student.parameters() if p.requires_grad}
-    if any(p.data_ptr() in trained for p in teacher.parameters()):
-        raise ValueError(
-            "the teacher shares weights that are trained (sparsify shares them); give sparsify a copy.deepcopy, or load it again"
-        )
-    if not weights.hidden:
-        return
-    if ours.is_encoder_decoder:
-        raise ValueError("hidden states of an encoder-decoder are not distilled; set hidden=0 and use logits")
-    for name in ("hidden_size", "num_hidden_layers"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise ValueError(f"{name} is {getattr(theirs, name)} in the teacher and {getattr(ours, name)} in the model")
-    if weights.layers is not None and len(weights.layers) != ours.num_hidden_layers:
-        raise ValueError(f"layers has {len(weights.layers)} weights; the model has {ours.num_hidden_layers} layers")
-
-
 @dataclass(frozen=True)
 class Healed:
     """The model, with LoRA merged into it, and what evaluation said before and after (empty without evaluation data)."""
@@ -267,9 +174,7 @@ def heal(
     if distillation is not None and teacher is None:
         raise ValueError("distillation needs a teacher; give the dense model")
     if lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora)
+        model = add_lora(model, lora)
     trainer = HealingTrainer(
         model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
         distillation=distillation, edges=edges, **trainer_options,
@@ -279,21 +184,3 @@ def heal(
     after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
     healed = trainer.accelerator.unwrap_model(trainer.model)
     return Healed(healed.merge_and_unload() if lora is not None else healed, before, after)
-
-
-def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **options):
-    """LoRA on every linear layer, with norms and embeddings trained whole, as long contexts want (LongLoRA, arXiv:2309.12307).
-
-    Args:
-        model: the model that it is for, whose norms and embeddings are named.
-        rank, alpha: `r` and `lora_alpha` of `peft.LoraConfig`; `options` are its others.
-    """
-    from peft import LoraConfig
-
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) or type(module).__name__.lower().endswith(("norm", "layernorm"))
-    }
-    chosen = {"target_modules": "all-linear", "modules_to_save": sorted(names), "ensure_weight_tying": True, **options}
-    return LoraConfig(r=rank, lora_alpha=alpha, **chosen)

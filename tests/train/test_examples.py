@@ -115,3 +115,77 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert losses(killed) == losses(tmp_path / "whole")
     weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "killed")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("options", [["--distil", "--edges", "32"], ["--lora_rank", "4"]], ids=["distil", "lora"])
+def test_healing_heals(options, tmp_path):
+    metrics = run("heal", tmp_path, *options, "--max_steps", "20", "--learning_rate", "3e-3", "--save_strategy", "no")
+    assert metrics["after_perplexity"] < metrics["before_perplexity"] - 20
+    assert ("after_perplexity_0-31" in metrics) == ("--edges" in options)
+    run("run_clm", tmp_path / "next", "--tiny", "False", "--model_name_or_path", str(tmp_path), "--do_eval", "--max_length", "64",
+        "--train_file", _file(tmp_path))  # fmt: skip
+
+
+def _file(folder: Path) -> str:
+    from examples import tiny
+
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps(example) for example in tiny.texts(30)))
+    return str(folder / "texts.jsonl")
+
+
+@pytest.mark.parametrize("mlm", [False, True], ids=["clm", "mlm"])
+def test_the_plain_loop_learns_and_goes_on(mlm, tmp_path):
+    options = ["--max_steps", "8", "--save_steps", "3", "--learning_rate", "3e-3", "--per_device_train_batch_size", "2"]
+    options += ["--gradient_accumulation_steps", "2", *(["--mlm"] if mlm else [])]
+    perplexity = run("run_clm_no_trainer", tmp_path / "whole", *options)
+    found = json.loads((tmp_path / "whole" / "losses.json").read_text())
+    assert len(found) == 8 and found["8"] < found["1"] - 0.1
+    again = tmp_path / "whole" / "checkpoint-3"
+    resumed = run("run_clm_no_trainer", tmp_path / "on", *options, "--resume_from_checkpoint", str(again))
+    losses = json.loads((tmp_path / "on" / "losses.json").read_text())
+    assert len(losses) == 8 and [losses[step] for step in "123"] == [found[step] for step in "123"]
+    # masks are drawn anew after a checkpoint
+    assert mlm or (losses == found and resumed == perplexity)
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda f: f.stem)
+def test_configurations_are_accelerate_s(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert (
+        config.distributed_type.value
+        == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED", "cpu": "NO"}[file.stem]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run_clm_no_trainer", "heal"])
+def test_two_processes_learn_what_one_does(name, tmp_path):
+    """Two processes with half the rows each: the same losses."""
+    found = []
+    for processes, rows in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        )
+        options = [
+            "--max_steps",
+            "4",
+            "--per_device_train_batch_size",
+            str(rows),
+            "--save_strategy",
+            "no",
+            "--output_dir",
+            str(out),
+        ]
+        options += ["--distil"] if name == "heal" else ["--save_steps", "100"]
+        command = [sys.executable, "-W", "ignore", *launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+        file = out / ("healing.json" if name == "heal" else "losses.json")
+        assert file.exists(), done.stderr[-3000:]
+        found.append(json.loads(file.read_text()))
+    # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
+    after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
+    assert after[1] == pytest.approx(after[0], rel=0.02)

@@ -117,9 +117,11 @@ def test_the_teacher_keeps_packed_documents_apart(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_lora_trains_what_it_says_and_is_merged(head, tmp_path):
-    dense, student = pair(head, NARROW)
+def test_lora_trains_what_it_says_and_is_merged(head, tied, tmp_path):
+    dense = dense_model(head, tie_word_embeddings=tied)
+    student = sparse_hf.sparsify(copy.deepcopy(dense), NARROW)
     config = lora_config(student, rank=2)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     changes = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 3}
@@ -127,6 +129,8 @@ def test_lora_trains_what_it_says_and_is_merged(head, tmp_path):
         student, rows(), arguments(tmp_path, **changes), teacher=dense, lora=config, eval_dataset=rows(), edges=(8, 20)
     )
     assert type(done.model) is type(student) and dict(done.model.named_parameters()).keys() == before.keys()
+    is_tied = done.model.get_output_embeddings().weight is done.model.get_input_embeddings().weight
+    assert is_tied == tied
     changed = {name for name, p in done.model.named_parameters() if not torch.equal(p, before[name])}
     weights = {name for name in before if name.endswith("weight")}
     # biases of linear layers stay; those of norms are trained with them
