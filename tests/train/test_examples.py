@@ -189,3 +189,19 @@ def test_two_processes_learn_what_one_does(name, tmp_path):
     # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
     after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
     assert after[1] == pytest.approx(after[0], rel=0.02)
+
+
+def test_questions_are_answered(tmp_path):
+    metrics = run("run_qa", tmp_path, "--max_steps", "30", "--learning_rate", "3e-3", "--save_strategy", "no")
+    found = losses(tmp_path)
+    assert found[30] < found[1] - 0.3 and metrics["eval_f1"] >= metrics["eval_exact_match"]
+
+
+def test_the_likeliest_span_ends_behind_its_start():
+    import numpy as np
+
+    spans = runpy.run_path(str(EXAMPLES / "run_qa.py"))["spans"]
+    starts, ends = np.zeros((1, 100)), np.zeros((1, 100))
+    starts[0, [40, 90]], ends[0, [10, 45]] = [5, 4], [9, 5]
+    # the best end comes before the best start
+    assert spans(starts, ends) == [(40, 45)]
