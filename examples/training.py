@@ -59,7 +59,6 @@ class DataArguments:
 def parse(arguments: list[str] | None, *more, defaults: dict | None = None) -> tuple:
     """Model, data and training arguments from the command line (or from one .json file), then those of `more`."""
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, *more))
-    # a name that Trainer would drop from a packed batch cannot be told here: models are
     parser.set_defaults(output_dir="out", save_total_limit=2, logging_steps=10, **(defaults or {}))
     if arguments is not None and len(arguments) == 1 and arguments[0].endswith(".json"):
         return parser.parse_json_file(arguments[0])
@@ -79,7 +78,7 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
     """The sparse model and its tokenizer. `kind` says which model `--tiny` makes, see `tiny.config`."""
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
-        if pattern is not None and not _is_sparse(source):
+        if not _is_sparse(source) and (pattern is not None or _implies_pattern(source)):
             target = Path(training_args.output_dir) / "converted"
             if not target.exists():
                 most = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
@@ -110,6 +109,12 @@ def _source(auto_class, kind, model_args, training_args, changes) -> tuple[str, 
 
 def _is_sparse(source: str) -> bool:
     return AutoConfig.from_pretrained(source).model_type.startswith("sparse_")
+
+
+def _implies_pattern(source: str) -> bool:
+    """Longformer, BigBird and their like need no `--pattern`."""
+    family = sparse_hf.FAMILIES.get(AutoConfig.from_pretrained(source).model_type)
+    return family is not None and family.implies_pattern
 
 
 def load_texts(model_args: ModelArguments, data_args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset]:
