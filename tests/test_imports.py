@@ -18,6 +18,7 @@ ALLOWED = {
     "models": {"attention", "plan", "pattern"},
     "convert": {"models", "plan", "pattern", "show", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
+    "train": {"models", "attention", "plan", "pattern"},
     "show": {"plan", "pattern"},
     "testing": set(),
     "version": set(),

@@ -1,0 +1,89 @@
+"""Train a sparse model to classify long documents; accuracy and macro F1 by scikit-learn.
+
+    python examples/run_classification.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
+        --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
+
+Rows have a text and a label. The class token is marked where the pattern speaks of marks, and with `--headers` the section
+headers that match a regular expression too: `--headers "^(Article|Section) \\d+"`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.training import load_model, load_texts, parse, run
+from sparse_hf.train import MarkHeaders, MarkTokens
+
+
+@dataclass
+class HeaderArguments:
+    headers: str | None = field(default=None, metadata={"help": "A regular expression; what it matches is marked."})
+
+
+def metrics(prediction) -> dict[str, float]:
+    found = prediction.predictions.argmax(-1)
+    return {
+        "accuracy": accuracy_score(prediction.label_ids, found),
+        "f1": f1_score(prediction.label_ids, found, average="macro"),
+    }
+
+
+def encoded(documents, tokenizer, data_args, labels: dict, length: int, headers: MarkHeaders | None):
+    """Tokens, the number of the label and, with headers, their marks: columns that Trainer keeps."""
+
+    def encode(example):
+        text = example[data_args.text_column]
+        row = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=headers is not None)
+        made = {"labels": labels[example[data_args.label_column]]}
+        if headers is not None:
+            made["global_attention_mask"] = headers.marks({"text": text, **row}).long().tolist()
+            row.pop("offset_mapping")
+        return {**row, **made}
+
+    return documents.map(encode, remove_columns=documents.column_names)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args, header_args = parse(arguments, HeaderArguments)
+    if not (model_args.tiny or data_args.dataset_name or data_args.train_file):
+        raise ValueError("no labelled texts; give --dataset_name or --train_file, with a text and a label a row")
+    if data_args.streaming:
+        raise ValueError("--streaming hides which labels there are; leave it out for classification")
+    train, evaluation = load_texts(model_args, data_args)
+    missing = {data_args.text_column, data_args.label_column} - set(train.column_names)
+    if missing:
+        raise ValueError(f"the data set has {', '.join(train.column_names)}, not {', '.join(sorted(missing))}")
+    names = sorted(set(train[data_args.label_column]))
+    model, tokenizer = load_model(
+        AutoModelForSequenceClassification, "encoder", model_args, training_args, num_labels=len(names)
+    )
+    model.config.id2label = {i: str(name) for i, name in enumerate(names)}
+    model.config.label2id = {str(name): i for i, name in enumerate(names)}
+    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    pad = DataCollatorWithPadding(tokenizer)
+    headers = MarkHeaders(pad, header_args.headers) if header_args.headers else None
+    numbers = {name: i for i, name in enumerate(names)}
+    with training_args.main_process_first(desc="tokenizing"):
+        train, evaluation = (encoded(d, tokenizer, data_args, numbers, length, headers) for d in (train, evaluation))
+    marks = model.config.uses_marks and tokenizer.cls_token_id is not None
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=MarkTokens(pad, [tokenizer.cls_token_id]) if marks else pad,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+    )
+    return run(trainer, training_args, Trainer.evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Train a sparse decoder to predict the next token, on packed rows of whole documents.
+
+    python examples/run_clm.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" \
+        --max_length 8192 --train_file corpus.jsonl --output_dir out --num_train_epochs 1
+
+    python examples/run_clm.py --tiny --use_cpu --output_dir out     # seconds
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.training import load_model, load_texts, parse, run
+from sparse_hf.train import PackDocuments, PackedCollator, first_position
+
+
+def packed(documents, tokenizer, model, data_args, length: int):
+    """Tokenized documents as rows of `length` tokens, each document by itself."""
+
+    def tokenize(examples):
+        return {"input_ids": tokenizer(examples[data_args.text_column]).input_ids}
+
+    columns = list(documents.features or next(iter(documents)))
+    if data_args.text_column not in columns:
+        raise ValueError(f"--text_column is {data_args.text_column!r}; the data set has {', '.join(columns)}")
+    tokenized = documents.map(tokenize, batched=True, remove_columns=columns)
+    pack = PackDocuments(length, first_position(model.config))
+    return tokenized.map(pack, batched=True, remove_columns=["input_ids"])
+
+
+def perplexity(trainer) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    return {**metrics, "perplexity": math.exp(metrics["eval_loss"])}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args = parse(arguments)
+    model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
+    train, evaluation = load_texts(model_args, data_args)
+    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    with training_args.main_process_first(desc="tokenizing"):
+        train = packed(train, tokenizer, model, data_args, length)
+        evaluation = packed(evaluation, tokenizer, model, data_args, length)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    return run(trainer, training_args, perplexity)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Train a sparse encoder to fill in masked tokens, on packed rows of whole documents.
+
+    python examples/run_mlm.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
+        --max_length 4096 --train_file corpus.jsonl --output_dir out
+
+The class token of each document is marked, so that `marked()` is Longformer's global attention.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.run_clm import packed, perplexity
+from examples.training import load_model, load_texts, parse, run
+from sparse_hf.train import MarkTokens, PackedCollator
+
+
+@dataclass
+class MaskingArguments:
+    mlm_probability: float = field(default=0.15, metadata={"help": "The share of tokens that are masked."})
+
+
+def collator(model, tokenizer, probability: float):
+    """Masks tokens, keeps documents apart, and marks class tokens where the pattern speaks of marks."""
+    made = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability))
+    return MarkTokens(made, [tokenizer.cls_token_id]) if model.config.uses_marks else made
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args, masking = parse(arguments, MaskingArguments)
+    model, tokenizer = load_model(AutoModelForMaskedLM, "encoder", model_args, training_args)
+    if tokenizer.mask_token is None:
+        raise ValueError(
+            f"the tokenizer of {model_args.model_name_or_path} has no mask token; train it with run_clm.py"
+        )
+    train, evaluation = load_texts(model_args, data_args)
+    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    with training_args.main_process_first(desc="tokenizing"):
+        train = packed(train, tokenizer, model, data_args, length)
+        evaluation = packed(evaluation, tokenizer, model, data_args, length)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=collator(model, tokenizer, masking.mlm_probability),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    return run(trainer, training_args, perplexity)
+
+
+if __name__ == "__main__":
+    main()

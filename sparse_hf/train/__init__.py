@@ -1,0 +1,25 @@
+"""Fine-tuning: collators that mark global tokens and pack documents, and healing of converted models.
+
+Imported only when asked: `from sparse_hf.train import MarkHeaders`.
+"""
+
+from .collators import MarkHeaders, MarkQuestion, MarkTokens
+from .distillation import Distillation
+from .heal import Healed, HealingTrainer, heal
+from .lora import add_lora, lora_config
+from .packing import PackDocuments, PackedCollator, first_position
+
+__all__ = [
+    "Distillation",
+    "Healed",
+    "HealingTrainer",
+    "MarkHeaders",
+    "MarkQuestion",
+    "MarkTokens",
+    "PackDocuments",
+    "PackedCollator",
+    "add_lora",
+    "first_position",
+    "heal",
+    "lora_config",
+]

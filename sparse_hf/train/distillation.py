@@ -1,0 +1,110 @@
+"""What a model learns from a teacher: the terms of the loss and their weights.
+
+Legend: B batch, L tokens of a row, T tokens that have a label, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+IGNORED = -100
+# answers of teacher and student are compared for this many tokens at a time: T x V is large
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is learned from a teacher, as weights of the terms of the loss. All are means over the labelled tokens of a step.
+
+    Attributes:
+        labels: weight of the model's own loss.
+        logits: weight of KL(teacher || student) of the softmax at `temperature`, times its square (arXiv:1503.02531).
+        temperature: above 1 gives unlikely answers more say.
+        hidden: weight of the mean squared difference of hidden states, averaged over layers and their width.
+        layers: weights of the layers in that average, one for each; by default all alike.
+    """
+
+    labels: float = 1.0
+    logits: float = 1.0
+    temperature: float = 2.0
+    hidden: float = 0.0
+    layers: Sequence[float] | None = None
+
+    def __post_init__(self):
+        weights = {"labels": self.labels, "logits": self.logits, "hidden": self.hidden}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}; a weight of the loss is a number from 0")
+        if not any(weights.values()):
+            raise ValueError("all weights of the loss are 0; give labels, logits or hidden a weight")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be greater than 0")
+        if self.layers is not None and (min(self.layers, default=0) < 0 or not sum(self.layers)):
+            raise ValueError(f"layers is {list(self.layers)}; weights of layers are numbers from 0, and not all 0")
+
+
+def _plain(model):
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def shifts(model) -> bool:
+    """Does a token's answer belong to the next label (a decoder), rather than to its own?"""
+    model = _plain(model)
+    return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
+
+
+def labelled(model, labels: Tensor) -> Tensor:
+    """True where an answer has a label: `[B, L - 1]` of a decoder, whose last answer has none, else `[B, L]`."""
+    return (labels[:, 1:] if shifts(model) else labels) != IGNORED
+
+
+def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillation) -> Tensor:
+    """The teacher's terms, summed over labelled tokens."""
+    keep = labelled(model, labels)
+    total = outputs["logits"].new_zeros((), dtype=torch.float32)
+    if weights.logits:
+        pairs = [o["logits"][:, : keep.shape[1]][keep] for o in (outputs, taught)]  # [T, V]
+        for student, teacher in zip(*(p.split(CHUNK) for p in pairs), strict=True):
+            student, teacher = ((x.float() / weights.temperature).log_softmax(-1) for x in (student, teacher))
+            kl = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            total = total + weights.logits * weights.temperature**2 * kl
+    if weights.hidden:
+        # the first states are the embeddings
+        states = [[s[:, : keep.shape[1]][keep] for s in o["hidden_states"][1:]] for o in (outputs, taught)]  # [T, D]
+        layers = weights.layers or [1.0] * len(states[0])
+        for weight, student, teacher in zip(layers, *states, strict=True):
+            square = F.mse_loss(student.float(), teacher.float(), reduction="none").mean(-1).sum()
+            total = total + weights.hidden * weight / sum(layers) * square
+    return total
+
+
+def check_teacher(student, teacher: PreTrainedModel, weights: Distillation) -> None:
+    """Refuse a teacher that the student cannot be compared with."""
+    ours, theirs = _plain(student).config, teacher.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"the teacher has {theirs.vocab_size} tokens and the model {ours.vocab_size}; they must share them"
+        )
+    trained = {p.data_ptr() for p in student.parameters() if p.requires_grad}
+    if any(p.data_ptr() in trained for p in teacher.parameters()):
+        raise ValueError(
+            "the teacher shares weights that are trained (sparsify shares them); give sparsify a copy.deepcopy, or load it again"
+        )
+    if not weights.hidden:
+        return
+    if ours.is_encoder_decoder:
+        raise ValueError("hidden states of an encoder-decoder are not distilled; set hidden=0 and use logits")
+    for name in ("hidden_size", "num_hidden_layers"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(f"{name} is {getattr(theirs, name)} in the teacher and {getattr(ours, name)} in the model")
+    if weights.layers is not None and len(weights.layers) != ours.num_hidden_layers:
+        raise ValueError(f"layers has {len(weights.layers)} weights; the model has {ours.num_hidden_layers} layers")

@@ -1,0 +1,186 @@
+"""Healing: a converted model learns to live with its pattern, by more pre-training or from the dense teacher.
+
+Legend: B batch, L tokens of a row, T tokens that have a label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..models import SparseMixin, sparsify
+from ..pattern import Window
+from .distillation import Distillation, check_teacher, distillation_loss, labelled, shifts
+from .lora import add_lora
+
+
+class HealingTrainer(Trainer):
+    """Trainer that adds what a teacher says to the loss, and evaluates perplexity by position.
+
+    Added terms are sums over labelled tokens divided by the number of those of the whole step, over all accumulated batches
+    and processes, as Trainer divides the loss of labels: accumulation gives what one large batch gives.
+
+    Args:
+        teacher: a model with the same tokens; None trains on labels alone.
+        distillation: the weights of the loss.
+        edges: positions at which perplexity is told apart: `(512, 2048)` gives 0-511, 512-2047 and 2048-.
+
+    Raises:
+        ValueError: a teacher of another vocabulary or depth, or one whose weights would be trained too.
+    """
+
+    def __init__(
+        self,
+        *args,
+        teacher: PreTrainedModel | None = None,
+        distillation: Distillation | None = None,
+        edges: Sequence[int] = (),
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
+            raise ValueError(f"edges is {list(edges)}; it must be growing positions from 1")
+        self.edges = tuple(edges)
+        self.distillation = distillation or Distillation()
+        self.teacher = None if teacher is None else self._prepared(teacher)
+        self._sums: Tensor | None = None
+
+    def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        student = self.accelerator.unwrap_model(self.model)
+        check_teacher(student, teacher, self.distillation)
+        if not isinstance(teacher, SparseMixin):
+            # with a pattern of all pairs it computes what it did, and keeps packed documents apart as the student does
+            teacher = sparsify(teacher, Window(None, None))
+        return teacher.requires_grad_(False).eval().to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise ValueError(f"a batch has {sorted(inputs)}, but no labels, which say what tokens are learned from")
+        wanted = self.distillation.hidden > 0
+        asked = {**inputs, "output_hidden_states": True} if wanted else inputs
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        told = {k: v for k, v in asked.items() if k not in ("labels", "global_attention_mask")}
+        if "global_attention_mask" in inputs and self.teacher.config.uses_marks:
+            told["global_attention_mask"] = inputs["global_attention_mask"]
+        with torch.no_grad():
+            taught = self.teacher(**told)
+        count, processes = num_items_in_batch, self._processes()
+        if count is None:
+            count, processes = labelled(model, inputs["labels"]).sum().clamp(min=1), 1
+        added = distillation_loss(model, outputs, taught, inputs["labels"], self.distillation) / count
+        loss = self.distillation.labels * loss + added * processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _processes(self) -> int:
+        """How many processes Trainer averages gradients over that saw different batches, if it counts items over all."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        config = getattr(self.accelerator, "parallelism_config", None)
+        return self.accelerator.num_processes // (config.tp_size if config is not None else 1)
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        """What Trainer's does, and `eval_perplexity`, also by position (`eval_perplexity_0-511`)."""
+        self._sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # summed on the device, which all back ends can do in single precision
+        nll, count = self.accelerator.reduce(self._sums.float().to(self.args.device), "sum").double().cpu()
+        self._sums = None
+        found = {"perplexity": _perplexity(nll.sum(), count.sum())}
+        starts = (0, *self.edges)
+        for i, start in enumerate(starts if self.edges else ()):
+            end = starts[i + 1] - 1 if i + 1 < len(starts) else ""
+            found[f"perplexity_{start}-{end}"] = _perplexity(nll[i], count[i])
+        found = {f"{metric_key_prefix}_{name}": value for name, value in found.items() if value is not None}
+        self.log(dict(found))
+        return {**metrics, **found}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self._sums is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        first = logits[0] if isinstance(logits, tuple) else logits
+        self._count(model, first, self._prepare_inputs(inputs))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def _count(self, model, logits: Tensor, inputs) -> None:
+        labels = inputs["labels"]
+        keep = labelled(model, labels)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            real = inputs.get("attention_mask", torch.ones_like(labels))
+            positions = (real.cumsum(1) - 1).clamp(min=0) if real.shape == labels.shape else torch.zeros_like(labels)
+        targets = labels[:, 1:][keep] if shifts(model) else labels[keep]
+        places = positions.expand_as(labels)[:, : keep.shape[1]][keep]
+        nll = F.cross_entropy(logits[:, : keep.shape[1]][keep].float(), targets, reduction="none")  # [T]
+        bucket = torch.bucketize(places, torch.tensor(self.edges, device=places.device), right=True)
+        for row, values in enumerate((nll, torch.ones_like(nll))):
+            self._sums[row] += torch.zeros(len(self.edges) + 1, dtype=torch.float64).index_add_(
+                0, bucket.cpu(), values.double().cpu()
+            )
+
+
+def _perplexity(nll: Tensor, count: Tensor) -> float | None:
+    return math.exp(min(float(nll / count), 700.0)) if count else None
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The model, with LoRA merged into it, and what evaluation said before and after (empty without evaluation data)."""
+
+    model: PreTrainedModel
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def heal(
+    model: PreTrainedModel,
+    train_dataset,
+    args: TrainingArguments,
+    *,
+    teacher: PreTrainedModel | None = None,
+    distillation: Distillation | None = None,
+    lora=None,
+    eval_dataset=None,
+    edges: Sequence[int] = (),
+    resume_from_checkpoint: str | bool | None = None,
+    **trainer_options,
+) -> Healed:
+    """Train a converted model until it is at home in its pattern.
+
+    Args:
+        model: a sparse model with labels for its tokens (a causal or a masked language model).
+        train_dataset, args: as of Trainer.
+        teacher: the dense model, or any other of the same vocabulary; None continues pre-training.
+        distillation: what is learned from the teacher, by default labels and logits alike.
+        lora: None trains all weights; a `peft.LoraConfig` trains what it says, see `lora_config`. Weights are merged at the end.
+        eval_dataset: what perplexity is measured on, before and after, also by position.
+        edges: positions at which perplexity is told apart.
+        resume_from_checkpoint: as of `Trainer.train`.
+        trainer_options: what else Trainer takes: data_collator, processing_class, callbacks, ...
+
+    Raises:
+        ValueError: a model that is not sparse, a distillation without a teacher, or a teacher that does not fit.
+    """
+    if not isinstance(model, SparseMixin):
+        raise ValueError(f"{type(model).__name__} is not sparse; call sparsify or convert first")
+    if distillation is not None and teacher is None:
+        raise ValueError("distillation needs a teacher; give the dense model")
+    if lora is not None:
+        model = add_lora(model, lora)
+    trainer = HealingTrainer(
+        model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
+        distillation=distillation, edges=edges, **trainer_options,
+    )  # fmt: skip
+    before = trainer.evaluate(metric_key_prefix="before") if eval_dataset is not None else {}
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
+    healed = trainer.accelerator.unwrap_model(trainer.model)
+    return Healed(healed.merge_and_unload() if lora is not None else healed, before, after)

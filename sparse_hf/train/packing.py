@@ -1,0 +1,148 @@
+"""Rows of several whole documents that do not see each other.
+
+Positions start anew at each document, which is how sparse models tell documents apart: a packed row gives what its
+documents give by themselves, with every pattern, sinks and marks included.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..models import FAMILIES
+from .columns import Collator, Feature, as_features, beside
+
+# columns with one value per token; what else a data set holds does not fit a row of several documents
+TOKEN_COLUMNS = ("input_ids", "token_type_ids", "special_tokens_mask", "labels", "global_attention_mask")
+# columns that our collator pads, since a tokenizer does not; padding stands at the position of a first token
+PADDED = ("position_ids", "global_attention_mask")
+IGNORED = -100
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """The position of a document's first token: 0, but for families that begin behind the padding id (RoBERTa)."""
+    for family in FAMILIES.values():
+        if config.model_type in (family.dense_type, family.sparse_type) and family.positions.counted:
+            return config.pad_token_id + 1
+    return 0
+
+
+@dataclass(frozen=True)
+class PackDocuments:
+    """Tokenized documents -> rows of at most `length` tokens, for `dataset.map`, streamed or not:
+
+        rows = documents.map(PackDocuments(4096), batched=True, remove_columns=documents.column_names)
+
+    Documents of one batch of `map` go to the fullest row that they fit in, the longest first. One that is longer than
+    `length` is cut into pieces of `length`, each a document of its own with positions from the beginning, so that later
+    pieces do not see earlier ones. Columns other than `input_ids`, `token_type_ids`, `special_tokens_mask`, `labels` and
+    `global_attention_mask` are left out; `position_ids` are added. Batches are made with `PackedCollator`.
+
+    Args:
+        length: tokens of a row.
+        first_position: the position of a document's first token, see `first_position`.
+
+    Raises:
+        ValueError: a bad length, no `input_ids`, or columns that have no value for each token.
+    """
+
+    length: int
+    first_position: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"length is {self.length!r}; a row must have at least one token")
+
+    def __call__(self, documents: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[list[int]]]:
+        columns = self._columns(documents)
+        sizes = [len(ids) for ids in documents["input_ids"]]
+        pieces = [
+            (document, at, min(at + self.length, size))
+            for document, size in enumerate(sizes)
+            for at in range(0, size, self.length)
+        ]
+        packed: dict[str, list[list[int]]] = {name: [] for name in (*columns, "position_ids")}
+        for row in _rows(pieces, self.length):
+            for name, column in columns.items():
+                packed[name].append([value for document, at, end in row for value in column[document][at:end]])
+            packed["position_ids"].append([self.first_position + i for _, at, end in row for i in range(end - at)])
+        return packed
+
+    def _columns(self, documents: Mapping[str, Any]) -> dict[str, Sequence]:
+        if "input_ids" not in documents:
+            raise ValueError(
+                f"the data set has {sorted(documents)}; tokenize it before packing, so that it has input_ids"
+            )
+        columns = {name: documents[name] for name in TOKEN_COLUMNS if name in documents}
+        for name, column in columns.items():
+            for values, ids in zip(column, documents["input_ids"], strict=True):
+                found = len(values) if hasattr(values, "__len__") else 1
+                if found != len(ids):
+                    raise ValueError(
+                        f"{name} has {found} values for a document of {len(ids)} tokens; rows of several documents have room "
+                        "for one value per token only: remove the column"
+                    )
+        return columns
+
+
+def _rows(pieces: list[tuple[int, int, int]], length: int) -> list[list[tuple[int, int, int]]]:
+    """Best fit, the longest first; rows and what they hold in the order of the documents."""
+    rows: list[list[tuple[int, int, int]]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for piece in sorted(pieces, key=lambda p: p[1] - p[2]):
+        size = piece[2] - piece[1]
+        place = bisect.bisect_left(free, (size, -1))
+        if place < len(free):
+            left, row = free.pop(place)
+        else:
+            left, row = length, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left > size:
+            bisect.insort(free, (left - size, row))
+    return sorted(sorted(row) for row in rows)
+
+
+@dataclass
+class PackedCollator:
+    """Batches of packed rows: what `inner` makes of them, and `position_ids`, `[B, L]`, padded on the same side.
+
+    Args:
+        inner: the collator that pads and makes labels.
+        causal: the model predicts the next token, so that the first token of each document must have no label: the last
+            token of the one before would predict it.
+
+    Raises:
+        ValueError: rows without `position_ids`, whose documents would see each other.
+    """
+
+    inner: Collator
+    causal: bool = False
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        features = as_features(features)
+        if any("position_ids" not in feature for feature in features):
+            raise ValueError(
+                f"features have {sorted(features[0])}, but no position_ids, which keep documents apart; pack with PackDocuments. "
+                "Trainer takes them out if the model's forward knows none: such a model cannot be trained on packed rows"
+            )
+        columns = {
+            name: [torch.as_tensor(feature.pop(name)) for feature in features] for name in PADDED if name in features[0]
+        }
+        batch = dict(self.inner(features))
+        positions = columns["position_ids"]
+        # a document begins where positions stop growing
+        starts = [torch.cat([torch.ones(1, dtype=torch.bool), p[1:] <= p[:-1]]) for p in positions]
+        for name, column in columns.items():
+            fill = int(positions[0].min()) if name == "position_ids" else 0
+            padded = beside(batch, features, column, fill)
+            batch[name] = padded if batch.get(name) is None else padded | batch[name].long()
+        if self.causal and "labels" in batch:
+            first = beside(batch, features, [s.long() for s in starts]).bool()
+            batch["labels"] = batch["labels"].masked_fill(first, IGNORED)
+        return batch
