@@ -14,6 +14,7 @@ from ..plan import BlockPlan, cached_plan
 from ..plan.buckets import Held, hashed_plan, read_content
 from . import hashed, reference
 from .merge import merge
+from .parts import part_gradients
 from .scoring import Scoring
 
 BACKENDS = ("auto", "blockwise", "reference")
@@ -85,22 +86,9 @@ def backward(
     if backend == "reference":
         return reference.backward(q, k, v, *rest, _dense(q, k, plan, holds, q_offset), scoring, dropout, seed)[:3]
     module = choose(backend, q, v, plan, scoring, dropout)
-    if hasattr(module, "backward"):
-        one = module.backward(q, k, v, *rest, plan, scoring, dropout, seed)
-    else:
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            results = module.attend(*leaves, plan, scoring, dropout, seed)
-        one = torch.autograd.grad(results, leaves, _shares(*results, *rest))
+    one = part_gradients(module, [q, k, v], *rest, plan, scoring, dropout, seed)
     other = hashed.backward(q, k, v, *rest, chosen, scoring.scale, dropout, seed)
     return tuple(a + b for a, b in zip(one, other, strict=False))
-
-
-def _shares(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor):
-    """The gradients of a part's out and lse, given those of the merged ones."""
-    weight = (part_lse - lse.where(lse > -torch.inf, 0)).exp().detach()
-    of_lse = (grad_out * (part.detach() - out)).sum(-1) + grad_lse
-    return (grad_out * weight[..., None]).to(part.dtype), (of_lse * weight).to(part_lse.dtype)
 
 
 def look(q, k, v, text: str, q_offset: int, batch: tuple, scoring: Scoring, dropout: float, seed):

@@ -9,13 +9,11 @@ lengths may be recorded: those of `attention_of_lengths`. `attention` is run bet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from ..plan import AnyPlan, cached_plan
 from . import content
+from .parts import recording
 from .regroup import may_regroup
 from .scoring import Scoring
 
@@ -62,20 +60,13 @@ def _gradients(
         grads = chosen.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
     else:
         # backends that lean on autograd run their forward again, of which an operator's inside records nothing unless told to
-        with _recording(), torch.enable_grad():
+        with recording():
             leaves = [t.detach().requires_grad_() for t in (q, k, v, *(() if bias is None else (bias,)))]
             scoring = Scoring(scale, softcap, *leaves[3:])
             results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
         grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
     *grads, grad_bias = (*grads, None)[:4]
     return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Have torch record operations for autograd where it has left that behind, as inside an operator."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        yield
 
 
 def _plan(q, k, pattern: str, q_offset: int, batch: tuple, may: bool) -> AnyPlan:

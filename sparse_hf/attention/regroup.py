@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..plan import AnyPlan, BlockPlan, ByHeads, Regrouped, remembered, strided_plan
 from .merge import merge
+from .parts import part_gradients
 from .scoring import Scoring
 
 # numbers of the scores that a backend may hold for one batch row
@@ -72,7 +73,7 @@ class Composition:
             for part in group.parts:
                 taken, of_results = ([None if t is None else part.take(t) for t in some] for some in (own, results))
                 backend = self.pick(taken[0], taken[2], part.plan)
-                grads = _gradients(backend, taken, *of_results, part.plan, scoring)
+                grads = part_gradients(backend, taken, *of_results, part.plan, scoring)
                 for add, total, grad, like in zip(
                     (group.add_queries, group.add_keys, group.add_keys), totals, grads, own, strict=True
                 ):
@@ -96,23 +97,6 @@ class _Composed(torch.autograd.Function):
         composition, plan, scoring = ctx.rest
         grads = composition.backward(*ctx.saved_tensors, grad_out, grad_lse, plan, scoring, 0.0, None)
         return *grads[:3], None, None, None
-
-
-def _gradients(backend, tensors, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring) -> tuple[Tensor, ...]:
-    """What a part adds to the gradients of q, k and v, given the merged out and lse and their gradients."""
-    if grad_lse is None and not getattr(backend, "NONE_IS_ZERO", False):
-        grad_lse = torch.zeros_like(lse)
-    if hasattr(backend, "backward"):
-        return backend.backward(*tensors, out, lse, grad_out, grad_lse, plan, scoring, 0.0, None)[:3]
-    # backends that lean on autograd run their forward again, and want gradients of what they themselves gave
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        results = backend.attend(*leaves, plan, scoring, 0.0, None)
-    part_out, part_lse = (t.detach() for t in results)
-    share = (part_lse - lse.where(lse > -torch.inf, 0)).exp()
-    change = (grad_out.to(lse.dtype) * (part_out.to(lse.dtype) - out)).sum(-1) + grad_lse
-    of_results = (share[..., None] * grad_out).to(out.dtype), (share * change).to(part_lse.dtype)
-    return torch.autograd.grad(results, leaves, of_results)
 
 
 @dataclass(frozen=True)
