@@ -486,7 +486,7 @@ def test_bad_input_is_refused(call, error, message):
     "model_type",
     ["mpnet", "deberta", "deberta-v2", "gpt_neo", "bloom", "falcon", "mpt", "roformer", "rembert", "megatron-bert",
      "funnel", "xlnet", "xlm", "flaubert", "convbert", "squeezebert", "luke", "fnet", "nystromformer", "yoso", "mra",
-     "openai-gpt", "reformer", "perceiver"],
+     "openai-gpt"],
 )  # fmt: skip
 def test_families_that_compute_attention_themselves_are_refused_by_name(model_type):
     with pytest.raises(ValueError, match=f"'{model_type}' has no sparse counterpart: it computes attention by itself"):
