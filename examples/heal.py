@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if teacher.config.model_type.startswith("sparse_"):
             raise ValueError(f"{dense} is sparse itself; --distil wants the dense model, with --pattern")
     train, evaluation = load_texts(model_args, data_args)
-    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train = packed(train, tokenizer, model, data_args, length)
         evaluation = packed(evaluation, tokenizer, model, data_args, length)

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     model.config.id2label = {i: str(name) for i, name in enumerate(names)}
     model.config.label2id = {str(name): i for i, name in enumerate(names)}
-    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    length = model_args.length
     pad = DataCollatorWithPadding(tokenizer)
     headers = MarkHeaders(pad, header_args.headers) if header_args.headers else None
     numbers = {name: i for i, name in enumerate(names)}

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> float:
     accelerator = Accelerator(cpu=args.use_cpu, gradient_accumulation_steps=args.gradient_accumulation_steps)
     auto_class, kind = (AutoModelForMaskedLM, "encoder") if loop.mlm else (AutoModelForCausalLM, "decoder")
     model, tokenizer = load_model(auto_class, kind, model_args, args)
-    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    length = model_args.length
     with accelerator.main_process_first():
         train, evaluation = (packed(d, tokenizer, model, data_args, length) for d in load_texts(model_args, data_args))
     collate = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True)

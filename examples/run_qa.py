@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if missing:
         raise ValueError(f"the data set has {', '.join(train.column_names)}, not {', '.join(sorted(missing))}")
     model, tokenizer = load_model(AutoModelForQuestionAnswering, "encoder", model_args, training_args)
-    length = min(model_args.max_length, 128) if model_args.tiny else model_args.max_length
+    length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train, evaluation = (encoded(rows, tokenizer, length) for rows in (train, evaluation))
     pad = DataCollatorWithPadding(tokenizer)

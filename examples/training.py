@@ -41,6 +41,11 @@ class ModelArguments:
         if not self.tiny and self.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing; name a model, or try the example with --tiny")
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row; a tiny model has few positions."""
+        return min(self.max_length, 128) if self.tiny else self.max_length
+
 
 @dataclass
 class DataArguments:

@@ -99,7 +99,9 @@ def sparse_attention(
         out, lse = content.attend(q, k, v, *rest, choose)
     else:
         may = regroup.may_regroup(backend, scoring, dropout)
-        plan = cached_plan(str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, True, may)
+        plan = cached_plan(
+            str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, by_identity=True, may_regroup=may
+        )
         _check_plan(plan, q)
         out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out

@@ -84,7 +84,7 @@ def backward(
     rest = out, lse, grad_out, grad_lse
     chosen, holds = hashed_plan(q, k, hashes, plan)
     if backend == "reference":
-        return reference.backward(q, k, v, *rest, _dense(q, k, plan, holds, q_offset), scoring, dropout, seed)[:3]
+        return part_gradients(reference, [q, k, v], *rest, _dense(q, k, plan, holds, q_offset), scoring, dropout, seed)
     module = choose(backend, q, v, plan, scoring, dropout)
     one = part_gradients(module, [q, k, v], *rest, plan, scoring, dropout, seed)
     other = hashed.backward(q, k, v, *rest, chosen, scoring.scale, dropout, seed)

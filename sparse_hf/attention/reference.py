@@ -5,8 +5,6 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q queries, K keys, D hea
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -24,18 +22,6 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]`, differentiable, in the dtype of q (float32 inside for half types)."""
     return look(q, k, v, plan, scoring, dropout, seed)[:2]
-
-
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and the bias (None without one). Inside an operator autograd records for `torch.func` alone."""
-
-    def again(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, plan, replace(scoring, bias=bias[0] if bias else None), dropout, seed)
-
-    leaves = (q, k, v) if scoring.bias is None else (q, k, v, scoring.bias)
-    return (*torch.func.vjp(again, *leaves)[1]((grad_out, grad_lse)), None)[:4]
 
 
 def look(
