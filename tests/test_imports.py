@@ -26,7 +26,7 @@ ALLOWED = {
     "__init__": {"attention", "convert", "models", "pattern", "plan", "version"},
 }
 NO_TRANSFORMERS = {"pattern", "plan", "attention", "show", "testing"}
-IMPLEMENTATIONS = {"reference", "blockwise", "flex", "fa", "regroup"}
+IMPLEMENTATIONS = {"reference", "blockwise", "flex", "fa", "triton", "regroup"}
 
 
 def imports(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AnyPlan, BlockPlan, cached_plan
-from . import blockwise, content, fa, flex, reference, regroup
+from . import blockwise, content, fa, flex, reference, regroup, triton
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -25,10 +25,12 @@ __all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
 logger = logging.getLogger(__name__)
 
 # each has `refuses(q, v, plan, scoring, dropout)`, a reason or None, and the differentiable `attend`
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa, "triton": triton
+}  # fmt: skip
 FEW_QUERIES = 128
 # what "auto" tries, in this order
-PREFERENCE = ("fa", "flex", "blockwise")
+PREFERENCE = ("fa", "triton", "flex", "blockwise")
 
 
 def sparse_attention(
@@ -66,7 +68,7 @@ def sparse_attention(
         relative_bias: `[H, q_offset + Q - 1 + K]`, added to the scores by distance (T5, arXiv:1910.10683, section 2.1): entry
             `k - q + (q_offset + Q - 1)` to the pair of query q and key k, both in key coordinates. Differentiable.
         dropout: probability with which an attention weight is dropped. The caller decides whether it is training.
-        backend: "reference", "blockwise", "flex", "fa" or "auto".
+        backend: "reference", "blockwise", "flex", "fa", "triton" or "auto".
         return_lse: also return the log-sum-exp of the scores, `[B, H, Q]`, differentiable.
 
     Returns:
@@ -128,7 +130,7 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
     # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
     names = PREFERENCE if queries >= FEW_QUERIES else ("blockwise",)
     able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
-    if able[:2] == ["fa", "flex"] and not fa.is_fastest(q, plan):
+    if able[0] == "fa" and not fa.is_fastest(q):
         able = able[1:]
     name = able[0]
     _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)

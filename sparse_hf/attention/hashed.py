@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan.hashed import Group, HashedPlan
+from . import chunk_kernels
 from .dropout import kept_at
 
 # scores that exist at once
@@ -27,7 +28,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, N, D]` in the dtype of q and lse `[B, H, N]` in float32 (float64 for float64), differentiable.
 
-    A key that a query meets several times counts several times. A query that meets none has out 0 and lse -inf.
+    A key that a query meets several times counts several times. A query that meets none has out 0 and lse -inf. Plans of chunks
+    have a kernel on a GPU.
     """
     return _Hashed.apply(q, k, v, plan, scale, dropout, seed)
 
@@ -105,6 +107,8 @@ def _with_spare(t: Tensor) -> Tensor:
 
 def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, N, Dv]` and lse `[B, H, N]`."""
+    if chunk_kernels.suit(q, v, plan):
+        return chunk_kernels.forward(q, k, v, plan, scale, dropout, seed)
     work = torch.promote_types(q.dtype, torch.float32)
     rows, keys = q.shape[:3].numel(), k.shape[:3].numel()
     out = torch.zeros(rows + 1, v.shape[-1], dtype=work, device=q.device)
@@ -132,6 +136,8 @@ def backward(
     q, k, v, out, lse, grad_out, grad_lse, plan: HashedPlan, scale: float, dropout: float, seed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given those of out and lse."""
+    if chunk_kernels.suit(q, v, plan):
+        return chunk_kernels.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
     work = lse.dtype
     rows, keys = q.shape[:3].numel(), k.shape[:3].numel()
     # d loss / d score = weight * (d loss / d weight - delta)

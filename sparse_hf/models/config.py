@@ -34,6 +34,7 @@ IMPLEMENTATIONS = {
     "sparse_blockwise": "blockwise",
     "sparse_flex": "flex",
     "sparse_fa": "fa",
+    "sparse_triton": "triton",
 }
 STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
 

@@ -109,12 +109,42 @@ class GlobalRowsMixin:
             states = hidden_states.gather(1, everything)
             k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
             rows, _ = self._attend(q, k, v, ALL_KEYS, sorted_tokens)  # [B, H, M, D]
+        elif self._is_cheaper_unprojected(tokens.most):
+            rows = self._unprojected_rows(q, hidden_states, tokens.real)
         else:
             k, v = (self._heads(name, hidden_states) for name in ("key_global", "value_global"))
             rows = _see_all(q, k, v, tokens.real)
         place = index[:, None].expand_as(rows)
         # a batch row with fewer marked tokens keeps what it has
         return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+
+    def _is_cheaper_unprojected(self, most: int) -> bool:
+        """Are marked tokens so few that their queries are brought to the states rather than all states to them?
+
+        Their weights are read for it, which must then be all that the projections do (no adapters, no hooks).
+        """
+        wide = 2 * most * self.num_heads > self.key_global.in_features
+        return not wide and all(map(_is_bare, (self.key_global, self.value_global)))
+
+    def _unprojected_rows(self, q: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
+        """The rows `[B, H, M, D]` of queries `[B, H, M, D]`, with no key or value of `states` `[B, N, E]` ever made.
+
+        q @ (W x + b) = (q @ W) x + q @ b, and a mean of values W x + b is W (mean of x) + b: exact, for M * N * E work.
+        """
+        keys, values = self.key_global, self.value_global
+        per_head = self.num_heads, self.head_dim
+        of_query = torch.einsum("bhmd,hde->bhme", q, keys.weight.unflatten(0, per_head))
+        scores = of_query.flatten(1, 2) @ states.mT  # [B, H * M, N]
+        # the same for all keys, but its gradient is asked for
+        of_bias = torch.einsum("bhmd,hd->bhm", q, keys.bias.unflatten(0, per_head))
+        scores = (scores + of_bias.flatten(1)[..., None]) * self.head_dim**-0.5
+        if real is not None:
+            # a row of padding alone must give no NaN; what it sees instead is thrown away
+            scores = scores.masked_fill(~(real | ~real.any(-1, keepdim=True))[:, None], -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
+        means = (weights @ states).unflatten(1, q.shape[1:3])  # [B, H, M, E]
+        rows = torch.einsum("bhme,hde->bhmd", means, values.weight.unflatten(0, per_head))
+        return rows + values.bias.unflatten(0, per_head)[:, None]
 
     def _heads(self, name: str, states: Tensor) -> Tensor:
         return getattr(self, name)(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -127,6 +157,12 @@ class GlobalRowsMixin:
             return attention_with_weights(q, k, v, plan, dropout)
         backend = IMPLEMENTATIONS[self.config._attn_implementation]
         return sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend), None
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """A linear layer whose weights say all."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooks and module.bias is not None
 
 
 def _see_all(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:

@@ -147,7 +147,7 @@ def hashed_plan(q: Tensor, k: Tensor, hashes: Hashes, positions: BlockPlan) -> t
             k_index.append(_padded(buckets.order[:, r]))
             groups += [Group(*found, allows) for found in _tiles(buckets, r, q_index[-1], *tiles)]
             held.append(holds)
-    plan = HashedPlan(TILE, torch.cat(q_index, 1), torch.cat(k_index, 1), tuple(groups), heads=heads)
+    plan = HashedPlan(TILE, torch.cat(q_index, 1), torch.cat(k_index, 1), lambda: tuple(groups), heads=heads)
     return plan, lambda x, q, k: torch.stack([one(x, q, k) for one in held[1:]]).any(0)
 
 

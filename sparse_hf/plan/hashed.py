@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# numbers that hashing makes at once: with many buckets it would make tokens x buckets of them
-PIECE = 1 << 22
+# numbers that hashing makes at once, on a CPU and elsewhere: with many buckets it would make tokens x buckets of them
+PIECE, LARGE_PIECE = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,19 @@ class Group:
             yield Group(*part, self.allows)
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """What a plan of chunks is made of, for kernels that know chunks only.
+
+    `ring` is `(rounds, tiles, left, right)` where all rows have the same tiles, None where padding tells them apart.
+    """
+
+    rounds: int
+    is_causal: bool
+    sees_itself: bool
+    ring: tuple[int, int, int, int] | None
+
+
 @dataclass(frozen=True, eq=False)
 class HashedPlan:
     """Which tiles meet, and which token stands at which place of them: O(N) tables, never O(N^2).
@@ -41,9 +55,14 @@ class HashedPlan:
     size: int  # m
     q_index: Tensor  # [X, tiles * m] int64: the token at each place, -1 for none
     k_index: Tensor  # [Y, tiles * m]
-    groups: tuple[Group, ...]
+    list_groups: Callable[[], tuple[Group, ...]]  # not called where a kernel knows them by `chunks`
     # H where no query meets a key twice, so that the pair is known by its tokens; None where it may
     heads: int | None = None
+    chunks: Chunks | None = None
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return self.list_groups()
 
     @property
     def repeats(self) -> int:
@@ -90,7 +109,7 @@ def hash_vectors(vectors: Tensor, rotations: Tensor, buckets: int | tuple[int, .
     per_token = vectors.shape[0] * rotations.shape[0] * rotations.shape[2] * 2 * rotations.shape[3]
     if torch.compiler.is_compiling():
         return _hash(vectors, rotations, factors)
-    step = max(1, PIECE // per_token)
+    step = max(1, (PIECE if vectors.device.type == "cpu" else LARGE_PIECE) // per_token)
     return torch.cat([_hash(piece, rotations, factors) for piece in vectors.split(step, dim=2)], dim=-1)
 
 
@@ -158,9 +177,13 @@ def plan_chunks(
             return q >= k if sees_itself else q > k
         return (q >= 0) & (k >= 0) if sees_itself else q != k
 
-    ring = _ring(own, rounds, tiles, chunking.left, chunking.right)
-    groups = tuple(Group(*_drop_empty(found, places, size), allows) for found in ring)
-    return HashedPlan(size, places, places, groups)
+    ring = rounds, tiles, chunking.left, chunking.right
+
+    def list_groups() -> tuple[Group, ...]:
+        return tuple(Group(*_drop_empty(found, places, size), allows) for found in ring_tiles(own, *ring))
+
+    chunks = Chunks(rounds, is_causal, sees_itself, ring if real is None else None)
+    return HashedPlan(size, places, places, list_groups, chunks=chunks)
 
 
 def _places(buckets: Tensor | None, real: Tensor | None, shape: tuple[int, int, int], width: int, device) -> Tensor:
@@ -181,7 +204,7 @@ def _places(buckets: Tensor | None, real: Tensor | None, shape: tuple[int, int, 
     return torch.nn.functional.pad(order, (0, width - length), value=-1).flatten(2).flatten(0, 1)
 
 
-def _ring(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> Iterator[tuple[Tensor, ...]]:
+def ring_tiles(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> Iterator[tuple[Tensor, ...]]:
     """The tiles of each round, and their neighbours in the ring of the `own` `[X]` first tiles of all rounds."""
     rows, device = len(own), own.device
     x = torch.arange(rows, device=device).repeat_interleave(tiles)

@@ -1,0 +1,167 @@
+"""A plan as lists of tiles that a kernel walks: of each query tile its key tiles, and of each key tile its query tiles.
+
+Tiles that the pattern fills are told apart from those that need a mask. Masks are few, since a pattern's edges look alike all
+along a text: each distinct one is kept once.
+
+Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query tiles, N listed tiles, S places of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .block_plan import BlockPlan
+from .hashed import HashedPlan, ring_tiles
+from .memo import remembered
+
+# tiles of a line that one program walks; what is beyond becomes segments, of which each has a program of its own
+LIMIT = 128
+# mask bits that are evaluated at once
+EVALUATED = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """The tiles of each line (a query tile or a key tile of a group); those with a mask come first."""
+
+    offsets: Tensor  # [G * lines + 1] int32: where the entries of each line begin
+    masked: Tensor  # [G * lines] int32: how many of them have a mask
+    others: Tensor  # [N] int32: the tile of keys (of queries) of each entry
+    masks: Tensor  # [N] int32: the number of its mask, 0 where it has none
+    lines: int  # lines of a group
+    segments: (
+        Tensor  # [T, 2] int32: a tile that has more than LIMIT entries in a group, and the number of a segment, from 1
+    )
+    long: Tensor  # [L, 3] int32: such a tile, its first row in `segments`, and how many there are
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    size: int  # S
+    group_of: Tensor  # [B * H] int32: the group of a head of a batch row
+    by_query: Lists
+    by_key: Lists
+    masks: Tensor  # [M, S, S] uint8, queries x keys: 1 where a query sees a key
+    masks_by_key: Tensor  # [M, S, S] uint8, keys x queries
+
+
+@remembered
+def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLists:
+    """The lists of a plan in tiles of `size`, for `batch` rows and `num_heads` query heads."""
+    plan = plan if plan.block_size == size else replace(plan, block_size=size)
+    counts = plan.row_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=plan.device), counts)
+    group, i, j = row // max(1, plan.q_blocks), row % max(1, plan.q_blocks), plan.columns.long()
+    # a tile that hangs over the last query or key is never full
+    full = plan.full & ((i + 1) * size <= plan.q_len) & ((j + 1) * size <= plan.kv_len)
+    masks, number = _masks(plan, group, i, j, full)
+    patterns = len(plan.patterns)
+    heads = torch.tensor(plan.heads or [0] * num_heads, device=plan.device)
+    rows = torch.arange(batch, device=plan.device) if plan.batch_rows > 1 else torch.zeros(batch, device=plan.device)
+    groups = plan.batch_rows * patterns
+    return TileLists(
+        size,
+        (rows.long()[:, None] * patterns + heads).flatten().int(),
+        make_lists(groups, plan.q_blocks, group, i, j, full, number),
+        make_lists(groups, plan.kv_blocks, group, j, i, full, number),
+        masks,
+        masks.transpose(1, 2).contiguous(),
+    )
+
+
+def make_lists(
+    groups: int, lines: int, group: Tensor, line: Tensor, other: Tensor, full: Tensor, mask: Tensor
+) -> Lists:
+    """Sort entries by line, those with a mask first; `group`, `line`, `other`, `full` and `mask` are `[N]`."""
+    line = group * lines + line
+    most = int(other.max()) + 1 if len(other) else 1
+    order = ((line * 2 + full) * most + other).argsort()
+    counts = torch.bincount(line, minlength=groups * lines)
+    masked = torch.bincount(line[~full], minlength=groups * lines)
+    most_entries = counts.view(groups, lines).amax(0)
+    long = (most_entries > LIMIT).nonzero().flatten()
+    more = (most_entries[long] - 1) // LIMIT
+    first = more.cumsum(0) - more
+    number = torch.arange(int(more.sum()), device=line.device) - first.repeat_interleave(more) + 1
+    return Lists(
+        torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
+        masked.int(),
+        other[order].int(),
+        mask[order].int(),
+        lines,
+        torch.stack((long.repeat_interleave(more), number), 1).int(),
+        torch.stack((long, first, more), 1).int(),
+    )
+
+
+def _masks(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct masks `[M, S, S]` uint8 of the tiles that are not full, and which of them each tile has, `[N]`."""
+    number = torch.zeros_like(i)
+    wanted = (~full).nonzero().flatten()
+    if not len(wanted):
+        return torch.zeros(1, plan.block_size, plan.block_size, dtype=torch.uint8, device=plan.device), number
+    # tiles are told apart by sums of random 64-bit numbers over their pairs: two distinct ones agree once in 2^64
+    weights = torch.randint(
+        -(2**63), 2**63 - 1, (plan.block_size,) * 2, generator=torch.Generator().manual_seed(0), dtype=torch.int64
+    ).to(plan.device)
+    step = max(1, EVALUATED // plan.block_size**2)
+    codes = [
+        torch.where(_evaluated(plan, group[some], i[some], j[some]), weights, 0).sum((1, 2))
+        for some in wanted.split(step)
+    ]
+    codes, which = torch.cat(codes).unique(return_inverse=True)
+    # any tile of a kind shows the mask of all
+    example = torch.zeros_like(codes).scatter_(0, which, torch.arange(len(which), device=which.device))
+    shown = wanted[example]
+    masks = torch.cat([_evaluated(plan, group[some], i[some], j[some]) for some in shown.split(step)])
+    number[wanted] = which
+    return masks.to(torch.uint8), number
+
+
+def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Tiles pair by pair, `[T, S, S]` bool."""
+    place = torch.arange(plan.block_size, device=plan.device)
+    q, k = (i[:, None] * plan.block_size + place)[:, :, None], (j[:, None] * plan.block_size + place)[:, None, :]
+    b, p = (group // len(plan.patterns))[:, None, None], group % len(plan.patterns)
+    exists = (q < plan.q_len) & (k < plan.kv_len)
+    q, k = q.clamp(max=plan.q_len - 1), k.clamp(max=plan.kv_len - 1)
+    held = torch.zeros_like(exists)
+    for pattern in range(len(plan.patterns)):
+        own = (p == pattern)[:, None, None]
+        if len(plan.patterns) == 1:
+            held = plan.allows(b, pattern, q, k)
+        elif own.any():
+            some = own.flatten().nonzero().flatten()
+            held[some] = plan.allows(b[some], pattern, q[some], k[some]).expand(-1, *held.shape[1:])
+    return held & exists
+
+
+def chunk_lists(plan: HashedPlan) -> tuple[Tensor, Lists, Lists]:
+    """Of a plan of chunks: the group of each row `[X]`, and its lists, by query and by key. Every tile is masked."""
+    rows, device = plan.q_index.shape[0], plan.q_index.device
+    if plan.chunks.ring is not None:
+        return torch.zeros(rows, dtype=torch.int32, device=device), *_ring_lists(*plan.chunks.ring, device)
+    x, i, columns = (torch.cat(part) for part in zip(*((g.x, g.i, g.columns) for g in plan.groups), strict=True))
+    group_of = torch.arange(rows, dtype=torch.int32, device=device)
+    return group_of, *_masked_lists(rows, plan.q_index.shape[1] // plan.size, x, i, columns)
+
+
+@lru_cache(maxsize=32)
+def _ring_lists(rounds: int, tiles: int, left: int, right: int, device) -> tuple[Lists, Lists]:
+    found = ring_tiles(torch.tensor([tiles], device=device), rounds, tiles, left, right)
+    parts = (torch.cat(part) for part in zip(*found, strict=True))
+    return _masked_lists(1, rounds * tiles, *parts)
+
+
+def _masked_lists(groups: int, lines: int, x: Tensor, i: Tensor, columns: Tensor) -> tuple[Lists, Lists]:
+    exists = columns >= 0
+    group, line = (t[:, None].expand_as(columns)[exists] for t in (x, i))
+    rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
+    columns = columns[exists]
+    return make_lists(groups, lines, group, line, columns, *rest), make_lists(
+        groups, lines, group, columns, line, *rest
+    )
