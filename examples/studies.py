@@ -1,0 +1,108 @@
+"""What the two studies share: a clock of training steps, results that are kept between runs, and a canvas."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from sparse_hf.bench.measure import environment, write_json
+
+# Trainer would split every batch over all GPUs that it sees
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# steps that are not timed: kernels are compiled and memory is laid out
+WARM_UP = 3
+
+
+class Clock(TrainerCallback):
+    """Seconds and peak memory of training steps; what Trainer does between them (evaluation, logs) is not counted."""
+
+    def __init__(self):
+        self.seconds, self.peak = [], 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        self.seconds.append(time.perf_counter() - self._start)
+
+    @property
+    def step_s(self) -> float:
+        """Median of a step."""
+        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Highest memory of a step, weights and optimizer included; None on a CPU."""
+        return self.peak or None
+
+
+def free() -> None:
+    """Give back what the entry before held: Trainer and its model know each other."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Results:
+    """Entries in a JSON file, written after each. Entries of an earlier run are kept, if it had these settings.
+
+    Raises:
+        ValueError: the file holds a run with other settings or on another machine, of which entries would be lost.
+    """
+
+    def __init__(self, out: Path, settings: dict):
+        self.out, self.settings, self.here = out, settings, environment(DEVICE)
+        self.entries: dict[str, dict] = {}
+        if out.exists():
+            found = json.loads(out.read_text(encoding="utf-8"))
+            different = [key for key, value in settings.items() if found["settings"].get(key) != json_value(value)]
+            different += [
+                key for key, value in self.here.items() if key != "date" and found["environment"][key] != value
+            ]
+            if different:
+                raise ValueError(f"{out} has other {', '.join(different)}; name another file with --out, or remove it")
+            self.entries = found["entries"]
+
+    def add(self, name: str, entry: dict, order: list[str]) -> None:
+        self.entries[name] = entry
+        self.entries = {known: self.entries[known] for known in order if known in self.entries}
+        write_json(self.content, self.out)
+
+    @property
+    def content(self) -> dict:
+        return {"environment": self.here, "settings": self.settings, "entries": self.entries}
+
+
+def json_value(value):
+    return json.loads(json.dumps(value))
+
+
+def canvas(columns: int, title: str):
+    """A figure of so many axes side by side; it needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+    figure = Figure(figsize=(5.5 * columns, 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
