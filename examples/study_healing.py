@@ -51,7 +51,8 @@ from examples.studies import Clock, Results, canvas, free, save
 from examples.texts import book
 from sparse_hf.train import Distillation, HealingTrainer, add_lora, lora_config
 
-# of works that the package holds once; Melville and Carroll are not trained on at all, Austen and Shakespeare by other works
+# of works that the package holds once; Melville and Carroll are not trained on at all, Austen and Shakespeare by other works.
+# 22 of their 426,000 runs of 13 words are in the other books, all in Moby Dick, which quotes the Bible
 HELD_OUT = ("moby_dick", "austen_emma", "carroll_alice", "shakespeare_hamlet")
 # rows of each held-out book that are read again and again while training; all are read at the end
 CURVE_ROWS = 2
