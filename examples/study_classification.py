@@ -175,6 +175,8 @@ def measure(
             free()
     return summary(
         found,
+        tokens_of_a_row=variant.length,
+        most_rows=variant.rows,
         step_s=statistics.median(clock.step_s for clock in clocks),
         peak_bytes=max(clock.peak_bytes or 0 for clock in clocks) or None,
     )

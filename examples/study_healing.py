@@ -266,7 +266,7 @@ def plot(content: dict, path: Path) -> None:
     found = [value for entry in entries.values() for value in entry["by_position"].values()]
     # differences are what is to be seen
     right.set_ylim(0.8 * min(found), 1.05 * max(found))
-    right.set(xlabel="position in the row", ylabel="perplexity of held-out books (the axis does not begin at 0)")
+    right.set(xlabel="position in the row", ylabel="perplexity of held-out books (axis cut)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend(fontsize=8)
