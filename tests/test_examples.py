@@ -59,6 +59,10 @@ def test_assets_are_checked_by_hash(tmp_path, monkeypatch):
     right = hashlib.sha256(archive.read_bytes()).hexdigest()
     folder = assets.fetch(assets.Asset("pypi", "thing", "1.0", right, {"thing/a.txt": "a.txt"}))
     assert [p.name for p in folder.iterdir()] == ["a.txt"] and not (tmp_path / "outside.txt").exists()
+    # a glob takes what matches, without its path
+    found = assets.fetch(assets.Asset("pypi", "thing", "1.1", right, matching="*.txt"))
+    assert sorted(p.name for p in found.iterdir()) == ["a.txt", "outside.txt"] and found.parent == tmp_path / "cache"
+    assert not (tmp_path / "outside.txt").exists() and not (found.parent / "outside.txt").exists()
     with pytest.raises(RuntimeError, match="is pinned"):
         assets.fetch(assets.Asset("pypi", "thing", "2.0", "0" * 64, {"thing/a.txt": "a.txt"}))
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing-1.0"]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["thing-1.0", "thing-1.1"]

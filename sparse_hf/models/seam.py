@@ -84,6 +84,7 @@ def sparse_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
         )
+    query, key, value = _of_autocast(query, key, value)
     stack = _stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
@@ -114,6 +115,15 @@ def sparse_attention_forward(
         pattern, batch = _plan(pattern, batch, opaque, query, key), {}
     out = sparse_attention(query, key, value, pattern, **batch, **scores, dropout=dropout, backend=backend)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast gives SDPA: rotary positions leave queries and keys in float32 beside values in bfloat16."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def attention_with_weights(

@@ -1,0 +1,126 @@
+"""What the two studies share: options, a clock of training steps, results that are kept between runs, and a canvas."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from sparse_hf.bench.measure import environment, write_json
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# steps that are not timed: kernels are compiled and memory is laid out
+WARM_UP = 3
+PRECISION = "float32 weights, bfloat16 autocast"
+# of TrainingArguments
+TRAINING = {
+    "bf16": True,
+    "use_cpu": DEVICE.type == "cpu",
+    "optim": "adamw_torch",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """With the options that both have; `name` is that of the files that are written."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    made.add_argument("--plot", type=Path, default=RESULTS / f"{name}.png")
+    made.add_argument("--plot-only", action="store_true", help="draw what --out holds")
+    made.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
+    return made
+
+
+class Clock(TrainerCallback):
+    """Seconds and peak memory of training steps; what Trainer does between them (evaluation, logs) is not counted."""
+
+    def __init__(self):
+        self.seconds, self.peak = [], 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        self.seconds.append(time.perf_counter() - self._start)
+
+    @property
+    def step_s(self) -> float:
+        """Median of a step."""
+        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Highest memory of a step, weights and optimizer included; None on a CPU."""
+        return self.peak or None
+
+
+def free() -> None:
+    """Give back what the entry before held: Trainer and its model know each other."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Results:
+    """Entries in a JSON file, written after each. Entries of an earlier run are kept, if it had these settings.
+
+    Raises:
+        ValueError: the file holds a run with other settings or on another machine, of which entries would be lost.
+    """
+
+    def __init__(self, out: Path, settings: dict):
+        self.out, self.settings, self.here = out, settings, environment(DEVICE)
+        self.entries: dict[str, dict] = {}
+        if out.exists():
+            found, ours = read(out), json.loads(json.dumps(settings))
+            different = [key for key, value in ours.items() if found["settings"].get(key) != value]
+            different += [
+                key for key, value in self.here.items() if key != "date" and found["environment"][key] != value
+            ]
+            if different:
+                raise ValueError(f"{out} has other {', '.join(different)}; name another file with --out, or remove it")
+            self.entries = found["entries"]
+
+    def add(self, name: str, entry: dict, order: list[str]) -> None:
+        self.entries[name] = entry
+        self.entries = {known: self.entries[known] for known in order if known in self.entries}
+        write_json(self.content, self.out)
+
+    @property
+    def content(self) -> dict:
+        return {"environment": self.here, "settings": self.settings, "entries": self.entries}
+
+
+def read(out: Path) -> dict:
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def canvas(columns: int, title: str):
+    """A figure of so many axes side by side; it needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+    figure = Figure(figsize=(5.5 * columns, 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

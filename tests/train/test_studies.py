@@ -1,0 +1,133 @@
+"""The studies run with `--tiny`, measure what they say, and keep what they have measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import sotu, study_classification, study_healing, tiny
+from examples.assets import GUTENBERG
+from tests import oracle
+
+# peft asks Transformers by an old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning", "ignore::UserWarning")
+TINY = study_healing.TINY
+
+
+def run(study, folder: Path, *options: str) -> dict:
+    out, picture = folder / "study.json", folder / "study.png"
+    content = study.main(["--tiny", "--out", str(out), "--plot", str(picture), *options])
+    assert json.loads(out.read_text()) == json.loads(json.dumps(content)) and picture.stat().st_size > 10_000
+    return content
+
+
+def perplexity(mask: torch.Tensor | None, edges: tuple[int, ...], length: int = 64) -> list[float]:
+    """Of the tiny held-out texts by the dense model, of all tokens and between edges: loops and a mask of pairs."""
+    case = study_healing.TINY
+    model, tokenizer = case.load().eval(), case.tokenizer()
+    sums, counts = torch.zeros(len(edges) + 1), torch.zeros(len(edges) + 1)
+    for text in case.held_out().values():
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        for at in range(0, len(ids) - length + 1, length):
+            row = torch.tensor([ids[at : at + length]])
+            with torch.no_grad():
+                logits = model(row, attention_mask=mask).logits[0].log_softmax(-1)
+            for place in range(length - 1):
+                part = sum(place >= edge for edge in edges)
+                sums[part] -= logits[place, row[0, place + 1]]
+                counts[part] += 1
+    return [math.exp(sums.sum() / counts.sum()), *(sums / counts).exp().tolist()]
+
+
+def scaled():
+    """The tiny model with larger weights, without which attention is nearly uniform and a pattern hardly shows."""
+    model = TINY.load()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(5)
+    return model
+
+
+def test_healing_measures_perplexity_of_books_that_it_does_not_train_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_healing, "TINY", dataclasses.replace(TINY, load=scaled))
+    content = run(study_healing, tmp_path, "--steps", "4", "--eval-steps", "2")
+    entries, case = content["entries"], study_healing.TINY
+    assert list(entries) == list(study_healing.VARIANTS)
+    pairs = oracle.dense_mask(case.pattern, 64, 64) & torch.ones(64, 64, dtype=torch.bool).tril()
+    for name, mask in (("dense", None), ("sparse", pairs)):
+        found = [entries[name]["perplexity"], *entries[name]["by_position"].values()]
+        # computed with in bfloat16
+        assert found == pytest.approx(perplexity(mask, case.edges), rel=2e-3)
+    for name, entry in entries.items():
+        kind = "dense" if name.startswith("dense") else "sparse"
+        # all begin where the model that is not trained stays
+        assert entry["curve"][0] == entries[kind]["curve"][0]
+        assert entry["model"] == {"dense": "LlamaForCausalLM", "sparse": "SparseLlamaForCausalLM"}[kind]
+        if name != kind:
+            assert entry["perplexity"] < entries[kind]["perplexity"] and entry["tokens_per_s"] > 0
+            assert [tokens for tokens, _ in entry["curve"]] == [0, 2 * 4 * 64, 4 * 4 * 64]
+    assert entries["sparse, LoRA"]["parameters_trained"] < entries["sparse, trained"]["parameters_trained"]
+    (tmp_path / "study.png").unlink()
+    study_healing.main(["--plot-only", "--out", str(tmp_path / "study.json"), "--plot", str(tmp_path / "study.png")])
+    assert (tmp_path / "study.png").exists()
+
+
+def test_entries_of_an_earlier_run_are_kept_if_it_had_the_same_settings(tmp_path):
+    run(study_healing, tmp_path, "--variants", "sparse")
+    entries = run(study_healing, tmp_path, "--variants", "dense")["entries"]
+    assert list(entries) == ["dense", "sparse"]
+    with pytest.raises(ValueError, match="has other steps, tokens, epochs; name another file"):
+        run(study_healing, tmp_path, "--variants", "dense", "--steps", "3")
+    assert json.loads((tmp_path / "study.json").read_text())["entries"] == json.loads(json.dumps(entries))
+
+
+def test_held_out_books_are_of_the_package():
+    books = {Path(name).stem for name in GUTENBERG.members.values()}
+    assert len(books) == 18 and set(study_healing.HELD_OUT) < books
+
+
+def test_what_only_the_end_says_is_found_by_those_who_read_it(tmp_path):
+    chosen = ["dense, 32 tokens", "sparse, 32 tokens", "dense, chunks of 32", "sparse, 128 tokens"]
+    entries = run(study_classification, tmp_path, "--seeds", "1", "--steps", "40", "--variants", *chosen)["entries"]
+    accuracy = {name: entry["accuracy"]["mean"] for name, entry in entries.items()}
+    for name in ("majority", "bag of 32 tokens", "dense, 32 tokens", "sparse, 32 tokens"):
+        assert accuracy[name] == 0.5, name
+    for name in ("bag of 128 tokens", "dense, chunks of 32", "sparse, 128 tokens"):
+        assert accuracy[name] == 1.0, name
+    assert entries["majority"]["macro_f1"]["mean"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return sotu.Documents(sotu.tiny_speeches(), tiny.tokenizer())
+
+
+def test_every_speech_is_asked_for_once_and_no_president_is_learned_from_too(documents):
+    asked = []
+    for seed in range(sotu.SPLITS):
+        learned, test = documents.split(seed)
+        assert not set(documents.presidents[learned]) & set(documents.presidents[test])
+        asked += test.tolist()
+    assert sorted(asked) == list(range(len(documents.found)))
+    assert documents.split(0)[1].tolist() != documents.split(sotu.SPLITS)[1].tolist()
+
+
+def test_rows_of_a_speech_are_its_text_from_the_beginning(documents):
+    ends = documents.tokenizer("")["input_ids"]
+    rows, places = documents.rows([5, 2], 32, 3)
+    for place, i in enumerate([5, 2]):
+        mine = [row for row, where in zip(rows, places, strict=True) if where == place]
+        assert all([row["input_ids"][0], row["input_ids"][-1]] == ends for row in mine)
+        assert sum((row["input_ids"][1:-1] for row in mine), []) == documents.ids[i][:90] and len(mine) == 3
+        assert {row["labels"] for row in mine} == {documents.labels[i]}
+
+
+def test_unknown_variants_are_told(capsys):
+    with pytest.raises(SystemExit):
+        study_classification.main(["--tiny", "--variants", "dense, 33 tokens"])
+    assert "no variant dense, 33 tokens; there are dense, 32 tokens" in capsys.readouterr().err
