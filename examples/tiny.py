@@ -7,8 +7,8 @@ import random
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    BartConfig,
     BertConfig,
+    LEDConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -61,6 +61,15 @@ def questions(count: int, seed: int = 0) -> list[dict]:
     return made
 
 
+def summaries(count: int, seed: int = 0) -> list[dict]:
+    """Documents and what to say of them, `text` and `summary`: how many articles there are, and of what they speak."""
+    made = []
+    for example in texts(count, seed):
+        subject = ("land and rent", "ships and whales")[example["label"]]
+        made.append({"text": example["text"], "summary": f"{example['text'].count('Article')} articles on {subject}"})
+    return made
+
+
 def tokenizer(causal: bool = False) -> PreTrainedTokenizerBase:
     """Byte-level BPE: every text has tokens, and decoding gives it back. `[CLS] text [SEP]`, or `text [SEP]` if causal."""
     made = Tokenizer(models.BPE(unk_token="[UNK]"))
@@ -82,17 +91,18 @@ def tokenizer(causal: bool = False) -> PreTrainedTokenizerBase:
 
 
 def config(kind: str, vocab_size: int, positions: int = 128) -> PreTrainedConfig:
-    """`kind` is "decoder" (Llama), "encoder" (BERT) or "encoder-decoder" (BART)."""
+    """`kind` is "decoder" (Llama), "encoder" (BERT) or "encoder-decoder" (LED)."""
     ids = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if kind == "decoder":
         return LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=positions, **ids)
     if kind == "encoder":
         return BertConfig(**SIZES, max_position_embeddings=positions, **ids)
-    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _BART.items()}
-    return BartConfig(d_model=32, max_position_embeddings=positions, decoder_start_token_id=3, **sides, **ids)
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _LED.items()}
+    sides |= {f"max_{side}_position_embeddings": positions for side in ("encoder", "decoder")}
+    return LEDConfig(d_model=32, attention_window=16, decoder_start_token_id=3, **sides, **ids)
 
 
-_BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+_LED = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 
 
 def model(auto_class, kind: str, vocab_size: int, positions: int = 128, **changes):

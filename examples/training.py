@@ -6,7 +6,9 @@ sparse folder is trained as it is.
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +19,16 @@ from transformers.utils import logging
 
 import sparse_hf
 from examples import texts, tiny
+from sparse_hf.convert.positions import length_of
+from sparse_hf.train import MarkHeaders
 
 logger = logging.get_logger("transformers.examples")
+Columns = list[tuple[str, str]]
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-TINY = {
-    "decoder": "window(7, 0) | first(2)",
-    "encoder": "window(8, 8) | marked()",
-    "encoder-decoder": "window(8, 8) | first(1)",
-}
+# LED has a pattern of its own
+TINY = {"decoder": "window(7, 0) | first(2)", "encoder": "window(8, 8) | marked()", "encoder-decoder": None}
+# positions beyond these have no row to be looked up
+TABLES = ("learned", "sinusoidal")
 
 
 @dataclass
@@ -61,13 +65,23 @@ class DataArguments:
     max_eval_samples: int | None = 200
 
 
-def parse(arguments: list[str] | None, *more, defaults: dict | None = None) -> tuple:
+@dataclass
+class HeaderArguments:
+    headers: str | None = field(default=None, metadata={"help": "A regular expression; what it matches is marked."})
+
+
+def parse(
+    arguments: list[str] | None, *more, model=ModelArguments, training=TrainingArguments, defaults: dict | None = None
+) -> tuple:
     """Model, data and training arguments from the command line (or from one .json file), then those of `more`."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, *more))
-    parser.set_defaults(output_dir="out", save_total_limit=2, logging_steps=10, **(defaults or {}))
-    if arguments is not None and len(arguments) == 1 and arguments[0].endswith(".json"):
-        return parser.parse_json_file(arguments[0])
-    parsed = parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser((model, DataArguments, training, *more))
+    defaults = {"output_dir": "out", "save_total_limit": 2, "logging_steps": 10, **(defaults or {})}
+    parser.set_defaults(**defaults)
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) == 1 and given[0].endswith(".json"):
+        parsed = parser.parse_dict({**defaults, **json.loads(Path(given[0]).read_text(encoding="utf-8"))})
+    else:
+        parsed = parser.parse_args_into_dataclasses(given)
     data, training = parsed[1], parsed[2]
     if data.dataset_name and data.train_file:
         raise ValueError(
@@ -80,25 +94,48 @@ def parse(arguments: list[str] | None, *more, defaults: dict | None = None) -> t
 
 
 def load_model(auto_class, kind: str, model_args: ModelArguments, training_args, **changes):
-    """The sparse model and its tokenizer. `kind` says which model `--tiny` makes, see `tiny.config`."""
+    """The sparse model and its tokenizer. `kind` says which model `--tiny` makes, see `tiny.config`.
+
+    Raises:
+        ValueError: a dense model without a pattern, a pattern that cannot be read, or fewer positions than a row has tokens.
+    """
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
         if not _is_sparse(source) and (pattern is not None or _implies_pattern(source)):
-            target = Path(training_args.output_dir) / "converted"
-            if not target.exists():
-                most = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
-                grown = model_args.max_length if most is not None and model_args.max_length > most else None
-                layers = model_args.layers
-                sparse_hf.convert(source, target, pattern, layers=layers, max_length=grown, progress=False)
-            source = str(target)
+            source = _converted(source, pattern, model_args, training_args)
     if not _is_sparse(source):
         raise ValueError(
             f'{source} is dense; say which tokens may attend to which, --pattern "window(255, 0) | first(4)"'
+        )
+    most = _positions(source, TABLES)
+    if most is not None and model_args.length > most:
+        raise ValueError(
+            f"rows have {model_args.length} tokens and {source} has {most} positions; ask for rows of {most}, or give the dense "
+            "model, which gets more positions when it is converted"
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return auto_class.from_pretrained(source, **changes), tokenizer
+
+
+def _converted(source: str, pattern: str | None, model_args: ModelArguments, training_args) -> str:
+    target = Path(training_args.output_dir) / "converted"
+    most = _positions(source)
+    grown = model_args.length if most is not None and model_args.length > most else None
+    asked = {"source": source, "pattern": pattern, "layers": model_args.layers, "max_length": grown}
+    record = target.with_name("converted.json")
+    if target.exists():
+        found = json.loads(record.read_text()) if record.exists() else "other arguments"
+        if found != asked:
+            raise ValueError(
+                f"{target} was made with {found}, and {asked} is asked for; give another --output_dir, or remove {target}"
+            )
+        return str(target)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(asked))
+    sparse_hf.convert(source, target, pattern, layers=model_args.layers, max_length=grown, progress=False)
+    return str(target)
 
 
 def _source(auto_class, kind, model_args, training_args, changes) -> tuple[str, str | None]:
@@ -112,18 +149,50 @@ def _source(auto_class, kind, model_args, training_args, changes) -> tuple[str, 
     return str(folder), model_args.pattern or TINY[kind]
 
 
+def _family(config):
+    found = sparse_hf.FAMILIES.values()
+    return next((family for family in found if config.model_type in (family.dense_type, family.sparse_type)), None)
+
+
+def _positions(source: str, schemes: tuple[str, ...] | None = None) -> int | None:
+    """Tokens that the model's positions are enough for; None where nothing limits them, or its scheme is none of these."""
+    config = AutoConfig.from_pretrained(source)
+    family = _family(config)
+    if family is None or (schemes is not None and family.positions.scheme not in schemes):
+        return None
+    return length_of(config, family.positions)
+
+
 def _is_sparse(source: str) -> bool:
     return AutoConfig.from_pretrained(source).model_type.startswith("sparse_")
 
 
 def _implies_pattern(source: str) -> bool:
     """Longformer, BigBird and their like need no `--pattern`."""
-    family = sparse_hf.FAMILIES.get(AutoConfig.from_pretrained(source).model_type)
+    family = _family(AutoConfig.from_pretrained(source))
     return family is not None and family.implies_pattern
 
 
-def load_texts(model_args: ModelArguments, data_args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset]:
-    """Documents to train on and to evaluate on, with the columns of the source."""
+def load_texts(
+    model_args: ModelArguments, data_args: DataArguments, columns: Columns | None = None
+) -> tuple[Dataset | IterableDataset, Dataset]:
+    """Documents to train on and to evaluate on, with the columns of the source.
+
+    `columns` are those that there must be, and what asks for each; by default that of `--text_column`.
+
+    Raises:
+        ValueError: a column that is not there, or a file that cannot be read.
+    """
+    train, evaluation = _load_texts(model_args, data_args)
+    for rows in (train, evaluation):
+        found = list(rows.features or next(iter(rows)))
+        for option, name in columns or [("--text_column", data_args.text_column)]:
+            if name not in found:
+                raise ValueError(f"{option} is {name!r}; the data set has {', '.join(found)}")
+    return train, evaluation
+
+
+def _load_texts(model_args, data_args) -> tuple[Dataset | IterableDataset, Dataset]:
     if model_args.tiny:
         return Dataset.from_list(tiny.texts(40)), Dataset.from_list(tiny.texts(10, seed=1))
     if data_args.dataset_name:
@@ -153,6 +222,32 @@ def _read(path: str, streaming: bool):
         raise ValueError(f"{path} ends in {Path(path).suffix!r}; known are {', '.join(LOADERS)}")
     options = {"sample_by": "document"} if kind == "text" else {}
     return load_dataset(kind, data_files=path, split="train", streaming=streaming, **options)
+
+
+def find_headers(header_args: HeaderArguments, model, pad) -> MarkHeaders | None:
+    """What finds the headers of `--headers`.
+
+    Raises:
+        ValueError: marks that the model's pattern does not speak of, or no regular expression.
+    """
+    if header_args.headers is None:
+        return None
+    if not model.config.uses_marks:
+        raise ValueError(
+            f"--headers {header_args.headers!r} marks tokens, and the model's pattern speaks of none; "
+            'add marked() to it, --pattern "window(128, 128) | marked()"'
+        )
+    return MarkHeaders(pad, header_args.headers)
+
+
+def tokenized(text: str, tokenizer, length: int, headers: MarkHeaders | None = None) -> dict:
+    """One text as a row of tokens; with headers, their marks are a column that Trainer keeps."""
+    row = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=headers is not None)
+    if headers is None:
+        return dict(row)
+    marks = headers.marks({"text": text, **row}).long().tolist()
+    row.pop("offset_mapping")
+    return {**row, "global_attention_mask": marks}
 
 
 def run(trainer, training_args, evaluate) -> dict[str, float]:
