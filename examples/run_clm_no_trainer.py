@@ -1,6 +1,4 @@
-"""The loop of run_clm.py by hand, with accelerate: accumulation, checkpoints and going on from them. `--mlm` for encoders.
-
-A run that goes on from a checkpoint has the losses of one that was not interrupted; masks and dropout are drawn anew.
+"""run_clm.py without Trainer: the loop by hand, see loop.py.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/run_clm_no_trainer.py \
         --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" --max_length 8192 --output_dir out
@@ -10,139 +8,25 @@ A run that goes on from a checkpoint has the losses of one that was not interrup
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorForLanguageModeling, get_scheduler
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.run_clm import packed
-from examples.run_mlm import collator
-from examples.training import checkpoint, load_model, load_texts, parse
+from examples import loop
+from examples.training import parse
 from sparse_hf.train import PackedCollator
 
 
-@dataclass
-class LoopArguments:
-    mlm: bool = field(default=False, metadata={"help": "Fill in masked tokens (an encoder)."})
-    mlm_probability: float = 0.15
-
-
-@dataclass
-class Progress:
-    """Where the loop is; accelerate saves it with the weights."""
-
-    step: int = 0
-    losses: dict[int, float] = field(default_factory=dict)
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.losses = state["step"], state["losses"]
-
-
-def count(batch, mlm: bool) -> torch.Tensor:
-    """Tokens that the loss is a mean of."""
-    return ((batch["labels"] if mlm else batch["labels"][:, 1:]) != -100).sum()
-
-
-def evaluate(accelerator, model, loader, mlm: bool) -> float:
-    model.eval()
-    sums = torch.zeros(2, device=accelerator.device)
-    for batch in loader:
-        with torch.no_grad():
-            loss, tokens = model(**batch).loss, count(batch, mlm)
-        if tokens:
-            sums += torch.stack([loss.float() * tokens, tokens.float()])
-    model.train()
-    total, tokens = accelerator.reduce(sums, "sum").tolist()
-    return total / tokens
-
-
-def optimize(accelerator, model, optimizer, scheduler, batches, args, mlm: bool) -> float:
-    """One step on several batches, and the mean loss of their tokens, of all processes."""
-    # heads divide by the number of tokens of the whole step, and accelerate averages over processes and batches
-    tokens = accelerator.reduce(sum(count(batch, mlm) for batch in batches).to(accelerator.device), "sum").clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
-    for batch in batches:
-        with accelerator.accumulate(model):
-            loss = model(**batch, num_items_in_batch=tokens).loss
-            total += loss.detach()
-            accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    scheduler.step()
-    return float(accelerator.reduce(total, "sum"))
-
-
-def steps(accelerator, loader, start: int, total: int, seed: int):
-    """The batches of each optimizer step from `start` on. Epochs are drawn from their number, so that none need be replayed."""
-    accumulate = accelerator.gradient_accumulation_steps
-    each = len(loader) // accumulate
-    if not each:
-        raise ValueError(f"an epoch has {len(loader)} batches, fewer than --gradient_accumulation_steps {accumulate}")
-    for epoch in range(start // each, -(-total // each)):
-        set_seed(seed + epoch)
-        loader.set_epoch(epoch)
-        skipped = start % each if epoch == start // each else 0
-        batches = iter(accelerator.skip_first_batches(loader, skipped * accumulate) if skipped else loader)
-        for _ in range(skipped, min(each, total - epoch * each)):
-            yield [next(batches) for _ in range(accumulate)]
+def collator(model, tokenizer):
+    return PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True)
 
 
 def main(arguments: list[str] | None = None) -> float:
-    model_args, data_args, args, loop = parse(arguments, LoopArguments, defaults={"max_steps": 100})
-    if data_args.streaming:
-        raise ValueError("--streaming has no order to go on in after a checkpoint; use run_clm.py")
-    accelerator = Accelerator(cpu=args.use_cpu, gradient_accumulation_steps=args.gradient_accumulation_steps)
-    auto_class, kind = (AutoModelForMaskedLM, "encoder") if loop.mlm else (AutoModelForCausalLM, "decoder")
-    model, tokenizer = load_model(auto_class, kind, model_args, args)
-    length = model_args.length
-    with accelerator.main_process_first():
-        train, evaluation = (packed(d, tokenizer, model, data_args, length) for d in load_texts(model_args, data_args))
-    collate = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True)
-    collate = collator(model, tokenizer, loop.mlm_probability) if loop.mlm else collate
-    loader = DataLoader(train, args.per_device_train_batch_size, shuffle=True, collate_fn=collate, drop_last=True)
-    eval_loader = DataLoader(evaluation, args.per_device_eval_batch_size, collate_fn=collate)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    warmup = int(args.warmup_steps)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
-    # the scheduler counts steps of the optimizer, whatever the processes and batches in each, so that accelerate leaves it alone
-    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress, scheduler)
-    found = checkpoint(args)
-    if found:
-        accelerator.load_state(found)
-    model.train()
-    for batches in steps(accelerator, loader, progress.step, args.max_steps, args.seed):
-        loss = optimize(accelerator, model, optimizer, scheduler, batches, args, loop.mlm)
-        progress.step += 1
-        progress.losses[progress.step] = loss
-        if progress.step % int(args.logging_steps) == 0:
-            accelerator.print(f"step {progress.step}: loss {loss:.4f}, learning rate {scheduler.get_last_lr()[0]:.2e}")
-        if progress.step % int(args.save_steps) == 0:
-            accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{progress.step}"))
-    perplexity = math.exp(evaluate(accelerator, model, eval_loader, loop.mlm))
-    accelerator.print(f"perplexity {perplexity:.2f}")
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
-        tokenizer.save_pretrained(args.output_dir)
-        Path(args.output_dir, "losses.json").write_text(json.dumps(progress.losses))
-    accelerator.end_training()
-    return perplexity
+    model_args, data_args, args = parse(arguments, defaults={"max_steps": 100})
+    return loop.train(AutoModelForCausalLM, "decoder", collator, model_args, data_args, args)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class MaskingArguments:
 def collator(model, tokenizer, probability: float):
     """Masks tokens, keeps documents apart, and marks class tokens where the pattern speaks of marks."""
     if tokenizer.mask_token is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no mask token; train the model with run_clm.py")
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no mask token; train the model with run_clm.py"
+        )
     made = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability))
     return MarkTokens(made, [tokenizer.cls_token_id]) if model.config.uses_marks else made
 

@@ -137,7 +137,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         training_args.predict_with_generate = False
     train, evaluation = load_rows(model_args, data_args, summary_args)
     model, tokenizer = load_model(AutoModelForSeq2SeqLM, "encoder-decoder", model_args, training_args)
-    most = getattr(model.config, "max_decoder_position_embeddings", getattr(model.config, "max_position_embeddings", None))
+    most = getattr(
+        model.config, "max_decoder_position_embeddings", getattr(model.config, "max_position_embeddings", None)
+    )
     if most is not None and summary_args.max_target_length > most:
         raise ValueError(f"--max_target_length is {summary_args.max_target_length}; the decoder has {most} positions")
     # a decoder begins with a token of its own
@@ -147,7 +149,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     headers = find_headers(summary_args, model, pad)
     with training_args.main_process_first(desc="tokenizing"):
         train, evaluation = (
-            encoded(rows, tokenizer, data_args, summary_args, model_args.length, headers) for rows in (train, evaluation)
+            encoded(rows, tokenizer, data_args, summary_args, model_args.length, headers)
+            for rows in (train, evaluation)
         )
     trainer = Seq2SeqTrainer(
         model=model,
