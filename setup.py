@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 version = runpy.run_path("sparse_hf/version.py")["__version__"]
 
-train = ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18", "scikit-learn>=1.5"]
+train = ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18", "rouge-score>=0.1.2", "scikit-learn>=1.5"]
 evaluate = ["datasets>=4.0", "evaluate>=0.4.6", "scikit-learn>=1.5"]
 gguf = ["gguf>=0.19"]
 

@@ -1,4 +1,4 @@
-"""Heal a converted decoder: more pre-training, or distillation from the dense model, all weights or LoRA.
+r"""Heal a converted decoder: more pre-training, or distillation from the dense model, all weights or LoRA.
 
     python examples/heal.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" --max_length 8192 \
         --train_file corpus.jsonl --output_dir out --distil --lora_rank 16 --edges 512 2048
@@ -27,15 +27,15 @@ from sparse_hf.train import Distillation, PackedCollator, heal, lora_config
 @dataclass
 class HealingArguments:
     distil: bool = field(default=False, metadata={"help": "Learn from the dense model, which is loaded beside."})
-    logits_weight: float = 1.0
-    hidden_weight: float = 0.0
-    temperature: float = 2.0
-    lora_rank: int = field(default=0, metadata={"help": "0 trains all weights."})
+    logits_weight: float = field(default=1.0, metadata={"help": "Of the dense model's answers in the loss."})
+    hidden_weight: float = field(default=0.0, metadata={"help": "Of the dense model's states in the loss."})
+    temperature: float = field(default=2.0, metadata={"help": "By which the answers are flattened."})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA; 0 trains all weights."})
     edges: list[int] = field(default_factory=list, metadata={"help": "Positions at which perplexity is told apart."})
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args, healing = parse(arguments, HealingArguments)
+    model_args, data_args, training_args, healing = parse(arguments, __doc__, HealingArguments)
     train, evaluation = load_texts(model_args, data_args)
     model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
     teacher = None

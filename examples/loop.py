@@ -78,7 +78,10 @@ def steps(accelerator, loader, start: int, total: int, seed: int):
     accumulate = accelerator.gradient_accumulation_steps
     each = len(loader) // accumulate
     if not each:
-        raise ValueError(f"an epoch has {len(loader)} batches, fewer than --gradient_accumulation_steps {accumulate}")
+        raise ValueError(
+            f"the texts make {len(loader)} batches and --gradient_accumulation_steps is {accumulate}, so that an epoch has no step; "
+            "give more texts, or ask for shorter rows, fewer of them in a batch, or fewer batches in a step"
+        )
     for epoch in range(start // each, -(-total // each)):
         set_seed(seed + epoch)
         loader.set_epoch(epoch)
@@ -86,6 +89,14 @@ def steps(accelerator, loader, start: int, total: int, seed: int):
         batches = iter(accelerator.skip_first_batches(loader, skipped * accumulate) if skipped else loader)
         for _ in range(skipped, min(each, total - epoch * each)):
             yield [next(batches) for _ in range(accumulate)]
+
+
+def save(accelerator, model, tokenizer, progress: Progress, folder: Path) -> None:
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        (folder / "losses.json").write_text(json.dumps(progress.losses))
 
 
 def train(auto_class, kind: str, collator: Callable, model_args, data_args, args) -> float:
@@ -101,7 +112,7 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     loader = DataLoader(rows, args.per_device_train_batch_size, shuffle=True, collate_fn=collate, drop_last=True)
     eval_loader = DataLoader(evaluation, args.per_device_eval_batch_size, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    warmup = int(args.warmup_steps)
+    warmup = args.get_warmup_steps(args.max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
     # the scheduler counts steps of the optimizer, whatever the processes and batches in each, so that accelerate leaves it alone
     model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
@@ -121,10 +132,6 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
             accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{progress.step}"))
     perplexity = math.exp(evaluate(accelerator, model, eval_loader, causal))
     accelerator.print(f"perplexity {perplexity:.2f}")
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
-        tokenizer.save_pretrained(args.output_dir)
-        Path(args.output_dir, "losses.json").write_text(json.dumps(progress.losses))
+    save(accelerator, model, tokenizer, progress, Path(args.output_dir))
     accelerator.end_training()
     return perplexity

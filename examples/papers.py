@@ -1,6 +1,6 @@
 """Papers and what experts say of each, in one sentence on its challenge, its approach and its outcome: ACLSum.
 
-250 papers of computational linguistics, 7,000 tokens the median and 30,000 the longest, of which 100 are for training and 50 for
+250 papers of computational linguistics, 4,500 words the median and 19,000 the longest, of which 100 are for training and 50 for
 validation. Experts read abstract, introduction and conclusion; here a text is the whole paper, as parsed from its PDF, with
 a line for each section's header, `3.1 Denoising Autoencoder`. Enough to fine-tune a model that can summarize already, and
 to try what it does with long texts; too little to teach one from nothing.

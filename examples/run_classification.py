@@ -1,10 +1,10 @@
-"""Train a sparse model to classify long documents; accuracy and macro F1 by scikit-learn.
+r"""Train a sparse model to classify long documents; accuracy and macro F1 by scikit-learn.
 
     python examples/run_classification.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
 
 Rows have a text and a label. The class token is marked where the pattern speaks of marks, and with `--headers` the section
-headers that match a regular expression too: `--headers "^(Article|Section) \\d+"`.
+headers that match a regular expression too: `--headers "^(Article|Section) \d+"`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encoded(documents, tokenizer, data_args, labels: dict, length: int, headers:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args, header_args = parse(arguments, HeaderArguments)
+    model_args, data_args, training_args, header_args = parse(arguments, __doc__, HeaderArguments)
     if not (model_args.tiny or data_args.dataset_name or data_args.train_file):
         raise ValueError("no labelled texts; give --dataset_name or --train_file, with a text and a label a row")
     if data_args.streaming:

@@ -1,4 +1,4 @@
-"""Train a sparse decoder to predict the next token, on packed rows of whole documents.
+r"""Train a sparse decoder to predict the next token, on packed rows of whole documents.
 
     python examples/run_clm.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" \
         --max_length 8192 --train_file corpus.jsonl --output_dir out --num_train_epochs 1
@@ -38,7 +38,7 @@ def perplexity(trainer) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse(arguments)
+    model_args, data_args, training_args = parse(arguments, __doc__)
     train, evaluation = load_texts(model_args, data_args)
     model, tokenizer = load_model(AutoModelForCausalLM, "decoder", model_args, training_args)
     length = model_args.length

@@ -1,4 +1,4 @@
-"""run_clm.py without Trainer: the loop by hand, see loop.py.
+r"""run_clm.py without Trainer: the loop by hand, see loop.py.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/run_clm_no_trainer.py \
         --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" --max_length 8192 --output_dir out
@@ -25,7 +25,7 @@ def collator(model, tokenizer):
 
 
 def main(arguments: list[str] | None = None) -> float:
-    model_args, data_args, args = parse(arguments, defaults={"max_steps": 100})
+    model_args, data_args, args = parse(arguments, __doc__, defaults={"max_steps": 100})
     return loop.train(AutoModelForCausalLM, "decoder", collator, model_args, data_args, args)
 
 

@@ -1,4 +1,4 @@
-"""Train a sparse encoder to fill in masked tokens, on packed rows of whole documents.
+r"""Train a sparse encoder to fill in masked tokens, on packed rows of whole documents.
 
     python examples/run_mlm.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file corpus.jsonl --output_dir out
@@ -37,7 +37,7 @@ def collator(model, tokenizer, probability: float):
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args, masking = parse(arguments, MaskingArguments)
+    model_args, data_args, training_args, masking = parse(arguments, __doc__, MaskingArguments)
     train, evaluation = load_texts(model_args, data_args)
     model, tokenizer = load_model(AutoModelForMaskedLM, "encoder", model_args, training_args)
     collate = collator(model, tokenizer, masking.mlm_probability)

@@ -1,4 +1,4 @@
-"""run_mlm.py without Trainer: the loop by hand, see loop.py.
+r"""run_mlm.py without Trainer: the loop by hand, see loop.py.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/run_mlm_no_trainer.py \
         --model_name_or_path your/bert --pattern "window(128, 128) | marked()" --max_length 4096 --output_dir out
@@ -22,7 +22,7 @@ from examples.training import parse
 
 
 def main(arguments: list[str] | None = None) -> float:
-    model_args, data_args, args, masking = parse(arguments, MaskingArguments, defaults={"max_steps": 100})
+    model_args, data_args, args, masking = parse(arguments, __doc__, MaskingArguments, defaults={"max_steps": 100})
     collate = partial(collator, probability=masking.mlm_probability)
     return loop.train(AutoModelForMaskedLM, "encoder", collate, model_args, data_args, args)
 

@@ -1,4 +1,4 @@
-"""Train a sparse encoder to find answers in long documents, each read whole: no strides, no windows to vote among.
+r"""Train a sparse encoder to find answers in long documents, each read whole: no strides, no windows to vote among.
 
     python examples/run_qa.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
@@ -75,7 +75,7 @@ def metrics(prediction) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse(arguments)
+    model_args, data_args, training_args = parse(arguments, __doc__)
     if data_args.streaming:
         raise ValueError("--streaming is of no use to rows that are read whole; leave it out")
     if model_args.tiny:

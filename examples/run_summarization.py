@@ -1,4 +1,4 @@
-"""Train a sparse encoder-decoder to summarize long documents, each read whole; ROUGE of generated summaries.
+r"""Train a sparse encoder-decoder to summarize long documents, each read whole; ROUGE of generated summaries.
 
     python examples/run_summarization.py --model_name_or_path your/led --max_source_length 16384 --max_target_length 256 \
         --train_file train.jsonl --validation_file dev.jsonl --output_dir out --num_beams 4
@@ -10,7 +10,7 @@
 
 Rows have a text and a summary; without files they are papers, see papers.py. Of each text the first token is marked where the
 pattern speaks of marks, as LED asks (arXiv:2004.05150, section 7), and with `--headers` the section headers that match a
-regular expression too: `--headers "^\\d+(\\.\\d+)* [A-Z].*$"` in those papers.
+regular expression too: `--headers "^\d+(\.\d+)* [A-Z].*$"` in those papers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SummarizationModelArguments(ModelArguments):
 
 @dataclass
 class SummaryArguments(HeaderArguments):
-    summary_column: str = "summary"
+    summary_column: str = field(default="summary", metadata={"help": "Where the summaries are."})
     max_target_length: int = field(default=128, metadata={"help": "Tokens of a summary, given or generated."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams of generation; by default the model's own."})
     source_prefix: str = field(default="", metadata={"help": 'What T5 is told before a text: "summarize: ".'})
@@ -125,6 +125,7 @@ def load_rows(model_args, data_args, summary_args) -> tuple[Dataset, Dataset]:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args, summary_args = parse(
         arguments,
+        __doc__,
         SummaryArguments,
         model=SummarizationModelArguments,
         training=Seq2SeqTrainingArguments,
@@ -135,7 +136,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if training_args.predict_with_generate and importlib.util.find_spec("rouge_score") is None:
         logger.warning("rouge_score is not installed: evaluation gives the loss and no ROUGE; pip install rouge-score")
         training_args.predict_with_generate = False
-    train, evaluation = load_rows(model_args, data_args, summary_args)
+    with training_args.main_process_first(desc="reading the data"):
+        train, evaluation = load_rows(model_args, data_args, summary_args)
     model, tokenizer = load_model(AutoModelForSeq2SeqLM, "encoder-decoder", model_args, training_args)
     most = getattr(
         model.config, "max_decoder_position_embeddings", getattr(model.config, "max_position_embeddings", None)

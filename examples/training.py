@@ -6,6 +6,7 @@ sparse folder is trained as it is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from transformers.utils import logging
 import sparse_hf
 from examples import texts, tiny
 from sparse_hf.convert.positions import length_of
+from sparse_hf.models import family_of
 from sparse_hf.train import MarkHeaders
 
 logger = logging.get_logger("transformers.examples")
@@ -54,15 +56,15 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the hub."})
-    dataset_config_name: str | None = None
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which part of that data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "txt (a document a file), json, jsonl, csv or parquet."}
+        default=None, metadata={"help": "txt (a document a file), or json, jsonl, csv, parquet (a document a row)."}
     )
-    validation_file: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
+    validation_file: str | None = field(default=None, metadata={"help": "By default a twentieth of the train file."})
+    text_column: str = field(default="text", metadata={"help": "Where the texts are."})
+    label_column: str = field(default="label", metadata={"help": "Where the labels are, for classification."})
     streaming: bool = field(default=False, metadata={"help": "Read the data set while training; needs --max_steps."})
-    max_eval_samples: int | None = 200
+    max_eval_samples: int | None = field(default=200, metadata={"help": "Rows to evaluate on, 0 for all."})
 
 
 @dataclass
@@ -70,11 +72,24 @@ class HeaderArguments:
     headers: str | None = field(default=None, metadata={"help": "A regular expression; what it matches is marked."})
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and tells the defaults of options."""
+
+
 def parse(
-    arguments: list[str] | None, *more, model=ModelArguments, training=TrainingArguments, defaults: dict | None = None
+    arguments: list[str] | None,
+    about: str,
+    *more,
+    model=ModelArguments,
+    training=TrainingArguments,
+    defaults: dict | None = None,
 ) -> tuple:
-    """Model, data and training arguments from the command line (or from one .json file), then those of `more`."""
-    parser = HfArgumentParser((model, DataArguments, training, *more))
+    """Model, data and training arguments from the command line (or from one .json file), then those of `more`.
+
+    `about` is what `--help` begins with.
+    """
+    # Trainer's hundred options come last
+    parser = HfArgumentParser((model, DataArguments, *more, training), description=about, formatter_class=Help)
     defaults = {"output_dir": "out", "save_total_limit": 2, "logging_steps": 10, **(defaults or {})}
     parser.set_defaults(**defaults)
     given = sys.argv[1:] if arguments is None else arguments
@@ -82,7 +97,7 @@ def parse(
         parsed = parser.parse_dict({**defaults, **json.loads(Path(given[0]).read_text(encoding="utf-8"))})
     else:
         parsed = parser.parse_args_into_dataclasses(given)
-    data, training = parsed[1], parsed[2]
+    data, training = parsed[1], parsed[-1]
     if data.dataset_name and data.train_file:
         raise ValueError(
             f"both --dataset_name {data.dataset_name} and --train_file {data.train_file} are given; give one"
@@ -90,25 +105,32 @@ def parse(
     if data.streaming and training.max_steps <= 0:
         raise ValueError("--streaming knows no length of an epoch; say --max_steps")
     set_seed(training.seed)
-    return parsed
+    return (*parsed[:2], training, *parsed[2:-1])
 
 
 def load_model(auto_class, kind: str, model_args: ModelArguments, training_args, **changes):
     """The sparse model and its tokenizer. `kind` says which model `--tiny` makes, see `tiny.config`.
 
     Raises:
-        ValueError: a dense model without a pattern, a pattern that cannot be read, or fewer positions than a row has tokens.
+        ValueError: a family or head that is not supported, a dense model without a pattern, a sparse one with another, a
+            pattern that cannot be read, or fewer positions than a row has tokens.
     """
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
-        if not _is_sparse(source) and (pattern is not None or _implies_pattern(source)):
-            source = _converted(source, pattern, model_args, training_args)
-    if not _is_sparse(source):
-        raise ValueError(
-            f'{source} is dense; say which tokens may attend to which, --pattern "window(255, 0) | first(4)"'
-        )
-    most = _positions(source, TABLES)
-    if most is not None and model_args.length > most:
+        config = AutoConfig.from_pretrained(source)
+        family = family_of(config.model_type)
+        if family.config_class not in auto_class._model_mapping:
+            raise ValueError(f"{source} is a {family.dense_type}, which {auto_class.__name__} has no model of")
+        if config.model_type == family.dense_type:
+            if pattern is None and not family.implies_pattern:
+                raise ValueError(
+                    f'{source} is dense; say which tokens may attend to which, --pattern "window(255, 0) | first(4)"'
+                )
+            source = _converted(source, length_of(config, family.positions), pattern, model_args, training_args)
+        elif pattern is not None or model_args.layers is not None:
+            raise ValueError(f"{source} is sparse already and keeps its pattern; leave --pattern and --layers out")
+    most = length_of(AutoConfig.from_pretrained(source), family.positions)
+    if most is not None and family.positions.scheme in TABLES and model_args.length > most:
         raise ValueError(
             f"rows have {model_args.length} tokens and {source} has {most} positions; ask for rows of {most}, or give the dense "
             "model, which gets more positions when it is converted"
@@ -119,58 +141,41 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
     return auto_class.from_pretrained(source, **changes), tokenizer
 
 
-def _converted(source: str, pattern: str | None, model_args: ModelArguments, training_args) -> str:
+def _converted(source: str, most: int | None, pattern: str | None, model_args: ModelArguments, training_args) -> str:
+    """The folder of the sparse counterpart, made unless it is there; `most` is the positions of the source."""
     target = Path(training_args.output_dir) / "converted"
-    most = _positions(source)
     grown = model_args.length if most is not None and model_args.length > most else None
     asked = {"source": source, "pattern": pattern, "layers": model_args.layers, "max_length": grown}
     record = target.with_name("converted.json")
     if target.exists():
         found = json.loads(record.read_text()) if record.exists() else "other arguments"
-        if found != asked:
+        if found == asked:
+            return str(target)
+        if get_last_checkpoint(training_args.output_dir):
             raise ValueError(
-                f"{target} was made with {found}, and {asked} is asked for; give another --output_dir, or remove {target}"
+                f"{training_args.output_dir} has checkpoints of a model that was made with {found}, and {asked} is asked for; "
+                "give another --output_dir"
             )
-        return str(target)
+        logger.warning(f"{target} was made with {found}; it is made again with {asked}")
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(asked))
-    sparse_hf.convert(source, target, pattern, layers=model_args.layers, max_length=grown, progress=False)
+    options = {"layers": model_args.layers, "max_length": grown, "overwrite": target.exists(), "progress": False}
+    sparse_hf.convert(source, target, pattern, **options)
     return str(target)
 
 
 def _source(auto_class, kind, model_args, training_args, changes) -> tuple[str, str | None]:
     if not model_args.tiny:
-        return model_args.model_name_or_path, model_args.pattern
+        name = model_args.model_name_or_path
+        if (os.path.isabs(name) or name.startswith(".")) and not os.path.isdir(name):
+            raise ValueError(f"--model_name_or_path {name} is no folder")
+        return name, model_args.pattern
     folder = Path(training_args.output_dir) / "tiny"
     if not folder.exists():
         tokenizer = tiny.tokenizer(causal=kind == "decoder")
         tokenizer.save_pretrained(folder)
         tiny.model(auto_class, kind, len(tokenizer), **changes).save_pretrained(folder)
     return str(folder), model_args.pattern or TINY[kind]
-
-
-def _family(config):
-    found = sparse_hf.FAMILIES.values()
-    return next((family for family in found if config.model_type in (family.dense_type, family.sparse_type)), None)
-
-
-def _positions(source: str, schemes: tuple[str, ...] | None = None) -> int | None:
-    """Tokens that the model's positions are enough for; None where nothing limits them, or its scheme is none of these."""
-    config = AutoConfig.from_pretrained(source)
-    family = _family(config)
-    if family is None or (schemes is not None and family.positions.scheme not in schemes):
-        return None
-    return length_of(config, family.positions)
-
-
-def _is_sparse(source: str) -> bool:
-    return AutoConfig.from_pretrained(source).model_type.startswith("sparse_")
-
-
-def _implies_pattern(source: str) -> bool:
-    """Longformer, BigBird and their like need no `--pattern`."""
-    family = _family(AutoConfig.from_pretrained(source))
-    return family is not None and family.implies_pattern
 
 
 def load_texts(
