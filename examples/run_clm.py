@@ -4,6 +4,8 @@ r"""Train a sparse decoder to predict the next token, on packed rows of whole do
         --max_length 8192 --train_file corpus.jsonl --output_dir out --num_train_epochs 1
 
     python examples/run_clm.py --tiny --use_cpu --output_dir out     # seconds
+
+Reports perplexity. Without files it trains on the chapters of a novel.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@ r"""Train a sparse encoder to fill in masked tokens, on packed rows of whole doc
     python examples/run_mlm.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file corpus.jsonl --output_dir out
 
-The class token of each document is marked, so that `marked()` is Longformer's global attention.
+The class token of each document is marked, so that `marked()` is Longformer's global attention. Reports perplexity of the
+masked tokens. Without files it trains on the chapters of a novel.
 """
 
 from __future__ import annotations

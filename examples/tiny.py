@@ -65,8 +65,8 @@ def summaries(count: int, seed: int = 0) -> list[dict]:
     """Documents and what to say of them, `text` and `summary`: how many articles there are, and of what they speak."""
     made = []
     for example in texts(count, seed):
-        subject = ("land and rent", "ships and whales")[example["label"]]
-        made.append({"text": example["text"], "summary": f"{example['text'].count('Article')} articles on {subject}"})
+        subject = ("land and rent under contract", "a whale and men on a ship")[example["label"]]
+        made.append({"text": example["text"], "summary": f"{example['text'].count('Article')} of {subject}"})
     return made
 
 

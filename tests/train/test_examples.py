@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import runpy
 import signal
@@ -64,6 +65,13 @@ def test_a_file_of_texts_is_read_and_streamed(tmp_path):
         ("run_clm", ["--dataset_name", "a", "--train_file", "b"], "give one"),
         ("run_clm", ["--resume_from_checkpoint", "nowhere"], "is no folder"),
         ("run_clm", ["--text_column", "body"], "--text_column is 'body'; the data set has text, label"),
+        ("run_clm", ["--tiny", "False", "--model_name_or_path", "/no/model"], "/no/model is no folder"),
+        ("run_classification", ["--label_column", "class"], "--label_column is 'class'; the data set has text, label"),
+        ("run_classification", ["--pattern", "window(4, 4)", "--headers", "^A"], r"speaks of none; add marked\(\)"),
+        ("run_summarization", ["--streaming", "--max_steps", "1"], "leave it out"),
+        ("run_summarization", ["--max_target_length", "999"], "is 999; the decoder has 128 positions"),
+        ("run_mlm_no_trainer", ["--streaming"], "use the example with Trainer"),
+        ("run_mlm_no_trainer", ["--per_device_train_batch_size", "99"], "make 0 batches"),
     ],
 )
 def test_mistakes_are_told(name, options, message, tmp_path):
@@ -74,7 +82,12 @@ def test_mistakes_are_told(name, options, message, tmp_path):
 KILLED = """
 import os, signal, sys
 from transformers import TrainerCallback
-from examples import run_clm
+import importlib
+
+name, *arguments = sys.argv[1:]
+example = importlib.import_module("examples." + name)
+trainer_name = "Trainer" if name == "run_clm" else "Seq2SeqTrainer"
+Trainer = getattr(example, trainer_name)
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -84,12 +97,15 @@ class Kill(TrainerCallback):
 def trainer(*args, **kwargs):
     return Trainer(*args, **kwargs, callbacks=[Kill()])
 
-Trainer, run_clm.Trainer = run_clm.Trainer, trainer
-run_clm.main(sys.argv[1:])
+trainer.evaluate = Trainer.evaluate
+
+setattr(example, trainer_name, trainer)
+example.main(arguments)
 """
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+@pytest.mark.parametrize("name", ["run_clm", "run_summarization"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(name, tmp_path):
     options = [
         "--max_steps",
         "8",
@@ -102,14 +118,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
         "--per_device_train_batch_size",
         "2",
     ]
-    run("run_clm", tmp_path / "whole", *options)
+    # a model that has not learned to end goes on to the last token
+    options += ["--max_target_length", "20"] if name == "run_summarization" else []
+    run(name, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, *COMMON, "--output_dir", str(killed), *options]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, name, *COMMON, "--output_dir", str(killed), *options]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert (killed / "checkpoint-3").is_dir() and not (killed / "trainer_state.json").exists()
     before = time.time()
-    run("run_clm", killed, *options, "--resume_from_checkpoint", "True")
+    run(name, killed, *options, "--resume_from_checkpoint", "True")
     # what came before was not done again
     assert (killed / "checkpoint-3" / "model.safetensors").stat().st_mtime < before
     assert losses(killed) == losses(tmp_path / "whole")
@@ -126,11 +144,12 @@ def test_healing_heals(options, tmp_path):
         "--train_file", _file(tmp_path))  # fmt: skip
 
 
-def _file(folder: Path) -> str:
+def _file(folder: Path, kind: str = "texts") -> str:
     from examples import tiny
 
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps(example) for example in tiny.texts(30)))
-    return str(folder / "texts.jsonl")
+    file = folder / f"{kind}.jsonl"
+    file.write_text("\n".join(json.dumps(example) for example in getattr(tiny, kind)(30)))
+    return str(file)
 
 
 @pytest.mark.parametrize("name", ["run_clm_no_trainer", "run_mlm_no_trainer"])
@@ -205,3 +224,228 @@ def test_the_likeliest_span_ends_behind_its_start():
     starts[0, [40, 90]], ends[0, [10, 45]] = [5, 4], [9, 5]
     # the best end comes before the best start
     assert spans(starts, ends) == [(40, 45)]
+
+
+def _config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_models_are_taken_as_they_were_asked_for(tmp_path):
+    """A dense model gets the pattern and the positions that are asked for now; what is sparse keeps what it has."""
+    quick = ["--max_steps", "1", "--save_strategy", "no"]
+    run("run_mlm", tmp_path / "out", *quick)
+    dense = ["--tiny", "False", "--model_name_or_path", str(tmp_path / "out" / "tiny"), "--train_file", _file(tmp_path)]
+    again = [*dense, "--pattern", "window(4, 4)"]
+    for length in (128, 160):
+        run("run_mlm", tmp_path / "out", *quick, *again, "--max_length", str(length))
+        found = _config(tmp_path / "out")
+        assert found["max_position_embeddings"] == length
+        assert found["sparse_attention"]["patterns"] == {"sparse": "window(4, 4)"}
+    sparse = [*dense[:3], str(tmp_path / "out"), *dense[4:]]
+    with pytest.raises(ValueError, match="have 161 tokens and .* has 160 positions"):
+        run("run_mlm", tmp_path / "next", *sparse, "--max_length", "161")
+    with pytest.raises(ValueError, match="is sparse already"):
+        run("run_mlm", tmp_path / "next", *sparse, "--pattern", "window(4, 4)")
+    with pytest.raises(ValueError, match="is a bert, which AutoModelForSeq2SeqLM has no model of"):
+        run("run_summarization", tmp_path / "next", *dense[:4], "--train_file", _file(tmp_path, "summaries"))
+    # a model half trained is no other model
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="give another --output_dir"):
+        run("run_mlm", tmp_path / "out", *quick, *dense, "--pattern", "window(5, 5)", "--max_length", "160")
+
+
+def test_arguments_are_read_from_a_file(tmp_path):
+    from examples.training import ModelArguments, parse
+
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"tiny": True, "max_length": 77}))
+    model, data, training = parse([str(file)], "", model=ModelArguments)
+    assert (model.max_length, data.text_column, training.output_dir, training.logging_steps) == (77, "text", "out", 10)
+    file.write_text(json.dumps({"tiny": True, "streaming": True}))
+    with pytest.raises(ValueError, match="say --max_steps"):
+        parse([str(file)], "")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in EXAMPLES.glob("run_*.py")) + ["heal"])
+def test_help_begins_with_what_an_example_does(name, capsys):
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    with pytest.raises(SystemExit):
+        example["main"](["--help"])
+    about, options = capsys.readouterr().out.split("options:")
+    assert example["__doc__"].strip() in about and "--output_dir" in options
+
+
+LEARNING = [
+    "--max_steps",
+    "60",
+    "--learning_rate",
+    "1e-2",
+    "--per_device_eval_batch_size",
+    "20",
+    "--save_strategy",
+    "no",
+]
+
+
+def test_summaries_are_those_of_transformers_led(tmp_path):
+    """Learned, and then scored as Transformers' own LED with these weights and `<s>` global would be."""
+    import torch
+    from rouge_score.rouge_scorer import RougeScorer
+    from transformers import AutoTokenizer, LEDConfig, LEDForConditionalGeneration
+    from transformers.models.led.modeling_led import shift_tokens_right
+
+    from examples import tiny
+    from sparse_hf.convert.export import export
+
+    metrics = run("run_summarization", tmp_path / "out", *LEARNING)
+    found = losses(tmp_path / "out")
+    assert len(found) == 60 and found[60] < found[1] - 2
+    export(tmp_path / "out", tmp_path / "dense", to="dense")
+    model = LEDForConditionalGeneration.from_pretrained(tmp_path / "dense").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert type(model.config) is LEDConfig
+    rows = tiny.summaries(20, seed=1)
+    batch = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=128, return_tensors="pt")
+    marks = torch.zeros_like(batch.input_ids)
+    marks[:, 0] = 1
+    labels = tokenizer([row["summary"] for row in rows], padding=True, return_tensors="pt").input_ids
+    decoder = shift_tokens_right(labels, 0, 3)
+    labels[labels == 0] = -100
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "global_attention_mask": marks}
+    with torch.no_grad():
+        loss = model(**inputs, labels=labels, decoder_input_ids=decoder).loss
+        unmarked = model(
+            **{**inputs, "global_attention_mask": 0 * marks}, labels=labels, decoder_input_ids=decoder
+        ).loss
+    assert metrics["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert abs(float(loss - unmarked)) > 1e-4
+    made = tokenizer.batch_decode(model.generate(**inputs, max_length=129, num_beams=1), skip_special_tokens=True)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(row["summary"], text) for row, text in zip(rows, made, strict=True)]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(100 * s[name].fmeasure for s in scores) / 20)
+    # more than one summary of all texts can have
+    assert metrics["eval_rouge1"] > 75
+
+
+def test_summaries_without_rouge_say_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="transformers.examples"):
+        metrics = run("run_summarization", tmp_path, "--max_steps", "1", "--save_strategy", "no")
+    assert "rouge_score is not installed" in caplog.text and "pip install rouge-score" in caplog.text
+    assert metrics["eval_loss"] > 0 and not any("rouge" in name for name in metrics)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_summaries_by_other_families(family, tmp_path):
+    """A dense model of 64 positions reads 96 tokens, its headers marked; T5 has no class token."""
+    from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
+
+    from examples import tiny
+
+    tokenizer = tiny.tokenizer(causal=family == "t5")
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    sides = {
+        f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))
+    }
+    config = {
+        "bart": lambda: BartConfig(d_model=32, max_position_embeddings=64, forced_eos_token_id=3, **sides, **ids),
+        "t5": lambda: T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, **ids),
+    }[family]()
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = [
+        "--tiny",
+        "False",
+        "--model_name_or_path",
+        str(tmp_path / "dense"),
+        "--train_file",
+        _file(tmp_path, "summaries"),
+    ]
+    options += ["--pattern", "window(8, 8) | marked()", "--layers", "decoder=dense", "--headers", r"^Article \d+$"]
+    options += [
+        "--max_source_length",
+        "96",
+        "--max_target_length",
+        "20",
+        "--num_beams",
+        "2",
+        "--source_prefix",
+        "say: ",
+    ]
+    metrics = run("run_summarization", tmp_path / "out", *options, "--max_steps", "2", "--save_strategy", "no")
+    assert metrics["eval_gen_len"] <= 21 and metrics["eval_rouge1"] >= 0
+    found = _config(tmp_path / "out")
+    assert found["model_type"] == f"sparse_{family}" and found.get("max_position_embeddings", 96) == 96
+
+
+def test_texts_and_summaries_are_columns_of_a_row():
+    """The first token and headers are marked, the rest is cut off, and the prefix comes first."""
+    from types import SimpleNamespace
+
+    import torch
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq
+
+    from examples import run_summarization as example
+    from examples import tiny
+    from sparse_hf.train import MarkHeaders
+
+    tokenizer = tiny.tokenizer()
+    rows = Dataset.from_list(
+        [{"text": "Article 1\na whale", "summary": "the sea"}, {"text": "salt " * 50, "summary": "a"}]
+    )
+    pad = DataCollatorForSeq2Seq(tokenizer)
+    asked = SimpleNamespace(source_prefix="say\n", summary_column="summary", max_target_length=3)
+    columns = SimpleNamespace(text_column="text")
+    made = example.encoded(rows, tokenizer, columns, asked, 24, MarkHeaders(pad, r"^Article \d+$"))
+    batch = example.MarkFirst(pad)(list(made))
+    assert batch["input_ids"].shape[1] == 24 and batch["labels"].shape == (2, 3)
+    assert batch["labels"][1].tolist().count(-100) == 3 - len(made[1]["labels"])
+    marked = batch["global_attention_mask"].bool()
+    assert tokenizer.decode(batch["input_ids"][0][marked[0]]) == "[CLS]Article 1"
+    assert marked[1].nonzero().tolist() == [[0]] and torch.equal(marked, marked & batch["attention_mask"].bool())
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).startswith("say\nArticle 1\na whale")
+
+
+def test_papers_are_read_with_their_headers(tmp_path, monkeypatch):
+    from examples import papers
+
+    said = {"outcome": "It works.", "challenge": "It is hard.", "approach": "They try."}
+    (tmp_path / "train.jsonl").write_text(json.dumps({"id": "X1", "summary": said, "title": "not read"}) + "\n")
+    paragraphs = [
+        ("1", "Introduction", "One."),
+        ("1", "Introduction", "Two."),
+        (None, "Method", "Three."),
+        (None, "", "http://x"),
+    ]
+    body = [{"sec_num": number, "section": header, "text": text} for number, header, text in paragraphs]
+    (tmp_path / "papers").mkdir()
+    paper = {"title": "A title", "abstract": "In short.", "pdf_parse": {"body_text": body}}
+    (tmp_path / "papers" / "X1.json").write_text(json.dumps(paper))
+    monkeypatch.setattr(papers, "fetch", lambda asset: tmp_path)
+    (row,) = papers.papers("train")
+    assert row["text"].split("\n") == [
+        "A title",
+        "Abstract",
+        "In short.",
+        "1 Introduction",
+        "One.",
+        "Two.",
+        "Method",
+        "Three.",
+    ]
+    assert row["id"] == "X1" and row["summary"] == "It is hard. They try. It works."
+
+
+@pytest.mark.slow
+def test_papers_are_those_of_the_package():
+    from examples.papers import papers
+
+    sizes = {"train": 100, "val": 50, "test": 100}
+    rows = {split: papers(split) for split in sizes}
+    assert {split: len(found) for split, found in rows.items()} == sizes
+    assert len({name for found in rows.values() for name in found["id"]}) == 250
+    words = sorted(len(text.split()) for found in rows.values() for text in found["text"])
+    assert words[0] > 1500 and 4400 < words[125] < 4600
