@@ -91,8 +91,8 @@ def encoded(rows, tokenizer, data_args, summary_args, length: int, headers):
     return rows.map(encode, remove_columns=rows.column_names)
 
 
-def rouge(tokenizer) -> Callable:
-    """ROUGE-1, -2 and -L, F1 in percent of stemmed English words, and the mean number of generated tokens."""
+def rouge(tokenizer, count: int) -> Callable:
+    """ROUGE-1, -2 and -L, F1 in percent of stemmed English words, and the mean number of generated tokens, of `count` rows."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
@@ -101,7 +101,8 @@ def rouge(tokenizer) -> Callable:
         return tokenizer.batch_decode(np.where(ids == IGNORED, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
     def metrics(prediction) -> dict[str, float]:
-        made, wanted = (decoded(ids) for ids in (prediction.predictions, prediction.label_ids))
+        # behind them come those that several processes repeat to have batches alike, which Seq2SeqTrainer keeps
+        made, wanted = (decoded(ids[:count]) for ids in (prediction.predictions, prediction.label_ids))
         scores = [scorer.score(right, found) for right, found in zip(wanted, made, strict=True)]
         lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in made]
         return {
@@ -161,7 +162,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        compute_metrics=rouge(tokenizer) if training_args.predict_with_generate else None,
+        compute_metrics=rouge(tokenizer, len(evaluation)) if training_args.predict_with_generate else None,
     )
     return run(trainer, training_args, Seq2SeqTrainer.evaluate)
 

@@ -328,6 +328,20 @@ def test_summaries_are_those_of_transformers_led(tmp_path):
     assert metrics["eval_rouge1"] > 75
 
 
+def test_rows_that_processes_repeat_are_not_scored():
+    from types import SimpleNamespace
+
+    from examples import run_summarization, tiny
+
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer(["the old ship", "a whale", "wind and salt"], padding=True, return_tensors="np")["input_ids"]
+    right = SimpleNamespace(predictions=ids, label_ids=ids)
+    wrong = SimpleNamespace(predictions=ids, label_ids=ids[[0, 1, 0]])
+    scored = [run_summarization.rouge(tokenizer, count)(row) for count, row in ((3, right), (3, wrong), (2, wrong))]
+    assert [found["rouge1"] for found in scored] == [100, pytest.approx(200 / 3), 100]
+    assert scored[0]["rougeL"] == 100 and scored[0]["gen_len"] == pytest.approx((ids > 4).sum() / 3)
+
+
 def test_summaries_without_rouge_say_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
