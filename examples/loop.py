@@ -133,5 +133,8 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     perplexity = math.exp(evaluate(accelerator, model, eval_loader, causal))
     accelerator.print(f"perplexity {perplexity:.2f}")
     save(accelerator, model, tokenizer, progress, Path(args.output_dir))
+    # the wrapped model holds on to the group of processes, and freed after its end it may wait for ever
+    model, optimizer, loader, eval_loader = accelerator.free_memory(model, optimizer, loader, eval_loader)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return perplexity

@@ -179,7 +179,7 @@ def test_configurations_are_accelerate_s(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["run_clm_no_trainer", "heal"])
+@pytest.mark.parametrize("name", ["run_clm_no_trainer", "run_mlm_no_trainer", "heal"])
 def test_two_processes_learn_what_one_does(name, tmp_path):
     """Two processes with half the rows each: the same losses."""
     found = []
@@ -203,11 +203,12 @@ def test_two_processes_learn_what_one_does(name, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
         file = out / ("healing.json" if name == "heal" else "losses.json")
-        assert file.exists(), done.stderr[-3000:]
+        assert done.returncode == 0 and file.exists(), done.stderr[-3000:]
         found.append(json.loads(file.read_text()))
     # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
     after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
-    assert after[1] == pytest.approx(after[0], rel=0.02)
+    # masks too
+    assert after[1] == pytest.approx(after[0], rel=0.05 if name == "run_mlm_no_trainer" else 0.02)
 
 
 def test_questions_are_answered(tmp_path):
