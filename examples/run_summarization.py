@@ -114,11 +114,11 @@ def rouge(tokenizer, count: int) -> Callable:
 
 
 def load_rows(model_args, data_args, summary_args) -> tuple[Dataset, Dataset]:
+    if model_args.tiny:
+        return Dataset.from_list(tiny.summaries(200)), Dataset.from_list(tiny.summaries(20, seed=1))
     if data_args.dataset_name or data_args.train_file:
         columns = [("--text_column", data_args.text_column), ("--summary_column", summary_args.summary_column)]
         return load_texts(model_args, data_args, columns)
-    if model_args.tiny:
-        return Dataset.from_list(tiny.summaries(200)), Dataset.from_list(tiny.summaries(20, seed=1))
     train, evaluation = papers("train"), papers("val")
     return train, evaluation.take(min(data_args.max_eval_samples or len(evaluation), len(evaluation)))
 
