@@ -436,9 +436,8 @@ def test_papers_are_read_with_their_headers(tmp_path, monkeypatch):
         (None, "", "http://x"),
     ]
     body = [{"sec_num": number, "section": header, "text": text} for number, header, text in paragraphs]
-    (tmp_path / "papers").mkdir()
     paper = {"title": "A title", "abstract": "In short.", "pdf_parse": {"body_text": body}}
-    (tmp_path / "papers" / "X1.json").write_text(json.dumps(paper))
+    (tmp_path / "X1.json").write_text(json.dumps(paper))
     monkeypatch.setattr(papers, "fetch", lambda asset: tmp_path)
     (row,) = papers.papers("train")
     assert row["text"].split("\n") == [
