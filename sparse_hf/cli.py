@@ -224,7 +224,8 @@ def bench_models(
     models: Annotated[
         str,
         typer.Option(
-            help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, with commas."
+            help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, llama_1b, "
+            "with commas."
         ),
     ] = "longformer,big_bird,bert",
     lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
@@ -237,6 +238,9 @@ def bench_models(
         str | None,
         typer.Option("--compile", help="Time both under torch.compile in this mode: default, reduce-overhead."),
     ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Gradient checkpointing: keep no activations inside layers.")
+    ] = False,
     budget: Annotated[
         float, typer.Option(help="Seconds per figure; a model that took longer is not run on longer texts.")
     ] = 60,
@@ -255,6 +259,7 @@ def bench_models(
         device=device,
         training=training,
         compile_mode=compile_mode,
+        checkpointing=checkpointing,
         budget=budget,
         out=out,
         plot=plot,

@@ -94,6 +94,18 @@ def _mistral(n: int, layers: int) -> dict:
     return {**sizes, **window, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
 
 
+def _llama_1b(n: int, layers: int) -> dict:
+    # the shape of Llama 3.2 1B, without its vocabulary
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
+    return {
+        **sizes,
+        "use_cache": False,
+        "max_position_embeddings": n,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+    }
+
+
 def _gpt2(n: int, layers: int) -> dict:
     plain = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "use_cache": False, "n_positions": n}
     return {**plain, "n_embd": 768, "n_head": 12, "n_layer": layers, "vocab_size": VOCABULARY}
@@ -112,5 +124,6 @@ CASES: dict[str, Case] = {
     "sparse_transformer": Case("GPT2Model", _gpt2, "sparse_transformer(stride=128)", dense=True),
     # both slide in Transformers as well; ours has the same windows
     "modernbert": Case("ModernBertModel", _modernbert, "window(None, None)"),
+    "llama_1b": Case("LlamaModel", _llama_1b, "streaming(window=1024, sinks=4)", dense=True),
     "mistral": Case("MistralModel", _mistral, "window(1023, 0)"),
 }

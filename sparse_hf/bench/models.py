@@ -33,6 +33,7 @@ def run_models(
     device: str | None = None,
     training: bool = True,
     compile_mode: str | None = None,
+    checkpointing: bool = False,
     repeats: int = 3,
     budget: float = 60.0,
     out: str | Path | None = None,
@@ -51,6 +52,7 @@ def run_models(
         dtype: "fp32", "bf16" or "fp16", of weights and activations.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         training: time a training step (forward and backward) as well.
+        checkpointing: keep no activations inside layers (gradient checkpointing).
         compile_mode: time both under `torch.compile` in this mode ("default", "reduce-overhead").
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a model that needed more for one call is not run on longer texts.
@@ -66,7 +68,10 @@ def run_models(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = {"layers": layers, "batch": batch, "dtype": dtype, "training": training, "compile_mode": compile_mode}
+    shape = {
+        "layers": layers, "batch": batch, "dtype": dtype, "training": training, "compile_mode": compile_mode,
+        "checkpointing": checkpointing,
+    }  # fmt: skip
     console, rows, errors = Console(stderr=True), [], {}
     result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
     for name in models:
@@ -180,6 +185,8 @@ def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, b
     model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place)
     if ours:
         model = sparsify(model, case.pattern)
+    if shape["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = _tokens(case, n, shape["batch"], place)
     run = torch.compile(model, mode=shape["compile_mode"]) if shape["compile_mode"] else model
 
@@ -199,7 +206,10 @@ def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, b
     if shape["training"]:
         found |= {"step_s": seconds(step, place, repeats, budget)}
         model.zero_grad(set_to_none=True)
-        found |= {"peak_bytes": peak_bytes(step, place)}
+        found |= {"peak_bytes": peak_bytes(step, place), "tokens_per_s": shape["batch"] * n / found["step_s"]}
+        # what weights take: 6 operations per weight and token (arXiv:2203.15556, appendix F), attention apart
+        weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        found |= {"weights": weights, "weight_tflops": 6e-12 * weights * found["tokens_per_s"]}
     else:
         found |= {"step_s": None, "peak_bytes": found["forward_peak_bytes"]}
     return found
