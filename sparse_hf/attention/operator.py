@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import AnyPlan, cached_plan
+from ..plan import AnyPlan, cached_plan, made_apart
 from . import content
 from .parts import recording
 from .regroup import may_regroup
@@ -35,8 +35,9 @@ def _forward(
     if content.uses_content(pattern):
         out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
         return out.contiguous(), lse.contiguous()
-    plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
-    out, lse = _choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+    with made_apart(_is_recordable(q, batch)):
+        plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
+        out, lse = _choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return out.contiguous(), lse.contiguous()
 
 
@@ -52,7 +53,16 @@ def _gradients(
             q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
         )
         return *(g.contiguous() for g in grads), q.new_empty(0)
-    plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
+    with made_apart(_is_recordable(q, batch)):
+        return _plan_gradients(
+            q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, out, lse, grad_out, grad_lse
+        )
+
+
+def _plan_gradients(
+    q, k, v, pattern, q_offset, batch, scoring: Scoring, dropout, backend, seed, out, lse, grad_out, grad_lse
+):
+    plan, bias = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout)), scoring.bias
     chosen = _choose(backend, q, v, plan, scoring, dropout)
     if not getattr(chosen, "NONE_IS_ZERO", False):
         grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
@@ -62,11 +72,16 @@ def _gradients(
         # backends that lean on autograd run their forward again, of which an operator's inside records nothing unless told to
         with recording():
             leaves = [t.detach().requires_grad_() for t in (q, k, v, *(() if bias is None else (bias,)))]
-            scoring = Scoring(scale, softcap, *leaves[3:])
+            scoring = Scoring(scoring.scale, scoring.softcap, *leaves[3:])
             results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
         grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
     *grads, grad_bias = (*grads, None)[:4]
     return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
+
+
+def _is_recordable(q, batch: tuple) -> bool:
+    """May this call be part of a CUDA graph?"""
+    return q.is_cuda and all(t is None for t in batch)
 
 
 def _plan(q, k, pattern: str, q_offset: int, batch: tuple, may: bool) -> AnyPlan:

@@ -15,7 +15,7 @@ from .block_plan import BlockPlan, MaskFunction, Run
 from .gathered import Call, Gathered, calls
 from .joined import joined_rows
 from .layout import make_layout
-from .memo import remembered
+from .memo import made, made_apart, remembered
 from .reach import Reach, reach
 from .regroup import AnyPlan, ByHeads, Regrouped, Strides, read_strides, regrouped, strided_plan
 from .split import Shape, Split, read_pattern, split
@@ -37,6 +37,7 @@ __all__ = [
     "cached_plan",
     "calls",
     "joined_rows",
+    "made_apart",
     "make_layout",
     "reach",
     "read_pattern",
@@ -176,7 +177,7 @@ _STAMPED: deque = deque(maxlen=32)
 
 @lru_cache(maxsize=64)
 def _plan_without_batch(*key) -> AnyPlan:
-    return _build(*key, (None, None, None))
+    return made(_build, *key, (None, None, None))
 
 
 def _build(

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+_thread = threading.local()
 
 
 def remembered(function: Callable) -> Callable:
@@ -17,7 +24,36 @@ def remembered(function: Callable) -> Callable:
         memo = owner.__dict__.setdefault("_memo", {})
         key = (function, *rest)
         if key not in memo:
-            memo[key] = function(owner, *rest)
+            memo[key] = made(function, owner, *rest)
         return memo[key]
 
     return remembering
+
+
+@contextmanager
+def made_apart(apart: bool) -> Iterator[None]:
+    """Within, if `apart`, another thread makes what is kept.
+
+    All that this thread allocates while a CUDA graph is warmed up belongs to the graph, which wants it back after the call.
+    """
+    before, _thread.apart = getattr(_thread, "apart", False), apart
+    try:
+        yield
+    finally:
+        _thread.apart = before
+
+
+def made(function: Callable, *arguments):
+    """What `function` gives, made by another thread within `made_apart`."""
+    if not getattr(_thread, "apart", False):
+        return function(*arguments)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_finished, function, arguments).result()
+
+
+def _finished(function: Callable, arguments: tuple):
+    found = function(*arguments)
+    if torch.cuda.is_available():
+        # the caller goes on in a stream of its own
+        torch.cuda.current_stream().synchronize()
+    return found

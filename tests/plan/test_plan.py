@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import tracemalloc
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
-from sparse_hf.plan import calls, joined_rows
+from sparse_hf.plan import calls, joined_rows, lists, made_apart, remembered
 from tests import oracle
 from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
@@ -139,3 +140,18 @@ def test_bad_input_is_refused(arguments, message):
 def test_a_pattern_of_the_wrong_kind_is_refused():
     with pytest.raises(TypeError, match="give a Pattern or its text"):
         build_plan(512, 10)
+
+
+def test_tables_may_be_made_by_another_thread():
+    @remembered
+    def maker(plan):
+        return threading.get_ident()
+
+    here = build_plan("window(3, 0)", 10)
+    assert maker(here) == threading.get_ident()
+    with made_apart(True):
+        there = build_plan("window(3, 0)", 10)
+        assert maker(there) == maker(there) != threading.get_ident()
+        # what is made there asks for more without a thread of its own
+        assert lists.tile_lists(there, 32, 1, 1).by_query.lines == 1
+    assert maker(build_plan("window(3, 0)", 10)) == threading.get_ident()
