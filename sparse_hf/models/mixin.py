@@ -12,6 +12,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .config import check_weights, own_implementation
+from .limits import check_batch
 from .tensor_parallel import check_division
 
 # what a cache is called, newest name first
@@ -125,14 +126,19 @@ def _with_marks(parent):
             global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
         if kwargs.get("output_attentions"):
             check_weights(self.config._attn_implementation)
-        marks = _forward_marks(self, kwargs.get("input_ids", args[0] if args else None), global_attention_mask, kwargs)
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if not torch.compiler.is_compiling():
+            # a head leaves its text to the model inside
+            text = {**kwargs, "input_ids": input_ids} if self.base_model is self else {"labels": kwargs.get("labels")}
+            check_batch(self.config, type(self).__name__, text)
+        marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cache_name and not self.training and not cached and _makes_sliding_cache(self, kwargs):
             kwargs[cache_name] = DynamicCache()
-        if num_items_in_batch is not None:
-            # a step in which nothing has a label
+        if num_items_in_batch is not None and self.training:
+            # a step in which nothing has a label has a loss of 0; an evaluation has none (NaN)
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
@@ -201,7 +207,7 @@ def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | N
     return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
 
 
-def _rescaled(model, output, labels: Tensor, num_items_in_batch: Tensor | None):
+def _rescaled(model, output, labels: Tensor, num_items_in_batch):
     """Turn the mean over this batch's labels into its share of the mean over all labels of the optimizer step.
 
     Trainer passes their number and then neither divides by accumulation steps nor averages over processes, so that a head
@@ -216,7 +222,7 @@ def _rescaled(model, output, labels: Tensor, num_items_in_batch: Tensor | None):
     loss = output[0] if isinstance(output, tuple) else output.loss
     loss = torch.where(count > 0, loss, 0)
     if is_share:
-        loss = loss * (count / num_items_in_batch.to(count.device))
+        loss = loss * (count / torch.as_tensor(num_items_in_batch, device=count.device))
     if isinstance(output, tuple):
         return (loss, *output[1:])
     output.loss = loss
