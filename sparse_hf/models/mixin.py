@@ -128,9 +128,7 @@ def _with_marks(parent):
             check_weights(self.config._attn_implementation)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not torch.compiler.is_compiling():
-            # a head leaves its text to the model inside
-            text = {**kwargs, "input_ids": input_ids} if self.base_model is self else {"labels": kwargs.get("labels")}
-            check_batch(self.config, type(self).__name__, text)
+            check_batch(self.config, type(self).__name__, {**kwargs, "input_ids": input_ids})
         marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
