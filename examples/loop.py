@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from examples.run_clm import packed
 from examples.training import checkpoint, load_model, load_texts
 from sparse_hf.train import RepeatableCollator
+from sparse_hf.train.heal import without_repeated
 
 
 @dataclass
@@ -45,6 +46,7 @@ def evaluate(accelerator, model, loader, causal: bool) -> float:
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
+        batch["labels"] = without_repeated(accelerator, batch["labels"])
         with torch.no_grad():
             loss, tokens = model(**batch).loss, count(batch, causal)
         if tokens:

@@ -30,6 +30,7 @@ class Positions:
     `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
     position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's limit counts
     them (RoBERTa does, OPT and BART do not). `limit` is that limit's name. `skips_padding`: padding takes no positions.
+    `told`: the model tells by itself what it cannot take.
     """
 
     scheme: str
@@ -39,11 +40,12 @@ class Positions:
     counted: bool = False
     limit: str = "max_position_embeddings"
     skips_padding: bool = False
+    told: bool = False
 
     @property
     def has_table(self) -> bool:
-        """Is there a row for each position, so that no more tokens can be taken?"""
-        return self.scheme in ("learned", "sinusoidal")
+        """Is there a row for each position, so that no more tokens can be taken, and that nobody else tells?"""
+        return self.scheme in ("learned", "sinusoidal") and not self.told
 
     def length_of(self, config) -> int | None:
         """Tokens that a model takes; None where nothing limits them."""

@@ -7,6 +7,7 @@ leaves the CPU, by `sparse_hf.train.CheckedCollator`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,16 +20,32 @@ ANSWERS = {
 }
 
 
-def check_batch(config, head: str, batch: Mapping[str, Any]) -> None:
-    """Refuse what the model of this configuration cannot take; `head` is the name of its class.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: its configuration, the name of its class, and the ids that it has embeddings for."""
 
-    Raises:
-        ValueError: ids, labels or positions out of range, or rows longer than the table of positions.
-    """
-    _check_labels(config, head, batch.get("labels"))
-    _check_ids(config, batch.get("input_ids"))
-    if config.positions is not None and config.positions.has_table:
-        _check_positions(config, batch)
+    config: Any
+    head: str
+    vocabulary: int | None
+
+    @classmethod
+    def of(cls, model) -> Limits:
+        # a stack inside a model does not hear of it in its configuration if embeddings are resized
+        scheme = model.config.positions
+        embeddings = None if scheme is None or scheme.told else model.get_input_embeddings()
+        return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Refuse what the model cannot take.
+
+        Raises:
+            ValueError: ids, labels or positions out of range, or rows longer than the table of positions.
+        """
+        _check_labels(self.config, self.head, batch.get("labels"))
+        if self.vocabulary is not None:
+            _check_ids(self.vocabulary, batch.get("input_ids"))
+        if self.config.positions is not None and self.config.positions.has_table:
+            _check_positions(self.config, batch)
 
 
 def _check_labels(config, head: str, labels: Tensor | None) -> None:
@@ -44,13 +61,13 @@ def _check_labels(config, head: str, labels: Tensor | None) -> None:
         )
 
 
-def _check_ids(config, ids: Tensor | None) -> None:
+def _check_ids(vocabulary: int, ids: Tensor | None) -> None:
     if not _can_look_at(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
+    if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"input_ids hold {low if low < 0 else high}; the vocabulary is 0 to {config.vocab_size - 1}: use the model's own "
+            f"input_ids hold {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}: use the model's own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
         )
 
@@ -80,7 +97,7 @@ def _check_positions(config, batch: Mapping[str, Any]) -> None:
 
 def _tokens(config, ids: Tensor | None, real: Tensor | None) -> int:
     """Tokens that take a position: of a row with its padding, if that takes some too."""
-    if ids is None:
+    if ids is None or ids.is_floating_point():
         return 0
     scheme = config.positions
     real = ids != config.pad_token_id if scheme.counted else real

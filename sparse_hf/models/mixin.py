@@ -12,7 +12,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .config import check_weights, own_implementation
-from .limits import check_batch
+from .limits import Limits
 from .tensor_parallel import check_division
 
 # what a cache is called, newest name first
@@ -128,7 +128,7 @@ def _with_marks(parent):
             check_weights(self.config._attn_implementation)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not torch.compiler.is_compiling():
-            check_batch(self.config, type(self).__name__, {**kwargs, "input_ids": input_ids})
+            Limits.of(self).check({**kwargs, "input_ids": input_ids})
         marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
@@ -215,7 +215,8 @@ def _rescaled(model, output, labels: Tensor, num_items_in_batch):
     is_share = num_items_in_batch is not None
     if is_share and model._parent_scales_loss or not (is_share or model.training):
         return output
-    shifts = model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
+    # decoders of encoder-decoders take labels as they are, and compute their loss by themselves
+    shifts = model._parent_scales_loss and model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
     count = ((labels[..., 1:] if shifts else labels) != -100).sum()
     loss = output[0] if isinstance(output, tuple) else output.loss
     loss = torch.where(count > 0, loss, 0)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..models.limits import check_batch
+from ..models.limits import Limits
 from .columns import Collator, Feature
 from .distillation import plain
 
@@ -27,13 +27,12 @@ class CheckedCollator:
 
     inner: Collator
     model: InitVar[PreTrainedModel]
-    config: PreTrainedConfig = field(init=False)
-    head: str = field(init=False)
+    limits: Limits = field(init=False)
 
     def __post_init__(self, model):
-        self.config, self.head = plain(model).config, type(plain(model)).__name__
+        self.limits = Limits.of(plain(model))
 
     def __call__(self, features: Sequence[Feature]) -> Mapping[str, Any]:
         batch = self.inner(features)
-        check_batch(self.config, self.head, batch)
+        self.limits.check(batch)
         return batch

@@ -5,6 +5,7 @@ Every rank writes the loss and all gradients that it ends up with, whole, whatev
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sparse_hf
+from sparse_hf.train import HealingTrainer
 from tests import oracle
 from tests.models.families import additive, dense_model
 from tests.models.longformers import stock_model
@@ -138,10 +141,23 @@ def spread(family: str, way: str, folder: str):
     return model
 
 
+def perplexity(folder: str, rows: int = 5) -> dict[str, float]:
+    """What `HealingTrainer` says of rows that two processes cannot share evenly, two at a time."""
+    model, batch = sparse_hf.sparsify(stock("llama"), SPARSE["llama"]), whole_batch("llama", "packed")
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_eval_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    data = [{name: value[row] for name, value in batch.items()} for row in range(rows)]
+    metrics = HealingTrainer(model, arguments, eval_dataset=data, edges=(8,)).evaluate()
+    return {name: value for name, value in metrics.items() if "perplexity" in name}
+
+
 def _work(rank: int, cells: list[tuple[str, str, str]], folder: str) -> None:
+    # of no use with a store in a file, but accelerate asks for them
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     transformers.logging.set_verbosity_error()
     found = {cell: shared_step(*cell, folder) for cell in cells}
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found | {"perplexity": perplexity(folder)}, f"{folder}/{rank}.pt")
 
 
 def steps(world: int, folder: Path) -> list[dict[tuple[str, str, str], dict[str, Tensor]]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+import sparse_hf
 from tests.train import ranks
 
 # heads of Transformers compute softmax, norms and losses in single precision, whatever the weights are in
@@ -32,3 +35,13 @@ def test_processes_have_the_gradients_of_one(family, way, data, found):
             off = (has[name] - grad).norm()
             # gradients of keys' biases are zero but for roundings
             assert off <= LIMIT * (grad.norm() + largest / 100), (name, float(off), float(grad.norm()))
+
+
+def test_evaluation_counts_every_row_once(found, tmp_path):
+    """The last batches are filled up with rows that were seen before."""
+    alone = ranks.perplexity(str(tmp_path))
+    model, batch = ranks.stock("llama"), {k: v[:5] for k, v in ranks.whole_batch("llama", "packed").items()}
+    sparse = sparse_hf.sparsify(model, ranks.SPARSE["llama"]).eval()
+    assert alone["eval_perplexity"] == pytest.approx(math.exp(sparse(**batch).loss.detach()), rel=1e-5)
+    for rank in found:
+        assert rank["perplexity"] == pytest.approx(alone, rel=1e-5)
