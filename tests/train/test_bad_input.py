@@ -131,7 +131,7 @@ REFUSED = {
         "self_attn.k_proj has 3 heads, which 2 ranks cannot share evenly; choose a tp_size that divides 3",
     ),
     "directions": (2, "draws directions for each of 4 heads, and this rank has 2"),
-    "ranks": (3, "3"),
+    "ranks": (3, "world_size"),
 }
 
 

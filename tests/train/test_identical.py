@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DataCollatorForLanguageModeling, TrainerState
 
 import sparse_hf
+from examples import tiny
+from sparse_hf.train import RepeatableCollator
 from tests.models.families import dense_model, inputs, one_head
 from tests.train import ranks
 
@@ -159,6 +162,25 @@ def test_compiled_steps_train_what_eager_ones_do(family, data, backend):
     # Adam takes the sign of gradients that are zero but for roundings
     torch.testing.assert_close(compiled_weights, weights, rtol=1e-4, atol=2.1e-3)
     assert ((compiled_weights - weights).abs() > 1e-5).float().mean() < 0.02
+
+
+def test_masks_are_those_of_the_batch_and_the_epoch():
+    tokenizer = tiny.tokenizer()
+    rows = [{"input_ids": tokenizer(example["text"]).input_ids} for example in tiny.texts(4)]
+    collator = RepeatableCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3), seed=1)
+    torch.manual_seed(3)
+    first, after = collator(rows), torch.rand(3)
+    torch.manual_seed(4)
+    collator(rows[:2])
+    again = collator(rows)
+    assert torch.equal(first["input_ids"], again["input_ids"]) and torch.equal(first["labels"], again["labels"])
+    # what others draw is left to them
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), after)
+    collator.on_epoch_begin(None, TrainerState(epoch=1.25), None)
+    assert collator.epoch == 1 and not torch.equal(first["labels"], collator(rows)["labels"])
+    other = RepeatableCollator(collator.inner, seed=2)
+    assert not torch.equal(first["labels"], other(rows)["labels"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
