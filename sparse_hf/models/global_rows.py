@@ -146,7 +146,8 @@ class GlobalRowsMixin:
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
         means = (weights @ states).unflatten(1, q.shape[1:3])  # [B, H, M, E]
         rows = torch.einsum("bhme,hde->bhmd", means, values.weight.unflatten(0, per_head))
-        return rows + values.bias.unflatten(0, per_head)[:, None]
+        # under autocast the bias is in single precision, as the layer would not give it
+        return (rows + values.bias.unflatten(0, per_head)[:, None]).to(q.dtype)
 
     def _heads(self, name: str, states: Tensor) -> Tensor:
         return getattr(self, name)(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
