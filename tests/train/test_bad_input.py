@@ -109,8 +109,8 @@ def test_a_collator_tells_before_the_batch_leaves_the_cpu():
 def test_examples_refuse_more_tokens_than_positions(tmp_path):
     from examples.training import ModelArguments, load_model
 
-    sparse("LlamaForCausalLM").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"--max_length is 1024; .* has 512 positions: say --max_length 512"):
+    sparse("GPT2LMHeadModel").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"rows have 1024 tokens and .* has 512 positions; ask for rows of 512"):
         arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
         load_model(AutoModelForCausalLM, "decoder", ModelArguments(str(tmp_path)), arguments)
 
