@@ -15,13 +15,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.run_clm import packed
+from examples.run_clm import collator, packed
 from examples.training import checkpoint, load_model, load_texts, parse
-from sparse_hf.train import Distillation, PackedCollator, heal, lora_config
+from sparse_hf.train import Distillation, heal, lora_config
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         lora=lora_config(model, healing.lora_rank, 2 * healing.lora_rank) if healing.lora_rank else None,
         eval_dataset=evaluation,
         edges=healing.edges,
-        data_collator=PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True),
+        data_collator=collator(model, tokenizer),
         resume_from_checkpoint=checkpoint(training_args),
     )
     metrics = {k: v for k, v in {**done.before, **done.after}.items() if "perplexity" in k}

@@ -1,6 +1,6 @@
 """The loop of Trainer by hand, with accelerate: accumulation, checkpoints and going on from them.
 
-A run that goes on from a checkpoint has the losses of one that was not interrupted; masks and dropout are drawn anew.
+A run that goes on from a checkpoint has the losses of one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import get_scheduler
 
 from examples.run_clm import packed
 from examples.training import checkpoint, load_model, load_texts
+from sparse_hf.train import RepeatableCollator
+from sparse_hf.train.heal import without_repeated
 
 
 @dataclass
@@ -44,6 +46,7 @@ def evaluate(accelerator, model, loader, causal: bool) -> float:
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
+        batch["labels"] = without_repeated(accelerator, batch["labels"])
         with torch.no_grad():
             loss, tokens = model(**batch).loss, count(batch, causal)
         if tokens:
@@ -73,7 +76,7 @@ def optimize(accelerator, model, optimizer, scheduler, batches, args, causal: bo
     return float(accelerator.reduce(total, "sum"))
 
 
-def steps(accelerator, loader, start: int, total: int, seed: int):
+def steps(accelerator, loader, collate, start: int, total: int, seed: int):
     """The batches of each optimizer step from `start` on. Epochs are drawn from their number, so that none need be replayed."""
     accumulate = accelerator.gradient_accumulation_steps
     each = len(loader) // accumulate
@@ -85,6 +88,8 @@ def steps(accelerator, loader, start: int, total: int, seed: int):
     for epoch in range(start // each, -(-total // each)):
         set_seed(seed + epoch)
         loader.set_epoch(epoch)
+        if isinstance(collate, RepeatableCollator):
+            collate.epoch = epoch
         skipped = start % each if epoch == start // each else 0
         batches = iter(accelerator.skip_first_batches(loader, skipped * accumulate) if skipped else loader)
         for _ in range(skipped, min(each, total - epoch * each)):
@@ -122,7 +127,9 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     if found:
         accelerator.load_state(found)
     model.train()
-    for batches in steps(accelerator, loader, progress.step, args.max_steps, args.seed):
+    for batches in steps(accelerator, loader, collate, progress.step, args.max_steps, args.seed):
+        # dropout is drawn from the step's number
+        set_seed(args.seed + progress.step, device_specific=True)
         loss = optimize(accelerator, model, optimizer, scheduler, batches, args, causal)
         progress.step += 1
         progress.losses[progress.step] = loss

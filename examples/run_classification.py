@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     columns = [("--text_column", data_args.text_column), ("--label_column", data_args.label_column)]
     train, evaluation = load_texts(model_args, data_args, columns)
     names = sorted(set(train[data_args.label_column]))
+    unknown = sorted(set(evaluation[data_args.label_column]) - set(names))
+    if unknown:
+        raise ValueError(f"rows to evaluate have the labels {unknown}; those to train on have {names}")
     model, tokenizer = load_model(
         AutoModelForSequenceClassification, "encoder", model_args, training_args, num_labels=len(names)
     )

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.training import load_model, load_texts, parse, run
-from sparse_hf.train import PackDocuments, PackedCollator, first_position
+from sparse_hf.train import CheckedCollator, PackDocuments, PackedCollator, first_position
 
 
 def packed(documents, tokenizer, model, data_args, length: int):
@@ -32,6 +32,12 @@ def packed(documents, tokenizer, model, data_args, length: int):
     tokenized = documents.map(tokenize, batched=True, remove_columns=columns)
     pack = PackDocuments(length, first_position(model.config))
     return tokenized.map(pack, batched=True, remove_columns=["input_ids"])
+
+
+def collator(model, tokenizer):
+    """Pads packed rows, keeps documents apart, and refuses what the model cannot take."""
+    made = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True)
+    return CheckedCollator(made, model)
 
 
 def perplexity(trainer) -> dict[str, float]:
@@ -50,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True),
+        data_collator=collator(model, tokenizer),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,

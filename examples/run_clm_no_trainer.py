@@ -11,17 +11,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples import loop
+from examples.run_clm import collator
 from examples.training import parse
-from sparse_hf.train import PackedCollator
-
-
-def collator(model, tokenizer):
-    return PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), causal=True)
 
 
 def main(arguments: list[str] | None = None) -> float:

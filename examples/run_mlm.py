@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.run_clm import packed, perplexity
 from examples.training import load_model, load_texts, parse, run
-from sparse_hf.train import MarkTokens, PackedCollator
+from sparse_hf.train import CheckedCollator, MarkTokens, PackedCollator, RepeatableCollator
 
 
 @dataclass
@@ -27,21 +27,22 @@ class MaskingArguments:
     mlm_probability: float = field(default=0.15, metadata={"help": "The share of tokens that are masked."})
 
 
-def collator(model, tokenizer, probability: float):
+def collator(model, tokenizer, probability: float, seed: int) -> RepeatableCollator:
     """Masks tokens, keeps documents apart, and marks class tokens where the pattern speaks of marks."""
     if tokenizer.mask_token is None:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token; train the model with run_clm.py"
         )
     made = PackedCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability))
-    return MarkTokens(made, [tokenizer.cls_token_id]) if model.config.uses_marks else made
+    made = MarkTokens(made, [tokenizer.cls_token_id]) if model.config.uses_marks else made
+    return RepeatableCollator(CheckedCollator(made, model), seed)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args, masking = parse(arguments, __doc__, MaskingArguments)
     train, evaluation = load_texts(model_args, data_args)
     model, tokenizer = load_model(AutoModelForMaskedLM, "encoder", model_args, training_args)
-    collate = collator(model, tokenizer, masking.mlm_probability)
+    collate = collator(model, tokenizer, masking.mlm_probability, training_args.seed)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):
         train = packed(train, tokenizer, model, data_args, length)
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         data_collator=collate,
+        callbacks=[collate],
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,

@@ -23,7 +23,7 @@ from examples.training import parse
 
 def main(arguments: list[str] | None = None) -> float:
     model_args, data_args, args, masking = parse(arguments, __doc__, MaskingArguments, defaults={"max_steps": 100})
-    collate = partial(collator, probability=masking.mlm_probability)
+    collate = partial(collator, probability=masking.mlm_probability, seed=args.seed)
     return loop.train(AutoModelForMaskedLM, "encoder", collate, model_args, data_args, args)
 
 

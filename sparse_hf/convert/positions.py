@@ -58,15 +58,9 @@ def check_choice(positions: str, rope: str | None, max_length: int | None) -> No
         raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens")
 
 
-def length_of(config, positions: Positions) -> int | None:
-    """Tokens that a model takes; None where nothing limits them."""
-    limit = getattr(config, positions.limit, None)
-    return limit - positions.offset if limit is not None and positions.counted else limit
-
-
 def set_length(config, positions: Positions, max_length: int | None) -> tuple[int | None, int | None]:
     """Write the new length into a configuration; returns the old one and the new one, in tokens."""
-    old = length_of(config, positions)
+    old = positions.length_of(config)
     if max_length is None or old is None:
         return old, old
     if max_length < old:

@@ -85,6 +85,8 @@ class SparseConfigMixin:
     implies_pattern: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
+    # how the family knows where a token stands (`families.Positions`), written by `register_family`
+    positions: ClassVar[Any] = None
     # what is said to who gives marks to a model that does not ask for them
     why_no_marks: ClassVar[str] = "no pattern of this model has marked(); add `| marked()`"
 

@@ -29,7 +29,8 @@ class Positions:
     `scheme` is "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
     `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
     position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's limit counts
-    them (RoBERTa does, OPT and BART do not). `limit` is that limit's name.
+    them (RoBERTa does, OPT and BART do not). `limit` is that limit's name. `skips_padding`: padding takes no positions.
+    `told`: the model tells by itself what it cannot take.
     """
 
     scheme: str
@@ -38,6 +39,18 @@ class Positions:
     offset: int = 0
     counted: bool = False
     limit: str = "max_position_embeddings"
+    skips_padding: bool = False
+    told: bool = False
+
+    @property
+    def has_table(self) -> bool:
+        """Is there a row for each position, so that no more tokens can be taken, and that nobody else tells?"""
+        return self.scheme in ("learned", "sinusoidal") and not self.told
+
+    def length_of(self, config) -> int | None:
+        """Tokens that a model takes; None where nothing limits them."""
+        limit = getattr(config, self.limit, None)
+        return limit - self.offset if limit is not None and self.counted else limit
 
     @property
     def conversion(self) -> str:
@@ -104,6 +117,7 @@ def register_family(
         parts: modules inside the model that need a counterpart of their own, dense class -> sparse class.
         heads: dense classes that no Auto class knows.
     """
+    config_class.positions = positions
     dense_config = config_class.__bases__[1]
     module = sys.modules[config_class.__module__]
     AutoConfig.register(config_class.model_type, config_class)

@@ -21,6 +21,7 @@ from ..pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
 from .seam import attention_with_weights
+from .tensor_parallel import own_heads
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -81,8 +82,9 @@ class GlobalRowsMixin:
         the window) is not made: "sparse_reference", the only one to show weights, has the whole square.
         """
         tokens = Tokens() if attention_mask is None else attention_mask
-        local, rows = halves(self.config.layer_pattern(self.layer_id, stack=self.stack))
         q, k, v = (self._heads(name, hidden_states) for name in ("query", "key", "value"))
+        pattern = self.config.layer_pattern(self.layer_id, stack=self.stack)
+        local, rows = halves(own_heads(pattern, self, q.shape[1], self.num_heads))
         out, weights = self._attend(q, k, v, local, tokens, output_attentions)
         if rows is not None and tokens.marks is not None:
             # a key's place means nothing to rows that see every key, so marked tokens can be brought side by side
@@ -144,10 +146,11 @@ class GlobalRowsMixin:
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
         means = (weights @ states).unflatten(1, q.shape[1:3])  # [B, H, M, E]
         rows = torch.einsum("bhme,hde->bhmd", means, values.weight.unflatten(0, per_head))
-        return rows + values.bias.unflatten(0, per_head)[:, None]
+        # under autocast the bias is in single precision, as the layer would not give it
+        return (rows + values.bias.unflatten(0, per_head)[:, None]).to(q.dtype)
 
     def _heads(self, name: str, states: Tensor) -> Tensor:
-        return getattr(self, name)(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return getattr(self, name)(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attend(self, q, k, v, pattern: str, tokens: Tokens, with_weights=False) -> tuple[Tensor, Tensor | None]:
         batch = {"key_padding_mask": tokens.real, "marks": tokens.marks, "q_offset": 0}

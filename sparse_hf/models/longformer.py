@@ -128,7 +128,12 @@ def _first_separator(input_ids: Tensor, sep_token_id: int) -> tuple[Tensor, Tens
 
 # positions begin behind the padding id, and `max_position_embeddings` counts all rows (4,098 for 4,096 tokens)
 POSITIONS = Positions(
-    "learned", ("embeddings.position_embeddings.weight",), ("embeddings.position_ids",), offset=2, counted=True
+    "learned",
+    ("embeddings.position_embeddings.weight",),
+    ("embeddings.position_ids",),
+    offset=2,
+    counted=True,
+    skips_padding=True,
 )
 
 register_family(SparseLongformerConfig, POSITIONS, parts={LongformerSelfAttention: SparseLongformerSelfAttention})

@@ -12,6 +12,8 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .config import check_weights, own_implementation
+from .limits import Limits
+from .tensor_parallel import check_division
 
 # what a cache is called, newest name first
 CACHE_NAMES = ("cache", "past_key_values")
@@ -62,6 +64,12 @@ class SparseMixin:
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         return super()._check_and_adjust_attn_implementation(own_implementation(attn_implementation), *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, *args, **kwargs):
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        check_division(model)
+        return model
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -118,17 +126,23 @@ def _with_marks(parent):
             global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
         if kwargs.get("output_attentions"):
             check_weights(self.config._attn_implementation)
-        marks = _forward_marks(self, kwargs.get("input_ids", args[0] if args else None), global_attention_mask, kwargs)
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if not torch.compiler.is_compiling():
+            Limits.of(self).check({**kwargs, "input_ids": input_ids})
+        marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cache_name and not self.training and not cached and _makes_sliding_cache(self, kwargs):
             kwargs[cache_name] = DynamicCache()
+        if num_items_in_batch is not None and self.training:
+            # a step in which nothing has a label has a loss of 0; an evaluation has none (NaN)
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = parent(self, *args, **kwargs)
-        if not self._parent_scales_loss and num_items_in_batch is not None and kwargs.get("labels") is not None:
-            output = _rescaled(output, kwargs["labels"], num_items_in_batch)
+        if kwargs.get("labels") is not None and self.accepts_loss_kwargs:
+            output = _rescaled(self, output, kwargs["labels"], num_items_in_batch)
         return output
 
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
@@ -191,16 +205,26 @@ def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | N
     return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
 
 
-def _rescaled(output, labels: Tensor, num_items_in_batch):
+def _rescaled(model, output, labels: Tensor, num_items_in_batch):
     """Turn the mean over this batch's labels into its share of the mean over all labels of the optimizer step.
 
     Trainer passes their number and then neither divides by accumulation steps nor averages over processes, so that a head
-    that keeps the plain mean would train with a loss that is too large by both.
+    that keeps the plain mean would train with a loss that is too large by both. In training, a batch without labels has no
+    share: its loss is 0 instead of the mean of nothing (NaN), with a graph behind it, which other processes wait for.
     """
-    share = (labels != -100).sum() / num_items_in_batch
+    is_share = num_items_in_batch is not None
+    if is_share and model._parent_scales_loss or not (is_share or model.training):
+        return output
+    # decoders of encoder-decoders take labels as they are, and compute their loss by themselves
+    shifts = model._parent_scales_loss and model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
+    count = ((labels[..., 1:] if shifts else labels) != -100).sum()
+    loss = output[0] if isinstance(output, tuple) else output.loss
+    loss = torch.where(count > 0, loss, 0)
+    if is_share:
+        loss = loss * (count / torch.as_tensor(num_items_in_batch, device=count.device))
     if isinstance(output, tuple):
-        return (output[0] * share, *output[1:])
-    output.loss = output.loss * share
+        return (loss, *output[1:])
+    output.loss = loss
     return output
 
 

@@ -11,6 +11,6 @@ class SparseOPTConfig(SparseConfigMixin, OPTConfig):
 
 
 # two more rows than `max_position_embeddings` says
-POSITIONS = Positions("learned", ("embed_positions.weight",), offset=2)
+POSITIONS = Positions("learned", ("embed_positions.weight",), offset=2, skips_padding=True)
 
 register_family(SparseOPTConfig, POSITIONS)

@@ -228,6 +228,7 @@ POSITIONS = Positions(
         "input_preprocessor.position_embeddings.weight",
         "perceiver.decoder.output_position_encodings.position_embeddings",
     ),
+    told=True,
 )
 
 register_family(

@@ -197,7 +197,7 @@ class SparseReformerModelWithLMHead(SparseGenerationMixin, ReformerModelWithLMHe
 
 
 # the table of axial positions is a product of short ones, and conversion leaves it alone
-POSITIONS = Positions("learned", ("embeddings.position_embeddings.embedding.weight",))
+POSITIONS = Positions("learned", ("embeddings.position_embeddings.embedding.weight",), told=True)
 PARTS = {
     LocalSelfAttention: SparseLocalSelfAttention,
     LSHSelfAttention: SparseLSHSelfAttention,

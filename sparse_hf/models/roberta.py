@@ -17,6 +17,7 @@ POSITIONS = Positions(
     ("embeddings.position_ids", "embeddings.token_type_ids"),
     offset=2,
     counted=True,
+    skips_padding=True,
 )
 
 register_family(SparseRobertaConfig, POSITIONS)

@@ -24,6 +24,7 @@ from ..attention.dropout import draw_seed
 from ..attention.scoring import Scoring
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
+from .tensor_parallel import own_heads
 
 # arguments of other models' attention that would change the scores: refused rather than ignored
 UNSUPPORTED = ("s_aux",)
@@ -96,6 +97,7 @@ def sparse_attention_forward(
     request = _as_request(attention_mask, query, key)
     is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
+    pattern = own_heads(pattern, module, query.shape[1], module.config.heads_of(stack))
     batch = {
         "key_padding_mask": request.attention_mask,
         "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),

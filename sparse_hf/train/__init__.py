@@ -3,13 +3,16 @@
 Imported only when asked: `from sparse_hf.train import MarkHeaders`.
 """
 
+from .checked import CheckedCollator
 from .collators import MarkHeaders, MarkQuestion, MarkTokens
 from .distillation import Distillation
 from .heal import Healed, HealingTrainer, heal
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
+from .repeatable import RepeatableCollator
 
 __all__ = [
+    "CheckedCollator",
     "Distillation",
     "Healed",
     "HealingTrainer",
@@ -18,6 +21,7 @@ __all__ = [
     "MarkTokens",
     "PackDocuments",
     "PackedCollator",
+    "RepeatableCollator",
     "add_lora",
     "first_position",
     "heal",

@@ -50,7 +50,8 @@ class Distillation:
             raise ValueError(f"layers is {list(self.layers)}; weights of layers are numbers from 0, and not all 0")
 
 
-def _plain(model):
+def plain(model):
+    """The model inside wrappers of torch, accelerate and peft."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -58,7 +59,7 @@ def _plain(model):
 
 def shifts(model) -> bool:
     """Does a token's answer belong to the next label (a decoder), rather than to its own?"""
-    model = _plain(model)
+    model = plain(model)
     return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
 
 
@@ -89,7 +90,7 @@ def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillat
 
 def check_teacher(student, teacher: PreTrainedModel, weights: Distillation) -> None:
     """Refuse a teacher that the student cannot be compared with."""
-    ours, theirs = _plain(student).config, teacher.config
+    ours, theirs = plain(student).config, teacher.config
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(
             f"the teacher has {theirs.vocab_size} tokens and the model {ours.vocab_size}; they must share them"

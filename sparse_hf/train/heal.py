@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..models import SparseMixin, sparsify
 from ..pattern import Window
-from .distillation import Distillation, check_teacher, distillation_loss, labelled, shifts
+from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
 from .lora import add_lora
 
 
@@ -111,7 +111,7 @@ class HealingTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def _count(self, model, logits: Tensor, inputs) -> None:
-        labels = inputs["labels"]
+        labels = without_repeated(self.accelerator, inputs["labels"])
         keep = labelled(model, labels)
         positions = inputs.get("position_ids")
         if positions is None:
@@ -125,6 +125,16 @@ class HealingTrainer(Trainer):
             self._sums[row] += torch.zeros(len(self.edges) + 1, dtype=torch.float64).index_add_(
                 0, bucket.cpu(), values.double().cpu()
             )
+
+
+def without_repeated(accelerator, labels: Tensor) -> Tensor:
+    """`[B, L]` labels without those of rows that fill up the last batches of several processes, and were seen before."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    # rows of the last step stand process by process, the repeated ones behind all others
+    row = torch.arange(len(labels), device=labels.device) + accelerator.process_index * len(labels)
+    return labels.masked_fill((row >= state.remainder)[:, None], IGNORED)
 
 
 def _perplexity(nll: Tensor, count: Tensor) -> float | None:

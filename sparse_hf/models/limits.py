@@ -1,0 +1,115 @@
+"""What a batch may hold: ids of the vocabulary, labels of the head, positions of the table. Told before torch stumbles over it.
+
+Values are looked at on the CPU only, since looking at a GPU's means waiting for it: there they are found out before the batch
+leaves the CPU, by `sparse_hf.train.CheckedCollator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+IGNORED = -100
+# what a head's name ends with -> the configuration's number of answers
+ANSWERS = {
+    ("ForTokenClassification", "ForSequenceClassification"): "num_labels",
+    ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"): "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: its configuration, the name of its class, and the ids that it has embeddings for."""
+
+    config: Any
+    head: str
+    vocabulary: int | None
+
+    @classmethod
+    def of(cls, model) -> Limits:
+        # a stack inside a model does not hear of it in its configuration if embeddings are resized
+        scheme = model.config.positions
+        embeddings = None if scheme is None or scheme.told else model.get_input_embeddings()
+        return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Refuse what the model cannot take.
+
+        Raises:
+            ValueError: ids, labels or positions out of range, or rows longer than the table of positions.
+        """
+        _check_labels(self.config, self.head, batch.get("labels"))
+        if self.vocabulary is not None:
+            _check_ids(self.vocabulary, batch.get("input_ids"))
+        if self.config.positions is not None and self.config.positions.has_table:
+            _check_positions(self.config, batch)
+
+
+def _check_labels(config, head: str, labels: Tensor | None) -> None:
+    count = next((getattr(config, field) for ends, field in ANSWERS.items() if head.endswith(ends)), None)
+    # one label is a number to be met, and floating ones are several at a time
+    if count is None or count == 1 or not _can_look_at(labels):
+        return
+    wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORED)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels hold {int(wrong[0])}; those of {head} are 0 to {count - 1}, or {IGNORED} where there is none: check the "
+            "column of labels, or num_labels or vocab_size of the configuration"
+        )
+
+
+def _check_ids(vocabulary: int, ids: Tensor | None) -> None:
+    if not _can_look_at(ids):
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"input_ids hold {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}: use the model's own "
+            "tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+        )
+
+
+def _check_positions(config, batch: Mapping[str, Any]) -> None:
+    scheme, positions = config.positions, batch.get("position_ids")
+    most = scheme.length_of(config)
+    of_target = getattr(config, "max_decoder_position_embeddings", most)
+    found = _tokens(config, batch.get("input_ids"), batch.get("attention_mask")) if positions is None else 0
+    target = batch.get("decoder_input_ids")
+    for name, length, limit in (
+        ("a row", found, most),
+        ("a target", 0 if target is None else target.shape[-1], of_target),
+    ):
+        if length > limit:
+            raise ValueError(
+                f"{name} has {length} tokens; {config.model_type} has positions for {limit}: truncate, or convert the dense "
+                f"checkpoint with max_length={length}"
+            )
+    rows = getattr(config, scheme.limit)
+    if _can_look_at(positions) and int(positions.max()) >= rows:
+        raise ValueError(
+            f"position_ids hold {int(positions.max())}; {config.model_type} has a table of {rows}: truncate, or convert the "
+            "dense checkpoint with a greater max_length"
+        )
+
+
+def _tokens(config, ids: Tensor | None, real: Tensor | None) -> int:
+    """Tokens that take a position: of a row with its padding, if that takes some too."""
+    if ids is None or ids.is_floating_point():
+        return 0
+    scheme = config.positions
+    real = ids != config.pad_token_id if scheme.counted else real
+    if not scheme.skips_padding or real is None or ids.shape[-1] <= scheme.length_of(config):
+        return ids.shape[-1]
+    return int(real.sum(-1).max()) if _can_look_at(real) and real.shape == ids.shape else 0
+
+
+def _can_look_at(values) -> bool:
+    return (
+        isinstance(values, Tensor)
+        and values.device.type == "cpu"
+        and not values.dtype.is_floating_point
+        and bool(values.numel())
+    )

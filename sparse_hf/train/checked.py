@@ -1,0 +1,38 @@
+"""Batches that a model cannot take are refused before they leave the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..models.limits import Limits
+from .columns import Collator, Feature
+from .distillation import plain
+
+
+@dataclass
+class CheckedCollator:
+    """What `inner` makes, if the model can take it. On a GPU, a label or a position out of range ends the process instead.
+
+    Args:
+        inner: the outermost of the other collators.
+        model: the sparse model that is trained; only its configuration is kept.
+
+    Raises:
+        ValueError: ids, labels or positions out of range, or rows longer than the table of positions.
+    """
+
+    inner: Collator
+    model: InitVar[PreTrainedModel]
+    limits: Limits = field(init=False)
+
+    def __post_init__(self, model):
+        self.limits = Limits.of(plain(model))
+
+    def __call__(self, features: Sequence[Feature]) -> Mapping[str, Any]:
+        batch = self.inner(features)
+        self.limits.check(batch)
+        return batch

@@ -1,0 +1,75 @@
+"""Trainer in several processes, one of which meets with an accident behind the first checkpoint: `test_bad_input.py` starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import sparse_hf
+from tests.models.families import dense_model
+
+STEPS, SAVED, TOKENS = 6, 2, 40
+# what goes wrong -> the head that it goes wrong in
+HEADS = {
+    "nothing": "LlamaForCausalLM",
+    "killed": "LlamaForCausalLM",
+    "label of a causal model": "LlamaForCausalLM",
+    "label of a masked model": "BertForMaskedLM",
+    "label of a token": "BertForTokenClassification",
+    "label of a row": "BertForSequenceClassification",
+    "long row": "BertForMaskedLM",
+}
+
+
+def rows(accident: str) -> list[dict[str, torch.Tensor]]:
+    """One for each process and step, in order; that of the second process in the fourth step is bad."""
+    generator, made = torch.Generator().manual_seed(0), []
+    classes = 2 if "Classification" in HEADS[accident] else 97
+    for row in range(2 * STEPS):
+        is_bad = row == 2 * (SAVED + 1) + 1
+        ids = torch.randint(4, 97, (600 if is_bad and accident == "long row" else TOKENS,), generator=generator)
+        labels = ids % classes
+        if is_bad and accident.startswith("label"):
+            labels[5] = 1000
+        made.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": labels[5] if accident == "label of a row" else labels,
+            }
+        )
+    return made
+
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == SAVED + 1 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trainer(accident: str, folder: str) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=1, max_steps=STEPS, save_steps=SAVED, logging_steps=1, use_cpu=True,
+        report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    model = sparse_hf.sparsify(dense_model(HEADS[accident]), "window(5, 5)")
+    return Trainer(model, arguments, train_dataset=rows(accident), callbacks=[Kill()] if accident == "killed" else [])
+
+
+def main(accident: str, folder: str, resume: str) -> None:
+    trainer(accident, folder).train(resume_from_checkpoint=resume == "resume")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    # gloo's threads may abort when processes take it down one after the other: all is written, so leave at once
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
