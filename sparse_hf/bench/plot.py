@@ -16,13 +16,16 @@ def plot_result(result: dict, title: str, path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    # a model has one color, of Transformers and of ours
+    colors: dict[str, str] = {}
     measured = [row for row in result["rows"] if not row.get("failed")]
     what = "step_s" if all(row["step_s"] is not None for row in measured) else "forward_s"
     for name in dict.fromkeys(row["name"] for row in measured):
         rows = [row for row in measured if row["name"] == name]
         lengths = [row["n"] for row in rows]
-        style = {"label": name, "linestyle": STYLES[rows[0]["kind"]], "marker": "o", "markersize": 3}
+        color = colors.setdefault(rows[0].get("model", name), f"C{len(colors)}")
+        style = {"label": name, "color": color, "linestyle": STYLES[rows[0]["kind"]], "marker": "o", "markersize": 3}
         left.plot(lengths, [row[what] * 1e3 for row in rows], **style)
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
@@ -33,7 +36,7 @@ def plot_result(result: dict, title: str, path: str | Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
