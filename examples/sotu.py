@@ -43,6 +43,13 @@ def tiny_speeches() -> list[Speech]:
     ]
 
 
+def split(found: list[Speech], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which are learned from and which are asked for. Each of `SPLITS` seeds in a row asks for other presidents."""
+    folds = StratifiedGroupKFold(SPLITS, shuffle=True, random_state=seed // SPLITS)
+    parties, presidents = [s.party for s in found], [s.president for s in found]
+    return list(folds.split(found, parties, presidents))[seed % SPLITS]
+
+
 class Documents:
     """Speeches as token ids, and their labels."""
 
@@ -54,9 +61,7 @@ class Documents:
         self.ids = [tokenizer(speech.text, add_special_tokens=False).input_ids for speech in found]
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which are learned from and which are asked for. Each of `SPLITS` seeds in a row asks for other presidents."""
-        folds = StratifiedGroupKFold(SPLITS, shuffle=True, random_state=seed // SPLITS)
-        return list(folds.split(self.ids, self.labels, self.presidents))[seed % SPLITS]
+        return split(self.found, seed)
 
     def rows(self, chosen: np.ndarray, length: int, most: int = 1) -> tuple[list[dict], np.ndarray]:
         """Up to `most` rows of each speech, class token and separator included, and the place in `chosen` that each is of."""
