@@ -18,7 +18,12 @@ SIZES = (16, 32, 64, 128)
 
 def suit(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
     """May the kernels compute this?"""
-    if plan.chunks is None or plan.size not in SIZES or q.device.type not in triton.DEVICES:
+    if (
+        plan.chunks is None
+        or plan.size not in SIZES
+        or q.device.type not in triton.DEVICES
+        or not triton.is_installed()
+    ):
         return False
     widest = triton.WIDEST_EXACT if q.dtype == torch.float32 else triton.WIDEST
     return q.dtype in triton.DTYPES and q.shape[-1] == v.shape[-1] <= widest

@@ -9,6 +9,8 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from ..plan.lists import LIMIT, Lists, TileLists, tile_lists
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
-TILE = 64
+TILE, SMALLER = 64, (16, 32)
 # `backward` takes None for a gradient of zero
 NONE_IS_ZERO = True
 # set by tests, which run the kernels in Triton's interpreter
@@ -32,6 +34,8 @@ WIDEST, WIDEST_EXACT = 256, 128
 def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
     if q.device.type not in DEVICES:
         return f"it needs a GPU and q is on {q.device}"
+    if not is_installed():
+        return "it needs the package triton, which torch brings for GPUs on Linux"
     if q.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits and q is {q.dtype}; use backend='blockwise'"
     if scoring.bias is not None:
@@ -40,9 +44,12 @@ def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: fl
         return f"head dims of q and v are {q.shape[-1]} and {v.shape[-1]}; they must be one number up to {WIDEST}"
     if q.dtype == torch.float32 and q.shape[-1] > WIDEST_EXACT:
         return f"in float32 its kernels take head dims up to {WIDEST_EXACT} and q has {q.shape[-1]}; use backend='blockwise'"
-    if plan.block_size % min(TILE, plan.block_size):
-        return f"the plan has blocks of {plan.block_size}; tiles of {TILE} must divide them"
     return None
+
+
+@lru_cache(maxsize=1)
+def is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def attend(
@@ -204,7 +211,8 @@ class _Call:
 def _call(q: Tensor, k: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None) -> _Call:
     from .tile_kernels import ALL
 
-    size = min(TILE, plan.block_size)
+    # smaller tiles where the plan's blocks need no masks in them; other blocks are listed anew
+    size = plan.block_size if plan.block_size in SMALLER else TILE
     shape = shape_of(q, size)
     constants = {
         "H": q.shape[1], "R": q.shape[1] // k.shape[1], "INDEXED": False, "BY_PLACE": False, "RELATION": ALL.value,

@@ -52,6 +52,14 @@ def test_exact_where_tiles_have_many_entries(pattern, monkeypatch):
     compare("triton", pattern, 257, "left_padding", (4, 2, 16), torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("block_size", [5, 16, 96, 128])
+def test_plans_in_blocks_of_any_size(block_size):
+    q, k, v = tensors((2, 1, 16), 100, 100, torch.float32, DEVICE)
+    plan = build_plan("window(9, 30) | first(2)", 100, block_size=block_size, device=DEVICE)
+    got, right = (sparse_attention(q, k, v, plan, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(23))
 def test_exact_all_over_the_table(pattern, length, case, shape):
