@@ -21,7 +21,7 @@ from .memo import remembered
 # tiles of a line that one program walks; what is beyond becomes segments, of which each has a program of its own
 LIMIT = 128
 # mask bits that are evaluated at once
-EVALUATED = 1 << 24
+EVALUATED = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
