@@ -266,6 +266,77 @@ def bench_models(
     )
 
 
+@bench.command("plan")
+def bench_plan(
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"{PATTERN_HELP} By default a window, one with sinks, longformer() and bigbird()."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "16384,65536,262144,1048576",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda, where the tables lie; by default the GPU if there is one.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Seconds; a pattern that took longer is not planned for longer texts.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """What the tables of patterns take to build and to keep, length by length, compared with the patterns first."""
+    from sparse_hf.bench import run_plan
+    from sparse_hf.bench.plan import PATTERNS
+
+    numbers = [_number(part) for part in lengths.split(",")]
+    run_plan(patterns or PATTERNS, numbers, device=device, budget=budget, out=out, plot=plot)
+
+
+@bench.command("decode")
+def bench_decode(
+    lengths: Annotated[str, typer.Option(help="Tokens of the context.")] = "1024,4096,16384",
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "streaming(window=1024, sinks=4)",
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
+    hidden_size: Annotated[int, typer.Option(help="Numbers per token, in heads of 64.")] = 512,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Timed tokens, of which the median counts.")] = 32,
+    chunk: Annotated[
+        int | None, typer.Option(help="Fill the cache by so many tokens at a time; by default all at once.")
+    ] = None,
+    cache: Annotated[
+        str, typer.Option(help="dynamic (copied with every token) or static (its memory is there from the start).")
+    ] = "dynamic",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    budget: Annotated[
+        float, typer.Option(help="Seconds; a model that took longer to read a context is not run on longer ones.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """Tokens one at a time with a cache, a sparse decoder beside the dense one with the same weights, context by context.
+
+    The cache keeps all keys: a sparse decoder reads less of it, and holds as much.
+    """
+    from sparse_hf.bench import run_decode
+
+    run_decode(
+        [_number(part) for part in lengths.split(",")],
+        pattern,
+        layers=layers,
+        hidden_size=hidden_size,
+        kv_heads=kv_heads,
+        batch=batch,
+        tokens=tokens,
+        chunk=chunk,
+        cache=cache,
+        dtype=dtype,
+        device=device,
+        budget=budget,
+        out=out,
+        plot=plot,
+    )
+
+
 def _number(text: str) -> int:
     try:
         return int(text)

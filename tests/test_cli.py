@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sparse_hf
@@ -129,6 +132,79 @@ def test_bench_compares_models_before_it_times_them(tmp_path, monkeypatch):
     monkeypatch.setitem(cases.CASES, "bert", wrong)
     with pytest.raises(AssertionError, match="BertModel: output is off by"):
         models.run_models(["bert"], [256], layers=1, device="cpu")
+
+
+def test_bench_plan_compares_tables_before_it_times_them(tmp_path, monkeypatch):
+    from sparse_hf.bench import plan
+
+    pattern, out, png = "window(100, 0) | first(4) & causal()", tmp_path / "r.json", tmp_path / "r.png"
+    text = invoke("bench", "plan", pattern, "--lengths", "200,1000", "--device", "cpu", "--out", out, "--plot", png)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["n"], r["kind"]) for r in rows] == [(n, kind) for n in (200, 1000) for kind in ("blocks", "tiles")]
+    # 8 query blocks of 128: the first key block, and from the third block on also the own and the one before
+    assert rows[2]["entries"] == 1 + 2 + 6 * 3 and rows[2]["table_bytes"] == 9 * 8 + 21 * (4 + 1)
+    assert all(row["build_s"] > 0 for row in rows) and "goal at 1,048,576" in text and png.stat().st_size > 5000
+    # tables that take partial tiles for full ones, by query or by key, and memory that is not there
+    tiles = plan.MAKERS["tiles"]
+    for side, what in (("by_query", "query"), ("by_key", "key")):
+        monkeypatch.setitem(plan.MAKERS, "tiles", partial(_without_masks, tiles, side))
+        with pytest.raises(AssertionError, match=rf"of {what} \d+ the tiles hold"):
+            plan.run_plan([pattern], [1000], device="cpu")
+    monkeypatch.setitem(plan.MAKERS, "tiles", lambda made: torch.empty(1 << 50))
+    result = plan.run_plan([pattern], [200, 1000], device="cpu")
+    assert [row.get("failed") for row in result["rows"]] == [None, "out of memory"] * 2
+
+
+def _without_masks(tiles, side, made):
+    found = tiles(made)
+    lists = getattr(found, side)
+    return dataclasses.replace(found, **{side: dataclasses.replace(lists, masked=torch.zeros_like(lists.masked))})
+
+
+def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatch):
+    from sparse_hf.bench import decode
+
+    monkeypatch.setattr(decode, "CHECKED", (64, 160))
+    given = {"layers": 1, "hidden_size": 128, "kv_heads": 1, "tokens": 2, "device": "cpu"}
+    pattern, out, png = "streaming(window=100, sinks=4)", tmp_path / "r.json", tmp_path / "r.png"
+    result = decode.run_decode([150, 300], pattern, **given, out=out, plot=png)
+    assert json.loads(out.read_text()) == result and png.stat().st_size > 5000
+    # at 64 tokens the pattern lacks nothing
+    assert result["checked"]["tokens"] == 160 and result["checked"]["error"] < 1e-5
+    ours = [row for row in result["rows"] if row["kind"] == "ours"]
+    assert len(result["rows"]) == 4 and all(row["error"] < 1e-5 and row["times_faster"] > 0 for row in ours)
+    # keys and values of one head, of all tokens so far: 4 compared, 1 not counted, 2 timed
+    assert [row["cache_bytes"] for row in result["rows"]] == [2 * 4 * 64 * (n + 7) for n in (150, 150, 300, 300)]
+    result = decode.run_decode([150], pattern, **given, chunk=50, cache="static", dtype="bf16")
+    assert result["checked"]["error"] <= result["checked"]["bound"] < 0.1 and result["rows"][1]["error"] is None
+    # a context whose end is forgotten, as the answers without a cache tell
+    fill = decode._fill
+    monkeypatch.setattr(decode, "_fill", lambda model, ids, *rest: fill(model, ids[:, :200], *rest))
+    with pytest.raises(AssertionError, match="behind a cache of 300: answers are off by"):
+        decode.run_decode([300], pattern, **given)
+    monkeypatch.setattr(
+        decode, "sparsify", lambda model, pattern: sparse_hf.sparsify(model, "window(98, 0) | first(4)")
+    )
+    with pytest.raises(AssertionError, match="behind a cache of 156: answers are off by"):
+        decode.run_decode([300], pattern, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "first(1)", "--lengths", "0"], "lengths holds 0; a plan needs at least 1 token"),
+        (["plan", "lsh(64, 2)"], "there is no plan of it before they are known"),
+        (["decode", "--pattern", "windw(1, 2)"], "unknown word 'windw'"),
+        (["decode", "--dtype", "fp8"], "dtype is 'fp8'; the known ones are fp32"),
+        (["decode", "--hidden-size", "100"], "hidden_size is 100; heads have 64 numbers"),
+        (["decode", "--kv-heads", "3"], "kv_heads is 3; it must divide the 8 query heads"),
+        (["decode", "--cache", "x"], "cache is 'x'; the known ones are dynamic, static"),
+        (["decode", "--tokens", "0"], "tokens is 0; it must be at least 1"),
+    ],
+)
+def test_bench_refuses_before_any_work(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        invoke("bench", *arguments)
 
 
 @pytest.mark.parametrize(

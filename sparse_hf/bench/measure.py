@@ -13,10 +13,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from ..pattern import Pattern
@@ -114,6 +115,41 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
 def _status(path: Path, key: str) -> int:
     line = next(line for line in path.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def measured(row: dict, work: Callable[[], dict], earlier: list[dict], key: str, budget: float) -> dict:
+    """`row` with the figures that `work` gives, or under "failed" with what kept it from them.
+
+    A row of `earlier` of the same name that failed, or whose `key` took more than `budget` seconds, ends that name's rows.
+    """
+    before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
+    if before and before.get("failed"):
+        return {**row, "failed": before["failed"]}
+    if before and before[key] > budget:
+        return {**row, "failed": "not run: the length before took too long"}
+    try:
+        return {**row, **work()}
+    except RuntimeError as error:
+        # of the CPU's memory torch speaks in words alone
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        return {**row, "failed": "out of memory"}
+
+
+def tell(row: dict, key: str, console: Console) -> None:
+    """A line about a row where nobody watches a screen: how long `key` took, or why there is no figure."""
+    if not console.is_terminal:
+        told = row.get("failed") or f"{row[key] * 1e3:,.2f} ms"
+        console.print(f"{row['name']}, n = {row['n']:,}: {told}", highlight=False, soft_wrap=True, markup=False)
+
+
+def slopes(rows: list[dict], keys: Sequence[str]) -> dict[str, dict]:
+    """`slope` of each of `keys`, by the names of rows."""
+    found = {}
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = [r for r in rows if r["name"] == name and not r.get("failed")]
+        found[name] = {key: slope([r["n"] for r in mine], [r[key] or 0 for r in mine]) for key in keys}
+    return found
 
 
 def slope(lengths: list[int], values: list[float]) -> float | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-STYLES = {"ours": "-", "window": "--", "transformers": "--", "dense": ":"}
+STYLES = {"ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":"}
 
 
-def plot_result(result: dict, title: str, path: str | Path) -> None:
-    """Draw the `rows` of a benchmark: time of a step (or of what was timed), and peak memory above what is given."""
+def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
+    """Draw the `rows` of a benchmark: time of a step (or of what was timed), and peak memory above what is given.
+
+    `time` is the key of the times of another benchmark, and what to call them.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -20,7 +23,7 @@ def plot_result(result: dict, title: str, path: str | Path) -> None:
     # a model has one color, of Transformers and of ours
     colors: dict[str, str] = {}
     measured = [row for row in result["rows"] if not row.get("failed")]
-    what = "step_s" if all(row["step_s"] is not None for row in measured) else "forward_s"
+    what, called = time or _step_or_forward(measured)
     for name in dict.fromkeys(row["name"] for row in measured):
         rows = [row for row in measured if row["name"] == name]
         lengths = [row["n"] for row in rows]
@@ -30,7 +33,7 @@ def plot_result(result: dict, title: str, path: str | Path) -> None:
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
     figure.suptitle(f"{title}, {facts['hardware']}, torch {facts['versions']['torch']}", fontsize=10)
-    left.set_ylabel("forward + backward, ms" if what == "step_s" else "forward, ms")
+    left.set_ylabel(f"{called}, ms")
     right.set_ylabel("peak memory, MiB")
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlabel="tokens")
@@ -41,3 +44,8 @@ def plot_result(result: dict, title: str, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _step_or_forward(rows: list[dict]) -> tuple[str, str]:
+    both = all(row["step_s"] is not None for row in rows)
+    return ("step_s", "forward + backward") if both else ("forward_s", "forward")

@@ -1,0 +1,205 @@
+"""`sparse-hf bench plan`: what it takes to build the tables of a pattern, and how large they are, length by length.
+
+Legend: n tokens, S places of a tile or block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..attention.triton import TILE
+from ..pattern import Pattern
+from ..pattern.base import Marks
+from ..plan import BlockPlan, build_plan
+from ..plan.lists import Lists, TileLists, tile_lists
+from .measure import environment, measured, peak_bytes, seconds, slopes, tell, write_json
+from .plot import plot_result
+
+PATTERNS = ("window(256, 256)", "streaming(window=1024, sinks=4)", "longformer()", "bigbird()")
+# what each table is to take at GOAL_LENGTH tokens, on the kind of device where it lies: seconds and bytes of memory
+GOAL_LENGTH, GOALS = 1 << 20, {"cpu": (2.0, 200e6), "cuda": (0.05, 100e6)}
+# queries, and keys, whose pairs are compared with the pattern before anything is timed
+CHECKED = 32
+
+
+def run_plan(
+    patterns: Sequence[str] = PATTERNS,
+    lengths: Sequence[int] = (16384, 65536, 262144, 1048576),
+    *,
+    device: str | None = None,
+    repeats: int = 3,
+    budget: float = 60.0,
+    out: str | Path | None = None,
+    plot: str | Path | None = None,
+) -> dict:
+    """Time the making of a plan's tables over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+
+    Each pattern has two rows, each of which begins with `build_plan` and nothing remembered. "blocks" are the lists that
+    `blockwise` and `flex` loop over, made on the CPU wherever they are wanted; "tiles" are those that the kernels of
+    `triton` read, distinct masks included. Of some random queries and keys the pairs in the tables are compared with the pattern itself
+    before a row is timed. Peak memory is that of the device; on a GPU the host's is noted beside it.
+
+    Args:
+        patterns: texts of patterns; those that look at queries and keys (`lsh`) have no plan beforehand.
+        lengths: tokens n.
+        device: "cpu" or "cuda", where the tables lie; by default the GPU if there is one.
+        repeats: timed calls per figure, of which the median counts.
+        budget: seconds; a pattern that needed more for one call is not planned for longer texts.
+        out: where to write the result.
+        plot: where to draw it; needs matplotlib.
+
+    Raises:
+        ValueError: a bad pattern, or a length below 1.
+        AssertionError: tables that hold other pairs than the pattern.
+    """
+    wrong = [n for n in lengths if n < 1]
+    if wrong:
+        raise ValueError(f"lengths holds {wrong[0]}; a plan needs at least 1 token")
+    names = dict.fromkeys(patterns)
+    for name in names:
+        build_plan(name, 1)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console, rows = Console(stderr=True), []
+    result = {
+        "benchmark": "plan",
+        "environment": environment(place),
+        "device": place.type,
+        "patterns": {name: str(Pattern.parse(name)) for name in names},
+        "rows": rows,
+    }
+    for name in names:
+        for n in sorted(lengths):
+            for kind in MAKERS:
+                row = {"model": name, "name": f"{name}: {kind}", "kind": kind, "n": n}
+                with console.status(f"{row['name']}, n = {n:,}"):
+                    work = partial(_figures, name, n, kind, place, repeats, budget)
+                    rows.append(measured(row, work, rows, "build_s", budget))
+                tell(rows[-1], "build_s", console)
+                result["slopes"] = slopes(rows, ("build_s", "peak_bytes"))
+                if out:
+                    # what is measured stays, whatever happens to the next row
+                    write_json(result, out)
+    Console(width=max(Console().width, 124)).print(_table(result))
+    if plot:
+        plot_result(result, "tables of a plan", plot, ("build_s", "making the tables"))
+    return result
+
+
+def _blocks(plan: BlockPlan) -> tuple[Tensor, ...]:
+    return plan.row_offsets, plan.columns, plan.full
+
+
+def _tiles(plan: BlockPlan) -> TileLists:
+    return tile_lists(plan, min(TILE, plan.block_size), 1, len(plan.heads) or 1)
+
+
+MAKERS = {"blocks": _blocks, "tiles": _tiles}
+
+
+def _figures(name: str, n: int, kind: str, place: torch.device, repeats: int, budget: float) -> dict:
+    def work():
+        return MAKERS[kind](build_plan(name, n, device=place))
+
+    found = {
+        **_checked(name, n, kind, place),
+        "build_s": seconds(work, place, repeats, budget),
+        "peak_bytes": peak_bytes(work, place),
+    }
+    if place.type == "cuda":
+        found["host_peak_bytes"] = peak_bytes(work, torch.device("cpu"))
+    if n == GOAL_LENGTH:
+        most_s, most_bytes = GOALS[place.type]
+        found["within_goal"] = found["build_s"] <= most_s and (found["peak_bytes"] or 0) <= most_bytes
+    return found
+
+
+def _checked(name: str, n: int, kind: str, place: torch.device) -> dict[str, int]:
+    """What the tables hold, once pairs of random queries and keys were compared with the pattern."""
+    plan = build_plan(name, n, device=place)
+    tables = MAKERS[kind](plan)
+    chosen = torch.randint(n, (CHECKED,), generator=torch.Generator().manual_seed(n)).to(place)
+    every = torch.arange(n, device=place)
+    for p, pattern in enumerate(plan.patterns):
+        for x in chosen:
+            for what, found in _lines(plan, tables, p, x):
+                pair = (x, every) if what == "query" else (every, x)
+                right = pattern.allows(*pair, Marks(length=n)).expand(n)
+                if not torch.equal(found[:n], right):
+                    raise AssertionError(
+                        f"{name} at n={n}: of {what} {int(x)} the {kind} hold {int(found[:n].sum())} pairs, which are not "
+                        f"the {int(right.sum())} of the pattern"
+                    )
+    tensors = list(_tensors(tables))
+    listed = tables.by_query.others if kind == "tiles" else plan.columns
+    return {"table_bytes": sum(t.numel() * t.element_size() for t in tensors), "entries": len(listed)}
+
+
+def _lines(plan: BlockPlan, tables: TileLists | tuple, p: int, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The pairs that tables hold, `[at least n]` bool: of query x, and of key x where they are listed by key too."""
+    if isinstance(tables, TileLists):
+        yield "query", _of_tiles(plan.kv_len, tables.by_query, tables.masks, p, x)
+        yield "key", _of_tiles(plan.q_len, tables.by_key, tables.masks_by_key, p, x)
+    else:
+        yield "query", _of_blocks(plan, p, x)
+
+
+def _of_blocks(plan: BlockPlan, p: int, x: Tensor) -> Tensor:
+    row, size = p * plan.q_blocks + int(x) // plan.block_size, plan.block_size
+    listed = slice(*plan.row_offsets[row : row + 2].tolist())
+    columns = plan.columns[listed].long()[:, None]
+    keys = (columns * size + torch.arange(size, device=plan.device)).clamp(max=plan.kv_len - 1)
+    # the pairs of a partial block are the pattern's own
+    held = plan.full[listed, None] | plan.patterns[p].allows(x, keys, Marks(length=plan.kv_len))
+    return _laid_out(plan.kv_blocks, columns[:, 0], held)
+
+
+def _of_tiles(n: int, lists: Lists, masks: Tensor, p: int, x: Tensor) -> Tensor:
+    line, size = p * lists.lines + int(x) // masks.shape[1], masks.shape[1]
+    first, last = lists.offsets[line : line + 2].tolist()
+    masked = int(lists.masked[line])
+    held = torch.ones(last - first, size, dtype=torch.bool, device=x.device)
+    held[:masked] = masks[lists.masks[first : first + masked].long(), x % size].bool()
+    return _laid_out(-(-n // size), lists.others[first:last].long(), held)
+
+
+def _laid_out(count: int, columns: Tensor, held: Tensor) -> Tensor:
+    seen = held.new_zeros(count, held.shape[1])
+    seen[columns] = held
+    return seen.flatten()
+
+
+def _tensors(tables) -> Iterator[Tensor]:
+    if isinstance(tables, Tensor):
+        yield tables
+    elif not isinstance(tables, int):
+        for part in tables if isinstance(tables, tuple) else vars(tables).values():
+            yield from _tensors(part)
+
+
+def _table(result: dict) -> Table:
+    table = Table(title=f"tables of a plan on {result['device']}, {result['environment']['hardware']}")
+    for column in ("n", "", "time", "peak memory", "of the host", "tables", "entries", "goal"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        if row.get("failed"):
+            table.add_row(f"{row['n']:,}", row["name"], row["failed"])
+            continue
+        sizes = (row.get(key) for key in ("peak_bytes", "host_peak_bytes", "table_bytes"))
+        told = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in sizes)
+        goal = {None: "", True: "met", False: "missed"}[row.get("within_goal")]
+        time = f"{row['build_s'] * 1e3:,.1f} ms"
+        table.add_row(f"{row['n']:,}", row["name"], time, *told, f"{row['entries']:,}", goal)
+    most_s, most_bytes = GOALS[result["device"]]
+    fits = (f"{name} {fit['build_s']:.2f}" for name, fit in result["slopes"].items() if fit["build_s"])
+    table.caption = (
+        f"goal at {GOAL_LENGTH:,} tokens: {most_s * 1e3:,.0f} ms and {most_bytes / 1e6:,.0f} MB; slope of time against n: "
+        + ", ".join(fits)
+    )
+    return table
