@@ -166,9 +166,9 @@ def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatc
 
     monkeypatch.setattr(decode, "CHECKED", (64, 160))
     given = {"layers": 1, "hidden_size": 128, "kv_heads": 1, "tokens": 2, "device": "cpu"}
-    pattern, out, png = "streaming(window=100, sinks=4)", tmp_path / "r.json", tmp_path / "r.png"
-    result = decode.run_decode([150, 300], pattern, **given, out=out, plot=png)
-    assert json.loads(out.read_text()) == result and png.stat().st_size > 5000
+    pattern, out = "streaming(window=100, sinks=4)", tmp_path / "r.json"
+    result = decode.run_decode([150, 300], pattern, **given, out=out)
+    assert json.loads(out.read_text()) == result
     # at 64 tokens the pattern lacks nothing
     assert result["checked"]["tokens"] == 160 and result["checked"]["error"] < 1e-5
     ours = [row for row in result["rows"] if row["kind"] == "ours"]

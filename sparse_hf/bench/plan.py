@@ -43,8 +43,9 @@ def run_plan(
 
     Each pattern has two rows, each of which begins with `build_plan` and nothing remembered. "blocks" are the lists that
     `blockwise` and `flex` loop over, made on the CPU wherever they are wanted; "tiles" are those that the kernels of
-    `triton` read, distinct masks included. Of some random queries and keys the pairs in the tables are compared with the pattern itself
-    before a row is timed. Peak memory is that of the device; on a GPU the host's is noted beside it.
+    `triton` read, distinct masks included, which on a CPU nobody asks for but its tests. Of some random queries and keys the
+    pairs in the tables are compared with the pattern itself before a row is timed. Peak memory is that of the device; on a GPU
+    the host's is noted beside it.
 
     Args:
         patterns: texts of patterns; those that look at queries and keys (`lsh`) have no plan beforehand.
@@ -185,17 +186,20 @@ def _tensors(tables) -> Iterator[Tensor]:
 
 def _table(result: dict) -> Table:
     table = Table(title=f"tables of a plan on {result['device']}, {result['environment']['hardware']}")
-    for column in ("n", "", "time", "peak memory", "of the host", "tables", "entries", "goal"):
+    memory = {"peak_bytes": "peak memory", "host_peak_bytes": "of the host", "table_bytes": "size"}
+    if result["device"] == "cpu":
+        del memory["host_peak_bytes"]
+    for column in ("n", "", "tables", "time", *memory.values(), "entries", "goal"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         if row.get("failed"):
-            table.add_row(f"{row['n']:,}", row["name"], row["failed"])
+            table.add_row(f"{row['n']:,}", row["model"], row["kind"], row["failed"])
             continue
-        sizes = (row.get(key) for key in ("peak_bytes", "host_peak_bytes", "table_bytes"))
+        sizes = (row.get(key) for key in memory)
         told = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in sizes)
         goal = {None: "", True: "met", False: "missed"}[row.get("within_goal")]
         time = f"{row['build_s'] * 1e3:,.1f} ms"
-        table.add_row(f"{row['n']:,}", row["name"], time, *told, f"{row['entries']:,}", goal)
+        table.add_row(f"{row['n']:,}", row["model"], row["kind"], time, *told, f"{row['entries']:,}", goal)
     most_s, most_bytes = GOALS[result["device"]]
     fits = (f"{name} {fit['build_s']:.2f}" for name, fit in result["slopes"].items() if fit["build_s"])
     table.caption = (
