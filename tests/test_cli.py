@@ -134,7 +134,13 @@ def test_bench_compares_models_before_it_times_them(tmp_path, monkeypatch):
         models.run_models(["bert"], [256], layers=1, device="cpu")
 
 
-def test_bench_plan_compares_tables_before_it_times_them(tmp_path, monkeypatch):
+@pytest.fixture
+def no_sweep(monkeypatch):
+    # before memory is measured; over all that a session of tests holds it takes a quarter of a second each time
+    monkeypatch.setattr("sparse_hf.bench.measure.gc.collect", lambda: 0)
+
+
+def test_bench_plan_compares_tables_before_it_times_them(tmp_path, monkeypatch, no_sweep):
     from sparse_hf.bench import plan
 
     pattern, out, png = "window(100, 0) | first(4) & causal()", tmp_path / "r.json", tmp_path / "r.png"
@@ -161,7 +167,7 @@ def _without_masks(tiles, side, made):
     return dataclasses.replace(found, **{side: dataclasses.replace(lists, masked=torch.zeros_like(lists.masked))})
 
 
-def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatch):
+def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatch, no_sweep):
     from sparse_hf.bench import decode
 
     monkeypatch.setattr(decode, "CHECKED", (64, 160))

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
 from ..plan import build_plan
-from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slope, write_json
+from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slopes, write_json
 from .peers import Peer, peers
 from .plot import plot_result
 
@@ -78,7 +78,7 @@ def run_attention(
         "pattern": str(Pattern.parse(pattern)),
         **shape,
         "rows": rows,
-        "slopes": _slopes(rows),
+        "slopes": slopes(rows, ("forward_s", "step_s", "peak_bytes")),
     }
     Console().print(_table(result))
     if out:
@@ -169,17 +169,6 @@ def _ratios(rows: list[dict]) -> None:
             dense = min((r[time] for r in beside if r["kind"] == "dense"), default=None)
             row[f"{what}_rate_over_window_peer"] = None if fast is None else row[rate] / fast
             row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time]
-
-
-def _slopes(rows: list[dict]) -> dict:
-    slopes = {}
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name]
-        lengths = [r["n"] for r in mine]
-        slopes[name] = {
-            key: slope(lengths, [r[key] or 0 for r in mine]) for key in ("forward_s", "step_s", "peak_bytes")
-        }
-    return slopes
 
 
 def _table(result: dict) -> Table:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models import sparsify
 from .cases import CASES, VOCABULARY, Case
-from .measure import DTYPES, environment, peak_bytes, seconds, slope, write_json
+from .measure import DTYPES, environment, peak_bytes, seconds, slopes, write_json
 from .plot import plot_result
 
 # tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
@@ -81,7 +81,7 @@ def run_models(
             with console.status(f"{name}: n = {n:,}"):
                 rows += _one_length(name, n, shape, place, repeats, budget, rows, console)
             _ratios(rows)
-            result["slopes"] = _slopes(rows)
+            result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
             if out:
                 # what is measured stays, whatever happens to the next model
                 write_json(result, out)
@@ -224,15 +224,6 @@ def _ratios(rows: list[dict]) -> None:
             row[f"{what}_times_faster"] = theirs / mine if mine and theirs else None
         mine, theirs = row["peak_bytes"], other.get("peak_bytes")
         row["memory_ratio"] = mine / theirs if mine and theirs else None
-
-
-def _slopes(rows: list[dict]) -> dict:
-    slopes = {}
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name and not r.get("failed")]
-        keys = ("forward_s", "step_s", "peak_bytes")
-        slopes[name] = {key: slope([r["n"] for r in mine], [r[key] or 0 for r in mine]) for key in keys}
-    return slopes
 
 
 def _table(result: dict) -> Table:
