@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from examples.run_clm import packed
 from examples.training import checkpoint, load_model, load_texts
 from sparse_hf.train import RepeatableCollator
+from sparse_hf.train.distillation import labelled
 from sparse_hf.train.heal import without_repeated
 
 
@@ -37,18 +38,18 @@ class Progress:
         self.step, self.losses = state["step"], state["losses"]
 
 
-def count(batch, causal: bool) -> torch.Tensor:
+def count(model, batch) -> torch.Tensor:
     """Tokens that the loss is a mean of."""
-    return ((batch["labels"][:, 1:] if causal else batch["labels"]) != -100).sum()
+    return labelled(model, batch["labels"]).sum()
 
 
-def evaluate(accelerator, model, loader, causal: bool) -> float:
+def evaluate(accelerator, model, loader) -> float:
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
         batch["labels"] = without_repeated(accelerator, batch["labels"])
         with torch.no_grad():
-            loss, tokens = model(**batch).loss, count(batch, causal)
+            loss, tokens = model(**batch).loss, count(model, batch)
         if tokens:
             sums += torch.stack([loss.float() * tokens, tokens.float()])
     model.train()
@@ -56,10 +57,10 @@ def evaluate(accelerator, model, loader, causal: bool) -> float:
     return total / tokens
 
 
-def optimize(accelerator, model, optimizer, scheduler, batches, args, causal: bool) -> float:
+def optimize(accelerator, model, optimizer, scheduler, batches, args) -> float:
     """One step on several batches, and the mean loss of their tokens, of all processes."""
     # heads divide by the number of tokens of the whole step, and accelerate averages over processes and batches
-    tokens = accelerator.reduce(sum(count(batch, causal) for batch in batches).to(accelerator.device), "sum").clamp(
+    tokens = accelerator.reduce(sum(count(model, batch) for batch in batches).to(accelerator.device), "sum").clamp(
         min=1
     )
     total = torch.zeros((), device=accelerator.device)
@@ -111,7 +112,7 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     accelerator = Accelerator(cpu=args.use_cpu, gradient_accumulation_steps=args.gradient_accumulation_steps)
     texts = load_texts(model_args, data_args)
     model, tokenizer = load_model(auto_class, kind, model_args, args)
-    collate, causal = collator(model, tokenizer), kind == "decoder"
+    collate = collator(model, tokenizer)
     with accelerator.main_process_first():
         rows, evaluation = (packed(d, tokenizer, model, data_args, model_args.length) for d in texts)
     loader = DataLoader(rows, args.per_device_train_batch_size, shuffle=True, collate_fn=collate, drop_last=True)
@@ -130,14 +131,14 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     for batches in steps(accelerator, loader, collate, progress.step, args.max_steps, args.seed):
         # dropout is drawn from the step's number
         set_seed(args.seed + progress.step, device_specific=True)
-        loss = optimize(accelerator, model, optimizer, scheduler, batches, args, causal)
+        loss = optimize(accelerator, model, optimizer, scheduler, batches, args)
         progress.step += 1
         progress.losses[progress.step] = loss
         if progress.step % int(args.logging_steps) == 0:
             accelerator.print(f"step {progress.step}: loss {loss:.4f}, learning rate {scheduler.get_last_lr()[0]:.2e}")
         if progress.step % int(args.save_steps) == 0:
             accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{progress.step}"))
-    perplexity = math.exp(evaluate(accelerator, model, eval_loader, causal))
+    perplexity = math.exp(evaluate(accelerator, model, eval_loader))
     accelerator.print(f"perplexity {perplexity:.2f}")
     save(accelerator, model, tokenizer, progress, Path(args.output_dir))
     # the wrapped model holds on to the group of processes, and freed after its end it may wait for ever

@@ -28,8 +28,6 @@ Columns = list[tuple[str, str]]
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # LED has a pattern of its own
 TINY = {"decoder": "window(7, 0) | first(2)", "encoder": "window(8, 8) | marked()", "encoder-decoder": None}
-# positions beyond these have no row to be looked up
-TABLES = ("learned", "sinusoidal")
 
 
 @dataclass
@@ -129,7 +127,7 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
         elif pattern is not None or model_args.layers is not None:
             raise ValueError(f"{source} is sparse already and keeps its pattern; leave --pattern and --layers out")
     most = family.positions.length_of(AutoConfig.from_pretrained(source))
-    if most is not None and family.positions.scheme in TABLES and model_args.length > most:
+    if most is not None and family.positions.has_table and model_args.length > most:
         raise ValueError(
             f"rows have {model_args.length} tokens and {source} has {most} positions; ask for rows of {most}, or give the dense "
             "model, which gets more positions when it is converted"
@@ -156,10 +154,11 @@ def _converted(source: str, most: int | None, pattern: str | None, model_args: M
                 "give another --output_dir"
             )
         logger.warning(f"{target} was made with {found}; it is made again with {asked}")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asked))
+    target.parent.mkdir(parents=True, exist_ok=True)
     options = {"layers": model_args.layers, "max_length": grown, "overwrite": target.exists(), "progress": False}
     sparse_hf.convert(source, target, pattern, **options)
+    # said last: a run that was killed before has not made what it was asked for
+    record.write_text(json.dumps(asked))
     return str(target)
 
 

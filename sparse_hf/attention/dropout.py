@@ -33,7 +33,12 @@ def kept(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout:
 def kept_at(seed: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, dropout: float) -> Tensor:
     """`kept` at broadcastable int64 index tensors."""
     rows = _mix(_mix(_mix(seed ^ b) ^ h) ^ q)
-    return _mix(rows ^ _mix(k + 0x9E3779B9)) >= int(dropout * (_WORD + 1))
+    return _mix(rows ^ _mix(k + 0x9E3779B9)) >= threshold(dropout)
+
+
+def threshold(dropout: float) -> int:
+    """The least 32-bit number whose weight survives."""
+    return int(dropout * (_WORD + 1))
 
 
 def _mix(x: Tensor) -> Tensor:

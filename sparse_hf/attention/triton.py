@@ -8,6 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan
 from ..plan.lists import LIMIT, Lists, TileLists, tile_lists
+from .dropout import threshold
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
@@ -32,14 +34,17 @@ WIDEST, WIDEST_EXACT = 256, 128
 
 
 def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
+    return "its kernels have no relative bias; use backend='flex'" if scoring.bias is not None else unfit(q, v)
+
+
+def unfit(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot compute these tensors, or None."""
     if q.device.type not in DEVICES:
         return f"it needs a GPU and q is on {q.device}"
     if not is_installed():
         return "it needs the package triton, which torch brings for GPUs on Linux"
     if q.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits and q is {q.dtype}; use backend='blockwise'"
-    if scoring.bias is not None:
-        return "its kernels have no relative bias; use backend='flex'"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > WIDEST:
         return f"head dims of q and v are {q.shape[-1]} and {v.shape[-1]}; they must be one number up to {WIDEST}"
     if q.dtype == torch.float32 and q.shape[-1] > WIDEST_EXACT:
@@ -76,39 +81,10 @@ class _Tiles(torch.autograd.Function):
 
 def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]`, whose memory is that of `[B, Q, H, D]`, and lse `[B, H, Q]`."""
-    from . import tile_kernels as kernels
-
     q, k, v = map(readable, (q, k, v))
-    call = _call(q, k, plan, scoring, dropout, seed)
-    lists = call.tiles.by_query
-    out = like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if not q.numel():
-        return out, lse
-    tables = call.tables(lists, call.tiles.masks)
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], q.shape[2]
-    rows = q.shape[0] * q.shape[1]
-    kernels.forward[(lists.lines, rows)](
-        q, k, v, out, lse, *tables, *strides, *call.numbers(lists), SEGMENT=False, **call.constants, **call.launch
-    )
-    if len(lists.segments):
-        part_out, part_lse = call.scratch(lists, rows, q.shape[3])
-        kernels.forward[(len(lists.segments), rows)](
-            q, k, v, part_out, part_lse, *tables, *strides, *call.numbers(lists),
-            SEGMENT=True, **call.constants, **call.launch,
-        )  # fmt: skip
-        kernels.merge_segments[(len(lists.long), rows)](
-            part_out,
-            part_lse,
-            lists.long,
-            out,
-            lse,
-            *out.stride()[:3],
-            q.shape[2],
-            q.shape[2],
-            H=q.shape[1],
-            **call.shape,
-        )
+    out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel():
+        _call(q, plan, scoring, dropout, seed).forward(q, k, v, out, lse)
     return out, lse
 
 
@@ -116,117 +92,134 @@ def backward(
     q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of q, k, v and no bias, given those of out and lse (None: zero)."""
-    from . import tile_kernels as kernels
-
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     q, k, v, out, grad_out = map(readable, (q, k, v, out, grad_out))
-    call = _call(q, k, plan, scoring, dropout, seed)
-    grad_q, grad_k, grad_v = map(like, (q, k, v))
-    if not q.numel():
-        return grad_q, grad_k.zero_(), grad_v.zero_(), None
-    lse = lse.contiguous()
-    has_grad_lse = grad_lse is not None
-    # anything will do where it is not read
-    grad_lse = grad_lse.contiguous() if has_grad_lse else lse
-    delta = torch.empty_like(lse)
-    length, rows = q.shape[2], q.shape[0] * q.shape[1]
-    of_q = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    grads = tuple(map(like, (q, k, v)))
+    if q.numel():
+        _call(q, plan, scoring, dropout, seed).backward(q, k, v, out, lse, grad_out, grad_lse, grads)
+    else:
+        for grad in grads:
+            grad.zero_()
+    return *grads, None
 
-    lists = call.tiles.by_query
-    given = grad_out, q, k, v, out, lse, grad_lse, delta
-    tables = call.tables(lists, call.tiles.masks)
-    rest = {"HAS_GRAD_LSE": has_grad_lse, **call.constants, **call.launch_backward}
-    strides = *of_q, *out.stride()[:3], *grad_q.stride()[:3], length, length
-    kernels.gradients_of_queries[(lists.lines, rows)](
-        *given, grad_q, *tables, *strides, *call.numbers(lists), SEGMENT=False, **rest
-    )
-    if len(lists.segments):
-        part, _ = call.scratch(lists, rows, q.shape[3])
-        kernels.gradients_of_queries[(len(lists.segments), rows)](
-            *given, part, *tables, *strides, *call.numbers(lists), SEGMENT=True, **rest
-        )
-        kernels.add_segments[(len(lists.long), rows)](
-            part, lists.long, grad_q, *grad_q.stride()[:3], length, H=q.shape[1], **call.shape
-        )
 
-    lists, rows = call.tiles.by_key, k.shape[0] * k.shape[1]
-    given = grad_out, q, k, v, lse, delta
-    tables = call.tables(lists, call.tiles.masks_by_key)
-    strides = *of_q, *grad_k.stride()[:3], *grad_v.stride()[:3], length, length
-    rest = {**call.constants, **call.launch_backward}
-    kernels.gradients_of_keys[(lists.lines, rows)](
-        *given, grad_k, grad_v, *tables, *strides, *call.numbers(lists), SEGMENT=False, **rest
-    )
-    if len(lists.segments):
-        parts = [call.scratch(lists, rows, q.shape[3])[0] for _ in range(2)]
-        kernels.gradients_of_keys[(len(lists.segments), rows)](
-            *given, *parts, *tables, *strides, *call.numbers(lists), SEGMENT=True, **rest
-        )
-        for part, grad in zip(parts, (grad_k, grad_v), strict=True):
-            kernels.add_segments[(len(lists.long), rows)](
-                part, lists.long, grad, *grad.stride()[:3], k.shape[2], H=k.shape[1], **call.shape
-            )
-    return grad_q, grad_k, grad_v, None
+def _call(q: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None) -> Call:
+    return Call(tile_lists(plan, tile_size(plan), q.shape[0], q.shape[1]), scoring, dropout, seed)
+
+
+def tile_size(plan: BlockPlan) -> int:
+    """Places of a tile: fewer where the plan's blocks are smaller and need no masks in them."""
+    return plan.block_size if plan.block_size in SMALLER else TILE
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What the kernels are told beside tensors."""
+class Call:
+    """One attention call of the kernels, which write to the tensors that they are given.
+
+    `index` `[B * H, W]` says which token stands at each place, of `rounds` rounds; None: places are tokens. Of several rounds results are
+    written by place, `[B, H, W, D]`, and have no segments. `relation` says which tokens of another order may see each other.
+    """
 
     tiles: TileLists
     scoring: Scoring
     dropout: float
-    seed: int
-    lengths: tuple[int, int]
-    constants: dict
-    shape: dict
-    launch: dict
-    launch_backward: dict
+    seed: Tensor | None
+    index: Tensor | None = None
+    rounds: int = 1
+    relation: int = 0
 
-    def tables(self, lists: Lists, masks: Tensor) -> tuple[Tensor, ...]:
-        index = self.tiles.group_of  # places are tokens: no index is read
-        return (
-            self.tiles.group_of,
-            lists.offsets,
-            lists.masked,
-            lists.others,
-            lists.masks,
-            masks,
-            lists.segments,
-            index,
-            index,
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        from . import tile_kernels as kernels
+
+        lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
+        # the last number is of a row of lse
+        strides = *_strides(q, k, v, out), lse.shape[2]
+        rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
+        options = self._constants(q, k) | launches(q)[0]
+        kernels.forward[(lists.lines, rows)](q, k, v, out, lse, *rest, SEGMENT=False, **options)
+        if len(lists.segments):
+            parts = self._scratch(lists, rows, q.shape[3]), self._scratch(lists, rows)
+            kernels.forward[(len(lists.segments), rows)](q, k, v, *parts, *rest, SEGMENT=True, **options)
+            kernels.merge_segments[(len(lists.long), rows)](
+                *parts, lists.long, out, lse, *_strides(out), lse.shape[2], q.shape[2], H=q.shape[1], **self._shape(q)
+            )
+
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, grads: Sequence[Tensor]) -> None:
+        """Write the gradients of q, k and v to `grads`, given those of out and lse (None: zero)."""
+        from . import tile_kernels as kernels
+
+        grad_q, *grads_of_keys = grads
+        lse = lse.contiguous()
+        # anything will do where it is not read
+        given_lse = lse if grad_lse is None else grad_lse.contiguous()
+        places = q.shape[2] if self.index is None else self.index.shape[1]
+        delta = torch.empty(*q.shape[:2], places, dtype=torch.float32, device=q.device)
+        options = self._constants(q, k) | launches(q)[1]
+        lengths = lse.shape[2], places
+
+        lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
+        given = grad_out, q, k, v, out, lse, given_lse, delta
+        strides = *_strides(grad_out, q, k, v, out, grad_q), *lengths
+        rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
+        of_queries = options | {"HAS_GRAD_LSE": grad_lse is not None}
+        kernels.gradients_of_queries[(lists.lines, rows)](*given, grad_q, *rest, SEGMENT=False, **of_queries)
+        if len(lists.segments):
+            part = self._scratch(lists, rows, q.shape[3])
+            kernels.gradients_of_queries[(len(lists.segments), rows)](*given, part, *rest, SEGMENT=True, **of_queries)
+            self._add(part, lists, grad_q)
+
+        lists, rows = self.tiles.by_key, k.shape[0] * k.shape[1]
+        given = grad_out, q, k, v, lse, delta
+        strides = *_strides(grad_out, q, k, v, *grads_of_keys), *lengths
+        rest = *self._tables(lists, self.tiles.masks_by_key), *strides, *self._numbers(lists, q, k)
+        kernels.gradients_of_keys[(lists.lines, rows)](*given, *grads_of_keys, *rest, SEGMENT=False, **options)
+        if len(lists.segments):
+            parts = [self._scratch(lists, rows, q.shape[3]) for _ in grads_of_keys]
+            kernels.gradients_of_keys[(len(lists.segments), rows)](*given, *parts, *rest, SEGMENT=True, **options)
+            for part, grad in zip(parts, grads_of_keys, strict=True):
+                self._add(part, lists, grad)
+
+    def _tables(self, lists: Lists, masks: Tensor) -> tuple[Tensor, ...]:
+        # where places are tokens no index is read, and anything will do
+        index = self.tiles.group_of if self.index is None else self.index
+        of_lists = lists.offsets, lists.masked, lists.others, lists.masks
+        return self.tiles.group_of, *of_lists, masks, lists.segments, index, index
+
+    def _numbers(self, lists: Lists, q: Tensor, k: Tensor) -> tuple[float | int, ...]:
+        seed = 0 if self.seed is None else int(self.seed)
+        dropped = seed, threshold(self.dropout), 1 / (1 - self.dropout)
+        width = 0 if self.index is None else self.index.shape[1]
+        of_lists = lists.lines, LIMIT, width, width, lists.lines // self.rounds
+        return self.scoring.scale, self.scoring.softcap or 1.0, *dropped, q.shape[2], k.shape[2], *of_lists
+
+    def _constants(self, q: Tensor, k: Tensor) -> dict:
+        return {
+            "H": q.shape[1], "R": q.shape[1] // k.shape[1], "INDEXED": self.index is not None, "BY_PLACE": self.rounds > 1,
+            "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None, "DROPOUT": self.dropout > 0,
+            "PRECISION": "ieee", **self._shape(q),
+        }  # fmt: skip
+
+    def _shape(self, q: Tensor) -> dict:
+        """The sides of what the kernels hold; the matrix units take powers of two from 16."""
+        return {"S": self.tiles.size, "D": q.shape[3], "BD": max(16, 1 << (q.shape[3] - 1).bit_length())}
+
+    def _scratch(self, lists: Lists, rows: int, *dim: int) -> Tensor:
+        shape = len(lists.segments), rows, self.tiles.size, *dim
+        return torch.empty(shape, dtype=torch.float32, device=lists.offsets.device)
+
+    def _add(self, part: Tensor, lists: Lists, grad: Tensor) -> None:
+        """Add what segments found to a gradient `[B, heads, length, D]`."""
+        from .tile_kernels import add_segments
+
+        batch, heads, length, _ = grad.shape
+        add_segments[(len(lists.long), batch * heads)](
+            part, lists.long, grad, *_strides(grad), length, H=heads, **self._shape(grad)
         )
 
-    def numbers(self, lists: Lists) -> tuple[float | int, ...]:
-        threshold, boost = int(self.dropout * (1 << 32)), 1 / (1 - self.dropout)
-        cap = self.scoring.softcap or 1.0
-        return self.scoring.scale, cap, self.seed, threshold, boost, *self.lengths, lists.lines, LIMIT, 0, 0, 1
 
-    def scratch(self, lists: Lists, rows: int, dim: int) -> tuple[Tensor, Tensor]:
-        shape = len(lists.segments), rows, self.tiles.size
-        make = {"dtype": torch.float32, "device": lists.offsets.device}
-        return torch.empty(*shape, dim, **make), torch.empty(shape, **make)
-
-
-def _call(q: Tensor, k: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None) -> _Call:
-    from .tile_kernels import ALL
-
-    # smaller tiles where the plan's blocks need no masks in them; other blocks are listed anew
-    size = plan.block_size if plan.block_size in SMALLER else TILE
-    shape = shape_of(q, size)
-    constants = {
-        "H": q.shape[1], "R": q.shape[1] // k.shape[1], "INDEXED": False, "BY_PLACE": False, "RELATION": ALL.value,
-        "HAS_CAP": scoring.softcap is not None, "DROPOUT": dropout > 0, "PRECISION": "ieee", **shape,
-    }  # fmt: skip
-    tiles = tile_lists(plan, size, q.shape[0], q.shape[1])
-    lengths = plan.q_len, plan.kv_len
-    number = 0 if seed is None else int(seed)
-    return _Call(tiles, scoring, dropout, number, lengths, constants, shape, *launches(q))
-
-
-def shape_of(q: Tensor, size: int) -> dict:
-    """The sides of what the kernels hold; the matrix units take powers of two from 16."""
-    return {"S": size, "D": q.shape[3], "BD": max(16, 1 << (q.shape[3] - 1).bit_length())}
+def _strides(*tensors: Tensor) -> Iterator[int]:
+    """Of `[B, H, L, D]`, whose last is 1."""
+    return (stride for t in tensors for stride in t.stride()[:3])
 
 
 def launches(q: Tensor) -> tuple[dict, dict]:

@@ -104,8 +104,8 @@ def run_decode(
             row = {"name": name, "kind": "ours" if name == "sparse_hf" else "dense", "n": n}
             with console.status(f"{name}: n = {n:,}"):
                 work = partial(_figures, model, row, shape, checked["bound"], place, budget)
-                rows.append(measured(row, work, rows, "fill_s", budget))
-            tell(rows[-1], "token_s", console)
+                rows.append(measured(row, work, rows, ("fill_s",), budget))
+            tell(rows[-1], lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
             _ratios(rows)
             result["slopes"] = slopes(rows, ("fill_s", "token_s", "peak_bytes"))
             if out:

@@ -117,18 +117,20 @@ def _status(path: Path, key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(row: dict, work: Callable[[], dict], earlier: list[dict], key: str, budget: float) -> dict:
+def measured(row: dict, work: Callable[[], dict], earlier: list[dict], keys: Sequence[str], budget: float) -> dict:
     """`row` with the figures that `work` gives, or under "failed" with what kept it from them.
 
-    A row of `earlier` of the same name that failed, or whose `key` took more than `budget` seconds, ends that name's rows.
+    A row of `earlier` of the same name that failed, or of whose `keys` one took more than `budget` seconds, ends that name's rows.
     """
     before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
     if before and before.get("failed"):
         return {**row, "failed": before["failed"]}
-    if before and before[key] > budget:
+    if before and max(before[key] or 0 for key in keys) > budget:
         return {**row, "failed": "not run: the length before took too long"}
     try:
         return {**row, **work()}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return {**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"}
     except RuntimeError as error:
         # of the CPU's memory torch speaks in words alone
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -136,11 +138,11 @@ def measured(row: dict, work: Callable[[], dict], earlier: list[dict], key: str,
         return {**row, "failed": "out of memory"}
 
 
-def tell(row: dict, key: str, console: Console) -> None:
-    """A line about a row where nobody watches a screen: how long `key` took, or why there is no figure."""
+def tell(row: dict, told: Callable[[dict], str], console: Console) -> None:
+    """A line about a row where nobody watches a screen: what `told` says of its figures, or why there are none."""
     if not console.is_terminal:
-        told = row.get("failed") or f"{row[key] * 1e3:,.2f} ms"
-        console.print(f"{row['name']}, n = {row['n']:,}: {told}", highlight=False, soft_wrap=True, markup=False)
+        line = f"{row['name']}, n = {row['n']:,}: {row.get('failed') or told(row)}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def slopes(rows: list[dict], keys: Sequence[str]) -> dict[str, dict]:

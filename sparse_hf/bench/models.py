@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models import sparsify
 from .cases import CASES, VOCABULARY, Case
-from .measure import DTYPES, environment, peak_bytes, seconds, slopes, write_json
+from .measure import DTYPES, environment, measured, peak_bytes, seconds, slopes, tell, write_json
 from .plot import plot_result
 
 # tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
@@ -155,18 +156,9 @@ def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlie
     for kind in ("dense" if case.dense else "transformers", "ours"):
         label = f"{name}, {'sparse_hf' if kind == 'ours' else 'transformers'}"
         row = {"model": name, "name": label, "kind": kind, "n": n}
-        before = next((r for r in reversed(earlier) if r["name"] == label), None)
-        if before and (before.get("failed") or max(before["forward_s"], before.get("step_s") or 0) > budget):
-            rows.append({**row, "failed": before.get("failed") or "not run: the length before took too long"})
-            continue
-        try:
-            rows.append({**row, **_figures(case, kind == "ours", n, shape, place, repeats, budget)})
-        except torch.OutOfMemoryError:
-            rows.append({**row, "failed": "out of memory"})
-        except torch._dynamo.exc.TorchDynamoException as error:
-            rows.append({**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"})
-        if not console.is_terminal:
-            console.print(f"{label}, n = {n:,}: {_told(rows[-1])}", highlight=False, soft_wrap=True)
+        work = partial(_figures, case, kind == "ours", n, shape, place, repeats, budget)
+        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget))
+        tell(rows[-1], _told, console)
         torch._dynamo.reset()
         if place.type == "cuda":
             torch.cuda.empty_cache()
@@ -174,8 +166,6 @@ def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlie
 
 
 def _told(row: dict) -> str:
-    if row.get("failed"):
-        return row["failed"]
     step = "" if row["step_s"] is None else f", step {row['step_s'] * 1e3:,.1f} ms"
     memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:,.0f} MiB"
     return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..attention.triton import TILE
+from ..attention.triton import tile_size
 from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import BlockPlan, build_plan
@@ -81,8 +81,8 @@ def run_plan(
                 row = {"model": name, "name": f"{name}: {kind}", "kind": kind, "n": n}
                 with console.status(f"{row['name']}, n = {n:,}"):
                     work = partial(_figures, name, n, kind, place, repeats, budget)
-                    rows.append(measured(row, work, rows, "build_s", budget))
-                tell(rows[-1], "build_s", console)
+                    rows.append(measured(row, work, rows, ("build_s",), budget))
+                tell(rows[-1], lambda row: f"{row['build_s'] * 1e3:,.2f} ms", console)
                 result["slopes"] = slopes(rows, ("build_s", "peak_bytes"))
                 if out:
                     # what is measured stays, whatever happens to the next row
@@ -98,7 +98,7 @@ def _blocks(plan: BlockPlan) -> tuple[Tensor, ...]:
 
 
 def _tiles(plan: BlockPlan) -> TileLists:
-    return tile_lists(plan, min(TILE, plan.block_size), 1, len(plan.heads) or 1)
+    return tile_lists(plan, tile_size(plan), 1, len(plan.heads) or 1)
 
 
 MAKERS = {"blocks": _blocks, "tiles": _tiles}

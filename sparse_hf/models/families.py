@@ -44,8 +44,8 @@ class Positions:
 
     @property
     def has_table(self) -> bool:
-        """Is there a row for each position, so that no more tokens can be taken, and that nobody else tells?"""
-        return self.scheme in ("learned", "sinusoidal") and not self.told
+        """Is there a row for each position, so that no more tokens can be taken?"""
+        return self.scheme in ("learned", "sinusoidal")
 
     def length_of(self, config) -> int | None:
         """Tokens that a model takes; None where nothing limits them."""

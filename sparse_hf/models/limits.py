@@ -44,7 +44,8 @@ class Limits:
         _check_labels(self.config, self.head, batch.get("labels"))
         if self.vocabulary is not None:
             _check_ids(self.vocabulary, batch.get("input_ids"))
-        if self.config.positions is not None and self.config.positions.has_table:
+        scheme = self.config.positions
+        if scheme is not None and scheme.has_table and not scheme.told:
             _check_positions(self.config, batch)
 
 

@@ -36,13 +36,26 @@ class Group:
 class Chunks:
     """What a plan of chunks is made of, for kernels that know chunks only.
 
-    `ring` is `(rounds, tiles, left, right)` where all rows have the same tiles, None where padding tells them apart.
+    Every chunk of queries sees `left` chunks of keys before its own and `right` after it, in a ring of `tiles` to a round. Where
+    `alike` is false, padding gives rows other numbers of chunks.
     """
 
     rounds: int
+    tiles: int
+    left: int
+    right: int
     is_causal: bool
     sees_itself: bool
-    ring: tuple[int, int, int, int] | None
+    alike: bool
+
+    @property
+    def seen(self) -> int:
+        """Chunks of keys that a chunk of queries sees, and of queries that see a chunk of keys."""
+        return self.left + 1 + self.right
+
+    @property
+    def ring(self) -> tuple[int, int, int, int]:
+        return self.rounds, self.tiles, self.left, self.right
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,12 +190,11 @@ def plan_chunks(
             return q >= k if sees_itself else q > k
         return (q >= 0) & (k >= 0) if sees_itself else q != k
 
-    ring = rounds, tiles, chunking.left, chunking.right
+    chunks = Chunks(rounds, tiles, chunking.left, chunking.right, is_causal, sees_itself, alike=real is None)
 
     def list_groups() -> tuple[Group, ...]:
-        return tuple(Group(*_drop_empty(found, places, size), allows) for found in ring_tiles(own, *ring))
+        return tuple(Group(*_drop_empty(found, places, size), allows) for found in ring_tiles(own, *chunks.ring))
 
-    chunks = Chunks(rounds, is_causal, sees_itself, ring if real is None else None)
     return HashedPlan(size, places, places, list_groups, chunks=chunks)
 
 

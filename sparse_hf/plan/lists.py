@@ -8,6 +8,7 @@ Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -33,9 +34,8 @@ class Lists:
     others: Tensor  # [N] int32: the tile of keys (of queries) of each entry
     masks: Tensor  # [N] int32: the number of its mask, 0 where it has none
     lines: int  # lines of a group
-    segments: (
-        Tensor  # [T, 2] int32: a tile that has more than LIMIT entries in a group, and the number of a segment, from 1
-    )
+    # [T, 2] int32: a tile that has more than LIMIT entries in a group, and the number of a segment, from 1
+    segments: Tensor
     long: Tensor  # [L, 3] int32: such a tile, its first row in `segments`, and how many there are
 
 
@@ -45,8 +45,9 @@ class TileLists:
     group_of: Tensor  # [B * H] int32: the group of a head of a batch row
     by_query: Lists
     by_key: Lists
-    masks: Tensor  # [M, S, S] uint8, queries x keys: 1 where a query sees a key
-    masks_by_key: Tensor  # [M, S, S] uint8, keys x queries
+    # [M, S, S] uint8, queries x keys: 1 where a query sees a key; and keys x queries. Of chunks tokens are compared instead
+    masks: Tensor
+    masks_by_key: Tensor
 
 
 @remembered
@@ -126,42 +127,45 @@ def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Tiles pair by pair, `[T, S, S]` bool."""
     place = torch.arange(plan.block_size, device=plan.device)
     q, k = (i[:, None] * plan.block_size + place)[:, :, None], (j[:, None] * plan.block_size + place)[:, None, :]
-    b, p = (group // len(plan.patterns))[:, None, None], group % len(plan.patterns)
+    b = (group // len(plan.patterns))[:, None, None]
     exists = (q < plan.q_len) & (k < plan.kv_len)
     q, k = q.clamp(max=plan.q_len - 1), k.clamp(max=plan.kv_len - 1)
+    if len(plan.patterns) == 1:
+        return plan.allows(b, 0, q, k) & exists
     held = torch.zeros_like(exists)
-    for pattern in range(len(plan.patterns)):
-        own = (p == pattern)[:, None, None]
-        if len(plan.patterns) == 1:
-            held = plan.allows(b, pattern, q, k)
-        elif own.any():
-            some = own.flatten().nonzero().flatten()
-            held[some] = plan.allows(b[some], pattern, q[some], k[some]).expand(-1, *held.shape[1:])
+    for p in range(len(plan.patterns)):
+        own = (group % len(plan.patterns) == p).nonzero().flatten()
+        if len(own):
+            held[own] = plan.allows(b[own], p, q[own], k[own]).expand(-1, *held.shape[1:])
     return held & exists
 
 
-def chunk_lists(plan: HashedPlan) -> tuple[Tensor, Lists, Lists]:
-    """Of a plan of chunks: the group of each row `[X]`, and its lists, by query and by key. Every tile is masked."""
+@remembered
+def chunk_lists(plan: HashedPlan) -> TileLists:
+    """The lists of a plan of chunks. Every tile is masked, by comparing tokens."""
     rows, device = plan.q_index.shape[0], plan.q_index.device
-    if plan.chunks.ring is not None:
-        return torch.zeros(rows, dtype=torch.int32, device=device), *_ring_lists(*plan.chunks.ring, device)
-    x, i, columns = (torch.cat(part) for part in zip(*((g.x, g.i, g.columns) for g in plan.groups), strict=True))
-    group_of = torch.arange(rows, dtype=torch.int32, device=device)
-    return group_of, *_masked_lists(rows, plan.q_index.shape[1] // plan.size, x, i, columns)
+    if plan.chunks.alike:
+        group_of = torch.zeros(rows, dtype=torch.int32, device=device)
+        both = _ring_lists(plan.chunks.ring, device)
+    else:
+        group_of = torch.arange(rows, dtype=torch.int32, device=device)
+        found = ((g.x, g.i, g.columns) for g in plan.groups)
+        both = _masked_lists(rows, plan.q_index.shape[1] // plan.size, found)
+    none = torch.zeros(0, dtype=torch.uint8, device=device)
+    return TileLists(plan.size, group_of, *both, none, none)
 
 
 @lru_cache(maxsize=32)
-def _ring_lists(rounds: int, tiles: int, left: int, right: int, device) -> tuple[Lists, Lists]:
-    found = ring_tiles(torch.tensor([tiles], device=device), rounds, tiles, left, right)
-    parts = (torch.cat(part) for part in zip(*found, strict=True))
-    return _masked_lists(1, rounds * tiles, *parts)
+def _ring_lists(ring: tuple[int, int, int, int], device) -> tuple[Lists, Lists]:
+    rounds, tiles, *_ = ring
+    return _masked_lists(1, rounds * tiles, ring_tiles(torch.tensor([tiles], device=device), *ring))
 
 
-def _masked_lists(groups: int, lines: int, x: Tensor, i: Tensor, columns: Tensor) -> tuple[Lists, Lists]:
+def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) -> tuple[Lists, Lists]:
+    """By query and by key, of tiles of queries and those that each sees: rows `[T]`, tiles `[T]` and columns `[T, w]`."""
+    x, i, columns = (torch.cat(part) for part in zip(*found, strict=True))
     exists = columns >= 0
     group, line = (t[:, None].expand_as(columns)[exists] for t in (x, i))
     rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
-    columns = columns[exists]
-    return make_lists(groups, lines, group, line, columns, *rest), make_lists(
-        groups, lines, group, columns, line, *rest
-    )
+    pairs = (line, columns[exists]), (columns[exists], line)
+    return tuple(make_lists(groups, lines, group, *pair, *rest) for pair in pairs)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import triton
+from sparse_hf.attention import chunk_kernels, triton
 from sparse_hf.attention.chunked import chunked_attention
 from sparse_hf.plan import lists
-from sparse_hf.plan.hashed import Chunking
+from sparse_hf.plan.hashed import Chunking, plan_chunks
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.test_exactness import DRAWN, cases, compare, tensors
@@ -140,3 +140,11 @@ def test_twenty_runs_are_bitwise_equal():
     ]
     for later in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs[0], later, strict=True))
+
+
+def test_chunks_that_see_more_than_a_program_walks_are_left_to_plain_torch():
+    q = torch.randn(1, 1, 64, 16, device=DEVICE)
+    for left, suits in ((lists.LIMIT - 1, True), (lists.LIMIT, False)):
+        chunking = Chunking(16, left, 0, 16, 0)
+        plan = plan_chunks(None, None, (1, 1, 64), chunking, is_causal=True, sees_itself=True, device=q.device)
+        assert chunk_kernels.suit(q, q, plan) is suits
