@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan.hashed import HashedPlan
-from ..plan.lists import LIMIT, chunk_lists
+from ..plan.lists import chunk_lists
 from . import triton
 from .scoring import Scoring
 
@@ -18,9 +18,8 @@ SIZES = (16, 32, 64, 128)
 
 
 def suit(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
-    """May the kernels compute this? A chunk that sees so many that one program would not walk them all is left to others."""
-    chunks = plan.chunks
-    return chunks is not None and plan.size in SIZES and chunks.seen <= LIMIT and triton.unfit(q, v) is None
+    """May the kernels compute this?"""
+    return plan.chunks is not None and plan.size in SIZES and triton.unfit(q, v) is None
 
 
 def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:

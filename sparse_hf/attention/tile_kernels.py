@@ -51,6 +51,26 @@ def _spots(token, exists, place, places, BY_PLACE: tl.constexpr):
 
 
 @triton.jit
+def _item(segments, cut, CUT: tl.constexpr):
+    """What a program works on: the number of a segment, a tile, the number of the tile's segment, and whether it is one.
+
+    Segments, of which there are `cut`, come before the lines whose first entries are theirs.
+    """
+    item = tl.program_id(0)
+    if CUT:
+        is_part = item < cut
+        tile = tl.load(segments + item * 2, mask=is_part, other=item - cut)
+        return item, tile, tl.load(segments + item * 2 + 1, mask=is_part, other=0), is_part
+    return item, item, 0, False
+
+
+@triton.jit
+def _spots_of_part(item, row, S: tl.constexpr):
+    """Where a segment of a head of a batch row writes to."""
+    return (item.to(tl.int64) * tl.num_programs(1) + row) * S + tl.arange(0, S)
+
+
+@triton.jit
 def _rows(ptr, token, exists, stride, d, D: tl.constexpr):
     return tl.load(ptr + token[:, None] * stride + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
 
@@ -115,25 +135,24 @@ def _absorb(
 
 # numbers that change from batch to batch must not compile another kernel each
 _VARY = [
-    "q_len", "kv_len", "lines", "limit", "width_q", "width_k", "tiles_of_round", "seed", "threshold", "scale", "cap", "boost",
+    "q_len", "kv_len", "cut", "lines", "limit", "width_q", "width_k", "tiles_of_round", "seed", "threshold", "scale", "cap", "boost",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARY)
 def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out, part_lse,
+    groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, l_h,
-    scale, cap, seed, threshold, boost, q_len, kv_len, lines, limit, width_q, width_k, tiles_of_round,
-    H: tl.constexpr, R: tl.constexpr, SEGMENT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,
+    scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
+    H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,
     RELATION: tl.constexpr, HAS_CAP: tl.constexpr, DROPOUT: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out and lse of a line of one head; with SEGMENT a part of them, in float32, to memory of its own."""
-    item, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Out and lse of a line of one head; of a segment of it, in float32, to memory of its own."""
+    row = tl.program_id(1).to(tl.int64)
+    item, i, number, is_part = _item(segments, cut, CUT)
     group = tl.load(groups + row)
-    i, number = item, 0
-    if SEGMENT:
-        i, number = tl.load(segments + item * 2), tl.load(segments + item * 2 + 1)
     line = group * lines + i
     begin = tl.load(offsets + line)
     first = begin + number * limit
@@ -167,15 +186,15 @@ def forward(
     safe = tl.where(total > 0, total, 1.0)
     out = out / safe[:, None]
     lse = tl.where(total > 0, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
-    if SEGMENT:
-        place = (item.to(tl.int64) * tl.num_programs(1) + row) * S + m
-        tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=d[None, :] < D)
-        tl.store(lse_ptr + place, lse)
-    else:
-        spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
-        at = out_ptr + b * o_b + h * o_h + spot[:, None] * o_n + d[None, :]
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d[None, :] < D))
-        tl.store(lse_ptr + row * l_h + spot, lse, mask=there)
+    spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
+    if CUT:
+        there = there & (is_part == 0)
+        at = _spots_of_part(item, row, S)
+        tl.store(part_out + at[:, None] * D + d[None, :], out, mask=is_part & (d[None, :] < D))
+        tl.store(part_lse + at, lse, mask=is_part & (m >= 0))
+    at = out_ptr + b * o_b + h * o_h + spot[:, None] * o_n + d[None, :]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d[None, :] < D))
+    tl.store(lse_ptr + row * l_h + spot, lse, mask=there)
 
 
 @triton.jit
@@ -224,20 +243,18 @@ def _of_queries(
 
 @triton.jit(do_not_specialize=_VARY)
 def gradients_of_queries(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, part,
     groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n, l_h, delta_h,
-    scale, cap, seed, threshold, boost, q_len, kv_len, lines, limit, width_q, width_k, tiles_of_round,
-    H: tl.constexpr, R: tl.constexpr, SEGMENT: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, INDEXED: tl.constexpr,
+    scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
+    H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, INDEXED: tl.constexpr,
     BY_PLACE: tl.constexpr, RELATION: tl.constexpr, HAS_CAP: tl.constexpr, DROPOUT: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a line's queries, and delta = sum(grad_out * out) - grad_lse of each, which the next kernel reads."""
-    item, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    item, i, number, is_part = _item(segments, cut, CUT)
     group = tl.load(groups + row)
-    i, number = item, 0
-    if SEGMENT:
-        i, number = tl.load(segments + item * 2), tl.load(segments + item * 2 + 1)
     line = group * lines + i
     begin = tl.load(offsets + line)
     first = begin + number * limit
@@ -275,14 +292,14 @@ def gradients_of_queries(
             False, INDEXED, RELATION, HAS_CAP, DROPOUT, S, D, BD, PRECISION,
         )  # fmt: skip
     grad_q *= scale
-    if SEGMENT:
-        place = (item.to(tl.int64) * tl.num_programs(1) + row) * S + m
-        tl.store(dq_ptr + place[:, None] * D + d[None, :], grad_q, mask=d[None, :] < D)
-    else:
-        spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
-        at = dq_ptr + b * dq_b + h * dq_h + spot[:, None] * dq_n + d[None, :]
-        tl.store(at, grad_q.to(dq_ptr.dtype.element_ty), mask=there[:, None] & (d[None, :] < D))
-        tl.store(delta_ptr + row * delta_h + place, delta, mask=exists)
+    spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
+    if CUT:
+        there, exists = there & (is_part == 0), exists & (is_part == 0)
+        at = part + _spots_of_part(item, row, S)[:, None] * D + d[None, :]
+        tl.store(at, grad_q, mask=is_part & (d[None, :] < D))
+    at = dq_ptr + b * dq_b + h * dq_h + spot[:, None] * dq_n + d[None, :]
+    tl.store(at, grad_q.to(dq_ptr.dtype.element_ty), mask=there[:, None] & (d[None, :] < D))
+    tl.store(delta_ptr + row * delta_h + place, delta, mask=exists)
 
 
 @triton.jit
@@ -335,20 +352,18 @@ def _of_keys(
 
 @triton.jit(do_not_specialize=_VARY)
 def gradients_of_keys(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_k, part_v,
     groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, l_h, delta_h,
-    scale, cap, seed, threshold, boost, q_len, kv_len, lines, limit, width_q, width_k, tiles_of_round,
-    H: tl.constexpr, R: tl.constexpr, SEGMENT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,
+    scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
+    H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,
     RELATION: tl.constexpr, HAS_CAP: tl.constexpr, DROPOUT: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a line's keys and values from all query heads that read them."""
-    item, of_keys = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    of_keys = tl.program_id(1).to(tl.int64)
+    item, j, number, is_part = _item(segments, cut, CUT)
     b, g = of_keys // (H // R), of_keys % (H // R)
-    j, number = item, 0
-    if SEGMENT:
-        j, number = tl.load(segments + item * 2), tl.load(segments + item * 2 + 1)
     n, d = tl.arange(0, S), tl.arange(0, BD)
     place = j * S + n
     # keys of another order belong to one query head: R is 1
@@ -381,17 +396,18 @@ def gradients_of_keys(
                 False, INDEXED, RELATION, HAS_CAP, DROPOUT, S, D, BD, PRECISION,
             )  # fmt: skip
     grad_k *= scale
-    if SEGMENT:
-        place = (item.to(tl.int64) * tl.num_programs(1) + of_keys) * S + n
-        tl.store(dk_ptr + place[:, None] * D + d[None, :], grad_k, mask=d[None, :] < D)
-        tl.store(dv_ptr + place[:, None] * D + d[None, :], grad_v, mask=d[None, :] < D)
-    else:
-        spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
-        box = there[:, None] & (d[None, :] < D)
-        at_k = dk_ptr + b * dk_b + g * dk_g + spot[:, None] * dk_n + d[None, :]
-        at_v = dv_ptr + b * dv_b + g * dv_g + spot[:, None] * dv_n + d[None, :]
-        tl.store(at_k, grad_k.to(dk_ptr.dtype.element_ty), mask=box)
-        tl.store(at_v, grad_v.to(dv_ptr.dtype.element_ty), mask=box)
+    spot, there = _spots(token, exists, place, lines * S, BY_PLACE)
+    if CUT:
+        there = there & (is_part == 0)
+        at = _spots_of_part(item, of_keys, S)[:, None] * D + d[None, :]
+        box = is_part & (d[None, :] < D)
+        tl.store(part_k + at, grad_k, mask=box)
+        tl.store(part_v + at, grad_v, mask=box)
+    box = there[:, None] & (d[None, :] < D)
+    at_k = dk_ptr + b * dk_b + g * dk_g + spot[:, None] * dk_n + d[None, :]
+    at_v = dv_ptr + b * dv_b + g * dv_g + spot[:, None] * dv_n + d[None, :]
+    tl.store(at_k, grad_k.to(dk_ptr.dtype.element_ty), mask=box)
+    tl.store(at_v, grad_v.to(dv_ptr.dtype.element_ty), mask=box)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan
-from ..plan.lists import LIMIT, Lists, TileLists, tile_lists
+from ..plan.lists import Lists, TileLists, tile_lists
 from .dropout import threshold
 from .scoring import Scoring
 
@@ -132,14 +132,13 @@ class Call:
         from . import tile_kernels as kernels
 
         lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
+        parts = self._parts(lists, out, lse)
         # the last number is of a row of lse
         strides = *_strides(q, k, v, out), lse.shape[2]
         rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
-        options = self._constants(q, k) | launches(q)[0]
-        kernels.forward[(lists.lines, rows)](q, k, v, out, lse, *rest, SEGMENT=False, **options)
-        if len(lists.segments):
-            parts = self._scratch(lists, rows, q.shape[3]), self._scratch(lists, rows)
-            kernels.forward[(len(lists.segments), rows)](q, k, v, *parts, *rest, SEGMENT=True, **options)
+        options = self._constants(lists, q, k) | launches(q)[0]
+        kernels.forward[(lists.items, rows)](q, k, v, out, lse, *parts, *rest, **options)
+        if lists.cut:
             kernels.merge_segments[(len(lists.long), rows)](
                 *parts, lists.long, out, lse, *_strides(out), lse.shape[2], q.shape[2], H=q.shape[1], **self._shape(q)
             )
@@ -154,30 +153,25 @@ class Call:
         given_lse = lse if grad_lse is None else grad_lse.contiguous()
         places = q.shape[2] if self.index is None else self.index.shape[1]
         delta = torch.empty(*q.shape[:2], places, dtype=torch.float32, device=q.device)
-        options = self._constants(q, k) | launches(q)[1]
-        lengths = lse.shape[2], places
+        lengths, warps = (lse.shape[2], places), launches(q)[1]
 
         lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
-        given = grad_out, q, k, v, out, lse, given_lse, delta
+        parts = self._parts(lists, grad_q)
         strides = *_strides(grad_out, q, k, v, out, grad_q), *lengths
         rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
-        of_queries = options | {"HAS_GRAD_LSE": grad_lse is not None}
-        kernels.gradients_of_queries[(lists.lines, rows)](*given, grad_q, *rest, SEGMENT=False, **of_queries)
-        if len(lists.segments):
-            part = self._scratch(lists, rows, q.shape[3])
-            kernels.gradients_of_queries[(len(lists.segments), rows)](*given, part, *rest, SEGMENT=True, **of_queries)
-            self._add(part, lists, grad_q)
+        options = self._constants(lists, q, k) | warps | {"HAS_GRAD_LSE": grad_lse is not None}
+        given = grad_out, q, k, v, out, lse, given_lse, delta
+        kernels.gradients_of_queries[(lists.items, rows)](*given, grad_q, *parts, *rest, **options)
+        self._add(parts, lists, (grad_q,))
 
         lists, rows = self.tiles.by_key, k.shape[0] * k.shape[1]
-        given = grad_out, q, k, v, lse, delta
+        parts = self._parts(lists, *grads_of_keys)
         strides = *_strides(grad_out, q, k, v, *grads_of_keys), *lengths
         rest = *self._tables(lists, self.tiles.masks_by_key), *strides, *self._numbers(lists, q, k)
-        kernels.gradients_of_keys[(lists.lines, rows)](*given, *grads_of_keys, *rest, SEGMENT=False, **options)
-        if len(lists.segments):
-            parts = [self._scratch(lists, rows, q.shape[3]) for _ in grads_of_keys]
-            kernels.gradients_of_keys[(len(lists.segments), rows)](*given, *parts, *rest, SEGMENT=True, **options)
-            for part, grad in zip(parts, grads_of_keys, strict=True):
-                self._add(part, lists, grad)
+        options = self._constants(lists, q, k) | warps
+        given = grad_out, q, k, v, lse, delta
+        kernels.gradients_of_keys[(lists.items, rows)](*given, *grads_of_keys, *parts, *rest, **options)
+        self._add(parts, lists, grads_of_keys)
 
     def _tables(self, lists: Lists, masks: Tensor) -> tuple[Tensor, ...]:
         # where places are tokens no index is read, and anything will do
@@ -189,32 +183,38 @@ class Call:
         seed = 0 if self.seed is None else int(self.seed)
         dropped = seed, threshold(self.dropout), 1 / (1 - self.dropout)
         width = 0 if self.index is None else self.index.shape[1]
-        of_lists = lists.lines, LIMIT, width, width, lists.lines // self.rounds
+        of_lists = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
         return self.scoring.scale, self.scoring.softcap or 1.0, *dropped, q.shape[2], k.shape[2], *of_lists
 
-    def _constants(self, q: Tensor, k: Tensor) -> dict:
+    def _constants(self, lists: Lists, q: Tensor, k: Tensor) -> dict:
         return {
-            "H": q.shape[1], "R": q.shape[1] // k.shape[1], "INDEXED": self.index is not None, "BY_PLACE": self.rounds > 1,
-            "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None, "DROPOUT": self.dropout > 0,
-            "PRECISION": "ieee", **self._shape(q),
+            "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
+            "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,
+            "DROPOUT": self.dropout > 0, "PRECISION": "ieee", **self._shape(q),
         }  # fmt: skip
 
     def _shape(self, q: Tensor) -> dict:
         """The sides of what the kernels hold; the matrix units take powers of two from 16."""
         return {"S": self.tiles.size, "D": q.shape[3], "BD": max(16, 1 << (q.shape[3] - 1).bit_length())}
 
-    def _scratch(self, lists: Lists, rows: int, *dim: int) -> Tensor:
-        shape = len(lists.segments), rows, self.tiles.size, *dim
-        return torch.empty(shape, dtype=torch.float32, device=lists.offsets.device)
+    def _parts(self, lists: Lists, *results: Tensor) -> list[Tensor]:
+        """What the segments find of each of `results` `[B, heads, length, ...]`, in float32; without any, anything will do."""
+        if not lists.cut:
+            return list(results)
+        return [
+            t.new_empty((lists.cut, t.shape[0] * t.shape[1], self.tiles.size, *t.shape[3:]), dtype=torch.float32)
+            for t in results
+        ]
 
-    def _add(self, part: Tensor, lists: Lists, grad: Tensor) -> None:
-        """Add what segments found to a gradient `[B, heads, length, D]`."""
+    def _add(self, parts: Sequence[Tensor], lists: Lists, grads: Sequence[Tensor]) -> None:
+        """Add what segments found to gradients `[B, heads, length, D]`."""
         from .tile_kernels import add_segments
 
-        batch, heads, length, _ = grad.shape
-        add_segments[(len(lists.long), batch * heads)](
-            part, lists.long, grad, *_strides(grad), length, H=heads, **self._shape(grad)
-        )
+        for part, grad in zip(parts, grads, strict=True) if lists.cut else ():
+            batch, heads, length, _ = grad.shape
+            add_segments[(len(lists.long), batch * heads)](
+                part, lists.long, grad, *_strides(grad), length, H=heads, **self._shape(grad)
+            )
 
 
 def _strides(*tensors: Tensor) -> Iterator[int]:

@@ -22,6 +22,7 @@ from ..plan import build_plan
 from .config import IMPLEMENTATIONS
 from .seam import attention_with_weights
 from .tensor_parallel import own_heads
+from .unprojected import replace_rows
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -101,53 +102,32 @@ class GlobalRowsMixin:
 
     def _gathered_rows(self, hidden_states: Tensor, out: Tensor, tokens: Tokens) -> Tensor:
         """`out` `[B, H, N, D]` with the rows of marked tokens replaced: M * N work, wherever they stand."""
-        index = tokens.order[:, : tokens.most, None]
-        marked = hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1]))
-        q = self._heads("query_global", marked)
-        is_marked = tokens.marks.gather(1, index[..., 0])
-        if torch.compiler.is_compiling() or (self.training and self.dropout):
-            # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
-            sorted_tokens, everything = tokens.sorted(), tokens.order[..., None].expand_as(hidden_states)
-            states = hidden_states.gather(1, everything)
+        index = tokens.order[:, : tokens.most]
+        is_marked = tokens.marks.gather(1, index)
+        # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
+        as_pattern = torch.compiler.is_compiling() or (self.training and self.dropout)
+        if not as_pattern and self._is_cheaper_unprojected(tokens.most):
+            given = out, hidden_states, index, is_marked, tokens.real
+            return replace_rows(*given, self.query_global, self.key_global, self.value_global)
+        q = self._heads("query_global", _taken(hidden_states, index))
+        if as_pattern:
+            states, tokens = _taken(hidden_states, tokens.order), tokens.sorted()
             k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
-            rows, _ = self._attend(q, k, v, ALL_KEYS, sorted_tokens)  # [B, H, M, D]
-        elif self._is_cheaper_unprojected(tokens.most):
-            rows = self._unprojected_rows(q, hidden_states, tokens.real)
+            rows, _ = self._attend(q, k, v, ALL_KEYS, tokens)  # [B, H, M, D]
         else:
             k, v = (self._heads(name, hidden_states) for name in ("key_global", "value_global"))
             rows = _see_all(q, k, v, tokens.real)
-        place = index[:, None].expand_as(rows)
+        place = index[:, None, :, None].expand_as(rows)
         # a batch row with fewer marked tokens keeps what it has
         return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
 
     def _is_cheaper_unprojected(self, most: int) -> bool:
         """Are marked tokens so few that their queries are brought to the states rather than all states to them?
 
-        Their weights are read for it, which must then be all that the projections do (no adapters, no hooks).
+        Weights are read for it, which must then be all that the projections do (no adapters, no hooks).
         """
         wide = 2 * most * self.num_heads > self.key_global.in_features
-        return not wide and all(map(_is_bare, (self.key_global, self.value_global)))
-
-    def _unprojected_rows(self, q: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
-        """The rows `[B, H, M, D]` of queries `[B, H, M, D]`, with no key or value of `states` `[B, N, E]` ever made.
-
-        q @ (W x + b) = (q @ W) x + q @ b, and a mean of values W x + b is W (mean of x) + b: exact, for M * N * E work.
-        """
-        keys, values = self.key_global, self.value_global
-        per_head = self.num_heads, self.head_dim
-        of_query = torch.einsum("bhmd,hde->bhme", q, keys.weight.unflatten(0, per_head))
-        scores = of_query.flatten(1, 2) @ states.mT  # [B, H * M, N]
-        # the same for all keys, but its gradient is asked for
-        of_bias = torch.einsum("bhmd,hd->bhm", q, keys.bias.unflatten(0, per_head))
-        scores = (scores + of_bias.flatten(1)[..., None]) * self.head_dim**-0.5
-        if real is not None:
-            # a row of padding alone must give no NaN; what it sees instead is thrown away
-            scores = scores.masked_fill(~(real | ~real.any(-1, keepdim=True))[:, None], -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
-        means = (weights @ states).unflatten(1, q.shape[1:3])  # [B, H, M, E]
-        rows = torch.einsum("bhme,hde->bhmd", means, values.weight.unflatten(0, per_head))
-        # under autocast the bias is in single precision, as the layer would not give it
-        return (rows + values.bias.unflatten(0, per_head)[:, None]).to(q.dtype)
+        return not wide and all(map(_is_bare, (self.query_global, self.key_global, self.value_global)))
 
     def _heads(self, name: str, states: Tensor) -> Tensor:
         return getattr(self, name)(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -160,6 +140,11 @@ class GlobalRowsMixin:
             return attention_with_weights(q, k, v, plan, dropout)
         backend = IMPLEMENTATIONS[self.config._attn_implementation]
         return sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend), None
+
+
+def _taken(states: Tensor, index: Tensor) -> Tensor:
+    """The states `[B, M, E]` of the tokens `index` `[B, M]`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _is_bare(module: nn.Module) -> bool:

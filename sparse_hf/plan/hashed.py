@@ -49,11 +49,6 @@ class Chunks:
     alike: bool
 
     @property
-    def seen(self) -> int:
-        """Chunks of keys that a chunk of queries sees, and of queries that see a chunk of keys."""
-        return self.left + 1 + self.right
-
-    @property
     def ring(self) -> tuple[int, int, int, int]:
         return self.rounds, self.tiles, self.left, self.right
 

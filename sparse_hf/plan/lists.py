@@ -8,6 +8,7 @@ Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,8 +20,11 @@ from .block_plan import BlockPlan
 from .hashed import HashedPlan, ring_tiles
 from .memo import remembered
 
-# tiles of a line that one program walks; what is beyond becomes segments, of which each has a program of its own
-LIMIT = 128
+# A program walks up to LIMIT tiles of a line, or LONGER times what lines have on the average; what is beyond becomes segments,
+# of which each has a program of its own, so that the few lines of global tokens keep nobody waiting. As they are merged one
+# after the other, segments are no shorter than SQUARE times the root of the longest line.
+LIMIT, LONGER, SQUARE = 16, 2, 2
+UNCUT = 1 << 30
 # mask bits that are evaluated at once
 EVALUATED = 1 << 22
 
@@ -34,9 +38,20 @@ class Lists:
     others: Tensor  # [N] int32: the tile of keys (of queries) of each entry
     masks: Tensor  # [N] int32: the number of its mask, 0 where it has none
     lines: int  # lines of a group
-    # [T, 2] int32: a tile that has more than LIMIT entries in a group, and the number of a segment, from 1
+    limit: int  # entries that one program walks
+    # [T, 2] int32: a tile that has more entries than that in a group, and the number of a segment, from 1
     segments: Tensor
     long: Tensor  # [L, 3] int32: such a tile, its first row in `segments`, and how many there are
+
+    @property
+    def cut(self) -> int:
+        """Segments of all tiles."""
+        return len(self.segments)
+
+    @property
+    def items(self) -> int:
+        """Programs of one head of a batch row."""
+        return self.cut + self.lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +90,14 @@ def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLi
 
 
 def make_lists(
-    groups: int, lines: int, group: Tensor, line: Tensor, other: Tensor, full: Tensor, mask: Tensor
+    groups: int,
+    lines: int,
+    group: Tensor,
+    line: Tensor,
+    other: Tensor,
+    full: Tensor,
+    mask: Tensor,
+    may_cut: bool = True,
 ) -> Lists:
     """Sort entries by line, those with a mask first; `group`, `line`, `other`, `full` and `mask` are `[N]`."""
     line = group * lines + line
@@ -84,8 +106,12 @@ def make_lists(
     counts = torch.bincount(line, minlength=groups * lines)
     masked = torch.bincount(line[~full], minlength=groups * lines)
     most_entries = counts.view(groups, lines).amax(0)
-    long = (most_entries > LIMIT).nonzero().flatten()
-    more = (most_entries[long] - 1) // LIMIT
+    limit = UNCUT
+    if may_cut and len(line):
+        mean = int(most_entries.sum()) / int(most_entries.count_nonzero())
+        limit = max(LIMIT, int(LONGER * mean), SQUARE * math.isqrt(int(most_entries.max())))
+    long = (most_entries > limit).nonzero().flatten()
+    more = (most_entries[long] - 1) // limit
     first = more.cumsum(0) - more
     number = torch.arange(int(more.sum()), device=line.device) - first.repeat_interleave(more) + 1
     return Lists(
@@ -94,6 +120,7 @@ def make_lists(
         other[order].int(),
         mask[order].int(),
         lines,
+        limit,
         torch.stack((long.repeat_interleave(more), number), 1).int(),
         torch.stack((long, first, more), 1).int(),
     )
@@ -168,4 +195,4 @@ def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) 
     group, line = (t[:, None].expand_as(columns)[exists] for t in (x, i))
     rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
     pairs = (line, columns[exists]), (columns[exists], line)
-    return tuple(make_lists(groups, lines, group, *pair, *rest) for pair in pairs)
+    return tuple(make_lists(groups, lines, group, *pair, *rest, may_cut=False) for pair in pairs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import chunk_kernels, triton
+from sparse_hf.attention import chunk_kernels, hashed, triton
 from sparse_hf.attention.chunked import chunked_attention
 from sparse_hf.plan import lists
 from sparse_hf.plan.hashed import Chunking, plan_chunks
@@ -47,8 +47,8 @@ def test_exact_in_half_precision(pattern):
 @pytest.mark.parametrize("pattern", ["window(20, 20) | first(2)", DRAWN])
 def test_exact_where_tiles_have_many_entries(pattern, monkeypatch):
     # each entry but the first of a tile is then a segment of its own
-    for module in (lists, triton):
-        monkeypatch.setattr(module, "LIMIT", 1)
+    for name, value in (("LIMIT", 1), ("LONGER", 0), ("SQUARE", 0)):
+        monkeypatch.setattr(lists, name, value)
     compare("triton", pattern, 257, "left_padding", (4, 2, 16), torch.float32, DEVICE)
 
 
@@ -142,9 +142,11 @@ def test_twenty_runs_are_bitwise_equal():
         assert all(torch.equal(one, other) for one, other in zip(runs[0], later, strict=True))
 
 
-def test_chunks_that_see_more_than_a_program_walks_are_left_to_plain_torch():
-    q = torch.randn(1, 1, 64, 16, device=DEVICE)
-    for left, suits in ((lists.LIMIT - 1, True), (lists.LIMIT, False)):
-        chunking = Chunking(16, left, 0, 16, 0)
-        plan = plan_chunks(None, None, (1, 1, 64), chunking, is_causal=True, sees_itself=True, device=q.device)
-        assert chunk_kernels.suit(q, q, plan) is suits
+def test_chunks_that_see_many_are_exact():
+    q, k, v = tensors((1, 1, 16), 64, 64, torch.float32, DEVICE)
+    chunking = Chunking(16, 140, 0, 16, 0)
+    plan = plan_chunks(None, None, tuple(q.shape[:3]), chunking, is_causal=True, sees_itself=True, device=q.device)
+    assert chunk_kernels.suit(q, v, plan)
+    got, right = hashed.attend(q, k, v, plan, 0.25, 0.0, None), hashed.look(q, k, v, plan, 0.25)
+    for one, other in zip(got, right, strict=False):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

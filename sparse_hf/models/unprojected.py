@@ -1,0 +1,97 @@
+"""The rows of a few global tokens with projections of their own, with no key or value of all tokens ever made.
+
+q @ (W x + b) = (q @ W) x + q @ b, where the last part is the same for all keys and drops out of the softmax; and a mean of
+values W x + b is W (mean of x) + b. So M queries are brought to the N states rather than N states to the queries: exact, for
+M * N * E work instead of N * E * E. One autograd node, since the host would otherwise launch more slowly than a GPU computes.
+
+Legend: B batch, N tokens, H heads, D head dim, E = H * D, M most marked tokens of any batch row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def replace_rows(
+    out: Tensor, states: Tensor, index: Tensor, is_marked: Tensor, real: Tensor | None,
+    query: nn.Linear, key: nn.Linear, value: nn.Linear,
+) -> Tensor:  # fmt: skip
+    """`out` `[B, H, N, D]` with the rows of marked tokens replaced by their attention to all real tokens.
+
+    Args:
+        states: what is projected, `[B, N, E]`.
+        index: `[B, M]`, tokens whose rows are replaced, no token twice; where `is_marked` `[B, M]` is false they stay.
+        real: `[B, N]`, true on real tokens.
+        query, key, value: the projections.
+    """
+    weights = query.weight, query.bias, key.weight, key.bias, value.weight, value.bias
+    kind = out.device.type
+    with torch.autocast(kind, enabled=False):
+        # the dtype of `out` is what autocast gave the other rows
+        states, *weights = (t.to(out.dtype) for t in (states, *weights))
+        return _Rows.apply(out, states, index, is_marked, real, *weights)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, states, index, is_marked, real, w_query, b_query, w_key, b_key, w_value, b_value):
+        heads, dim = out.shape[1], out.shape[3]
+        # [B, M, E] by row, [H, B * M, ...] by head
+        marked = states.gather(1, index[..., None].expand(-1, -1, states.shape[2])).flatten(0, 1)
+        q = torch.addmm(b_query, marked, w_query.t()).mul_(dim**-0.5)
+        q = q.view(-1, heads, dim).transpose(0, 1)
+        directions = _by_row(q @ w_key.view(heads, dim, -1), index)  # [B, H * M, E]
+        scores = directions @ states.mT
+        if real is not None:
+            # a row of padding alone must give no NaN; what it sees instead is thrown away
+            scores.masked_fill_(~(real | ~real.any(-1, keepdim=True))[:, None], -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
+        means = weights @ states  # [B, H * M, E]
+        rows = torch.baddbmm(b_value.view(heads, 1, dim), _by_head(means, heads), w_value.view(heads, dim, -1).mT)
+        place = index[:, None, :, None].expand(-1, heads, -1, dim)
+        rows = rows.unflatten(1, index.shape).transpose(0, 1)  # [B, H, M, D]
+        found = out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+        ctx.save_for_backward(
+            states, index, is_marked, w_query, w_key, b_key, w_value, marked, q, directions, weights, means
+        )
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        states, index, is_marked, w_query, w_key, b_key, w_value, marked, q, directions, weights, means = (
+            ctx.saved_tensors
+        )
+        heads, dim = grad.shape[1], grad.shape[3]
+        place = index[:, None, :, None].expand(-1, heads, -1, dim)
+        given, keeps = grad.gather(2, place), is_marked[:, None, :, None]
+        grad_out = grad.scatter(2, place, given.masked_fill(keeps, 0))
+        given = given.masked_fill(~keeps, 0).transpose(0, 1).flatten(1, 2)  # [H, B * M, D]
+        grad_w_value = given.mT @ _by_head(means, heads)
+        grad_means = _by_row(given @ w_value.view(heads, dim, -1), index)
+        change = grad_means @ states.mT - (grad_means * means).sum(-1, keepdim=True)
+        change = change.mul_(weights)  # of the scores
+        grad_states = torch.baddbmm(weights.mT @ grad_means, change.mT, directions)
+        grad_directions = _by_head(change @ states, heads)
+        grad_w_key = q.mT @ grad_directions
+        grad_q = (grad_directions @ w_key.view(heads, dim, -1).mT).mul_(dim**-0.5)
+        grad_q = grad_q.transpose(0, 1).flatten(1)  # [B * M, E]
+        at = index[..., None].expand(-1, -1, states.shape[2])
+        of_marked = (grad_q @ w_query).view(at.shape)
+        grad_states.scatter_(1, at, grad_states.gather(1, at) + of_marked)
+        return (
+            grad_out, grad_states, None, None, None, grad_q.t() @ marked, grad_q.sum(0), grad_w_key.view_as(w_key),
+            torch.zeros_like(b_key), grad_w_value.view_as(w_value), given.sum(1).flatten(),
+        )  # fmt: skip
+
+
+def _by_row(t: Tensor, index: Tensor) -> Tensor:
+    """`[B, H * M, E]` of `[H, B * M, E]`."""
+    return t.unflatten(1, index.shape).transpose(0, 1).flatten(1, 2)
+
+
+def _by_head(t: Tensor, heads: int) -> Tensor:
+    """`[H, B * M, E]` of `[B, H * M, E]`."""
+    return t.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
