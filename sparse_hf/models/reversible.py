@@ -128,20 +128,22 @@ class _Reversible(torch.autograd.Function):
         first, second, *parameters = ctx.saved_tensors
         wanted = {id(p) for p in parameters}
         found: dict[int, Tensor] = {}
-        for layer, (buckets, before_attention, before_feed_forward) in zip(
-            reversed(ctx.layers), reversed(ctx.notes), strict=True
-        ):
-            with _again(before_feed_forward, first, ctx.autocast):
-                parts = zip(layer.feed_forward.parts(first), layer.feed_forward.parts(grad_second), strict=True)
-                own = [p for p in layer.feed_forward.parameters() if id(p) in wanted]
-                pulled = [_pull(layer.feed_forward.forward_chunk, *part, own, found) for part in parts]
-                change, grad = (torch.cat(side, dim=1) for side in zip(*pulled, strict=True))
-            second, grad_first = second - change, grad_first + grad
-            with _again(before_attention, first, ctx.autocast):
-                own = [p for p in layer.attention.parameters() if id(p) in wanted]
-                attend = partial(_change, layer.attention, ctx.text, buckets)
-                change, grad = _pull(attend, second, grad_first, own, found)
-            first, grad_second = first - change, grad_second + grad
+        # the generators go on as if nothing had been drawn again
+        with torch.random.fork_rng([first.device] if first.is_cuda else []):
+            for layer, (buckets, before_attention, before_feed_forward) in zip(
+                reversed(ctx.layers), reversed(ctx.notes), strict=True
+            ):
+                with _again(before_feed_forward, first, ctx.autocast):
+                    parts = zip(layer.feed_forward.parts(first), layer.feed_forward.parts(grad_second), strict=True)
+                    own = [p for p in layer.feed_forward.parameters() if id(p) in wanted]
+                    pulled = [_pull(layer.feed_forward.forward_chunk, *part, own, found) for part in parts]
+                    change, grad = (torch.cat(side, dim=1) for side in zip(*pulled, strict=True))
+                second, grad_first = second - change, grad_first + grad
+                with _again(before_attention, first, ctx.autocast):
+                    own = [p for p in layer.attention.parameters() if id(p) in wanted]
+                    attend = partial(_change, layer.attention, ctx.text, buckets)
+                    change, grad = _pull(attend, second, grad_first, own, found)
+                first, grad_second = first - change, grad_second + grad
         return None, None, grad_first + grad_second, *(found.get(id(p)) for p in parameters)
 
 
@@ -181,10 +183,9 @@ def _autocast(like: Tensor) -> dict | None:
 
 @contextmanager
 def _again(state: tuple[Tensor, Tensor | None], like: Tensor, autocast: dict | None):
-    """Draw what was drawn then, in the precision of then; the generators go on as if nothing had been drawn."""
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], like.device)
-        with nullcontext() if autocast is None else torch.autocast(**autocast):
-            yield
+    """Draw what was drawn then, in the precision of then."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], like.device)
+    with nullcontext() if autocast is None else torch.autocast(**autocast):
+        yield
