@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AnyPlan, BlockPlan, cached_plan
-from . import blockwise, content, fa, flex, reference, regroup, triton
+from . import blockwise, content, fa, few, flex, reference, regroup, triton
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa, "triton": triton
 }  # fmt: skip
-FEW_QUERIES = 128
 # what "auto" tries, in this order
 PREFERENCE = ("fa", "triton", "flex", "blockwise")
 
@@ -100,11 +99,19 @@ def sparse_attention(
         rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
         out, lse = content.attend(q, k, v, *rest, choose)
     else:
-        may = regroup.may_regroup(backend, scoring, dropout)
+        is_few = few.suits(backend, q, scoring, dropout, return_lse)
+        # what few queries see are ranges of keys, numbers that the host works with
+        device = "cpu" if is_few and all(t is None for t in batch) else q.device
+        may = regroup.may_regroup(backend, scoring, dropout) and not is_few
         plan = cached_plan(
-            str(pattern), q.shape[2], k.shape[2], q_offset, batch, q.device, by_identity=True, may_regroup=may
+            str(pattern), q.shape[2], k.shape[2], q_offset, batch, device, by_identity=True, may_regroup=may
         )
         _check_plan(plan, q)
+        out = few.attend(q, k, v, plan, scoring.scale) if is_few else None
+        if out is not None:
+            _say_few(q.device.type, str(q.dtype))
+            return out
+        plan = plan.to(q.device) if is_few else plan
         out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 
@@ -127,8 +134,7 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
         if reason:
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
-    # a handful of queries (decoding) is not worth compiling a kernel for every length of the keys
-    names = PREFERENCE if queries >= FEW_QUERIES else ("blockwise",)
+    names = PREFERENCE if queries >= few.QUERIES else ("blockwise",)
     able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
     if able[0] == "fa" and not fa.is_fastest(q):
         able = able[1:]
@@ -141,6 +147,12 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
 def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> None:
     how = " with dropout" * dropout + ", tokens of a stride side by side," * regrouped
     logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
+
+
+@lru_cache
+def _say_few(device: str, dtype: str) -> None:
+    what = "PyTorch's scaled_dot_product_attention over the keys that they see"
+    logger.info("attention of fewer than %d queries on %s in %s runs on %s", few.QUERIES, device, dtype, what)
 
 
 def _check_backend(backend: str) -> None:

@@ -139,11 +139,25 @@ def test_auto_says_what_it_chose_once(caplog):
     from sparse_hf.attention import _say
 
     _say.cache_clear()
-    q, k, v = (t.detach() for t in random(*[(1, 1, 8, 8)] * 3))
+    q, k, v = (t.detach() for t in random(*[(1, 1, 128, 8)] * 3))
     with caplog.at_level(logging.INFO, logger="sparse_hf"):
         for _ in range(3):
             sparse_attention(q, k, v, "window(1, 0)")
     assert [r.message for r in caplog.records] == ["attention on cpu in torch.float32 runs on backend 'blockwise'"]
+
+
+def test_auto_says_once_what_few_queries_run_on(caplog):
+    from sparse_hf.attention import _say_few
+
+    _say_few.cache_clear()
+    q, k, v = (t.detach() for t in random(*[(1, 1, 8, 8)] * 3))
+    with caplog.at_level(logging.INFO, logger="sparse_hf"):
+        for _ in range(3):
+            sparse_attention(q, k, v, "window(1, 0)")
+    assert [r.message for r in caplog.records] == [
+        "attention of fewer than 128 queries on cpu in torch.float32 runs on PyTorch's scaled_dot_product_attention over the keys "
+        "that they see"
+    ]
 
 
 @pytest.mark.parametrize(
