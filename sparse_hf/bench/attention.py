@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
 from ..plan import build_plan
-from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slopes, write_json
+from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slopes, synchronize, write_json
 from .peers import Peer, peers
 from .plot import plot_result
 
@@ -67,22 +68,17 @@ def run_attention(
     backends = list(backends) if backends else None
     console = Console(stderr=True)
     shape = {"heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "dtype": dtype}
-    rows = []
+    rows, text = [], str(Pattern.parse(pattern))
+    result = {"benchmark": "attention", "environment": environment(place), "pattern": text, **shape, "rows": rows}
     for n in sorted(lengths):
         with console.status(f"n = {n:,}"):
             rows += _one_length(n, pattern, shape, place, backends, repeats, budget, rows)
-    _ratios(rows)
-    result = {
-        "benchmark": "attention",
-        "environment": environment(place),
-        "pattern": str(Pattern.parse(pattern)),
-        **shape,
-        "rows": rows,
-        "slopes": slopes(rows, ("forward_s", "step_s", "peak_bytes")),
-    }
-    Console().print(_table(result))
-    if out:
-        write_json(result, out)
+        _ratios(rows)
+        result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
+        if out:
+            # what is measured stays, whatever happens at the next length
+            write_json(result, out)
+    Console(width=max(Console().width, 124)).print(_table(result))
     if plot:
         sizes = f"{heads} heads of {head_dim}, {shape['kv_heads']} key heads, {dtype}"
         plot_result(result, f"{result['pattern']}: {sizes}", plot)
@@ -108,9 +104,12 @@ def _one_length(n, pattern, shape, place, backends, repeats, budget, earlier) ->
 def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict:
     q, k, v = tensors
     grad = torch.randn(q.shape, generator=torch.Generator(place).manual_seed(n + 1), device=place).to(q.dtype)
+    begin = time.perf_counter()
     out = peer.call(*tensors)
     (grad_q,) = torch.autograd.grad(out, q, grad)
-    errors = row_error(q, k, v, out, peer.pattern, grad, grad_q)
+    synchronize(place)
+    first_call = time.perf_counter() - begin
+    errors = row_error(q, k, v, out, build_plan(peer.pattern, n, device=q.device), grad, grad_q)
     if max(errors) > TOLERANCE[shape["dtype"]]:
         found = ", ".join(f"{error:.1e}" for error in errors)
         raise AssertionError(
@@ -141,6 +140,8 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
         "n": n,
         "forward_s": forward,
         "step_s": both,
+        # kernels are compiled in it, forward and backward, if a length before has not done it
+        "first_call_s": first_call,
         "useful_tflops_forward": 4 * shape["heads"] * shape["head_dim"] * pairs / forward / 1e12,
         "useful_tflops_step": 14 * shape["heads"] * shape["head_dim"] * pairs / both / 1e12,
         "pairs": pairs,
@@ -156,7 +157,12 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
 def _pairs(pattern: str, n: int) -> int:
     if pattern == str(causal()):
         return n * (n + 1) // 2
-    return n * n if pattern == str(full()) else build_plan(pattern, n).pairs
+    if pattern == str(full()):
+        return n * n
+    plan = build_plan(pattern, n)
+    # of heads with patterns of their own the mean
+    counts, heads = plan.row_counts().sum((0, 2)).tolist(), plan.heads or (0,)
+    return round(sum(counts[p] for p in heads) / len(heads))
 
 
 def _ratios(rows: list[dict]) -> None:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..plan import BlockPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSIONS = ("torch", "transformers", "triton", "flash-attn-4", "sparse-hf")
@@ -164,20 +164,22 @@ def slope(lengths: list[int], values: list[float]) -> float | None:
 
 
 def row_error(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, pattern: Pattern, grad_out: Tensor, grad_q: Tensor, rows: int = 64
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: BlockPlan, grad_out: Tensor, grad_q: Tensor, rows: int = 64
 ) -> tuple[float, float]:
     """Largest relative errors of `rows` random rows of output and gradient of q, against dense attention in float64.
 
-    q is `[1, H, n, D]`, k and v `[1, G, n, D]`, of one sequence.
+    q is `[1, H, n, D]`, k and v `[1, G, n, D]`, of one sequence; of the plan no table is read, but pairs are asked for one by one.
     """
     chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:rows].sort().values.to(q.device)
-    mask = pattern.on(q.device).allows(chosen[:, None], torch.arange(k.shape[2], device=q.device)[None, :])
+    keys, row = torch.arange(k.shape[2], device=q.device)[None, :], torch.zeros(1, 1, dtype=torch.long, device=q.device)
+    masks = [plan.allows(row, p, chosen[:, None], keys) for p in range(len(plan.patterns))]
     repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     worst = [0.0, 0.0]
     # head by head, so that the rows of one head are all that exists in float64
     for h in range(q.shape[1]):
         key, value = (t[0, h // repeats].detach().double() for t in (k, v))
         query, grad = (t[0, h, chosen].detach().double() for t in (q, grad_out))
+        mask = masks[plan.heads[h] if plan.heads else 0]
         weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1)
         exact = weights @ value
         change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
