@@ -21,7 +21,7 @@ from transformers.utils import logging
 import sparse_hf
 from examples import texts, tiny
 from sparse_hf.models import family_of
-from sparse_hf.train import MarkHeaders
+from sparse_hf.train import MarkHeaders, TellAll
 
 logger = logging.get_logger("transformers.examples")
 Columns = list[tuple[str, str]]
@@ -255,11 +255,12 @@ def tokenized(text: str, tokenizer, length: int, headers: MarkHeaders | None = N
 
 def run(trainer, training_args, evaluate) -> dict[str, float]:
     """Train, going on from a checkpoint if asked, save, and evaluate. `--resume_from_checkpoint True` takes the last one."""
-    if training_args.do_train or not training_args.do_eval:
-        trainer.train(resume_from_checkpoint=checkpoint(training_args))
-        trainer.save_model()
-        trainer.save_state()
-    metrics = evaluate(trainer)
+    with TellAll():
+        if training_args.do_train or not training_args.do_eval:
+            trainer.train(resume_from_checkpoint=checkpoint(training_args))
+            trainer.save_model()
+            trainer.save_state()
+        metrics = evaluate(trainer)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     return metrics

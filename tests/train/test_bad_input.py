@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -173,7 +174,7 @@ def test_heads_that_nobody_says_the_place_of_are_told():
 def launch(accident: str, folder: Path, resume: str = "from the start") -> tuple[int, str, float]:
     """Exit status, what was said, and seconds."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [broken_run.__file__, accident, str(folder), resume]
+    command += [broken_run.__file__, "Trainer", accident, str(folder), resume]
     environment, start = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
     # three times what it may take, to tell a hang from a slow machine
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
@@ -211,8 +212,35 @@ MESSAGES = {
 def test_an_accident_in_one_process_ends_all(accident, tmp_path):
     status, said, seconds = launch(accident, tmp_path)
     assert status != 0 and MESSAGES[accident] in said, said[-3000:]
+    assert accident == "killed" or f"process 1 of 2 failed: {MESSAGES[accident]}" in said, said[-3000:]
     assert seconds < 60
     check_checkpoint(tmp_path, broken_run.HEADS[accident])
+
+
+@pytest.mark.parametrize(
+    "way", ["heal", *(pytest.param(way, marks=pytest.mark.slow) for way in broken_run.WAYS if way != "heal")]
+)
+def test_all_processes_raise_what_one_met_with(way, tmp_path):
+    """Without a launcher that ends them."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    # the store is here, so that no port need be guessed
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    command = [sys.executable, "-W", "ignore", broken_run.__file__, way, "label of a causal model", str(tmp_path), ""]
+    start = time.monotonic()
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert time.monotonic() - start < 60
+    head = "SparseLlamaForCausalLM"
+    message = f"ValueError: labels hold 1000; those of {head} are 0 to "
+    assert message in said[1]
+    # where nothing wakes it up, it says the same and ends as by a launcher
+    kind = "" if way == "asleep" else "RuntimeError: "
+    assert f"{kind}process 1 of 2 failed: {message}" in said[0], said[0][-3000:]
+    assert ranks[1].returncode and ranks[0].returncode and (ranks[0].returncode == -signal.SIGTERM) == (way == "asleep")
 
 
 @pytest.mark.slow
