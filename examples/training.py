@@ -123,11 +123,11 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
                 raise ValueError(
                     f'{source} is dense; say which tokens may attend to which, --pattern "window(255, 0) | first(4)"'
                 )
-            source = _converted(source, family.positions.length_of(config), pattern, model_args, training_args)
+            source = _converted(source, family.positions.reach_of(config), pattern, model_args, training_args)
         elif pattern is not None or model_args.layers is not None:
             raise ValueError(f"{source} is sparse already and keeps its pattern; leave --pattern and --layers out")
-    most = family.positions.length_of(AutoConfig.from_pretrained(source))
-    if most is not None and family.positions.has_table and model_args.length > most:
+    most = family.positions.reach_of(AutoConfig.from_pretrained(source))
+    if most is not None and model_args.length > most:
         raise ValueError(
             f"rows have {model_args.length} tokens and {source} has {most} positions; ask for rows of {most}, or give the dense "
             "model, which gets more positions when it is converted"

@@ -19,6 +19,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import sparse_hf
 from examples import tiny
+from sparse_hf.models.limits import logger
 from sparse_hf.models.tensor_parallel import own_heads
 from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
@@ -90,8 +91,44 @@ def test_targets_positions_and_ids_out_of_range_are_told():
         sparse("BertForMaskedLM")(input_ids=IDS, position_ids=torch.arange(500, 520)[None])
     with pytest.raises(ValueError, match="input_ids hold 97; the vocabulary is 0 to 96: use the model's own tokenizer"):
         sparse("LlamaForCausalLM")(input_ids=IDS.clamp(min=97))
-    # angles end nowhere: more tokens than were trained with are no mistake of the batch's
-    assert sparse("LlamaForCausalLM")(input_ids=IDS.repeat(1, 30)).logits.shape[1] == 600
+
+
+def test_rotary_models_go_on_as_transformers_has_it_and_are_not_trained_there_unasked(caplog):
+    ids = IDS.repeat(1, 30)
+    dense = dense_model("LlamaForCausalLM").eval()
+    model = sparse_hf.sparsify(dense, "full()").eval()
+    warned = "a row has more tokens than sparse_llama is configured for 512 (max_position_embeddings)"
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert model(input_ids=ids[:, :512]).logits.shape[1] == 512 and not caplog.records
+        for length in (600, 599):
+            torch.testing.assert_close(model(input_ids=ids[:, :length]).logits, dense(input_ids=ids[:, :length]).logits)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [warned]
+    collator = CheckedCollator(dict, model)
+    with pytest.raises(
+        ValueError, match=r"a row has 600 tokens; sparse_llama is configured for 512 \(max_position_emb"
+    ):
+        collator({"input_ids": ids})
+    # packed documents begin anew
+    documents = torch.arange(300).repeat(2, 2)
+    assert collator({"input_ids": ids, "position_ids": documents}).keys() == {"input_ids", "position_ids"}
+    with pytest.raises(ValueError, match="a row has 513 tokens; .* convert the dense checkpoint with max_length=513"):
+        collator({"input_ids": ids, "position_ids": documents + 213})
+    model.config.max_position_embeddings = 600
+    assert collator({"input_ids": ids})["input_ids"] is ids
+
+
+def test_scaled_angles_reach_as_far_as_they_are_scaled():
+    """Qwen2.5 is asked to keep its limit and to name the factor; what is converted has both."""
+    model = sparse("LlamaForCausalLM")
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+    model.config.rope_parameters = scaling
+    collator = CheckedCollator(dict, model)
+    assert collator({"input_ids": torch.ones(1, 1024).long()})
+    with pytest.raises(ValueError, match="a row has 1025 tokens; sparse_llama is configured for 1024"):
+        collator({"input_ids": torch.ones(1, 1025).long()})
+    model.config.max_position_embeddings = 2048
+    assert collator({"input_ids": torch.ones(1, 2048).long()})
 
 
 def test_a_collator_tells_before_the_batch_leaves_the_cpu():
@@ -107,10 +144,11 @@ def test_a_collator_tells_before_the_batch_leaves_the_cpu():
         collator([*good, {"input_ids": [2] * 513, "labels": 1}])
 
 
-def test_examples_refuse_more_tokens_than_positions(tmp_path):
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_examples_refuse_more_tokens_than_positions(head, tmp_path):
     from examples.training import ModelArguments, load_model
 
-    sparse("GPT2LMHeadModel").save_pretrained(tmp_path)
+    sparse(head).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"rows have 1024 tokens and .* has 512 positions; ask for rows of 512"):
         arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
         load_model(AutoModelForCausalLM, "decoder", ModelArguments(str(tmp_path)), arguments)
