@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from examples.run_clm import packed
-from examples.training import checkpoint, load_model, load_texts
+from examples.training import checkpoint, leave, load_model, load_texts
 from sparse_hf.train import RepeatableCollator, TellAll
 from sparse_hf.train.distillation import labelled
 from sparse_hf.train.heal import without_repeated
@@ -143,8 +143,6 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
         perplexity = math.exp(evaluate(accelerator, model, eval_loader))
     accelerator.print(f"perplexity {perplexity:.2f}")
     save(accelerator, model, tokenizer, progress, Path(args.output_dir))
-    # the wrapped model holds on to the group of processes, and freed after its end it may wait for ever
     model, optimizer, loader, eval_loader = accelerator.free_memory(model, optimizer, loader, eval_loader)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave()
     return perplexity

@@ -7,12 +7,14 @@ sparse folder is trained as it is.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -263,7 +265,22 @@ def run(trainer, training_args, evaluate) -> dict[str, float]:
         metrics = evaluate(trainer)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    leave()
     return metrics
+
+
+def leave() -> None:
+    """Leave the group of processes together, as the last thing, when no wrapped model is held any more.
+
+    Over gloo a process that goes while another still writes may abort it, and a wrapped model that is freed after the end of
+    its group may wait for ever.
+    """
+    # Trainer and its model know each other
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def checkpoint(training_args) -> str | None:

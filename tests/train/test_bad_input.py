@@ -25,6 +25,7 @@ from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
 from tests.models.longformers import stock_model
 from tests.train import broken_run
+from tests.train.processes import TORCHRUN, finished
 from tests.transformers.standins import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -211,12 +212,12 @@ def test_heads_that_nobody_says_the_place_of_are_told():
 
 def launch(accident: str, folder: Path, resume: str = "from the start") -> tuple[int, str, float]:
     """Exit status, what was said, and seconds."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [broken_run.__file__, "Trainer", accident, str(folder), resume]
-    environment, start = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
+    start = time.monotonic()
     # three times what it may take, to tell a hang from a slow machine
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    status, said = finished(
+        *TORCHRUN, "--nproc_per_node=2", broken_run.__file__, "Trainer", accident, str(folder), resume
+    )
+    return status, said, time.monotonic() - start
 
 
 def losses(folder: Path) -> list[float]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.processes import TORCHRUN, finished
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 COMMON = ["--tiny", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1"]
@@ -178,15 +180,13 @@ def test_configurations_are_accelerate_s(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["run_clm_no_trainer", "run_mlm_no_trainer", "heal"])
+@pytest.mark.parametrize("name", ["run_clm", "run_clm_no_trainer", "run_mlm_no_trainer", "heal"])
 def test_two_processes_learn_what_one_does(name, tmp_path):
     """Two processes with half the rows each: the same losses."""
     found = []
     for processes, rows in ((1, 4), (2, 2)):
         out = tmp_path / str(processes)
-        launch = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        )
+        launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else []
         options = [
             "--max_steps",
             "4",
@@ -197,13 +197,11 @@ def test_two_processes_learn_what_one_does(name, tmp_path):
             "--output_dir",
             str(out),
         ]
-        options += ["--distil"] if name == "heal" else ["--save_steps", "100"]
-        command = [sys.executable, "-W", "ignore", *launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-        file = out / ("healing.json" if name == "heal" else "losses.json")
-        assert done.returncode == 0 and file.exists(), done.stderr[-3000:]
-        found.append(json.loads(file.read_text()))
+        options += {"heal": ["--distil"], "run_clm": []}.get(name, ["--save_steps", "100"])
+        status, said = finished(*launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options)
+        file = out / {"heal": "healing.json", "run_clm": "trainer_state.json"}.get(name, "losses.json")
+        assert status == 0 and file.exists(), said[-3000:]
+        found.append(losses(out) if name == "run_clm" else json.loads(file.read_text()))
     # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
     after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
     # masks too
