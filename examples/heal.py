@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.run_clm import collator, packed
-from examples.training import checkpoint, load_model, load_texts, parse
+from examples.training import checkpoint, leave, load_model, load_texts, parse
 from sparse_hf.train import Distillation, heal, lora_config
 
 
@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         done.model.save_pretrained(training_args.output_dir)
         tokenizer.save_pretrained(training_args.output_dir)
         Path(training_args.output_dir, "healing.json").write_text(json.dumps(metrics, indent=2))
+    leave()
     return metrics
 
 

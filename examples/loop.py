@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from examples.run_clm import packed
-from examples.training import checkpoint, load_model, load_texts
-from sparse_hf.train import RepeatableCollator
+from examples.training import checkpoint, leave, load_model, load_texts
+from sparse_hf.train import RepeatableCollator, TellAll
 from sparse_hf.train.distillation import labelled
 from sparse_hf.train.heal import without_repeated
 
@@ -127,22 +127,22 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     found = checkpoint(args)
     if found:
         accelerator.load_state(found)
-    model.train()
-    for batches in steps(accelerator, loader, collate, progress.step, args.max_steps, args.seed):
-        # dropout is drawn from the step's number
-        set_seed(args.seed + progress.step, device_specific=True)
-        loss = optimize(accelerator, model, optimizer, scheduler, batches, args)
-        progress.step += 1
-        progress.losses[progress.step] = loss
-        if progress.step % int(args.logging_steps) == 0:
-            accelerator.print(f"step {progress.step}: loss {loss:.4f}, learning rate {scheduler.get_last_lr()[0]:.2e}")
-        if progress.step % int(args.save_steps) == 0:
-            accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{progress.step}"))
-    perplexity = math.exp(evaluate(accelerator, model, eval_loader))
+    with TellAll():
+        model.train()
+        for batches in steps(accelerator, loader, collate, progress.step, args.max_steps, args.seed):
+            # dropout is drawn from the step's number
+            set_seed(args.seed + progress.step, device_specific=True)
+            loss = optimize(accelerator, model, optimizer, scheduler, batches, args)
+            progress.step += 1
+            progress.losses[progress.step] = loss
+            if progress.step % int(args.logging_steps) == 0:
+                rate = scheduler.get_last_lr()[0]
+                accelerator.print(f"step {progress.step}: loss {loss:.4f}, learning rate {rate:.2e}")
+            if progress.step % int(args.save_steps) == 0:
+                accelerator.save_state(str(Path(args.output_dir) / f"checkpoint-{progress.step}"))
+        perplexity = math.exp(evaluate(accelerator, model, eval_loader))
     accelerator.print(f"perplexity {perplexity:.2f}")
     save(accelerator, model, tokenizer, progress, Path(args.output_dir))
-    # the wrapped model holds on to the group of processes, and freed after its end it may wait for ever
     model, optimizer, loader, eval_loader = accelerator.free_memory(model, optimizer, loader, eval_loader)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave()
     return perplexity

@@ -3,7 +3,9 @@ r"""Train a sparse encoder to find answers in long documents, each read whole: n
     python examples/run_qa.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
 
-Rows are SQuAD's: question, context, answers = {"text": [...], "answer_start": [...]}. Every token of the question is marked.
+Rows are SQuAD's: question, context, answers = {"text": [...], "answer_start": [...]}, of which the first is learned and asked for. Without
+files they ask which sentence of a paper's abstract, introduction or conclusion names its challenge, approach or outcome, see papers.py.
+Every token of the question is marked.
 Reports exact match and F1 of the answers' tokens (not of their words, as SQuAD's own script does).
 """
 
@@ -20,12 +22,13 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples import tiny
+from examples.papers import questions
 from examples.training import load_model, load_texts, parse, run
 from sparse_hf.train import MarkQuestion
 
 COLUMNS = ("question", "context", "answers")
-# tokens of the longest answer that is looked for
-LONGEST = 30
+# tokens of the longest answer that is looked for: long sentences
+LONGEST = 128
 
 
 def encoded(rows, tokenizer, length: int):
@@ -75,16 +78,22 @@ def metrics(prediction) -> dict[str, float]:
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
+def load_rows(model_args, data_args) -> tuple[Dataset, Dataset]:
+    if model_args.tiny:
+        return Dataset.from_list(tiny.questions(200)), Dataset.from_list(tiny.questions(20, seed=1))
+    if data_args.dataset_name or data_args.train_file:
+        return load_texts(model_args, data_args, [("a column of SQuAD's rows", name) for name in COLUMNS])
+    train, evaluation = questions("train"), questions("val")
+    # papers have several rows each, one behind the other
+    evaluation = evaluation.shuffle(seed=0)
+    return train, evaluation.take(min(data_args.max_eval_samples or len(evaluation), len(evaluation)))
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(arguments, __doc__)
     if data_args.streaming:
         raise ValueError("--streaming is of no use to rows that are read whole; leave it out")
-    if model_args.tiny:
-        train, evaluation = (Dataset.from_list(tiny.questions(n, seed)) for n, seed in ((200, 0), (20, 1)))
-    elif data_args.dataset_name or data_args.train_file:
-        train, evaluation = load_texts(model_args, data_args, [("a column of SQuAD's rows", name) for name in COLUMNS])
-    else:
-        raise ValueError("no questions; give --dataset_name or --train_file, with question, context and answers a row")
+    train, evaluation = load_rows(model_args, data_args)
     model, tokenizer = load_model(AutoModelForQuestionAnswering, "encoder", model_args, training_args)
     length = model_args.length
     with training_args.main_process_first(desc="tokenizing"):

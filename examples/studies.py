@@ -77,10 +77,12 @@ def free() -> None:
 
 
 class Results:
-    """Entries in a JSON file, written after each. Entries of an earlier run are kept, if it had these settings.
+    """Entries in a JSON file, written after each, each with the date and the machine of its run.
+
+    Entries of an earlier run are kept, on whatever machine it was, if it had these settings.
 
     Raises:
-        ValueError: the file holds a run with other settings or on another machine, of which entries would be lost.
+        ValueError: the file holds a run with other settings, of which entries would be lost.
     """
 
     def __init__(self, out: Path, settings: dict):
@@ -89,25 +91,37 @@ class Results:
         if out.exists():
             found, ours = read(out), json.loads(json.dumps(settings))
             different = [key for key, value in ours.items() if found["settings"].get(key) != value]
-            different += [
-                key for key, value in self.here.items() if key != "date" and found["environment"][key] != value
-            ]
             if different:
                 raise ValueError(f"{out} has other {', '.join(different)}; name another file with --out, or remove it")
             self.entries = found["entries"]
 
     def add(self, name: str, entry: dict, order: list[str]) -> None:
-        self.entries[name] = entry
+        self.entries[name] = {**entry, "environment": self.here}
         self.entries = {known: self.entries[known] for known in order if known in self.entries}
         write_json(self.content, self.out)
 
     @property
     def content(self) -> dict:
-        return {"environment": self.here, "settings": self.settings, "entries": self.entries}
+        return {"settings": self.settings, "entries": self.entries}
 
 
 def read(out: Path) -> dict:
-    return json.loads(out.read_text(encoding="utf-8"))
+    content = json.loads(out.read_text(encoding="utf-8"))
+    # files of one run alone said it once
+    whole = content.pop("environment", None)
+    for entry in content["entries"].values():
+        entry.setdefault("environment", whole)
+    return content
+
+
+def hardware(content: dict) -> str:
+    """All machines that entries are from."""
+    return " and ".join(dict.fromkeys(entry["environment"]["hardware"] for entry in content["entries"].values()))
+
+
+def measured(entry: dict) -> str:
+    """Where and when an entry was measured."""
+    return f"{entry['environment']['hardware']}, {entry['environment']['date']}"
 
 
 def canvas(columns: int, title: str):

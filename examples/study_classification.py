@@ -4,8 +4,8 @@ MiniLM, which has 512 positions, is grown to 4,096 and 16,384 with a window and 
 the dense model on the first 512 tokens, and on chunks of 512 whose answers are averaged; the grown model on 512 tokens; bags of
 the same tokens; and what can be said without reading. No president is both learned from and asked for.
 
-    python examples/study_classification.py                                   # a GPU
-    python examples/study_classification.py --variants "sparse, 4,096 tokens" # one entry, beside those of an earlier run
+    python examples/study_classification.py                                     # a GPU
+    python examples/study_classification.py --variants "sparse, 16,384 tokens"  # one entry, beside those of an earlier run
     python examples/study_classification.py --plot-only
     python examples/study_classification.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
@@ -121,7 +121,7 @@ def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
     }
 
 
-def without_model(case: Case, documents: Documents, seeds: range) -> dict[str, dict]:
+def without_model(case: Case, documents: Documents, seeds: range) -> dict[str, Callable[[], dict]]:
     """What the majority, the year, and bags of tokens say."""
 
     def asked(make, inputs) -> dict:
@@ -138,10 +138,10 @@ def without_model(case: Case, documents: Documents, seeds: range) -> dict[str, d
         )
 
     return {
-        "majority": asked(lambda: DummyClassifier(strategy="most_frequent"), lambda i: documents.years[i]),
-        "year alone": asked(lambda: KNeighborsClassifier(1), lambda i: documents.years[i]),
+        "majority": lambda: asked(lambda: DummyClassifier(strategy="most_frequent"), lambda i: documents.years[i]),
+        "year alone": lambda: asked(lambda: KNeighborsClassifier(1), lambda i: documents.years[i]),
         **{
-            f"bag of {length:,} tokens": asked(bag, lambda i, length=length: documents.bags(i, length))
+            f"bag of {length:,} tokens": lambda length=length: asked(bag, lambda i: documents.bags(i, length))
             for length in (case.short, *case.long)
         },
     }
@@ -256,15 +256,16 @@ def settings(case: Case, documents: Documents, seeds: range, options: argparse.N
 def table(content: dict) -> Table:
     seeds = len(next(iter(content["entries"].values()))["seeds"])
     shown = Table(title=f"party of a speech, {content['settings']['checkpoint']}, mean and deviation of {seeds} seeds")
-    for column in ("", "accuracy", "macro F1", "step, s", "step, GiB"):
-        shown.add_column(column, justify="right" if column else "left")
+    for column in ("", "accuracy", "macro F1", "step, s", "step, GiB", "measured on"):
+        shown.add_column(column, justify="left" if column in ("", "measured on") else "right")
     for name, entry in content["entries"].items():
         both = [
             f"{entry[what]['mean']:.3f}" + (f" ± {entry[what]['std']:.3f}" if entry[what]["std"] is not None else "")
             for what in ("accuracy", "macro_f1")
         ]
         step = f"{entry['step_s']:.3f}" if "step_s" in entry else ""
-        shown.add_row(name, *both, step, f"{entry['peak_bytes'] / 2**30:.1f}" if entry.get("peak_bytes") else "")
+        memory = f"{entry['peak_bytes'] / 2**30:.1f}" if entry.get("peak_bytes") else ""
+        shown.add_row(name, *both, step, memory, studies.measured(entry))
     return shown
 
 
@@ -321,14 +322,16 @@ def main(arguments: list[str] | None = None) -> dict:
         results = Results(options.out, settings(case, documents, seeds, options))
         baselines = without_model(case, documents, seeds)
         order = [*baselines, *case.variants]
-        for name, entry in baselines.items():
-            results.add(name, entry, order)
+        for name, ask in baselines.items():
+            # seconds each; with some variants only, those of the earlier run stay
+            if options.variants is None or name not in results.entries:
+                results.add(name, ask(), order)
         chosen = options.variants or list(case.variants)
         for i, name in enumerate(chosen, 1):
             print(f"{name} ({i} of {len(chosen)})", flush=True)
             # after each, so that a failure loses nothing
             results.add(name, measure(case, case.variants[name], dense, documents, seeds, options), order)
-    Console(width=120).print(table(results.content))
+    Console(width=160).print(table(results.content))
     plot(results.content, options.plot)
     print(f"written to {options.out} and {options.plot}")
     return results.content

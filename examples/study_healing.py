@@ -2,10 +2,10 @@
 
 Perplexity of books that are never trained on, at 8,192 tokens: of the dense model, of the converted one, and of both after the
 same training. The dense model that is trained too is the control: novels become likelier by reading novels, which no
-window has to do with.
+window has to do with. The distilled one learns the dense model's answers beside the books, with the same rows and steps.
 
     python examples/study_healing.py                                     # a GPU
-    python examples/study_healing.py --variants "sparse, LoRA"           # one entry, beside those of an earlier run
+    python examples/study_healing.py --variants "sparse, distilled"      # one entry, beside those of an earlier run
     python examples/study_healing.py --plot-only
     python examples/study_healing.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -191,6 +191,7 @@ def trained(trainer: HealingTrainer, variant: Variant, clock: Clock, options: ar
     return {
         "learning_rate": variant.learning_rate,
         "parameters_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "distillation": asdict(trainer.distillation) if variant.distil else None,
         "rows_together": trainer.args.per_device_train_batch_size,
         "losses": losses,
         "step_s": clock.step_s,
@@ -236,19 +237,19 @@ def table(content: dict) -> Table:
     shown = Table(
         title=f"{content['settings']['checkpoint']}, {content['settings']['pattern']}, perplexity of held-out books"
     )
-    for column in ("", "all", *(f"at {edge}" for edge in edges), "tokens/s", "step, GiB"):
-        shown.add_column(column, justify="right" if column else "left")
+    for column in ("", "all", *(f"at {edge}" for edge in edges), "tokens/s", "step, GiB", "measured on"):
+        shown.add_column(column, justify="left" if column in ("", "measured on") else "right")
     for name, entry in content["entries"].items():
         at = [f"{entry['by_position'][edge]:.2f}" for edge in edges]
         speed = f"{entry['tokens_per_s']:,.0f}" if "tokens_per_s" in entry else ""
         memory = f"{entry['peak_bytes'] / 2**30:.1f}" if entry.get("peak_bytes") else ""
-        shown.add_row(name, f"{entry['perplexity']:.2f}", *at, speed, memory)
+        shown.add_row(name, f"{entry['perplexity']:.2f}", *at, speed, memory, studies.measured(entry))
     return shown
 
 
 def plot(content: dict, path: Path) -> None:
     said, entries = content["settings"], content["entries"]
-    title = f"{said['checkpoint']}, {said['pattern']}, rows of {said['length']:,} tokens, {content['environment']['hardware']}"
+    title = f"{said['checkpoint']}, {said['pattern']}, rows of {said['length']:,} tokens, {studies.hardware(content)}"
     figure, (left, right) = canvas(2, title)
     width = 0.8 / len(entries)
     for i, (name, entry) in enumerate(entries.items()):
@@ -316,7 +317,7 @@ def main(arguments: list[str] | None = None) -> dict:
         # after each, so that a failure loses nothing
         results.add(name, entry, list(VARIANTS))
         free()
-    Console(width=140).print(table(results.content))
+    Console(width=160).print(table(results.content))
     plot(results.content, options.plot)
     print(f"written to {options.out} and {options.plot}")
     return results.content

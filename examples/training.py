@@ -7,12 +7,14 @@ sparse folder is trained as it is.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,7 +23,7 @@ from transformers.utils import logging
 import sparse_hf
 from examples import texts, tiny
 from sparse_hf.models import family_of
-from sparse_hf.train import MarkHeaders
+from sparse_hf.train import MarkHeaders, TellAll
 
 logger = logging.get_logger("transformers.examples")
 Columns = list[tuple[str, str]]
@@ -123,11 +125,11 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
                 raise ValueError(
                     f'{source} is dense; say which tokens may attend to which, --pattern "window(255, 0) | first(4)"'
                 )
-            source = _converted(source, family.positions.length_of(config), pattern, model_args, training_args)
+            source = _converted(source, family.positions.reach_of(config), pattern, model_args, training_args)
         elif pattern is not None or model_args.layers is not None:
             raise ValueError(f"{source} is sparse already and keeps its pattern; leave --pattern and --layers out")
-    most = family.positions.length_of(AutoConfig.from_pretrained(source))
-    if most is not None and family.positions.has_table and model_args.length > most:
+    most = family.positions.reach_of(AutoConfig.from_pretrained(source))
+    if most is not None and model_args.length > most:
         raise ValueError(
             f"rows have {model_args.length} tokens and {source} has {most} positions; ask for rows of {most}, or give the dense "
             "model, which gets more positions when it is converted"
@@ -255,14 +257,30 @@ def tokenized(text: str, tokenizer, length: int, headers: MarkHeaders | None = N
 
 def run(trainer, training_args, evaluate) -> dict[str, float]:
     """Train, going on from a checkpoint if asked, save, and evaluate. `--resume_from_checkpoint True` takes the last one."""
-    if training_args.do_train or not training_args.do_eval:
-        trainer.train(resume_from_checkpoint=checkpoint(training_args))
-        trainer.save_model()
-        trainer.save_state()
-    metrics = evaluate(trainer)
+    with TellAll():
+        if training_args.do_train or not training_args.do_eval:
+            trainer.train(resume_from_checkpoint=checkpoint(training_args))
+            trainer.save_model()
+            trainer.save_state()
+        metrics = evaluate(trainer)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    leave()
     return metrics
+
+
+def leave() -> None:
+    """Leave the group of processes together, as the last thing, when no wrapped model is held any more.
+
+    Over gloo a process that goes while another still writes may abort it, and a wrapped model that is freed after the end of
+    its group may wait for ever.
+    """
+    # Trainer and its model know each other
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def checkpoint(training_args) -> str | None:

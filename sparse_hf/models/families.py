@@ -52,6 +52,17 @@ class Positions:
         limit = getattr(config, self.limit, None)
         return limit - self.offset if limit is not None and self.counted else limit
 
+    def reach_of(self, config) -> int | None:
+        """Tokens that a model is made for; rotary ones go on beyond. Their limit is what angles are scaled to, if that is more."""
+        most = None if self.scheme == "relative" else self.length_of(config)
+        if most is None or self.scheme != "rotary":
+            return most
+        scaling = config.rope_parameters or {}
+        scaling = scaling.get("full_attention", scaling)
+        # some configurations keep the limit of what was trained first, and name the factor beside
+        first, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))
+        return max(most, int(first * factor)) if first and factor else most
+
     @property
     def conversion(self) -> str:
         """What conversion to a greater length does, for people."""

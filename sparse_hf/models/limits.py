@@ -2,6 +2,9 @@
 
 Values are looked at on the CPU only, since looking at a GPU's means waiting for it: there they are found out before the batch
 leaves the CPU, by `sparse_hf.train.CheckedCollator`.
+
+Rotary positions end nowhere, and Transformers lets them go on beyond `max_position_embeddings`. So does `forward` here, with one
+warning; to train there unasked would be a mistake, so that the collator refuses such rows.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 # what a head's name ends with -> the configuration's number of answers
@@ -35,8 +41,12 @@ class Limits:
         embeddings = None if scheme is None or scheme.told else model.get_input_embeddings()
         return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
 
-    def check(self, batch: Mapping[str, Any]) -> None:
+    def check(self, batch: Mapping[str, Any], beyond: bool = True) -> None:
         """Refuse what the model cannot take.
+
+        Args:
+            batch: arguments of `forward`.
+            beyond: let rotary models go on beyond what they are configured for, with a warning.
 
         Raises:
             ValueError: ids, labels or positions out of range, or rows longer than the table of positions.
@@ -47,6 +57,8 @@ class Limits:
         scheme = self.config.positions
         if scheme is not None and scheme.has_table and not scheme.told:
             _check_positions(self.config, batch)
+        elif scheme is not None and scheme.scheme == "rotary":
+            _check_rotary(self.config, batch, beyond)
 
 
 def _check_labels(config, head: str, labels: Tensor | None) -> None:
@@ -94,6 +106,27 @@ def _check_positions(config, batch: Mapping[str, Any]) -> None:
             f"position_ids hold {int(positions.max())}; {config.model_type} has a table of {rows}: truncate, or convert the "
             "dense checkpoint with a greater max_length"
         )
+
+
+def _check_rotary(config, batch: Mapping[str, Any], beyond: bool) -> None:
+    positions, most = batch.get("position_ids"), config.positions.reach_of(config)
+    if positions is None:
+        found = _tokens(config, batch.get("input_ids"), None)
+    else:
+        found = int(positions.max()) + 1 if _can_look_at(positions) else 0
+    if most is None or found <= most:
+        return
+    limit = f"{config.model_type} is configured for {most} (max_position_embeddings)"
+    if not beyond:
+        raise ValueError(
+            f"a row has {found} tokens; {limit}: truncate, convert the dense checkpoint with max_length={found}, or set "
+            "config.max_position_embeddings if the model shall learn what lies beyond"
+        )
+    # without the length of the row, so that it is said once
+    logger.warning_once(
+        f"a row has more tokens than {limit}; rotary positions go on, but few models answer well there: truncate, or convert the "
+        "dense checkpoint with a greater max_length, scaled by rope or trained on"
+    )
 
 
 def _tokens(config, ids: Tensor | None, real: Tensor | None) -> int:

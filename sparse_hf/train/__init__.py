@@ -6,6 +6,7 @@ Imported only when asked: `from sparse_hf.train import MarkHeaders`.
 from .checked import CheckedCollator
 from .collators import MarkHeaders, MarkQuestion, MarkTokens
 from .distillation import Distillation
+from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
@@ -22,6 +23,7 @@ __all__ = [
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",
+    "TellAll",
     "add_lora",
     "first_position",
     "heal",

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..models import SparseMixin, sparsify
 from ..pattern import Window
 from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
+from .failures import TellAll
 from .lora import add_lora
 
 
@@ -189,8 +190,9 @@ def heal(
         model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
         distillation=distillation, edges=edges, **trainer_options,
     )  # fmt: skip
-    before = trainer.evaluate(metric_key_prefix="before") if eval_dataset is not None else {}
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
+    with TellAll():
+        before = trainer.evaluate(metric_key_prefix="before") if eval_dataset is not None else {}
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
     healed = trainer.accelerator.unwrap_model(trainer.model)
     return Healed(healed.merge_and_unload() if lora is not None else healed, before, after)

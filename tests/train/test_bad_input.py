@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +19,13 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import sparse_hf
 from examples import tiny
+from sparse_hf.models.limits import logger
 from sparse_hf.models.tensor_parallel import own_heads
 from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
 from tests.models.longformers import stock_model
 from tests.train import broken_run
+from tests.train.processes import TORCHRUN, finished
 from tests.transformers.standins import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -89,8 +92,44 @@ def test_targets_positions_and_ids_out_of_range_are_told():
         sparse("BertForMaskedLM")(input_ids=IDS, position_ids=torch.arange(500, 520)[None])
     with pytest.raises(ValueError, match="input_ids hold 97; the vocabulary is 0 to 96: use the model's own tokenizer"):
         sparse("LlamaForCausalLM")(input_ids=IDS.clamp(min=97))
-    # angles end nowhere: more tokens than were trained with are no mistake of the batch's
-    assert sparse("LlamaForCausalLM")(input_ids=IDS.repeat(1, 30)).logits.shape[1] == 600
+
+
+def test_rotary_models_go_on_as_transformers_has_it_and_are_not_trained_there_unasked(caplog):
+    ids = IDS.repeat(1, 30)
+    dense = dense_model("LlamaForCausalLM").eval()
+    model = sparse_hf.sparsify(dense, "full()").eval()
+    warned = "a row has more tokens than sparse_llama is configured for 512 (max_position_embeddings)"
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert model(input_ids=ids[:, :512]).logits.shape[1] == 512 and not caplog.records
+        for length in (600, 599):
+            torch.testing.assert_close(model(input_ids=ids[:, :length]).logits, dense(input_ids=ids[:, :length]).logits)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [warned]
+    collator = CheckedCollator(dict, model)
+    with pytest.raises(
+        ValueError, match=r"a row has 600 tokens; sparse_llama is configured for 512 \(max_position_emb"
+    ):
+        collator({"input_ids": ids})
+    # packed documents begin anew
+    documents = torch.arange(300).repeat(2, 2)
+    assert collator({"input_ids": ids, "position_ids": documents}).keys() == {"input_ids", "position_ids"}
+    with pytest.raises(ValueError, match="a row has 513 tokens; .* convert the dense checkpoint with max_length=513"):
+        collator({"input_ids": ids, "position_ids": documents + 213})
+    model.config.max_position_embeddings = 600
+    assert collator({"input_ids": ids})["input_ids"] is ids
+
+
+def test_scaled_angles_reach_as_far_as_they_are_scaled():
+    """Qwen2.5 is asked to keep its limit and to name the factor; what is converted has both."""
+    model = sparse("LlamaForCausalLM")
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+    model.config.rope_parameters = scaling
+    collator = CheckedCollator(dict, model)
+    assert collator({"input_ids": torch.ones(1, 1024).long()})
+    with pytest.raises(ValueError, match="a row has 1025 tokens; sparse_llama is configured for 1024"):
+        collator({"input_ids": torch.ones(1, 1025).long()})
+    model.config.max_position_embeddings = 2048
+    assert collator({"input_ids": torch.ones(1, 2048).long()})
 
 
 def test_a_collator_tells_before_the_batch_leaves_the_cpu():
@@ -106,10 +145,11 @@ def test_a_collator_tells_before_the_batch_leaves_the_cpu():
         collator([*good, {"input_ids": [2] * 513, "labels": 1}])
 
 
-def test_examples_refuse_more_tokens_than_positions(tmp_path):
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_examples_refuse_more_tokens_than_positions(head, tmp_path):
     from examples.training import ModelArguments, load_model
 
-    sparse("GPT2LMHeadModel").save_pretrained(tmp_path)
+    sparse(head).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"rows have 1024 tokens and .* has 512 positions; ask for rows of 512"):
         arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
         load_model(AutoModelForCausalLM, "decoder", ModelArguments(str(tmp_path)), arguments)
@@ -172,12 +212,12 @@ def test_heads_that_nobody_says_the_place_of_are_told():
 
 def launch(accident: str, folder: Path, resume: str = "from the start") -> tuple[int, str, float]:
     """Exit status, what was said, and seconds."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [broken_run.__file__, accident, str(folder), resume]
-    environment, start = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
+    start = time.monotonic()
     # three times what it may take, to tell a hang from a slow machine
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    status, said = finished(
+        *TORCHRUN, "--nproc_per_node=2", broken_run.__file__, "Trainer", accident, str(folder), resume
+    )
+    return status, said, time.monotonic() - start
 
 
 def losses(folder: Path) -> list[float]:
@@ -211,8 +251,35 @@ MESSAGES = {
 def test_an_accident_in_one_process_ends_all(accident, tmp_path):
     status, said, seconds = launch(accident, tmp_path)
     assert status != 0 and MESSAGES[accident] in said, said[-3000:]
+    assert accident == "killed" or f"process 1 of 2 failed: {MESSAGES[accident]}" in said, said[-3000:]
     assert seconds < 60
     check_checkpoint(tmp_path, broken_run.HEADS[accident])
+
+
+@pytest.mark.parametrize(
+    "way", ["heal", *(pytest.param(way, marks=pytest.mark.slow) for way in broken_run.WAYS if way != "heal")]
+)
+def test_all_processes_raise_what_one_met_with(way, tmp_path):
+    """Without a launcher that ends them."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    # the store is here, so that no port need be guessed
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    command = [sys.executable, "-W", "ignore", broken_run.__file__, way, "label of a causal model", str(tmp_path), ""]
+    start = time.monotonic()
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert time.monotonic() - start < 60
+    head = "SparseLlamaForCausalLM"
+    message = f"ValueError: labels hold 1000; those of {head} are 0 to "
+    assert message in said[1]
+    # where nothing wakes it up, it says the same and ends as by a launcher
+    kind = "" if way == "asleep" else "RuntimeError: "
+    assert f"{kind}process 1 of 2 failed: {message}" in said[0], said[0][-3000:]
+    assert ranks[1].returncode and ranks[0].returncode and (ranks[0].returncode == -signal.SIGTERM) == (way == "asleep")
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.processes import TORCHRUN, finished
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 COMMON = ["--tiny", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1"]
@@ -178,15 +180,13 @@ def test_configurations_are_accelerate_s(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["run_clm_no_trainer", "run_mlm_no_trainer", "heal"])
+@pytest.mark.parametrize("name", ["run_clm", "run_clm_no_trainer", "run_mlm_no_trainer", "heal"])
 def test_two_processes_learn_what_one_does(name, tmp_path):
     """Two processes with half the rows each: the same losses."""
     found = []
     for processes, rows in ((1, 4), (2, 2)):
         out = tmp_path / str(processes)
-        launch = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        )
+        launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else []
         options = [
             "--max_steps",
             "4",
@@ -197,13 +197,11 @@ def test_two_processes_learn_what_one_does(name, tmp_path):
             "--output_dir",
             str(out),
         ]
-        options += ["--distil"] if name == "heal" else ["--save_steps", "100"]
-        command = [sys.executable, "-W", "ignore", *launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-        file = out / ("healing.json" if name == "heal" else "losses.json")
-        assert done.returncode == 0 and file.exists(), done.stderr[-3000:]
-        found.append(json.loads(file.read_text()))
+        options += {"heal": ["--distil"], "run_clm": []}.get(name, ["--save_steps", "100"])
+        status, said = finished(*launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options)
+        file = out / {"heal": "healing.json", "run_clm": "trainer_state.json"}.get(name, "losses.json")
+        assert status == 0 and file.exists(), said[-3000:]
+        found.append(losses(out) if name == "run_clm" else json.loads(file.read_text()))
     # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
     after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
     # masks too
@@ -452,9 +450,63 @@ def test_papers_are_read_with_their_headers(tmp_path, monkeypatch):
     assert row["id"] == "X1" and row["summary"] == "It is hard. They try. It works."
 
 
+def write_paper(folder: Path, name: str, split: str, chosen: int) -> None:
+    """A paper of three parts, with two sentences in each, one of which says the outcome."""
+    parts = {part: [f"We saw {part} salt .", f"They say that {part} rows ( {name} ) ."] for part in PAPER_PARTS}
+    flags = {part: [int(i == chosen) for i in range(2)] for part in parts}
+    none = {part: [0, 0] for part in parts}
+    marked = {"challenge": none, "approach": none, "outcome": flags}
+    said = dict.fromkeys(marked, "Nothing.")
+    with (folder / f"{split}.jsonl").open("a") as file:
+        file.write(json.dumps({"id": name, "summary": said, "sentences": parts, "highlights": marked}) + "\n")
+    # a text has no spaces before stops, and sentences may run over lines
+    body = [(part.title(), " ".join(parts[part]).replace(" .", ".").replace("( ", "(\n")) for part in PAPER_PARTS[1:]]
+    middle = ("Method", "the old ship sailed over waves " * 20)
+    paragraphs = [{"sec_num": None, "section": h, "text": t} for h, t in (body[0], middle, body[1])]
+    abstract = " ".join(parts["abstract"])
+    paper = {"title": name, "abstract": abstract, "pdf_parse": {"body_text": paragraphs}}
+    (folder / f"{name}.json").write_text(json.dumps(paper))
+
+
+PAPER_PARTS = ("abstract", "introduction", "conclusion")
+
+
+def test_questions_are_answered_by_sentences_that_experts_marked(tmp_path, monkeypatch):
+    from examples import papers
+
+    monkeypatch.setattr(papers, "fetch", lambda asset: tmp_path)
+    write_paper(tmp_path, "X1", "train", 1)
+    write_paper(tmp_path, "X2", "train", 0)
+    rows = list(papers.questions("train"))
+    assert [row["question"] for row in rows] == [f"Which outcome does the {part} name?" for part in PAPER_PARTS] * 2
+    answers = [row["answers"]["text"] for row in rows]
+    assert answers[:2] == [["They say that abstract rows ( X1 ) ."], ["They say that introduction rows (\nX1 )."]]
+    assert answers[5] == ["We saw conclusion salt."]
+    for row in rows:
+        (start,), (answer,) = row["answers"]["answer_start"], row["answers"]["text"]
+        assert row["context"][start:].startswith(answer)
+    assert papers.place("a b.", "a  b. A b .") == (0, 5)
+    assert papers.place("a b.", "a b. Then a b.") is None and papers.place("a c", "a b") is None
+
+
+def test_papers_are_asked_without_files(tmp_path, monkeypatch):
+    from examples import papers
+
+    run("run_mlm", tmp_path / "first", "--max_steps", "1", "--save_strategy", "no")
+    monkeypatch.setattr(papers, "fetch", lambda asset: tmp_path)
+    for split in ("train", "val"):
+        for i in range(3):
+            write_paper(tmp_path, f"{split}{i}", split, i % 2)
+    options = ["--tiny", "False", "--model_name_or_path", str(tmp_path / "first" / "tiny"), "--max_length", "512"]
+    options += ["--pattern", "window(8, 8) | marked()", "--max_steps", "20", "--learning_rate", "1e-2"]
+    metrics = run("run_qa", tmp_path / "out", *options, "--save_strategy", "no")
+    found = losses(tmp_path / "out")
+    assert found[20] < found[1] - 1 and 0 <= metrics["eval_exact_match"] <= metrics["eval_f1"] <= 1
+
+
 @pytest.mark.slow
 def test_papers_are_those_of_the_package():
-    from examples.papers import papers
+    from examples.papers import papers, questions
 
     sizes = {"train": 100, "val": 50, "test": 100}
     rows = {split: papers(split) for split in sizes}
@@ -462,3 +514,13 @@ def test_papers_are_those_of_the_package():
     assert len({name for found in rows.values() for name in found["id"]}) == 250
     words = sorted(len(text.split()) for found in rows.values() for text in found["text"])
     assert words[0] > 1500 and 4400 < words[125] < 4600
+    asked = questions("train")
+    assert len(asked) > 600 and len(set(asked["context"])) == 100
+    for row in asked:
+        for answer, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
+            assert row["context"][start : start + len(answer)] == answer and len(answer.split()) > 2
+    # conclusions stand at the end of what is read whole
+    places = sorted(
+        row["answers"]["answer_start"][0] / len(row["context"]) for row in asked if "conclusion" in row["question"]
+    )
+    assert places[len(places) // 2] > 0.8

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import sotu, study_classification, study_healing, tiny
+from examples import sotu, studies, study_classification, study_healing, tiny
 from examples.assets import GUTENBERG
 from tests import oracle
 
@@ -77,6 +77,12 @@ def test_healing_measures_perplexity_of_books_that_it_does_not_train_on(tmp_path
     assert (tmp_path / "study.png").exists()
 
 
+def elsewhere(monkeypatch, hardware: str) -> None:
+    """From now on the studies run on another machine."""
+    here = studies.environment
+    monkeypatch.setattr(studies, "environment", lambda device: {**here(device), "hardware": hardware})
+
+
 def test_entries_of_an_earlier_run_are_kept_if_it_had_the_same_settings(tmp_path):
     run(study_healing, tmp_path, "--variants", "sparse")
     entries = run(study_healing, tmp_path, "--variants", "dense")["entries"]
@@ -84,6 +90,32 @@ def test_entries_of_an_earlier_run_are_kept_if_it_had_the_same_settings(tmp_path
     with pytest.raises(ValueError, match="has other steps, tokens, epochs; name another file"):
         run(study_healing, tmp_path, "--variants", "dense", "--steps", "3")
     assert json.loads((tmp_path / "study.json").read_text())["entries"] == json.loads(json.dumps(entries))
+
+
+def test_the_distilled_model_is_added_to_what_another_machine_measured(tmp_path, monkeypatch, capsys):
+    # else student and teacher hardly differ
+    monkeypatch.setattr(study_healing, "TINY", dataclasses.replace(TINY, load=scaled))
+    run(study_healing, tmp_path, "--variants", "dense", "sparse", "sparse, trained")
+    before = studies.read(tmp_path / "study.json")["entries"]
+    elsewhere(monkeypatch, "another card")
+    entries = run(study_healing, tmp_path, "--variants", "sparse, distilled")["entries"]
+    assert list(entries) == [*before, "sparse, distilled"] and before.items() <= entries.items()
+    added, trained = entries["sparse, distilled"], entries["sparse, trained"]
+    assert added["environment"]["hardware"] == "another card" != trained["environment"]["hardware"]
+    assert "another card, 20" in capsys.readouterr().out
+    # all weights, the same rows and steps, and a loss that the teacher adds to
+    for key in ("learning_rate", "parameters_trained"):
+        assert added[key] == trained[key]
+    assert [point[0] for point in added["curve"]] == [point[0] for point in trained["curve"]]
+    assert trained["distillation"] is None and added["distillation"]["logits"] == 1.0
+    assert added["losses"][0][1] > trained["losses"][0][1] + 0.01
+
+
+def test_files_that_named_their_machine_once_are_read(tmp_path):
+    content = run(study_healing, tmp_path, "--variants", "sparse")
+    here = content["entries"]["sparse"].pop("environment")
+    (tmp_path / "study.json").write_text(json.dumps({"environment": here, **content}))
+    assert run(study_healing, tmp_path, "--variants", "dense")["entries"]["sparse"]["environment"] == here
 
 
 def test_held_out_books_are_of_the_package():
@@ -100,6 +132,16 @@ def test_what_only_the_end_says_is_found_by_those_who_read_it(tmp_path):
     for name in ("bag of 128 tokens", "dense, chunks of 32", "sparse, 128 tokens"):
         assert accuracy[name] == 1.0, name
     assert entries["majority"]["macro_f1"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_lengths_are_added_one_by_one(tmp_path, monkeypatch):
+    quick = ["--seeds", "1", "--steps", "2", "--variants"]
+    run(study_classification, tmp_path, *quick, "dense, 32 tokens", "sparse, 128 tokens")
+    before = studies.read(tmp_path / "study.json")["entries"]
+    elsewhere(monkeypatch, "another card")
+    entries = run(study_classification, tmp_path, *quick, "sparse, 256 tokens")["entries"]
+    assert list(entries) == [*before, "sparse, 256 tokens"] and before.items() <= entries.items()
+    assert entries["sparse, 256 tokens"]["environment"]["hardware"] == "another card"
 
 
 @pytest.fixture(scope="module")
