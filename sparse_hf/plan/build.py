@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial, reduce
+from math import prod
 from operator import and_, or_
 
 import torch
@@ -159,10 +160,11 @@ def _drawn_apart(pattern: Pattern) -> tuple[Pattern | None, list[RandomBlocks]]:
 
 def _sweep(pattern: Pattern, grid: Grid, layout: Layout) -> Squares:
     """Blocks among which are all that are not empty, found by refinement."""
-    size = 1
-    while layout.rows * -(-grid.q_blocks // size) * -(-grid.kv_blocks // size) > FEW:
+    size, axes = 1, (layout.rows, grid.q_blocks, grid.kv_blocks)
+    # a batch of many rows has many squares even if each row is one
+    while prod(axes) > max(FEW, layout.rows):
         size *= 2
-    axes = layout.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
+        axes = layout.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
     squares = tuple(side.flatten() for side in torch.meshgrid(*map(torch.arange, axes), indexing="ij"))
     if size == 1:
         return squares
