@@ -1,4 +1,4 @@
-"""What a pattern is: a set of (query position, key position) pairs, with three closed forms.
+"""What a pattern is: a set of (query position, key position) pairs, with four closed forms.
 
 Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of a rectangle of pairs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import partial, reduce
+from itertools import product
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # the state of a rectangle of pairs; PARTIAL is always a permitted answer
 EMPTY, PARTIAL, FULL = 0, 1, 2
+# a pattern whose written-out form has more terms than this is not looked at
+MAX_TERMS = 64
 
 
 class Marks(NamedTuple):
@@ -48,6 +51,14 @@ class Pattern:
         `marks` holds a state for each range (0 none of its positions is marked, 1 some, 2 all) and the length.
         """
         raise NotImplementedError
+
+    def signature(self, q0: Tensor, k0: Tensor, side: int, marks: Marks | None = None) -> list[Tensor] | None:
+        """Numbers that tell squares of `side` x `side` pairs apart, given their first corners `[T]`: `[T]` each.
+
+        Squares with the same numbers hold the same pairs, counted from the corner, if the same of their tokens are marked. Of
+        `marks` only the length counts. None: squares have to be compared pair by pair.
+        """
+        return None
 
     def reachable(self, k: Tensor, q: Tensor) -> Tensor:
         """Can any query at or after q still see key k? A superset is sound. Bool."""
@@ -140,6 +151,10 @@ class _Joined(Pattern):
     def on(self, device) -> Pattern:
         return type(self)(tuple(part.on(device) for part in self.parts))
 
+    def signature(self, q0, k0, side, marks=None):
+        found = [part.signature(q0, k0, side, marks) for part in self.parts]
+        return None if None in found else sum(found, [])
+
     @property
     def marked_sides(self) -> tuple[bool, bool]:
         return tuple(map(any, zip(*(part.marked_sides for part in self.parts), strict=True)))
@@ -215,6 +230,21 @@ def _join(kind: type[_Joined], left: Pattern, right: Pattern) -> Pattern:
             raise TypeError(f"per_head stands outermost; put {kind.symbol} inside it, head by head")
     parts = (p for side in (left, right) for p in (side.parts if type(side) is kind else (side,)))
     return kind(tuple(parts))
+
+
+def written_out(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
+    """The pattern written out as a union of intersections; None if they are more than `MAX_TERMS`."""
+    if isinstance(pattern, Union):
+        found = [written_out(part) for part in pattern.parts]
+        out = None if None in found else [term for terms in found for term in terms]
+    elif isinstance(pattern, Intersection):
+        found = [written_out(part) for part in pattern.parts]
+        if None in found or reduce(lambda n, terms: n * len(terms), found, 1) > MAX_TERMS:
+            return None
+        out = [sum(choice, ()) for choice in product(*found)]
+    else:
+        out = [(pattern,)]
+    return out if out is not None and len(out) <= MAX_TERMS else None
 
 
 def whole(name: str, value, least: int) -> int:

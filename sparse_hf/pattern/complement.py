@@ -32,6 +32,9 @@ class Outside(Pattern):
         # full is empty, empty is full, and partial stays
         return EMPTY + FULL - self.pattern.blocks(q0, q1, k0, k1, marks)
 
+    def signature(self, q0, k0, side, marks=None):
+        return self.pattern.signature(q0, k0, side, marks)
+
     def reachable(self, k, q):
         return joint(q, k)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ _WORD = 0xFFFFFFFF
 LOOK = 16
 # rectangles that it looks at together
 PIECE = 1 << 14
+# blocks per side of a square whose pairs fit into the bits of a number
+MOST_BLOCKS = 6
+
+
+def _signature(pattern: RandomBlocks | BlockTable, q0: Tensor, k0: Tensor, side: int) -> list[Tensor] | None:
+    """Where blocks begin in the squares, and which of those that they reach into are held, as bits of one number."""
+    count = (side - 1) // pattern.size + 2
+    if count > MOST_BLOCKS:
+        return None
+    begin = torch.arange(count, device=q0.device) * pattern.size
+    held = pattern.allows((q0[:, None] + begin)[:, :, None], (k0[:, None] + begin)[:, None, :])  # [T, count, count]
+    bits = reduce(lambda number, bit: 2 * number + bit, held.flatten(1).unbind(1))
+    return [q0 % pattern.size, k0 % pattern.size, bits]
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -66,6 +79,10 @@ class RandomBlocks(Pattern):
         number = _mix(_mix(mixed + stratum & _WORD) + (self.seed >> 32 & _WORD) & _WORD)
         return low + number % (high - low).clamp(min=1), high > low
 
+    def draws(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """The key blocks that query blocks `[T]` draw, and whether there is such a draw: `[T, count]`."""
+        return self._draw(self._begin(block[:, None]), torch.arange(self.count, device=block.device))
+
     def allows(self, q, k, marks=None):
         block, key = q // self.size, k // self.size
         begin, allowed = self._begin(block), ~joint(q, k)
@@ -84,7 +101,10 @@ class RandomBlocks(Pattern):
 
     def _hits(self, *corners: Tensor) -> Tensor:
         """How many draws of the first `LOOK` query blocks lie in each rectangle, a piece of them at a time."""
-        step = torch.arange(LOOK, device=corners[0].device)[:, None]
+        first, last = corners[:2]
+        # rows of blocks that the tallest rectangle spans
+        look = min(LOOK, int((last - first).max()) + 1) if len(first) else 1
+        step = torch.arange(look, device=first.device)[:, None]
         stratum = torch.arange(self.count, device=step.device)
         found = []
         for piece in zip(*(corner.reshape(-1).split(PIECE) for corner in corners), strict=True):
@@ -92,6 +112,9 @@ class RandomBlocks(Pattern):
             draw, exists = self._draw(self._begin(first + step), stratum)
             found.append((exists & (first + step <= last) & (draw >= low) & (draw <= high)).sum((1, 2)))
         return torch.cat(found).view(corners[0].shape)
+
+    def signature(self, q0, k0, side, marks=None):
+        return _signature(self, q0, k0, side)
 
     def reachable(self, k, q):
         return joint(q, k)
@@ -140,6 +163,9 @@ class BlockTable(Pattern):
         c, d = low.clamp(max=columns), (high + 1).clamp(max=columns)
         listed = sums[b, d] - sums[a, d] - sums[b, c] + sums[a, c]
         return state(listed == 0, listed == (last - first + 1) * (high - low + 1))
+
+    def signature(self, q0, k0, side, marks=None):
+        return _signature(self, q0, k0, side)
 
     def reachable(self, k, q):
         layout = _layout(self, str(q.device))

@@ -39,6 +39,11 @@ class Window(Pattern):
             empty, full = empty | (k0 > q1 + self.right), full & (k1 <= q0 + self.right)
         return state(empty, full)
 
+    def signature(self, q0, k0, side, marks=None):
+        ends = [end for end in (None if self.left is None else -self.left, self.right) if end is not None]
+        # all distances are alike that lie beyond an end by a side
+        return [(k0 - q0).clamp(min(ends) - side, max(ends) + side)] if ends else []
+
     def reachable(self, k, q):
         return joint(q, k) if self.left is None else q <= k + self.left
 
@@ -73,6 +78,9 @@ class First(Pattern):
     def blocks(self, q0, q1, k0, k1, marks=None):
         return state((q0 >= self.n) & (k0 >= self.n), (q1 < self.n) | (k1 < self.n))
 
+    def signature(self, q0, k0, side, marks=None):
+        return [q0.clamp(max=self.n), k0.clamp(max=self.n)]
+
     def reachable(self, k, q):
         return (q < self.n) | (k < self.n)
 
@@ -94,6 +102,9 @@ class Marked(Pattern):
         if marks is None or marks[0] is None:
             return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
         return torch.maximum(*marks[:2])
+
+    def signature(self, q0, k0, side, marks=None):
+        return []
 
     def reachable(self, k, q):
         return joint(q, k)
@@ -163,6 +174,9 @@ class Stride(Pattern):
         single = (least == most) & ~none
         return state(none, single | (self.step == 1))
 
+    def signature(self, q0, k0, side, marks=None):
+        return [(k0 - q0) % self.step]
+
     def reachable(self, k, q):
         return joint(q, k)
 
@@ -197,6 +211,9 @@ class Fixed(Pattern):
         only = only | joint(q0, k0) if self.summary == self.block else only
         return state(apart & ~(reaches & (self.summary > 0)), same | only)
 
+    def signature(self, q0, k0, side, marks=None):
+        return Chunk(self.block).signature(q0, k0, side)
+
     def reachable(self, k, q):
         return (k // self.block >= q // self.block) | self._summary(k)
 
@@ -225,6 +242,9 @@ class Summary(Pattern):
         within = k0 // self.block == k1 // self.block
         only = (within & self._is_summary(k0)) | (self.count == self.block)
         return state(joint(q0, k0) & within & ~self._is_summary(k1), joint(q0, k0) & only)
+
+    def signature(self, q0, k0, side, marks=None):
+        return [k0 % self.block]
 
     def reachable(self, k, q):
         return joint(q, k) & self._is_summary(k)
@@ -255,6 +275,12 @@ class Chunk(Pattern):
         # how many chunks after the query's the key's is, at least and at most
         least, most = k0 // self.size - q1 // self.size, k1 // self.size - q0 // self.size
         return state((most < -self.left) | (least > self.right), (least >= -self.left) & (most <= self.right))
+
+    def signature(self, q0, k0, side, marks=None):
+        # chunks that a side reaches into
+        most = side // self.size + 2
+        apart = (k0 // self.size - q0 // self.size).clamp(-self.left - most, self.right + most)
+        return [q0 % self.size, k0 % self.size, apart]
 
     def reachable(self, k, q):
         return k // self.size >= q // self.size - self.left
@@ -293,6 +319,10 @@ class Last(Pattern):
         if begin is None:
             return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
         return state((q1 < begin) & (k1 < begin), (q0 >= begin) | (k0 >= begin))
+
+    def signature(self, q0, k0, side, marks=None):
+        begin = self._begin(marks)
+        return [] if begin is None else [(begin - first).clamp(0, side) for first in (q0, k0)]
 
     def reachable(self, k, q):
         return joint(q, k)

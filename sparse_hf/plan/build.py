@@ -1,27 +1,33 @@
 """From a pattern to the list of its non-empty blocks, by refinement.
 
 Coarse squares of the (query, key) plane are classified with the pattern's closed form `blocks`; empty ones are dropped,
-the others are cut in four, down to the block size. The work is proportional to what is found, never to n^2.
+the others are cut in four, down to the block size. The work is proportional to what is found, never to n^2. Random blocks,
+which lie in any coarse square, are looked up instead: each query block says what it draws.
 
 Legend: b batch row, i query block, j key block; q0..q1 and k0..k1 are inclusive corners in key coordinates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial, reduce
+from math import prod
+from operator import and_, or_
 
 import torch
 from torch import Tensor
 
-from ..pattern import EMPTY, FULL, PARTIAL, Pattern
-from ..pattern.base import Marks
+from ..pattern import EMPTY, FULL, PARTIAL, Pattern, RandomBlocks
+from ..pattern.base import Marks, written_out
 from .layout import Layout
 
-# blocks per side of the coarsest squares, and how many blocks one sweep may list at most if all were full
-COARSE = 64
-SWEEP = 1 << 22
-# squares that cost no more to look at than a few
+# batch row, query block and key block of each, [N] int64
+Squares = tuple[Tensor, Tensor, Tensor]
+
+# squares to begin with at most, and how many blocks one sweep may list at most if all were full
 FEW = 1 << 12
+SWEEP = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -103,81 +109,106 @@ def _running_count(flags: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(flags.long().cumsum(1), (1, 0))
 
 
-def list_blocks(
-    pattern: Pattern, grid: Grid, layout: Layout, batch_rows: int, device, cap_at_partial: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The non-empty blocks in row-major order.
-
-    Returns `row = b * q_blocks + i` and `column = j` (int64) and `full` (bool), one entry per block.
-    """
-    classify = Classifier(pattern, layout, grid.kv_len)
-    size = _coarsest(grid, batch_rows)
-    strips, wide = -(-grid.q_blocks // size), size * grid.kv_blocks
-    step = max(1, SWEEP // max(1, wide))
-    # batch rows go together if one sweep takes more than a row
-    at_once = max(1, SWEEP // max(1, wide * strips))
-    found = []
-    for b in range(0, batch_rows, at_once):
-        together = range(b, min(b + at_once, batch_rows))
-        for strip in range(0, strips, step):
-            some = range(strip, min(strip + step, strips))
-            found.append(_refine(classify, grid, (together, some, size), device, cap_at_partial))
-    if not found:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return nothing, nothing, nothing.bool()
-    rows, columns, full = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return rows, columns, full
-
-
-def _coarsest(grid: Grid, batch_rows: int) -> int:
-    """Blocks per side of the squares to begin with: so few blocks that they are looked at one by one need no squares."""
-    size = COARSE
-    while size > 1 and batch_rows * -(-2 * grid.q_blocks // size) * -(-2 * grid.kv_blocks // size) <= FEW:
-        size //= 2
-    return size
-
-
-def _refine(classify: Classifier, grid: Grid, begin: tuple[range, range, int], device, cap_at_partial: bool):
-    rows, strips, size = begin
-    j = range(-(-grid.kv_blocks // size))
-    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (rows, strips, j))
-    b, i, j = (side.reshape(-1) for side in torch.meshgrid(*axes, indexing="ij"))
-    while True:
-        state = classify(b, *grid.corners(i, j, size))
-        kept = state > EMPTY
-        b, i, j, state = b[kept], i[kept], j[kept], state[kept]
-        if size == 1:
-            break
-        size //= 2
-        b = b.repeat_interleave(4)
-        i = torch.stack((2 * i, 2 * i, 2 * i + 1, 2 * i + 1), 1).reshape(-1)
-        j = torch.stack((2 * j, 2 * j + 1, 2 * j, 2 * j + 1), 1).reshape(-1)
-        exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
-        b, i, j = b[exists], i[exists], j[exists]
-    row = b * grid.q_blocks + i
-    order = (row * grid.kv_blocks + j).argsort()
-    full = (state == FULL) & (not cap_at_partial)
-    return row[order], j[order], full[order]
-
-
 def list_tables(
     patterns: tuple[Pattern, ...], grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of a `BlockPlan`: row offsets, columns, full."""
-    # [B * P * Nq] rows: pattern by pattern, then interleaved by sorting on the joint row number
-    rows, columns, full = [], [], []
-    layout_rows = layout.rows
+    """The tables of a `BlockPlan`, made on the CPU: row offsets, columns, full."""
+    # rows of the batch that are alike, but for a mask function, are listed once
+    copies = torch.arange(batch_rows // layout.rows)[:, None]
+    swept = cache(partial(_sweep, grid=grid, layout=layout))
+    rows, columns = batch_rows * len(patterns) * grid.q_blocks, max(1, grid.kv_blocks)
+    keys, full = [], []
     for p, pattern in enumerate(patterns):
-        row, column, is_full = list_blocks(pattern, grid, layout, layout_rows, "cpu", cap_at_partial)
-        repeats = batch_rows // layout_rows
-        for copy in range(repeats):
-            b, i = row // max(1, grid.q_blocks) + copy, row % max(1, grid.q_blocks)
-            rows.append((b * len(patterns) + p) * grid.q_blocks + i)
-            columns.append(column)
-            full.append(is_full)
-    row, column, is_full = torch.cat(rows), torch.cat(columns), torch.cat(full)
-    if len(rows) > 1:
-        order = row.argsort(stable=True)
-        row, column, is_full = row[order], column[order], is_full[order]
-    counts = torch.bincount(row, minlength=batch_rows * len(patterns) * grid.q_blocks)
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), column.int(), is_full
+        b, i, j, is_full = list_blocks(pattern, grid, layout, swept)
+        key = (((b + copies) * len(patterns) + p) * grid.q_blocks + i) * columns + j  # [copies, N]
+        keys.append(key.flatten())
+        full.append(is_full.expand_as(key).flatten())
+    key, order = torch.cat(keys).sort()
+    is_full = torch.cat(full)[order] & (not cap_at_partial)
+    counts = torch.bincount(key // columns, minlength=rows)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), (key % columns).int(), is_full
+
+
+def list_blocks(
+    pattern: Pattern, grid: Grid, layout: Layout, swept: Callable[[Pattern], Squares]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The non-empty blocks `b, i, j` and which of them are full, in any order; `swept` is `_sweep`."""
+    rest, drawn = _drawn_apart(pattern)
+    found = [swept(rest)] if rest is not None else []
+    found += [_drawn(part, grid, layout) for part in drawn]
+    b, i, j = (torch.cat(sides) for sides in zip(*found, strict=True))
+    if drawn:
+        key = ((b * grid.q_blocks + i) * grid.kv_blocks + j).unique()
+        j, i = key % grid.kv_blocks, key // grid.kv_blocks
+        b, i = i // grid.q_blocks, i % grid.q_blocks
+    state = Classifier(pattern, layout, grid.kv_len)(b, *grid.corners(i, j, 1))
+    kept = (state > EMPTY).nonzero().flatten()
+    return b[kept], i[kept], j[kept], state[kept] == FULL
+
+
+def _drawn_apart(pattern: Pattern) -> tuple[Pattern | None, list[RandomBlocks]]:
+    """Random blocks that hold all pairs which the rest of a pattern, None for none, does not."""
+    rest, drawn = [], []
+    for term in written_out(pattern) or [(pattern,)]:
+        random = next((part for part in term if isinstance(part, RandomBlocks)), None)
+        if random is None:
+            rest.append(reduce(and_, term))
+        else:
+            drawn.append(random)
+    return (reduce(or_, rest) if rest else None), drawn
+
+
+def _sweep(pattern: Pattern, grid: Grid, layout: Layout) -> Squares:
+    """Blocks among which are all that are not empty, found by refinement."""
+    size, axes = 1, (layout.rows, grid.q_blocks, grid.kv_blocks)
+    # a batch of many rows has many squares even if each row is one
+    while prod(axes) > max(FEW, layout.rows):
+        size *= 2
+        axes = layout.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
+    squares = tuple(side.flatten() for side in torch.meshgrid(*map(torch.arange, axes), indexing="ij"))
+    if size == 1:
+        return squares
+    classify = Classifier(pattern, layout, grid.kv_len)
+    pieces = (side.split(max(1, SWEEP // size**2)) for side in _not_empty(squares, size, classify, grid))
+    found = [_cut(piece, size, classify, grid) for piece in zip(*pieces, strict=True)]
+    return tuple(torch.cat(sides) for sides in zip(*found, strict=True))
+
+
+def _cut(squares: Squares, size: int, classify: Classifier, grid: Grid) -> Squares:
+    """Squares of `size` blocks a side cut down to blocks, what is empty dropped on the way."""
+    below, beside = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    while size > 1:
+        size //= 2
+        b, i, j = (side[:, None] for side in squares)
+        i, j = 2 * i + below, 2 * j + beside
+        exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
+        squares = b.expand_as(i)[exists], i[exists], j[exists]
+        if size > 1:
+            squares = _not_empty(squares, size, classify, grid)
+    return squares
+
+
+def _not_empty(squares: Squares, size: int, classify: Classifier, grid: Grid) -> Squares:
+    b, i, j = squares
+    kept = classify(b, *grid.corners(i, j, size)) > EMPTY
+    return b[kept], i[kept], j[kept]
+
+
+def _drawn(random: RandomBlocks, grid: Grid, layout: Layout) -> Squares:
+    """The blocks that the draws touch, some of them several times."""
+    if layout.start is None:
+        b, x = torch.cartesian_prod(torch.arange(layout.rows), torch.arange(0, grid.kv_len, random.size)).unbind(1)
+        origin = torch.zeros_like(x)
+    else:
+        place = torch.arange(grid.kv_len) - layout.start
+        b, x = ((layout.start >= 0) & (place % random.size == 0)).nonzero(as_tuple=True)
+        origin = layout.start[b, x].long()
+    draw, exists = random.draws((x - origin) // random.size)  # [T, count]
+    # first query and first key of each draw, [T, count, 1, 1]
+    q = (x - grid.q_offset)[:, None, None, None]
+    k = (origin[:, None] + draw * random.size)[:, :, None, None]
+    step = torch.arange((random.size - 1) // grid.block_size + 2)
+    i, j = q // grid.block_size + step[:, None], k // grid.block_size + step
+    there = (i * grid.block_size < q + random.size) & (j * grid.block_size < k + random.size)
+    there = there & (i >= 0) & (i < grid.q_blocks) & (j < grid.kv_blocks) & exists[:, :, None, None]
+    return tuple(side.expand_as(there)[there] for side in (b[:, None, None, None], i, j))

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..pattern.base import Marks
 from .block_plan import BlockPlan
 from .hashed import HashedPlan, ring_tiles
 from .memo import remembered
@@ -128,26 +129,89 @@ def make_lists(
 
 def _masks(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct masks `[M, S, S]` uint8 of the tiles that are not full, and which of them each tile has, `[N]`."""
-    number = torch.zeros_like(i)
+    size, number = plan.block_size, torch.zeros_like(i)
     wanted = (~full).nonzero().flatten()
     if not len(wanted):
-        return torch.zeros(1, plan.block_size, plan.block_size, dtype=torch.uint8, device=plan.device), number
-    # tiles are told apart by sums of random 64-bit numbers over their pairs: two distinct ones agree once in 2^64
-    weights = torch.randint(
-        -(2**63), 2**63 - 1, (plan.block_size,) * 2, generator=torch.Generator().manual_seed(0), dtype=torch.int64
-    ).to(plan.device)
-    step = max(1, EVALUATED // plan.block_size**2)
-    codes = [
-        torch.where(_evaluated(plan, group[some], i[some], j[some]), weights, 0).sum((1, 2))
-        for some in wanted.split(step)
-    ]
-    codes, which = torch.cat(codes).unique(return_inverse=True)
-    # any tile of a kind shows the mask of all
-    example = torch.zeros_like(codes).scatter_(0, which, torch.arange(len(which), device=which.device))
-    shown = wanted[example]
-    masks = torch.cat([_evaluated(plan, group[some], i[some], j[some]) for some in shown.split(step)])
-    number[wanted] = which
-    return masks.to(torch.uint8), number
+        return torch.zeros(1, size, size, dtype=torch.uint8, device=plan.device), number
+    tiles = group[wanted], i[wanted], j[wanted]
+    examples, which = _alike(plan, *tiles).unique(return_inverse=True)
+    pieces = zip(*(t[examples].split(max(1, EVALUATED // size**2)) for t in tiles), strict=True)
+    words = torch.cat([_packed(_evaluated(plan, *piece).flatten(1)).view(torch.int64) for piece in pieces])
+    words, mask = words.unique(dim=0, return_inverse=True)
+    number[wanted] = mask[which]
+    return _unpacked(words.view(torch.uint8)).view(-1, size, size), number
+
+
+def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """For each tile one that holds the same pairs, `[T]`: by the pattern's signature, itself where that does not tell."""
+    size, layout, found = plan.block_size, plan.layout, torch.arange(len(i), device=plan.device)
+    if plan.mask_function is not None:
+        return found
+    b, p = group // len(plan.patterns), group % len(plan.patterns)
+    b = b if layout.rows > 1 else torch.zeros_like(b)
+    q, k = i * size + plan.q_offset, j * size
+    # tiles that hang over the last query or key
+    numbers = [(plan.q_offset + plan.q_len - q).clamp(max=size), (plan.kv_len - k).clamp(max=size)]
+    whole, length = torch.ones_like(found, dtype=torch.bool), None
+    if layout.start is not None:
+        origin = layout.start[b, q]
+        whole = (layout.start[b, k] == origin) & _is_whole(plan, True)[b, i] & _is_whole(plan, False)[b, j]
+        length = layout.end[b, q] + 1 - origin
+        q, k = q - origin, k - origin
+    if layout.marks is not None:
+        numbers += [_marked(plan, True)[b, i], _marked(plan, False)[b, j]]
+    for index, pattern in enumerate(plan.patterns):
+        own = (whole & (p == index)).nonzero().flatten()
+        marks = Marks(length=plan.kv_len if length is None else length[own])
+        signature = pattern.signature(q[own], k[own], size, marks)
+        if signature is not None and len(own):
+            which = _numbered([*signature, *(t[own] for t in numbers)])
+            found[own] = torch.zeros_like(own).scatter_(0, which, own)[which]
+    return found
+
+
+def _numbered(columns: list[Tensor]) -> Tensor:
+    """The rows of `columns` `[T]` each, numbered from 0: equal rows, and no others, have one number."""
+    number = torch.zeros_like(columns[0], dtype=torch.int64)
+    for column in columns:
+        column = column - column.min()
+        number = (number * (column.max() + 1) + column).unique(return_inverse=True)[1]
+    return number
+
+
+def _tokens(plan: BlockPlan, of_queries: bool) -> Tensor:
+    """The tokens of each tile, `[Nq or Nk, S]`; those beyond the last are the last."""
+    first, lines, length = (
+        (plan.q_offset, plan.q_blocks, plan.q_len) if of_queries else (0, plan.kv_blocks, plan.kv_len)
+    )
+    place = torch.arange(lines * plan.block_size, device=plan.device).clamp(max=length - 1)
+    return (first + place).view(lines, plan.block_size)
+
+
+def _is_whole(plan: BlockPlan, of_queries: bool) -> Tensor:
+    """Which tiles hold tokens of one sequence only, `[B or 1, Nq or Nk]`."""
+    layout, tokens = plan.layout, _tokens(plan, of_queries)
+    start = layout.start[:, tokens]
+    whole = (start == start[..., :1]).all(-1)
+    return whole if layout.real is None else whole & layout.real[:, tokens].all(-1)
+
+
+def _marked(plan: BlockPlan, of_queries: bool) -> Tensor:
+    """Which tokens of each tile are marked, as a number, `[B or 1, Nq or Nk]`."""
+    marks = plan.layout.marks[:, _tokens(plan, of_queries)]
+    number = _packed(marks.flatten(0, 1)).unique(dim=0, return_inverse=True)[1]
+    return number.view(marks.shape[:2])
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """`[T, 8 * m]` bool as bits, `[T, m]` uint8."""
+    # of 8 bytes that are 0 or 1 the product moves the last bit of byte n to bit 56 + n
+    return (flags.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """`_packed` again as flags, uint8."""
+    return (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)
 
 
 def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:

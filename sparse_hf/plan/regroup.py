@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..pattern import Marked, MarkedKeys, Outside, Pattern, Stride, Window
-from ..pattern.base import Intersection, Union
+from ..pattern.base import Intersection, Union, written_out
 from .block_plan import BlockPlan
 from .layout import Layout, make_layout
 from .memo import remembered
-from .split import Shape, read_pattern, within, written_out
+from .split import Shape, read_pattern, within
 
 # regrouping copies what it reads and merges what it gives: it is for patterns of which it spares this many times the pairs
 GAIN = 2

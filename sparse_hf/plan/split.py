@@ -16,18 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from ..pattern import First, Marked, MarkedKeys, Pattern, Window
-from ..pattern.base import Intersection, Union
+from ..pattern.base import MAX_TERMS, written_out
 from .block_plan import BlockPlan
 from .memo import remembered
-
-# a pattern whose written-out form has more terms than this is not looked at
-MAX_TERMS = 64
 
 
 @dataclass(frozen=True)
@@ -95,21 +91,6 @@ def read_pattern(pattern: Pattern, kv_len: int, of_any_reach: bool = False) -> S
     if shape.has_rows and clip != Window(None, None) and not of_any_reach:
         return f"global queries that see {clip} only; they must see everything"
     return shape
-
-
-def written_out(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
-    """The pattern written out as a union of intersections; None if there are too many."""
-    if isinstance(pattern, Union):
-        found = [written_out(part) for part in pattern.parts]
-        out = None if None in found else [term for terms in found for term in terms]
-    elif isinstance(pattern, Intersection):
-        found = [written_out(part) for part in pattern.parts]
-        if None in found or reduce(lambda n, terms: n * len(terms), found, 1) > MAX_TERMS:
-            return None
-        out = [sum(choice, ()) for choice in product(*found)]
-    else:
-        out = [(pattern,)]
-    return out if out is not None and len(out) <= MAX_TERMS else None
 
 
 def within(window: Window, kv_len: int) -> Window:

@@ -143,6 +143,40 @@ def test_blocks_of_a_grain_are_full_or_empty(pattern):
 
 
 @law
+@given(patterns, st.sampled_from([1, 4, 8, 16]))
+def test_squares_with_one_signature_hold_the_same_pairs(pattern, side):
+    # every square of unmarked tokens, inside and outside the first N
+    first = torch.arange(3 * N - side)
+    q0, k0 = torch.cartesian_prod(first, first).unbind(1)
+    signature = pattern.signature(q0, k0, side, Marks(length=2 * N))
+    if signature is None:
+        return
+    rows = torch.stack([torch.zeros_like(q0), *signature], 1)
+    _, which = rows.unique(dim=0, return_inverse=True)
+    example = torch.zeros_like(which).scatter_(0, which, torch.arange(len(which)))[which]
+    place = torch.arange(3 * N)
+    held = pattern.allows(place[:, None], place[None, :], Marks(length=2 * N))
+    squares = held.unfold(0, side, 1).unfold(1, side, 1)[: len(first), : len(first)].reshape(len(q0), side, side)
+    assert torch.equal(squares, squares[example])
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("window(30, 0)", 32 + 2 * 16 - 1),
+        ("first(3)", 16),
+        ("marked()", 1),
+        ("window(None, None)", 1),
+        ("stride(7)", 7),
+    ],
+)
+def test_signatures_tell_few_squares_apart(text, kinds):
+    q0, k0 = torch.cartesian_prod(torch.arange(100), torch.arange(100)).unbind(1)
+    signature = Pattern.parse(text).signature(q0, k0, 16, Marks(length=116))
+    assert len(torch.stack([torch.zeros_like(q0), *signature], 1).unique(dim=0)) == kinds
+
+
+@law
 @given(patterns)
 def test_reachable_is_sound(pattern):
     later = pairs(pattern).flip(0).cummax(0).values.flip(0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
-from sparse_hf.plan import calls, joined_rows, lists, made_apart, remembered
+from sparse_hf.plan import build, calls, joined_rows, lists, made_apart, remembered
 from tests import oracle
 from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
@@ -34,6 +34,53 @@ def test_tables_hold_the_pairs_of_the_pattern(pattern, causal, case):
             found = plan.to_dense()[:, heads].expand(expected.shape[0], -1, -1, -1)
             assert torch.equal(found, expected.expand_as(found))
             assert torch.equal(plan.row_counts(), plan.to_dense().sum(-1))
+
+
+DRAWN = [
+    "bigbird(block_size=16) | marked()",
+    "(random_blocks(2, 16, 1) | window(3, 3)) & window(40, 9)",
+    "random_blocks(2, 40, 7) & random_blocks(2, 24, 1) | last(3)",
+    "outside(random_blocks(2, 16, 1)) & window(60, 60)",
+    "per_head(bigbird(16, 3, 1, 0), bigbird(16, 3, 1, 1), random_blocks(1, 7, 3))",
+]
+
+
+@pytest.mark.parametrize("case", SCENARIOS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, *DRAWN])
+def test_coarse_squares_and_signatures_lose_no_pair(pattern, case, monkeypatch):
+    # the plane is cut from a single square, in sweeps of a few, as those of long texts are
+    monkeypatch.setattr(build, "FEW", 1)
+    monkeypatch.setattr(build, "SWEEP", 64)
+    batch = scenario(case, 257)
+    q_len = batch.pop("q_len")
+    expected = oracle.dense_mask(pattern, q_len, 257, **batch)
+    plan = build_plan(
+        pattern, q_len, key_padding_mask=batch["real"], segment_ids=batch["documents"], marks=batch["marks"],
+        kv_len=257, block_size=32,
+    )  # fmt: skip
+    heads = list(plan.heads) or [0]
+    assert torch.equal(plan.to_dense()[:, heads].expand_as(expected), expected)
+    tiles = lists.tile_lists(plan, 16, len(expected), len(heads))
+    for group, wanted in zip(tiles.group_of.tolist(), expected.flatten(0, 1), strict=True):
+        for listed, masks, mask in (
+            (tiles.by_query, tiles.masks, wanted),
+            (tiles.by_key, tiles.masks_by_key, wanted.T),
+        ):
+            assert torch.equal(drawn_out(listed, masks, group, mask.shape), mask)
+
+
+def drawn_out(listed, masks, group: int, shape: tuple[int, int]) -> torch.Tensor:
+    """The pairs of a group in the lists of tiles, `[*shape]` bool."""
+    side = masks.shape[1]
+    pairs = torch.zeros(listed.lines, -(-shape[1] // side), side, side, dtype=torch.bool)
+    for line in range(listed.lines):
+        row = group * listed.lines + line
+        first, last = listed.offsets[row : row + 2].tolist()
+        held = torch.ones(last - first, side, side, dtype=torch.bool)
+        masked = int(listed.masked[row])
+        held[:masked] = masks[listed.masks[first : first + masked].long()].bool()
+        pairs[line, listed.others[first:last].long()] = held
+    return pairs.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 @pytest.mark.parametrize("case", SCENARIOS)
