@@ -99,19 +99,18 @@ def sparse_attention(
         rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
         out, lse = content.attend(q, k, v, *rest, choose)
     else:
-        is_few = few.suits(backend, q, scoring, dropout, return_lse)
-        # what few queries see are ranges of keys, numbers that the host works with
-        device = "cpu" if is_few and all(t is None for t in batch) else q.device
-        may = regroup.may_regroup(backend, scoring, dropout) and not is_few
-        plan = cached_plan(
-            str(pattern), q.shape[2], k.shape[2], q_offset, batch, device, by_identity=True, may_regroup=may
-        )
+        lengths = str(pattern), q.shape[2], k.shape[2], q_offset
+        if few.suits(backend, q, scoring, dropout, return_lse):
+            # ranges of keys are numbers that the host works with
+            plan = cached_plan(*lengths, batch, few.place(q, batch), by_identity=True)
+            _check_plan(plan, q)
+            out = few.attend(q, k, v, plan, scoring.scale)
+            if out is not None:
+                _say_few(q.device.type, str(q.dtype))
+                return out
+        may = regroup.may_regroup(backend, scoring, dropout)
+        plan = cached_plan(*lengths, batch, q.device, by_identity=True, may_regroup=may)
         _check_plan(plan, q)
-        out = few.attend(q, k, v, plan, scoring.scale) if is_few else None
-        if out is not None:
-            _say_few(q.device.type, str(q.dtype))
-            return out
-        plan = plan.to(q.device) if is_few else plan
         out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 

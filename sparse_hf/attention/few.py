@@ -36,14 +36,12 @@ class Seen:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Tensor | None:
-    """Out `[B, H, Q, D]`, differentiable; None where others are faster."""
+    """Out `[B, H, Q, D]`, differentiable; None where there is too much or nothing to see, or others are faster."""
     seen = look(plan, q.shape[0] * q.shape[1])
     if seen is None or (q.device.type in WALKERS and len(seen.keys) != 1):
         return None
     k, v = (_taken(t, seen.keys) for t in (k, v))
     groups = k.shape[1]
-    if not k.shape[2]:
-        return q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * q.sum()
     mask = seen.mask
     if mask is not None and groups != q.shape[1]:
         mask = _folded(mask.expand(-1, q.shape[1], -1, -1), groups)
@@ -58,9 +56,14 @@ def suits(backend: str, q: Tensor, scoring: Scoring, dropout: float, wants_lse: 
     return backend == "auto" and q.shape[2] < QUERIES and is_plain
 
 
+def place(q: Tensor, batch: tuple[Tensor | None, ...]) -> torch.device:
+    """Where the plan of such a call is made: on the CPU, unless there is batch data elsewhere."""
+    return torch.device("cpu") if all(t is None for t in batch) else q.device
+
+
 @remembered
 def look(plan: BlockPlan, rows: int) -> Seen | None:
-    """What the queries of a plan see; None if it is more than `PAIRS` for `rows` batch rows and heads."""
+    """What the queries of a plan see; None if it is nothing, or more than `PAIRS` for `rows` batch rows and heads."""
     blocks = plan.columns.long().unique()
     keys = (blocks[:, None] * plan.block_size + torch.arange(plan.block_size, device=plan.device)).flatten()
     keys = keys[keys < plan.kv_len]
@@ -72,6 +75,8 @@ def look(plan: BlockPlan, rows: int) -> Seen | None:
     masks = [plan.allows(b, p, q, keys).expand(shape) for p in range(len(plan.patterns))]
     mask = torch.stack([masks[p] for p in plan.heads or (0,)], 1)
     is_seen = mask.flatten(0, 2).any(0)
+    if not is_seen.any():
+        return None
     keys, mask = keys[is_seen], mask[..., is_seen]
     sees = mask.any(-1, keepdim=True)
     blind = None if sees.all() else ~sees
@@ -82,7 +87,7 @@ def look(plan: BlockPlan, rows: int) -> Seen | None:
 
 def _ranges(keys: Tensor) -> tuple[tuple[int, int], ...] | Tensor:
     jumps = (keys.diff() != 1).nonzero().flatten().tolist()
-    if len(jumps) >= RANGES or not len(keys):
+    if len(jumps) >= RANGES:
         return keys
     begins, ends = keys[[0, *(j + 1 for j in jumps)]].tolist(), keys[[*jumps, -1]].tolist()
     return tuple((begin, end + 1) for begin, end in zip(begins, ends, strict=True))

@@ -135,29 +135,27 @@ def test_a_mask_that_is_gone_is_not_the_mask_that_is_not_given():
     torch.testing.assert_close(plain, sparse_attention(q, k, v, "window(5, 5)"))
 
 
-def test_auto_says_what_it_chose_once(caplog):
-    from sparse_hf.attention import _say
+@pytest.mark.parametrize(
+    ("queries", "said"),
+    [
+        (128, "attention on cpu in torch.float32 runs on backend 'blockwise'"),
+        (
+            8,
+            "attention of fewer than 128 queries on cpu in torch.float32 runs on PyTorch's scaled_dot_product_attention over the "
+            "keys that they see",
+        ),
+    ],
+)
+def test_auto_says_what_it_chose_once(queries, said, caplog):
+    from sparse_hf.attention import _say, _say_few
 
     _say.cache_clear()
-    q, k, v = (t.detach() for t in random(*[(1, 1, 128, 8)] * 3))
-    with caplog.at_level(logging.INFO, logger="sparse_hf"):
-        for _ in range(3):
-            sparse_attention(q, k, v, "window(1, 0)")
-    assert [r.message for r in caplog.records] == ["attention on cpu in torch.float32 runs on backend 'blockwise'"]
-
-
-def test_auto_says_once_what_few_queries_run_on(caplog):
-    from sparse_hf.attention import _say_few
-
     _say_few.cache_clear()
-    q, k, v = (t.detach() for t in random(*[(1, 1, 8, 8)] * 3))
+    q, k, v = (t.detach() for t in random(*[(1, 1, queries, 8)] * 3))
     with caplog.at_level(logging.INFO, logger="sparse_hf"):
         for _ in range(3):
             sparse_attention(q, k, v, "window(1, 0)")
-    assert [r.message for r in caplog.records] == [
-        "attention of fewer than 128 queries on cpu in torch.float32 runs on PyTorch's scaled_dot_product_attention over the keys "
-        "that they see"
-    ]
+    assert [r.message for r in caplog.records] == [said]
 
 
 @pytest.mark.parametrize(

@@ -49,22 +49,28 @@ def test_exact_behind_a_long_text(pattern, queries, answers):
     torch.testing.assert_close(got, oracle.attention(q, k, v, mask)[0], atol=1e-12, rtol=1e-12)
 
 
+def without_lse(function):
+    """As `oracle.gradients` wants it."""
+    return lambda q, k, v: (function(q, k, v), q.new_zeros(1))
+
+
 def compare(pattern: str, length: int, case: str, shape):
     batch = scenario(case, length, BATCH)
     q_len = batch.pop("q_len")
     mask = oracle.dense_mask(pattern, q_len, length, **batch)
     given = {"key_padding_mask": batch["real"], "segment_ids": batch["documents"], "marks": batch["marks"]}
-    results = []
-    for function in (
-        lambda q, k, v: sparse_attention(q, k, v, pattern, **given),
-        lambda q, k, v: oracle.attention(q, k, v, mask)[0],
-    ):
-        q, k, v = (t.requires_grad_() for t in tensors(shape, q_len, length, torch.float64))
-        out = function(q, k, v)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), (q, k, v))))
-    for got, right in zip(*results, strict=True):
-        torch.testing.assert_close(got, right, atol=1e-12, rtol=1e-12)
+    qkv = tensors(shape, q_len, length, torch.float64)
+    got = oracle.gradients(without_lse(lambda q, k, v: sparse_attention(q, k, v, pattern, **given)), *qkv)
+    right = oracle.gradients(without_lse(lambda q, k, v: oracle.attention(q, k, v, mask)[0]), *qkv)
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_where_nobody_sees_anything_others_give_gradients_of_zero(answers):
+    q, k, v = (t.requires_grad_() for t in tensors((4, 2, 32), 5, 5, torch.float64))
+    out = sparse_attention(q, k, v, "window(2, 2)", key_padding_mask=torch.zeros(BATCH, 5, dtype=torch.bool))
+    assert answers == [None] and not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_a_window_reads_what_it_holds():
