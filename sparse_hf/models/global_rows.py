@@ -22,7 +22,7 @@ from ..plan import build_plan
 from .config import IMPLEMENTATIONS
 from .seam import attention_with_weights
 from .tensor_parallel import own_heads
-from .unprojected import replace_rows
+from .unprojected import replace_rows, seen_keys, taken, with_rows
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -109,17 +109,15 @@ class GlobalRowsMixin:
         if not as_pattern and self._is_cheaper_unprojected(tokens.most):
             given = out, hidden_states, index, is_marked, tokens.real
             return replace_rows(*given, self.query_global, self.key_global, self.value_global)
-        q = self._heads("query_global", _taken(hidden_states, index))
+        q = self._heads("query_global", taken(hidden_states, index))
         if as_pattern:
-            states, tokens = _taken(hidden_states, tokens.order), tokens.sorted()
+            states, tokens = taken(hidden_states, tokens.order), tokens.sorted()
             k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
             rows, _ = self._attend(q, k, v, ALL_KEYS, tokens)  # [B, H, M, D]
         else:
             k, v = (self._heads(name, hidden_states) for name in ("key_global", "value_global"))
             rows = _see_all(q, k, v, tokens.real)
-        place = index[:, None, :, None].expand_as(rows)
-        # a batch row with fewer marked tokens keeps what it has
-        return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+        return with_rows(out, rows, index, is_marked)
 
     def _is_cheaper_unprojected(self, most: int) -> bool:
         """Are marked tokens so few that their queries are brought to the states rather than all states to them?
@@ -142,11 +140,6 @@ class GlobalRowsMixin:
         return sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend), None
 
 
-def _taken(states: Tensor, index: Tensor) -> Tensor:
-    """The states `[B, M, E]` of the tokens `index` `[B, M]`."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-
 def _is_bare(module: nn.Module) -> bool:
     """A linear layer whose weights say all."""
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
@@ -155,10 +148,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _see_all(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     """Dense attention of a few queries to all real keys: M * N work, and no M x N tensor."""
-    mask = None
-    if real is not None:
-        # a row of padding alone must give no NaN; what it sees instead is thrown away
-        mask = (real | ~real.any(-1, keepdim=True))[:, None, None, :]
+    mask = None if real is None else seen_keys(real)[:, None, None, :]
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
 

@@ -39,20 +39,17 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, out, states, index, is_marked, real, w_query, b_query, w_key, b_key, w_value, b_value):
         heads, dim = out.shape[1], out.shape[3]
         # [B, M, E] by row, [H, B * M, ...] by head
-        marked = states.gather(1, index[..., None].expand(-1, -1, states.shape[2])).flatten(0, 1)
+        marked = taken(states, index).flatten(0, 1)
         q = torch.addmm(b_query, marked, w_query.t()).mul_(dim**-0.5)
         q = q.view(-1, heads, dim).transpose(0, 1)
         directions = _by_row(q @ w_key.view(heads, dim, -1), index)  # [B, H * M, E]
         scores = directions @ states.mT
         if real is not None:
-            # a row of padding alone must give no NaN; what it sees instead is thrown away
-            scores.masked_fill_(~(real | ~real.any(-1, keepdim=True))[:, None], -torch.inf)
+            scores.masked_fill_(~seen_keys(real)[:, None], -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
         means = weights @ states  # [B, H * M, E]
         rows = torch.baddbmm(b_value.view(heads, 1, dim), _by_head(means, heads), w_value.view(heads, dim, -1).mT)
-        place = index[:, None, :, None].expand(-1, heads, -1, dim)
-        rows = rows.unflatten(1, index.shape).transpose(0, 1)  # [B, H, M, D]
-        found = out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+        found = with_rows(out, rows.unflatten(1, index.shape).transpose(0, 1), index, is_marked)
         ctx.save_for_backward(
             states, index, is_marked, w_query, w_key, b_key, w_value, marked, q, directions, weights, means
         )
@@ -85,6 +82,25 @@ class _Rows(torch.autograd.Function):
             grad_out, grad_states, None, None, None, grad_q.t() @ marked, grad_q.sum(0), grad_w_key.view_as(w_key),
             torch.zeros_like(b_key), grad_w_value.view_as(w_value), given.sum(1).flatten(),
         )  # fmt: skip
+
+
+def taken(states: Tensor, index: Tensor) -> Tensor:
+    """The states `[B, M, E]` of the tokens `index` `[B, M]`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def with_rows(out: Tensor, rows: Tensor, index: Tensor, is_marked: Tensor) -> Tensor:
+    """`out` `[B, H, N, D]` with `rows` `[B, H, M, D]` for the tokens `index`, where they are marked.
+
+    A batch row with fewer marked tokens than others keeps what it has.
+    """
+    place = index[:, None, :, None].expand_as(rows)
+    return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+
+
+def seen_keys(real: Tensor) -> Tensor:
+    """`real` `[B, N]`, but all keys of a row of padding alone: it must give no NaN, and what it sees is thrown away."""
+    return real | ~real.any(-1, keepdim=True)
 
 
 def _by_row(t: Tensor, index: Tensor) -> Tensor:

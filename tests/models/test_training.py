@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models.test_published import HEADS as PUBLISHED
+from tests.processes import TORCHRUN, finished
 
 SCRIPT = Path(__file__).parent / "train_script.py"
 
@@ -19,21 +17,9 @@ DENSE = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassi
 
 
 def steps(heads: tuple[str, ...], processes: int, batch: int, accumulate: int, out: Path) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        *launch,
-        str(SCRIPT),
-        ",".join(heads),
-        str(batch),
-        str(accumulate),
-        str(out),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[2], timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else []
+    status, said = finished(*launch, str(SCRIPT), ",".join(heads), str(batch), str(accumulate), str(out))
+    assert status == 0, said[-3000:]
     return torch.load(out, weights_only=True)
 
 

@@ -24,8 +24,8 @@ from sparse_hf.models.tensor_parallel import own_heads
 from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
 from tests.models.longformers import stock_model
+from tests.processes import TORCHRUN, finished
 from tests.train import broken_run
-from tests.train.processes import TORCHRUN, finished
 from tests.transformers.standins import run_distributed
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.processes import TORCHRUN, finished
+from tests.processes import TORCHRUN, finished
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
