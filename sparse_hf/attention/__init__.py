@@ -134,10 +134,8 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
     names = PREFERENCE if queries >= few.QUERIES else ("blockwise",)
-    able = [name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None]
-    if able[0] == "fa" and not fa.is_fastest(q):
-        able = able[1:]
-    name = able[0]
+    able = (name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
+    name = next(name for name in able if name != "fa" or fa.is_fastest(q))
     _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)
     return BACKENDS[name]
 

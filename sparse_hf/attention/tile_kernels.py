@@ -28,9 +28,9 @@ def _mix(x):
 
 @triton.jit
 def _kept(seed, b, h, q, k, threshold):
-    """`dropout.kept_at` for places q and k that broadcast."""
+    """`dropout.kept_at` for places q and k that broadcast; seed and threshold are words with a sign."""
     row = _mix(_mix(_mix((seed ^ b).to(tl.uint32)) ^ h.to(tl.uint32)) ^ q.to(tl.uint32))
-    return _mix(row ^ _mix((k.to(tl.int64) + 0x9E3779B9).to(tl.uint32))).to(tl.int64) >= threshold
+    return _mix(row ^ _mix((k.to(tl.int64) + 0x9E3779B9).to(tl.uint32))) >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def gradients_of_queries(
     groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n, l_h, delta_h,
     scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
-    H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, INDEXED: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr,
     BY_PLACE: tl.constexpr, RELATION: tl.constexpr, HAS_CAP: tl.constexpr, DROPOUT: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -410,7 +410,7 @@ def gradients_of_keys(
     tl.store(at_v, grad_v.to(dv_ptr.dtype.element_ty), mask=box)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def merge_segments(
     part_out, part_lse, long, out_ptr, lse_ptr, o_b, o_h, o_n, l_h, length,
     H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -442,21 +442,31 @@ def merge_segments(
 
 
 @triton.jit
-def add_segments(
-    parts, long, total_ptr, t_b, t_h, t_n, length,
-    H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients that segments found, in a fixed order; `H` heads of what they are added to."""
-    row = tl.program_id(1).to(tl.int64)
-    rows = row * 0 + tl.num_programs(1)
-    at = long + tl.program_id(0) * 3
-    tile, first, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+def _add(
+    parts, total_ptr, row, rows, first, count, stride, place, box, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
     m, d = tl.arange(0, S), tl.arange(0, BD)
-    place = tile.to(tl.int64) * S + m
-    box = (place < length)[:, None] & (d[None, :] < D)
-    at = total_ptr + row // H * t_b + row % H * t_h + place[:, None] * t_n + d[None, :]
+    at = total_ptr + place[:, None] * stride + d[None, :]
     total = tl.load(at, mask=box, other=0.0).to(tl.float32)
     for s in range(first, first + count):
         more = (s * rows + row) * S + m
         total += tl.load(parts + more[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)
     tl.store(at, total.to(total_ptr.dtype.element_ty), mask=box)
+
+
+@triton.jit(do_not_specialize=["length"])
+def add_segments(
+    parts_a, parts_b, long, a_ptr, b_ptr, a_b, a_h, a_n, b_b, b_h, b_n, length,
+    H: tl.constexpr, TWO: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients that segments found, in a fixed order, to one tensor or `TWO`, of `H` heads."""
+    row = tl.program_id(1).to(tl.int64)
+    rows = row * 0 + tl.num_programs(1)
+    at = long + tl.program_id(0) * 3
+    tile, first, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    place = tile.to(tl.int64) * S + tl.arange(0, S)
+    box = (place < length)[:, None] & (tl.arange(0, BD)[None, :] < D)
+    b, h = row // H, row % H
+    _add(parts_a, a_ptr + b * a_b + h * a_h, row, rows, first, count, a_n, place, box, S, D, BD)
+    if TWO:
+        _add(parts_b, b_ptr + b * b_b + h * b_h, row, rows, first, count, b_n, place, box, S, D, BD)

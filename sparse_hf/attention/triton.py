@@ -8,7 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..plan import BlockPlan
 from ..plan.lists import Lists, TileLists, tile_lists
 from .dropout import threshold
+from .launch import launch
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
@@ -133,15 +134,15 @@ class Call:
 
         lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
         parts = self._parts(lists, out, lse)
+        tensors = q, k, v, out, lse, *parts, *self._tables(lists, self.tiles.masks)
         # the last number is of a row of lse
-        strides = *_strides(q, k, v, out), lse.shape[2]
-        rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
-        options = self._constants(lists, q, k) | launches(q)[0]
-        kernels.forward[(lists.items, rows)](q, k, v, out, lse, *parts, *rest, **options)
+        strides = (*_strides(q, k, v, out), lse.shape[2])
+        constants, options = self._constants(lists, q, k), launches(q)[0]
+        launch(kernels.forward, (lists.items, rows), tensors, strides, self._numbers(lists, q, k), constants, **options)
         if lists.cut:
-            kernels.merge_segments[(len(lists.long), rows)](
-                *parts, lists.long, out, lse, *_strides(out), lse.shape[2], q.shape[2], H=q.shape[1], **self._shape(q)
-            )
+            tensors, strides = (*parts, lists.long, out, lse), (*_strides(out), lse.shape[2])
+            constants = {"H": q.shape[1], **self._shape(q)}
+            launch(kernels.merge_segments, (len(lists.long), rows), tensors, strides, (q.shape[2],), constants)
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grads: Sequence[Tensor]) -> None:
         """Write the gradients of q, k and v to `grads`, given those of out and lse (None: zero)."""
@@ -153,24 +154,25 @@ class Call:
         given_lse = lse if grad_lse is None else grad_lse.contiguous()
         places = q.shape[2] if self.index is None else self.index.shape[1]
         delta = torch.empty(*q.shape[:2], places, dtype=torch.float32, device=q.device)
-        lengths, warps = (lse.shape[2], places), launches(q)[1]
+        lengths, options = (lse.shape[2], places), launches(q)[1]
 
         lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
         parts = self._parts(lists, grad_q)
-        strides = *_strides(grad_out, q, k, v, out, grad_q), *lengths
-        rest = *self._tables(lists, self.tiles.masks), *strides, *self._numbers(lists, q, k)
-        options = self._constants(lists, q, k) | warps | {"HAS_GRAD_LSE": grad_lse is not None}
-        given = grad_out, q, k, v, out, lse, given_lse, delta
-        kernels.gradients_of_queries[(lists.items, rows)](*given, grad_q, *parts, *rest, **options)
+        tables = self._tables(lists, self.tiles.masks)
+        tensors = grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *parts, *tables
+        strides = (*_strides(grad_out, q, k, v, out, grad_q), *lengths)
+        constants = {"HAS_GRAD_LSE": grad_lse is not None, **self._constants(lists, q, k)}
+        numbers = self._numbers(lists, q, k)
+        launch(kernels.gradients_of_queries, (lists.items, rows), tensors, strides, numbers, constants, **options)
         self._add(parts, lists, (grad_q,))
 
         lists, rows = self.tiles.by_key, k.shape[0] * k.shape[1]
         parts = self._parts(lists, *grads_of_keys)
-        strides = *_strides(grad_out, q, k, v, *grads_of_keys), *lengths
-        rest = *self._tables(lists, self.tiles.masks_by_key), *strides, *self._numbers(lists, q, k)
-        options = self._constants(lists, q, k) | warps
-        given = grad_out, q, k, v, lse, delta
-        kernels.gradients_of_keys[(lists.items, rows)](*given, *grads_of_keys, *parts, *rest, **options)
+        tables = self._tables(lists, self.tiles.masks_by_key)
+        tensors = grad_out, q, k, v, lse, delta, *grads_of_keys, *parts, *tables
+        strides = (*_strides(grad_out, q, k, v, *grads_of_keys), *lengths)
+        constants, numbers = self._constants(lists, q, k), self._numbers(lists, q, k)
+        launch(kernels.gradients_of_keys, (lists.items, rows), tensors, strides, numbers, constants, **options)
         self._add(parts, lists, grads_of_keys)
 
     def _tables(self, lists: Lists, masks: Tensor) -> tuple[Tensor, ...]:
@@ -181,10 +183,10 @@ class Call:
 
     def _numbers(self, lists: Lists, q: Tensor, k: Tensor) -> tuple[float | int, ...]:
         seed = 0 if self.seed is None else int(self.seed)
-        dropped = seed, threshold(self.dropout), 1 / (1 - self.dropout)
+        dropped = _word(seed), _word(threshold(self.dropout)), 1 / (1 - self.dropout)
         width = 0 if self.index is None else self.index.shape[1]
         of_lists = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
-        return self.scoring.scale, self.scoring.softcap or 1.0, *dropped, q.shape[2], k.shape[2], *of_lists
+        return self.scoring.scale, float(self.scoring.softcap or 1), *dropped, q.shape[2], k.shape[2], *of_lists
 
     def _constants(self, lists: Lists, q: Tensor, k: Tensor) -> dict:
         return {
@@ -207,19 +209,27 @@ class Call:
         ]
 
     def _add(self, parts: Sequence[Tensor], lists: Lists, grads: Sequence[Tensor]) -> None:
-        """Add what segments found to gradients `[B, heads, length, D]`."""
+        """Add what segments found to one or two gradients `[B, heads, length, D]`."""
         from .tile_kernels import add_segments
 
-        for part, grad in zip(parts, grads, strict=True) if lists.cut else ():
-            batch, heads, length, _ = grad.shape
-            add_segments[(len(lists.long), batch * heads)](
-                part, lists.long, grad, *_strides(grad), length, H=heads, **self._shape(grad)
-            )
+        if not lists.cut:
+            return
+        batch, heads, length, _ = grads[0].shape
+        # of a single one both are the same, and the second is left alone
+        tensors = parts[0], parts[-1], lists.long, grads[0], grads[-1]
+        constants = {"H": heads, "TWO": len(grads) > 1, **self._shape(grads[0])}
+        strides = _strides(grads[0], grads[-1])
+        launch(add_segments, (len(lists.long), batch * heads), tensors, strides, (length,), constants)
 
 
-def _strides(*tensors: Tensor) -> Iterator[int]:
+def _word(number: int) -> int:
+    """The same 32 bits with a sign, so that all seeds are of one type."""
+    return number - (1 << 32) if number >= 1 << 31 else number
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of `[B, H, L, D]`, whose last is 1."""
-    return (stride for t in tensors for stride in t.stride()[:3])
+    return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
 
 def launches(q: Tensor) -> tuple[dict, dict]:
