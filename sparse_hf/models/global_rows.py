@@ -38,6 +38,7 @@ class Tokens:
     marks: Tensor | None = None  # [B, N] bool, real tokens only
     order: Tensor | None = None  # [B, N] int64: indices of marked tokens, then of other real ones, then of padding
     most: int = 0  # M; a graph, which cannot look, takes N
+    alike: bool = False  # does each row have as many marked tokens?
 
     def to(self, device) -> Tokens:
         values = (getattr(self, field.name) for field in fields(self))
@@ -46,7 +47,7 @@ class Tokens:
     def sorted(self) -> Tokens:
         """The same tokens in `order`."""
         real = None if self.real is None else self.real.gather(1, self.order)
-        return Tokens(real, self.marks.gather(1, self.order), most=self.most)
+        return Tokens(real, self.marks.gather(1, self.order), None, self.most, self.alike)
 
 
 def read_tokens(attention_mask: Tensor | None, global_attention_mask: Tensor | None) -> Tokens:
@@ -59,13 +60,14 @@ def read_tokens(attention_mask: Tensor | None, global_attention_mask: Tensor | N
     if global_attention_mask is None:
         return Tokens(real)
     marks = global_attention_mask.bool() if real is None else global_attention_mask.bool() & real
-    most = marks.shape[1]
+    most, alike = marks.shape[1], False
     if not torch.compiler.is_compiling():
-        most = int(marks.sum(1).max())
+        least, most = torch.stack(marks.sum(1).aminmax()).tolist()
+        alike = least == most
         if not most:
             return Tokens(real)
     rank = marks.int() if real is None else marks.int() + real
-    return Tokens(real, marks, rank.argsort(dim=1, descending=True, stable=True), most)
+    return Tokens(real, marks, rank.argsort(dim=1, descending=True, stable=True), most, alike)
 
 
 class GlobalRowsMixin:
@@ -103,7 +105,7 @@ class GlobalRowsMixin:
     def _gathered_rows(self, hidden_states: Tensor, out: Tensor, tokens: Tokens) -> Tensor:
         """`out` `[B, H, N, D]` with the rows of marked tokens replaced: M * N work, wherever they stand."""
         index = tokens.order[:, : tokens.most]
-        is_marked = tokens.marks.gather(1, index)
+        is_marked = None if tokens.alike else tokens.marks.gather(1, index)
         # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
         as_pattern = torch.compiler.is_compiling() or (self.training and self.dropout)
         if not as_pattern and self._is_cheaper_unprojected(tokens.most):

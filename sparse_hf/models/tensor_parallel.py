@@ -55,16 +55,19 @@ def check_division(model: nn.Module) -> None:
 
 
 def _rows(parameter) -> tuple[int, int] | None:
-    """Of a parameter whose rows are spread over a mesh: this rank's place and the number of ranks."""
+    """Of a parameter whose rows are spread for tensor parallelism: this rank's place and the number of ranks."""
     if not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(parameter, DTensor):
         return None
+    mesh = parameter.device_mesh
     for dim, placement in enumerate(parameter.placements):
-        if placement == Shard(0):
-            return parameter.device_mesh.get_local_rank(dim), parameter.device_mesh.size(dim)
+        # FSDP, too, spreads rows, of whatever they are: "fsdp", "dp_shard"
+        is_data_parallel = mesh.mesh_dim_names is not None and "dp" in mesh.mesh_dim_names[dim]
+        if placement == Shard(0) and not is_data_parallel:
+            return mesh.get_local_rank(dim), mesh.size(dim)
     return None
 
 

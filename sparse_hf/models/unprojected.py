@@ -15,14 +15,15 @@ from torch.autograd.function import once_differentiable
 
 
 def replace_rows(
-    out: Tensor, states: Tensor, index: Tensor, is_marked: Tensor, real: Tensor | None,
+    out: Tensor, states: Tensor, index: Tensor, is_marked: Tensor | None, real: Tensor | None,
     query: nn.Linear, key: nn.Linear, value: nn.Linear,
 ) -> Tensor:  # fmt: skip
     """`out` `[B, H, N, D]` with the rows of marked tokens replaced by their attention to all real tokens.
 
     Args:
         states: what is projected, `[B, N, E]`.
-        index: `[B, M]`, tokens whose rows are replaced, no token twice; where `is_marked` `[B, M]` is false they stay.
+        index: `[B, M]`, tokens whose rows are replaced, no token twice.
+        is_marked: `[B, M]`, false where a row stays as it is; None: nowhere.
         real: `[B, N]`, true on real tokens.
         query, key, value: the projections.
     """
@@ -38,15 +39,16 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, states, index, is_marked, real, w_query, b_query, w_key, b_key, w_value, b_value):
         heads, dim = out.shape[1], out.shape[3]
+        scale = dim**-0.5
         # [B, M, E] by row, [H, B * M, ...] by head
         marked = taken(states, index).flatten(0, 1)
-        q = torch.addmm(b_query, marked, w_query.t()).mul_(dim**-0.5)
+        q = torch.addmm(b_query, marked, w_query.t(), beta=scale, alpha=scale)
         q = q.view(-1, heads, dim).transpose(0, 1)
         directions = _by_row(q @ w_key.view(heads, dim, -1), index)  # [B, H * M, E]
         scores = directions @ states.mT
         if real is not None:
             scores.masked_fill_(~seen_keys(real)[:, None], -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
+        weights = scores.softmax(-1)
         means = weights @ states  # [B, H * M, E]
         rows = torch.baddbmm(b_value.view(heads, 1, dim), _by_head(means, heads), w_value.view(heads, dim, -1).mT)
         found = with_rows(out, rows.unflatten(1, index.shape).transpose(0, 1), index, is_marked)
@@ -63,17 +65,22 @@ class _Rows(torch.autograd.Function):
         )
         heads, dim = grad.shape[1], grad.shape[3]
         place = index[:, None, :, None].expand(-1, heads, -1, dim)
-        given, keeps = grad.gather(2, place), is_marked[:, None, :, None]
-        grad_out = grad.scatter(2, place, given.masked_fill(keeps, 0))
-        given = given.masked_fill(~keeps, 0).transpose(0, 1).flatten(1, 2)  # [H, B * M, D]
+        given = grad.gather(2, place)
+        if is_marked is None:
+            grad_out = grad.scatter(2, place, 0)
+        else:
+            keeps = is_marked[:, None, :, None]
+            grad_out = grad.scatter(2, place, given.masked_fill(keeps, 0))
+            given = given.masked_fill(~keeps, 0)
+        given = given.transpose(0, 1).flatten(1, 2)  # [H, B * M, D]
         grad_w_value = given.mT @ _by_head(means, heads)
         grad_means = _by_row(given @ w_value.view(heads, dim, -1), index)
-        change = grad_means @ states.mT - (grad_means * means).sum(-1, keepdim=True)
-        change = change.mul_(weights)  # of the scores
+        # of the scores
+        change = torch._softmax_backward_data(grad_means @ states.mT, weights, -1, weights.dtype)
         grad_states = torch.baddbmm(weights.mT @ grad_means, change.mT, directions)
         grad_directions = _by_head(change @ states, heads)
         grad_w_key = q.mT @ grad_directions
-        grad_q = (grad_directions @ w_key.view(heads, dim, -1).mT).mul_(dim**-0.5)
+        grad_q = torch.baddbmm(q, grad_directions, w_key.view(heads, dim, -1).mT, beta=0, alpha=dim**-0.5)
         grad_q = grad_q.transpose(0, 1).flatten(1)  # [B * M, E]
         at = index[..., None].expand(-1, -1, states.shape[2])
         of_marked = (grad_q @ w_query).view(at.shape)
@@ -89,12 +96,14 @@ def taken(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def with_rows(out: Tensor, rows: Tensor, index: Tensor, is_marked: Tensor) -> Tensor:
-    """`out` `[B, H, N, D]` with `rows` `[B, H, M, D]` for the tokens `index`, where they are marked.
+def with_rows(out: Tensor, rows: Tensor, index: Tensor, is_marked: Tensor | None) -> Tensor:
+    """`out` `[B, H, N, D]` with `rows` `[B, H, M, D]` for the tokens `index`, where they are marked (None: all are).
 
     A batch row with fewer marked tokens than others keeps what it has.
     """
     place = index[:, None, :, None].expand_as(rows)
+    if is_marked is None:
+        return out.scatter(2, place, rows)
     return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
 
 
