@@ -1,6 +1,6 @@
 """What a model learns from a teacher: the terms of the loss and their weights.
 
-Legend: B batch, L tokens of a row, T tokens that have a label, V vocabulary, D hidden size.
+Legend: B batch, L tokens of a row, T tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -68,16 +69,43 @@ def labelled(model, labels: Tensor) -> Tensor:
     return (labels[:, 1:] if shifts(model) else labels) != IGNORED
 
 
+class _Divergence(torch.autograd.Function):
+    """The sum of KL(teacher || student) over the rows that are kept.
+
+    What autograd would keep, two distributions in float32, is four times what answers take; this keeps the gradient in their dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, keep: Tensor, temperature: float) -> Tensor:
+        """Answers `[T, V]` of both, and `[T]` bool."""
+        total, grad = student.new_zeros((), dtype=torch.float32), torch.zeros_like(student)
+        for some, *answers, part in zip(*(t.split(CHUNK) for t in (keep, student, teacher, grad)), strict=True):
+            if not some.any():
+                continue
+            ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in answers)
+            wanted = theirs.exp()
+            kl = (wanted * (theirs - ours)).sum(-1)
+            total += kl.masked_fill(~some, 0).sum()
+            part.copy_(ours.exp_().sub_(wanted).div_(temperature).masked_fill_(~some[:, None], 0))
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, given):
+        (grad,) = ctx.saved_tensors
+        return grad * given.to(grad.dtype), None, None, None
+
+
 def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillation) -> Tensor:
     """The teacher's terms, summed over labelled tokens."""
     keep = labelled(model, labels)
     total = outputs["logits"].new_zeros((), dtype=torch.float32)
     if weights.logits:
-        pairs = [o["logits"][:, : keep.shape[1]][keep] for o in (outputs, taught)]  # [T, V]
-        for student, teacher in zip(*(p.split(CHUNK) for p in pairs), strict=True):
-            student, teacher = ((x.float() / weights.temperature).log_softmax(-1) for x in (student, teacher))
-            kl = F.kl_div(student, teacher, reduction="sum", log_target=True)
-            total = total + weights.logits * weights.temperature**2 * kl
+        # a decoder's last answer has no label
+        kept = F.pad(keep, (0, labels.shape[1] - keep.shape[1])).flatten()
+        answers = (o["logits"].flatten(0, 1) for o in (outputs, taught))
+        total = total + weights.logits * weights.temperature**2 * _Divergence.apply(*answers, kept, weights.temperature)
     if weights.hidden:
         # the first states are the embeddings
         states = [[s[:, : keep.shape[1]][keep] for s in o["hidden_states"][1:]] for o in (outputs, taught)]  # [T, D]

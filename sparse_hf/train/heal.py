@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..models import SparseMixin, sparsify
 from ..pattern import Window
@@ -33,7 +33,7 @@ class HealingTrainer(Trainer):
         edges: positions at which perplexity is told apart: `(512, 2048)` gives 0-511, 512-2047 and 2048-.
 
     Raises:
-        ValueError: a teacher of another vocabulary or depth, or one whose weights would be trained too.
+        ValueError: a teacher of another vocabulary or depth, one whose weights would be trained too, or one that ZeRO-3 spread.
     """
 
     def __init__(
@@ -55,6 +55,11 @@ class HealingTrainer(Trainer):
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         student = self.accelerator.unwrap_model(self.model)
         check_teacher(student, teacher, self.distillation)
+        if _is_partitioned(teacher):
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 left each process a part of the teacher, which nothing puts together; load the teacher before "
+                "TrainingArguments are made, or use FSDP2"
+            )
         if not isinstance(teacher, SparseMixin):
             # with a pattern of all pairs it computes what it did, and keeps packed documents apart as the student does
             teacher = sparsify(teacher, Window(None, None))
@@ -71,7 +76,8 @@ class HealingTrainer(Trainer):
         told = {k: v for k, v in asked.items() if k not in ("labels", "global_attention_mask")}
         if "global_attention_mask" in inputs and self.teacher.config.uses_marks:
             told["global_attention_mask"] = inputs["global_attention_mask"]
-        with torch.no_grad():
+        # autocast is around the student's forward only
+        with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**told)
         count, processes = num_items_in_batch, self._processes()
         if count is None:
@@ -144,11 +150,16 @@ def _perplexity(nll: Tensor, count: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Healed:
-    """The model, with LoRA merged into it, and what evaluation said before and after (empty without evaluation data)."""
+    """The model, with LoRA merged into it, and what evaluation said before and after (empty without evaluation data).
+
+    FSDP and DeepSpeed's ZeRO-3 leave each process a part of the model: `state_dict` is then the whole on the main process, and
+    `model.save_pretrained(folder, state_dict=state_dict)` saves it in any case.
+    """
 
     model: PreTrainedModel
     before: dict[str, float]
     after: dict[str, float]
+    state_dict: dict[str, Tensor] | None = None
 
 
 def heal(
@@ -178,7 +189,8 @@ def heal(
         trainer_options: what else Trainer takes: data_collator, processing_class, callbacks, ...
 
     Raises:
-        ValueError: a model that is not sparse, a distillation without a teacher, or a teacher that does not fit.
+        ValueError: a model that is not sparse, a distillation without a teacher, a teacher that does not fit, or LoRA where
+            FSDP or ZeRO-3 spread the model.
     """
     if not isinstance(model, SparseMixin):
         raise ValueError(f"{type(model).__name__} is not sparse; call sparsify or convert first")
@@ -190,9 +202,40 @@ def heal(
         model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
         distillation=distillation, edges=edges, **trainer_options,
     )  # fmt: skip
+    is_spread = trainer.is_fsdp_enabled or _is_partitioned(trainer.model)
+    if is_spread and lora is not None:
+        raise ValueError(
+            "LoRA is merged at the end, and FSDP or ZeRO-3 leave each process a part of the weights; use DDP, or train all weights"
+        )
+    first = _First(trainer)
     with TellAll():
-        before = trainer.evaluate(metric_key_prefix="before") if eval_dataset is not None else {}
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
+        # all processes give their parts
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_spread else None
     healed = trainer.accelerator.unwrap_model(trainer.model)
-    return Healed(healed.merge_and_unload() if lora is not None else healed, before, after)
+    return Healed(healed.merge_and_unload() if lora is not None else healed, first.metrics, after, whole)
+
+
+class _First(TrainerCallback):
+    """Evaluates when training begins: before, FSDP and ZeRO-3 have not spread the model yet and cannot evaluate it.
+
+    A run that goes on from a checkpoint takes what it said then.
+    """
+
+    def __init__(self, trainer: HealingTrainer):
+        self.trainer, self.metrics = trainer, {}
+        if trainer.eval_dataset is not None:
+            trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.global_step:
+            self.metrics = self.trainer.evaluate(metric_key_prefix="before")
+            return
+        for entry in state.log_history:
+            self.metrics |= {name: value for name, value in entry.items() if name.startswith("before_")}
+
+
+def _is_partitioned(model) -> bool:
+    """Did DeepSpeed's ZeRO-3 leave this process a part of the weights, as it does when a model is made?"""
+    return any(hasattr(p, "ds_id") for p in model.parameters())

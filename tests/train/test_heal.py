@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import sparse_hf
-from sparse_hf.train import Distillation, HealingTrainer, heal, lora_config
+from sparse_hf.train import Distillation, HealingTrainer, distillation, heal, lora_config
 from tests.models.families import dense_model
 
 # peft asks Transformers by an old name
@@ -95,6 +95,19 @@ def test_the_loss_is_the_formula(head, tmp_path):
     assert step(student, tmp_path, teacher=teacher, distillation=weights)[0] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_the_gradient_of_the_divergence_is_autograds(monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK", 4)
+    student, teacher = torch.randn(2, 15, 11, generator=torch.Generator().manual_seed(0)).unbind()
+    # one piece of four rows keeps none, the last is shorter
+    keep = torch.tensor([True, False, True, True] + 4 * [False] + 7 * [True])
+    p, q = ((x.double() / 3).softmax(-1) for x in (teacher, student.requires_grad_()))
+    expected = (p * (p / q).log()).sum(-1)[keep].sum()
+    got = distillation._Divergence.apply(student, teacher, keep, 3.0)
+    torch.testing.assert_close(got.double(), expected)
+    grads = (torch.autograd.grad(5 * loss, student)[0] for loss in (got, expected))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
 def test_without_a_teacher_it_is_trainer(tmp_path):
     plain = pair("LlamaForCausalLM", NARROW)[1]
     Trainer(plain, arguments(tmp_path), train_dataset=rows()).train()
@@ -115,6 +128,14 @@ def test_the_teacher_keeps_packed_documents_apart(tmp_path):
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_computes_in_the_precision_of_the_student(tmp_path):
+    teacher, student = pair("LlamaForCausalLM", NARROW)
+    found = []
+    teacher.lm_head.register_forward_hook(lambda module, args, out: found.append(out.dtype))
+    step(student, tmp_path, teacher=teacher, distillation=Distillation(), changes={"bf16": True})
+    assert found == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("tied", [False, True])
