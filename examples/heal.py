@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     metrics = {k: v for k, v in {**done.before, **done.after}.items() if "perplexity" in k}
     if training_args.should_save:
-        done.model.save_pretrained(training_args.output_dir)
+        done.model.save_pretrained(training_args.output_dir, state_dict=done.state_dict)
         tokenizer.save_pretrained(training_args.output_dir)
         Path(training_args.output_dir, "healing.json").write_text(json.dumps(metrics, indent=2))
     leave()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, patch_environment, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -109,7 +109,11 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     """Train on packed rows, save, and give the perplexity. `kind` is "decoder" or "encoder"; `collator(model, tokenizer)`."""
     if data_args.streaming:
         raise ValueError("--streaming has no order to go on in after a checkpoint; use the example with Trainer")
-    accelerator = Accelerator(cpu=args.use_cpu, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    # rows come in an order that does not depend on the number of processes
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
+    # what a launcher's configuration says of it goes before arguments, and may be "auto", which only Trainer understands
+    with patch_environment(accelerate_gradient_accumulation_steps=args.gradient_accumulation_steps):
+        accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=order)
     texts = load_texts(model_args, data_args)
     model, tokenizer = load_model(auto_class, kind, model_args, args)
     collate = collator(model, tokenizer)

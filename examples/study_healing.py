@@ -56,6 +56,8 @@ from sparse_hf.train import Distillation, HealingTrainer, add_lora, lora_config
 HELD_OUT = ("moby_dick", "austen_emma", "carroll_alice", "shakespeare_hamlet")
 # rows of each held-out book that are read again and again while training; all are read at the end
 CURVE_ROWS = 2
+# rows that are computed together
+ROWS_TOGETHER = 2
 
 Row = dict[str, Tensor]
 
@@ -66,8 +68,6 @@ class Variant:
     learning_rate: float | None = None
     lora_rank: int = 0
     distil: bool = False
-    # rows that are computed together; the answers of student and teacher fill as much memory as two rows
-    batch: int = 2
 
     @property
     def trained(self) -> bool:
@@ -80,7 +80,7 @@ VARIANTS = {
     "sparse": Variant(sparse=True),
     "sparse, trained": Variant(sparse=True, learning_rate=5e-5),
     "sparse, LoRA": Variant(sparse=True, learning_rate=2e-4, lora_rank=16),
-    "sparse, distilled": Variant(sparse=True, learning_rate=5e-5, distil=True, batch=1),
+    "sparse, distilled": Variant(sparse=True, learning_rate=5e-5, distil=True),
 }
 
 
@@ -129,7 +129,7 @@ def rows(text: str, length: int, tokenizer) -> list[Row]:
 
 
 def training_arguments(variant: Variant, options: argparse.Namespace, folder: str) -> TrainingArguments:
-    batch = min(variant.batch, options.rows)
+    batch = min(ROWS_TOGETHER, options.rows)
     if options.rows % batch:
         raise ValueError(f"--rows {options.rows} is no multiple of {batch}, the rows that are computed together")
     return TrainingArguments(

@@ -111,4 +111,5 @@ def model(auto_class, kind: str, vocab_size: int, positions: int = 128, **change
     made = config(kind, vocab_size, positions)
     for name, value in changes.items():
         setattr(made, name, value)
-    return auto_class.from_config(made)
+    # `from_config` would spread it over all processes under DeepSpeed's ZeRO-3, while only one makes it
+    return auto_class._model_mapping[type(made)](made)

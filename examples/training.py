@@ -172,9 +172,10 @@ def _source(auto_class, kind, model_args, training_args, changes) -> tuple[str, 
         return name, model_args.pattern
     folder = Path(training_args.output_dir) / "tiny"
     if not folder.exists():
-        tokenizer = tiny.tokenizer(causal=kind == "decoder")
-        tokenizer.save_pretrained(folder)
-        tiny.model(auto_class, kind, len(tokenizer), **changes).save_pretrained(folder)
+        tokenizer, part = tiny.tokenizer(causal=kind == "decoder"), folder.with_name("tiny.part")
+        tokenizer.save_pretrained(part)
+        tiny.model(auto_class, kind, len(tokenizer), **changes).save_pretrained(part)
+        part.rename(folder)
     return str(folder), model_args.pattern or TINY[kind]
 
 
@@ -260,6 +261,9 @@ def run(trainer, training_args, evaluate) -> dict[str, float]:
     with TellAll():
         if training_args.do_train or not training_args.do_eval:
             trainer.train(resume_from_checkpoint=checkpoint(training_args))
+            if trainer.is_fsdp_enabled:
+                # of the pieces that checkpoints keep, Trainer would save no model at all
+                trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
             trainer.save_model()
             trainer.save_state()
         metrics = evaluate(trainer)

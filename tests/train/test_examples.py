@@ -187,25 +187,15 @@ def test_two_processes_learn_what_one_does(name, tmp_path):
     for processes, rows in ((1, 4), (2, 2)):
         out = tmp_path / str(processes)
         launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else []
-        options = [
-            "--max_steps",
-            "4",
-            "--per_device_train_batch_size",
-            str(rows),
-            "--save_strategy",
-            "no",
-            "--output_dir",
-            str(out),
-        ]
+        options = ["--max_steps", "4", "--per_device_train_batch_size", str(rows), "--output_dir", str(out)]
+        options += ["--save_strategy", "no"]
         options += {"heal": ["--distil"], "run_clm": []}.get(name, ["--save_steps", "100"])
         status, said = finished(*launch, str(EXAMPLES / f"{name}.py"), *COMMON, *options)
         file = out / {"heal": "healing.json", "run_clm": "trainer_state.json"}.get(name, "losses.json")
         assert status == 0 and file.exists(), said[-3000:]
         found.append(losses(out) if name == "run_clm" else json.loads(file.read_text()))
-    # shuffling deals rows to processes differently, so that steps hold the same rows only on the whole
-    after = [f["after_perplexity"] if name == "heal" else list(f.values())[-1] for f in found]
-    # masks too
-    assert after[1] == pytest.approx(after[0], rel=0.05 if name == "run_mlm_no_trainer" else 0.02)
+    # masks are drawn batch by batch, and batches are others
+    assert found[1] == pytest.approx(found[0], rel=0.05 if name == "run_mlm_no_trainer" else 1e-4)
 
 
 def test_questions_are_answered(tmp_path):
