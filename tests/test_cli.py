@@ -111,9 +111,10 @@ def test_bench_writes_figures_with_versions(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    assert {r["name"] for r in result["rows"]} == {"blockwise", "sdpa_dense"} and result["environment"]["versions"][
-        "torch"
-    ]
+    # FlexAttention where there is a C++ compiler
+    names = {r["name"] for r in result["rows"]}
+    assert names - {"flex_attention"} == {"blockwise", "sdpa_dense"} and result["environment"]["versions"]["torch"]
+    assert all(r["step_s"] is None for r in result["rows"] if r["name"] == "flex_attention")
     assert all(r["relative_error"] < 1e-5 for r in result["rows"] if r["name"] == "blockwise")
 
 

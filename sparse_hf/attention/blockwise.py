@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan, calls
+from . import fused
 from .scoring import Scoring
 from .tiles import Change, Tile, keys_of, parts, put_at, take
 
@@ -86,11 +87,16 @@ def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) ->
 
 def _forward(q, sources, pieces, out, lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> None:
     """Fill `out` and `lse` of the queries of a call; `sources` holds keys and values for each of its pieces."""
-    scratch = _Scratch()
+    scratch, is_fused = _Scratch(), fused.suits(q, sources[0][1], scoring, dropout)
     for part in parts(plan, pieces, q, sources[0][0].shape[1], scoring):
         part_q = part.queries(q)
         part_sources = [tuple(map(part.keys, source)) for source in sources]
         for rows, tiles in part.rows(pieces):
+            if is_fused:
+                found = fused.attend_rows(part_q[..., rows, :], tiles, part_sources, scoring.scale)
+                for total, value in zip((out, lse), found or (), strict=False):
+                    part.put(total, rows, value)
+                continue
             query = part_q[..., rows, :].to(lse.dtype) * scoring.scale  # [G, R, m, D]
             state = None
             for tile in tiles:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan, Gathered, Run, joined_rows
+from ..plan import BlockPlan, Gathered, Run, joined_rows, remembered
+from ..plan.lists import examples
 from .dropout import kept_at
 from .scoring import Scoring
 
@@ -20,6 +21,8 @@ from .scoring import Scoring
 Piece = BlockPlan | Gathered
 # keys per tile: bounds the scores that exist at once, also for rows that see the whole sequence
 MAX_KEYS = 2048
+# masks of a plan that are kept: few differ, and where many do, documents cut them, memory must not grow with the text
+MASKS = 64
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,19 @@ class Tile:
             scores[..., first:last].masked_fill_(~mask, -torch.inf)
         return scores
 
+    def additive(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the scores of `query` `[G, R, m, D]`: 0 or -inf, `[R * m, n]`; and which queries see anything, `[m]`.
+
+        None where the plan leaves out no pair, and where all queries do.
+        """
+        if not self.masks:
+            return None, None
+        keys = self.k1 - self.k0
+        mask = self.cover(query.new_zeros(query.shape[2], keys))
+        is_masked = sum(last - first for first, last, _ in self.masks) == keys
+        of_heads = mask if query.shape[1] == 1 else mask.repeat(query.shape[1], 1)
+        return of_heads, (mask > -torch.inf).any(-1) if is_masked else None
+
 
 @dataclass(frozen=True)
 class JoinedTile:
@@ -85,6 +101,14 @@ class JoinedTile:
 
     def cover(self, scores: Tensor) -> Tensor:
         return scores.masked_fill_(~self.exists[:, None, None], -torch.inf)
+
+    def additive(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As of a `Tile`, of each head: `[1, G, R * m, n]`, and `[G, 1, 1]`."""
+        if self.exists.all():
+            return None, None
+        mask = query.new_zeros(self.exists.shape).masked_fill_(~self.exists, -torch.inf)
+        rows = query.shape[1] * query.shape[2]
+        return mask[None, :, None].expand(-1, -1, rows, -1), self.exists.any(-1)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,7 @@ class Part:
 
     def _tiles(self, piece: Piece, number: int, rows: slice, run: Run) -> Iterator[Tile]:
         """Cut a run into tiles of at most MAX_KEYS keys and evaluate its partial blocks."""
-        q_range, row = (rows.start, rows.stop), self.row(piece)
+        q_range = rows.start, rows.stop
         step = max(1, MAX_KEYS // piece.block_size)
         for first in range(run.first, run.last + 1, step):
             last = min(first + step - 1, run.last)
@@ -136,12 +160,30 @@ class Part:
             masks = []
             for a, z in run.partial:
                 if a <= last and z >= first:
-                    c0, c1 = piece.block_range(max(a, first), min(z, last), piece.kv_len)
-                    masks.append((c0 - k0, c1 - k0, piece.mask(row, self.p, q_range, (c0, c1))))
+                    blocks = max(a, first), min(z, last)
+                    c0, c1 = piece.block_range(*blocks, piece.kv_len)
+                    masks.append((c0 - k0, c1 - k0, self._mask(piece, q_range, blocks, (c0, c1))))
             if len(masks) == 1 and masks[0][1] - masks[0][0] == k1 - k0:
                 yield from _trimmed(number, k0, masks[0][2])
             else:
                 yield Tile(number, 0, q_range[1] - q_range[0], k0, k1, tuple(masks))
+
+    def _mask(
+        self, piece: Piece, q_range: tuple[int, int], blocks: tuple[int, int], k_range: tuple[int, int]
+    ) -> Tensor:
+        """`[m, n]` bool of neighbouring partial blocks of a query block; edges of a pattern look alike all along a text."""
+        row = self.row(piece)
+        if isinstance(piece, Gathered):
+            return piece.mask(row, self.p, q_range, k_range)
+        known, kept = examples(piece), _masks(piece)
+        line = (row * len(piece.patterns) + self.p) * piece.q_blocks + q_range[0] // piece.block_size
+        # blocks that hang over the last query or key are examples of their own
+        key = tuple(known[line, j] for j in range(blocks[0], blocks[1] + 1))
+        if key not in kept:
+            if len(kept) >= MASKS:
+                kept.clear()
+            kept[key] = piece.mask(row, self.p, q_range, k_range)
+        return kept[key]
 
     def drop(self, seed: Tensor, piece: Piece, rows: slice, tile: Tile, dropout: float) -> Tensor:
         """What dropout multiplies the weights of a tile by, `[G, R, m, n]`: 0 or 1 / (1 - dropout)."""
@@ -177,6 +219,11 @@ class JoinedPart(Part):
 
     def places(self, piece: Piece, rows: slice, tile: JoinedTile) -> tuple[Tensor, Tensor]:
         return piece.query_places(self.row(piece), rows.start, rows.stop), tile.index[:, None, None]
+
+
+@remembered
+def _masks(plan: BlockPlan) -> dict[tuple[int, ...], Tensor]:
+    return {}
 
 
 def neighbours(index: Tensor) -> slice | Tensor:

@@ -106,12 +106,13 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
     grad = torch.randn(q.shape, generator=torch.Generator(place).manual_seed(n + 1), device=place).to(q.dtype)
     begin = time.perf_counter()
     out = peer.call(*tensors)
-    (grad_q,) = torch.autograd.grad(out, q, grad)
+    grad_q = torch.autograd.grad(out, q, grad)[0] if peer.has_backward else None
     synchronize(place)
     first_call = time.perf_counter() - begin
     errors = row_error(q, k, v, out, build_plan(peer.pattern, n, device=q.device), grad, grad_q)
-    if max(errors) > TOLERANCE[shape["dtype"]]:
-        found = ", ".join(f"{error:.1e}" for error in errors)
+    known = [error for error in errors if error is not None]
+    if max(known) > TOLERANCE[shape["dtype"]]:
+        found = ", ".join(f"{error:.1e}" for error in known)
         raise AssertionError(
             f"{peer.name} at n={n}: output and gradient are off by {found}; {TOLERANCE[shape['dtype']]:.0e} is right"
         )
@@ -124,13 +125,13 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
             t.grad = None
         peer.call(*tensors).backward(grad)
 
-    both = seconds(step, place, repeats, budget)
+    both = seconds(step, place, repeats, budget) if peer.has_backward else None
     for t in tensors:
         t.grad = None
     # what any implementation must hold: q, k, v, out and the gradients of the four
     held = 4 * sum(t.numel() * t.element_size() for t in (q, k))
     given = sum(t.numel() * t.element_size() for t in (*tensors, grad))
-    peak = peak_bytes(step, place)
+    peak = peak_bytes(step, place) if peer.has_backward else None
     for t in tensors:
         t.grad = None
     pairs = _pairs(str(peer.pattern), n)
@@ -143,7 +144,7 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
         # kernels are compiled in it, forward and backward, if a length before has not done it
         "first_call_s": first_call,
         "useful_tflops_forward": 4 * shape["heads"] * shape["head_dim"] * pairs / forward / 1e12,
-        "useful_tflops_step": 14 * shape["heads"] * shape["head_dim"] * pairs / both / 1e12,
+        "useful_tflops_step": both and 14 * shape["heads"] * shape["head_dim"] * pairs / both / 1e12,
         "pairs": pairs,
         "relative_error": errors[0],
         "relative_error_grad_q": errors[1],
@@ -171,7 +172,7 @@ def _ratios(rows: list[dict]) -> None:
         beside = [r for r in rows if r["n"] == row["n"]]
         for what in ("forward", "step"):
             rate, time = f"useful_tflops_{what}", f"{what}_s"
-            fast = max((r[rate] for r in beside if r["kind"] == "window"), default=None)
+            fast = max((r[rate] for r in beside if r["kind"] == "window" and r[rate]), default=None)
             dense = min((r[time] for r in beside if r["kind"] == "dense"), default=None)
             row[f"{what}_rate_over_window_peer"] = None if fast is None else row[rate] / fast
             row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time]
@@ -196,11 +197,14 @@ def _table(result: dict) -> Table:
     ):
         table.add_column(column, justify="right")
     for row in result["rows"]:
-        rates = " / ".join(f"{row[key]:.0f}" for key in ("useful_tflops_forward", "useful_tflops_step"))
-        faster, of_peer = row.get("step_dense_over_ours"), row.get("step_rate_over_window_peer")
+        rates = (row[key] for key in ("useful_tflops_forward", "useful_tflops_step"))
+        rates = " / ".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
+        faster = row.get("step_dense_over_ours")
+        of_peer = (row.get(f"{what}_rate_over_window_peer") for what in ("forward", "step"))
+        of_peer = " / ".join("-" if rate is None else f"{rate:.2f}" for rate in of_peer)
         extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / row['held_bytes']:.2f}"
-        times = (f"{row[key] * 1e3:,.2f} ms" for key in ("forward_s", "step_s"))
-        beside = (f"{faster:.2f} x faster" if faster else "", f"{of_peer:.2f}" if of_peer else "")
+        times = ("" if row[key] is None else f"{row[key] * 1e3:,.2f} ms" for key in ("forward_s", "step_s"))
+        beside = (f"{faster:.2f} x faster" if faster else "", "" if of_peer == "- / -" else of_peer)
         table.add_row(f"{row['n']:,}", row["name"], *times, rates, *beside, extra, f"{row['relative_error']:.0e}")
     fits = (f"{name} {fit['step_s']:.2f}" for name, fit in result["slopes"].items() if fit["step_s"])
     table.caption = "slope of time against n: " + ", ".join(fits)

@@ -164,9 +164,16 @@ def slope(lengths: list[int], values: list[float]) -> float | None:
 
 
 def row_error(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: BlockPlan, grad_out: Tensor, grad_q: Tensor, rows: int = 64
-) -> tuple[float, float]:
-    """Largest relative errors of `rows` random rows of output and gradient of q, against dense attention in float64.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: BlockPlan,
+    grad_out: Tensor,
+    grad_q: Tensor | None,
+    rows: int = 64,
+) -> tuple[float, float | None]:
+    """Largest relative errors of `rows` random rows of output and gradient of q (None: of none), against dense attention in float64.
 
     q is `[1, H, n, D]`, k and v `[1, G, n, D]`, of one sequence; of the plan no table is read, but pairs are asked for one by one.
     """
@@ -183,9 +190,9 @@ def row_error(
         weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1)
         exact = weights @ value
         change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
-        for i, (got, right) in enumerate(((out, exact), (grad_q, change @ key * scale))):
+        for i, (got, right) in enumerate(((out, exact), (grad_q, change @ key * scale))[: 1 if grad_q is None else 2]):
             worst[i] = max(worst[i], float((got[0, h, chosen].detach().double() - right).norm() / right.norm()))
-    return worst[0], worst[1]
+    return worst[0], None if grad_q is None else worst[1]
 
 
 def write_json(result: dict, path: str | Path) -> None:

@@ -17,6 +17,9 @@ from ..attention.scoring import Scoring
 from ..pattern import Pattern, Window, causal, full
 from ..plan import build_plan, read_pattern
 
+# torch looks at all pairs to make a mask for FlexAttention
+LONGEST_FLEX = 16384
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -29,6 +32,7 @@ class Peer:
     call: Attention
     # "ours", "window" (the window alone) or "dense"
     kind: str
+    has_backward: bool = True
 
 
 def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
@@ -47,11 +51,12 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
 
         yield Peer(name, dense, call, "dense")
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.is_cuda and half:
-        shape = read_pattern(pattern, n)
-        if not isinstance(shape, str) and shape.window is not None:
-            yield from _window_kernels(q, shape.window)
+    shape = read_pattern(pattern, n)
+    window = None if isinstance(shape, str) else shape.window
+    if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        yield from _window_kernels(q, window)
+    if window is not None and q.device.type == "cpu" and n <= LONGEST_FLEX and _has_compiler():
+        yield _flex_on_cpu(window, n, gqa)
     yield from _ours(pattern, q, v, backends)
 
 
@@ -61,6 +66,34 @@ def _dense_kernels(device: torch.device):
     from torch.nn.attention import SDPBackend
 
     return [("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)]
+
+
+def _has_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+def _flex_on_cpu(window: Window, n: int, gqa: bool) -> Peer:
+    """FlexAttention as torch has it for CPUs, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    left, right = (n if side is None else side for side in (window.left, window.right))
+
+    def holds(b, h, q, k):
+        return (k >= q - left) & (k <= q + right)
+
+    mask = create_block_mask(holds, None, None, n, n, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(q, k, v):
+        return compiled(*(t.detach() for t in (q, k, v)), block_mask=mask, enable_gqa=gqa)
+
+    return Peer("flex_attention", window, call, "window", has_backward=False)
 
 
 def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:

@@ -142,6 +142,16 @@ def _masks(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor, full: Tensor) -
     return _unpacked(words.view(torch.uint8)).view(-1, size, size), number
 
 
+@remembered
+def examples(plan: BlockPlan) -> dict[tuple[int, int], int]:
+    """For each partial block of the plan's table, by its row and column: the number of one that holds the same pairs."""
+    counts = plan.row_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=plan.device), counts)[~plan.full]
+    column, lines = plan.columns[~plan.full].long(), max(1, plan.q_blocks)
+    found = _alike(plan, row // lines, row % lines, column)
+    return dict(zip(zip(row.tolist(), column.tolist(), strict=True), found.tolist(), strict=True))
+
+
 def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """For each tile one that holds the same pairs, `[T]`: by the pattern's signature, itself where that does not tell."""
     size, layout, found = plan.block_size, plan.layout, torch.arange(len(i), device=plan.device)
