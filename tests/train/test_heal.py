@@ -199,3 +199,24 @@ def test_mistakes_are_told(tmp_path):
     for wrong in ({"labels": -1}, {"temperature": 0}, {"labels": 0, "logits": 0}, {"layers": (0,)}):
         with pytest.raises(ValueError, match="labels|temperature|layers"):
             Distillation(**wrong)
+
+
+def test_what_zero_3_spreads_is_refused_before_anything_is_trained(tmp_path):
+    teacher, student = pair("LlamaForCausalLM", NARROW)
+    # as DeepSpeed marks the weights of which it leaves each process a part
+    next(teacher.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="a part of the teacher"):
+        heal(student, rows(), arguments(tmp_path), teacher=teacher)
+    next(student.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="use DDP, or train all weights"):
+        heal(student, rows(), arguments(tmp_path), lora=lora_config(student, 4))
+
+
+def test_a_run_that_goes_on_says_what_was_before_the_first(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1}
+    first, again = (pair("LlamaForCausalLM", NARROW)[1] for _ in range(2))
+    made = TrainingArguments(**{**arguments(tmp_path).to_dict(), **options})
+    whole = heal(first, rows(), made, eval_dataset=rows())
+    resumed = heal(again, rows(), made, eval_dataset=rows(), resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.before["before_perplexity"] == whole.before["before_perplexity"] != whole.after["after_perplexity"]
+    assert resumed.after["after_perplexity"] == whole.after["after_perplexity"]
