@@ -96,26 +96,22 @@ def test_list_names_every_family():
     assert rows["bart"]["positions"] == "learned" and rows["llama"]["conversion"] == "limit raised; scaled with --rope"
 
 
-def test_bench_writes_figures_with_versions(tmp_path):
-    done = run(
-        "bench",
-        "attention",
-        "--lengths",
-        "256,512",
-        "--heads",
-        "2",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "r.json"),
-    )
+@pytest.mark.parametrize(
+    ("pattern", "peers"),
+    [
+        ("stride(7)", {"sdpa_dense"}),
+        # of windows FlexAttention, which is compiled for half a minute, where there is a C++ compiler
+        pytest.param("window(40, 0)", {"sdpa_dense", "flex_attention"}, marks=pytest.mark.slow),
+    ],
+)
+def test_bench_writes_figures_with_versions(pattern, peers, tmp_path):
+    lengths = ["--lengths", "256,512", "--heads", "2", "--device", "cpu"]
+    done = run("bench", "attention", "--pattern", pattern, *lengths, "--out", str(tmp_path / "r.json"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    # FlexAttention where there is a C++ compiler
-    names = {r["name"] for r in result["rows"]}
-    assert names - {"flex_attention"} == {"blockwise", "sdpa_dense"} and result["environment"]["versions"]["torch"]
-    assert all(r["step_s"] is None for r in result["rows"] if r["name"] == "flex_attention")
+    assert {r["name"] for r in result["rows"]} == {"blockwise", *peers} and result["environment"]["versions"]["torch"]
     assert all(r["relative_error"] < 1e-5 for r in result["rows"] if r["name"] == "blockwise")
+    assert all((r["step_s"] is None) == (r["name"] == "flex_attention") for r in result["rows"])
 
 
 def test_bench_compares_models_before_it_times_them(tmp_path, monkeypatch):
