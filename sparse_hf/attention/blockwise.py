@@ -94,8 +94,9 @@ def _forward(q, sources, pieces, out, lse, plan: BlockPlan, scoring: Scoring, dr
         for rows, tiles in part.rows(pieces):
             if is_fused:
                 found = fused.attend_rows(part_q[..., rows, :], tiles, part_sources, scoring.scale)
-                for total, value in zip((out, lse), found or (), strict=False):
-                    part.put(total, rows, value)
+                if found is not None:
+                    part.put(out, rows, found[0])
+                    part.put(lse, rows, found[1])
                 continue
             query = part_q[..., rows, :].to(lse.dtype) * scoring.scale  # [G, R, m, D]
             state = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,18 +46,14 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Folders of runs of one process, each made once."""
-    made, before = {}, os.environ.get("CUDA_VISIBLE_DEVICES")
+    made = {}
 
     def of(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CUDA_VISIBLE_DEVICES", "0")
                 run(name, made[name], 1, None)
-            finally:
-                os.environ.pop("CUDA_VISIBLE_DEVICES")
-                if before is not None:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = before
         return made[name]
 
     return of
