@@ -22,10 +22,11 @@ demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (un
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest $(FAST)
+	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
-test-oldest:  ## the fast tests with the oldest supported transformers
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+# attention, plans and patterns import no transformers (tests/test_imports.py), and torch is the same
+test-oldest:  ## those that have to do with transformers, with the oldest supported one
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="tests/models tests/convert tests/train tests/test_*.py"
 
 check: $(STAMP)  ## lint, format, and the table of who may import whom
 	$(BIN)/ruff check .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,20 +18,38 @@ import torch
 from typer.testing import CliRunner
 
 import sparse_hf
-from sparse_hf.cli import app
+from sparse_hf.cli import app, main
 from sparse_hf.show import describe, save_png
 from tests.models.families import dense_model
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-def run(*arguments: str):
+def run_apart(*arguments: str):
     command = [sys.executable, "-W", "ignore", "-m", "sparse_hf.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
+def run(*arguments: str):
+    """As `run_apart`, in this process, which has imported everything already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        warnings.simplefilter("ignore")
+        patch.setattr(sys, "argv", ["sparse-hf", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
 def test_show_prints_a_picture_and_numbers(tmp_path):
-    done = run("show", "window(256,256) | first(1)", "--length", "4096", "--png", str(tmp_path / "p.png"))
+    done = run_apart("show", "window(256,256) | first(1)", "--length", "4096", "--png", str(tmp_path / "p.png"))
     assert done.returncode == 0, done.stderr
     assert "window(256, 256) | first(1)" in done.stdout and "2,043,134 (12.178%)" in done.stdout and "█" in done.stdout
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AnyPlan, BlockPlan, cached_plan
-from . import blockwise, content, fa, few, flex, reference, regroup, triton
+from . import blockwise, content, dense, fa, few, flex, reference, regroup, triton
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -84,8 +84,7 @@ def sparse_attention(
     if isinstance(pattern, BlockPlan):
         plan = _checked_plan(pattern, q, k, (key_padding_mask, segment_ids, marks, q_offset))
         scoring.check(q.shape[1], plan.q_offset + q.shape[2] - 1, k.shape[2])
-        out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
-        return (out, lse) if return_lse else out
+        return _attend(q, k, v, plan, scoring, dropout, backend, seed, return_lse)
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
     batch = key_padding_mask, segment_ids, marks
@@ -106,12 +105,22 @@ def sparse_attention(
             _check_plan(plan, q)
             out = few.attend(q, k, v, plan, scoring.scale)
             if out is not None:
-                _say_few(q.device.type, str(q.dtype))
+                _say_torch(f"of fewer than {few.QUERIES} queries", " over the keys that they see", q)
                 return out
         may = regroup.may_regroup(backend, scoring, dropout)
         plan = cached_plan(*lengths, batch, q.device, by_identity=True, may_regroup=may)
         _check_plan(plan, q)
-        out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
+        return _attend(q, k, v, plan, scoring, dropout, backend, seed, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _attend(q, k, v, plan: AnyPlan, scoring: Scoring, dropout: float, backend: str, seed, return_lse: bool):
+    if dense.suits(backend, q, k, v, scoring, dropout, return_lse):
+        out = dense.attend(q, k, v, plan, scoring.scale)
+        if out is not None:
+            _say_torch("by a pattern that leaves out no pair of a text this short", "", q)
+            return out
+    out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
 
 
@@ -135,7 +144,7 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
         return BACKENDS[backend]
     names = PREFERENCE if queries >= few.QUERIES else ("blockwise",)
     able = (name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
-    name = next(name for name in able if name != "fa" or fa.is_fastest(q))
+    name = next(name for name in able if name != "fa" or fa.is_fastest(q, plan))
     _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)
     return BACKENDS[name]
 
@@ -146,10 +155,14 @@ def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> 
     logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
 
 
+def _say_torch(which: str, over: str, q: Tensor) -> None:
+    _say_of_torch(which, over, q.device.type, q.dtype)
+
+
 @lru_cache
-def _say_few(device: str, dtype: str) -> None:
-    what = "PyTorch's scaled_dot_product_attention over the keys that they see"
-    logger.info("attention of fewer than %d queries on %s in %s runs on %s", few.QUERIES, device, dtype, what)
+def _say_of_torch(which: str, over: str, device: str, dtype: torch.dtype) -> None:
+    what = "PyTorch's scaled_dot_product_attention"
+    logger.info("attention %s on %s in %s runs on %s%s", which, device, dtype, what, over)
 
 
 def _check_backend(backend: str) -> None:
@@ -158,19 +171,22 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes}: each must be [batch, heads, length, head dim]")
+        raise ValueError(f"{_shapes(q, k, v)}: each must be [batch, heads, length, head dim]")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes}: batch, key heads, key length and head dim must agree")
+        raise ValueError(f"{_shapes(q, k, v)}: batch, key heads, key length and head dim must agree")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{shapes}: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
-    if len({t.dtype for t in (q, k, v)}) > 1 or len({t.device for t in (q, k, v)}) > 1:
+        raise ValueError(f"{_shapes(q, k, v)}: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device} must agree")
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v are {q.dtype}; they must be floating point")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def _checked_plan(plan: BlockPlan, q: Tensor, k: Tensor, batch: tuple) -> BlockPlan:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..plan import Split, remembered
 from .columns import reach
+from .launch import launch
 
 LOG2_E = 1.4426950408889634
 # columns of one launch, and programs that keep a GPU busy in the backward pass
@@ -70,12 +71,11 @@ def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spl
     for portion in portions(split):
         k_columns, v_columns = portion.take(k), portion.take(v)
         count = portion.keys.shape[1]
-        _absorb[(len(split.sequences) * spans, q.shape[2])](
-            q, k_columns, v_columns, out, lse, split.sequences_there, portion.keys,
-            *q.stride()[:3], *out.stride()[:3], *lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
-            scale * LOG2_E, *_limits(split), split.q_offset, spans, count,
-            R=q.shape[2] // k.shape[2], BC=padded(count), BM=tile, D=q.shape[3], BD=padded(q.shape[3]), num_warps=4,
-        )  # fmt: skip
+        tensors = q, k_columns, v_columns, out, lse, split.sequences_there, portion.keys
+        strides = (*strides_of(q, out), *lse.stride(), *strides_of(k_columns, v_columns))
+        numbers = scale * LOG2_E, *_limits(split), split.q_offset, spans, count
+        grid, constants = (len(split.sequences) * spans, q.shape[2]), _constants(q, k, count, tile)
+        launch(_absorb, grid, tensors, strides, numbers, constants, num_warps=4)
 
 
 def add_gradients_on_gpu(
@@ -91,18 +91,33 @@ def add_gradients_on_gpu(
         count = portion.keys.shape[1]
         # sums of one span each, added up afterwards in a fixed order
         sums = q.new_empty((2, len(sequences), spans, heads, count, q.shape[3]), dtype=torch.float32)
-        _gradients[(len(sequences) * spans, heads)](
-            grad_out, q, k_columns, v_columns, out, lse, given_lse, grad_q, *sums, sequences, portion.keys,
-            *grad_out.stride()[:3], *q.stride()[:3], *out.stride()[:3], *grad_q.stride()[:3],
-            *lse.stride(), *given_lse.stride(), *k_columns.stride()[:3], *v_columns.stride()[:3],
-            scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count,
-            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=padded(count), BM=tile,
-            D=q.shape[3], BD=padded(q.shape[3]), num_warps=4 if q.shape[3] <= 64 else 8, num_stages=3 if q.shape[3] <= 128 else 1,
+        tensors = grad_out, q, k_columns, v_columns, out, lse, given_lse, grad_q, *sums, sequences, portion.keys
+        strides = (
+            *strides_of(grad_out, q, out, grad_q), *lse.stride(), *given_lse.stride(), *strides_of(k_columns, v_columns)
         )  # fmt: skip
+        numbers = scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count
+        grid = len(sequences) * spans, heads
+        constants = {"HAS_GRAD_LSE": grad_lse is not None, **_constants(q, k, count, tile)}
+        launch(_gradients, grid, tensors, strides, numbers, constants, **options(q))
         # [2, S, spans, G, R, C, D] -> [2, S, C, G, D]
         totals = sums.unflatten(3, (k.shape[2], -1)).sum((2, 4)).transpose(2, 3)
         for grad, total in zip((grad_k, grad_v), totals, strict=True):
             portion.add(grad, total)
+
+
+def _constants(q: Tensor, k: Tensor, count: int, tile: int) -> dict[str, int]:
+    dim = q.shape[3]
+    return {"R": q.shape[2] // k.shape[2], "BC": padded(count), "BM": tile, "D": dim, "BD": padded(dim)}
+
+
+def options(q: Tensor) -> dict[str, int]:
+    """Warps and stages of a kernel of gradients."""
+    return {"num_warps": 4 if q.shape[3] <= 64 else 8, "num_stages": 3 if q.shape[3] <= 128 else 1}
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """Of `[B, L, heads, D]`, whose last is 1."""
+    return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
 
 def _limits(split: Split) -> tuple[int, int, int, int]:

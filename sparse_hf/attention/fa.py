@@ -1,8 +1,8 @@
 """FlashAttention windows, with the rest of the pattern merged exactly: FA4 if it is installed, else torch's own FA2.
 
-The plan is a window and global tokens (`plan/split.py`). The window is one call of a window kernel; global keys are
-columns merged into it in one pass; global queries are a second call on a few rows. Padding and packed documents are
-sequences of the kernels. No part is n x n, and none is computed twice.
+The plan is a window and global tokens (`plan/split.py`); any other goes to FA4's block lists (`fa_blocks.py`). The window is
+one call of a window kernel; global keys are columns merged into it in one pass; global queries are a second call on a few
+rows. Padding and packed documents are sequences of the kernels. No part is n x n, and none is computed twice.
 
 Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; inside, heads stand after tokens: `[B, Q, H, D]`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan, Split, remembered, split
-from . import columns, flash
+from . import columns, fa_blocks, flash
 from .scoring import Scoring
 
 # columns take a pass over q and out for every so many; beyond some passes a block-sparse kernel is the better one
@@ -38,21 +38,30 @@ def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: fl
         return f"FlashAttention computes in bfloat16 or float16 and q is {q.dtype}; use backend='flex'"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"head dims of q and v are {q.shape[-1]} and {v.shape[-1]}; they must be one multiple of 8 up to 256"
-    found = split(plan, q.shape[0])
+    reason = _no_window(plan, q.shape[0])
+    if reason is None:
+        return flash.FA2.refuses(q)
+    lists = fa_blocks.refuses(q, plan)
+    return lists and f"{reason}; otherwise, {lists}; use backend='flex'"
+
+
+def _no_window(plan: BlockPlan, batch: int) -> str | None:
+    """Why the plan is not computed as a window and global tokens."""
+    found = split(plan, batch)
     if isinstance(found, str):
-        return f"the pattern must be a window and global tokens: {found}; use backend='flex'"
+        return f"the pattern must be a window and global tokens: {found}"
     if found.columns.shape[1] > MAX_COLUMNS:
-        return (
-            f"a sequence has {found.columns.shape[1]} global tokens; up to {MAX_COLUMNS} are merged, use backend='flex'"
-        )
-    return flash.FA2.refuses(q)
+        return f"a sequence has {found.columns.shape[1]} global tokens; up to {MAX_COLUMNS} are merged"
+    return None
 
 
-def is_fastest(q: Tensor) -> bool:
+def is_fastest(q: Tensor, plan: BlockPlan) -> bool:
     """Is this the fastest backend for a call that it does not refuse? Measured on an H200 beside `triton`.
 
-    Not with torch's FA2, nor on short texts; heads wider than 128 are not measured: who wants it there asks for it by name.
+    Not with torch's FA2, nor on short texts; heads wider than 128 are not measured: who wants them asks by name.
     """
+    if _no_window(plan, q.shape[0]):
+        return fa_blocks.are_fastest(q, plan)
     return q.shape[-1] <= 128 and q.numel() > FROM and flash.kernels(q) is not flash.FA2
 
 
@@ -83,8 +92,10 @@ class _Merged(torch.autograd.Function):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, kind) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]`; `kind` computes windows."""
+    if _no_window(plan, q.shape[0]):
+        return fa_blocks.forward(q, k, v, plan, scoring)
     parts = _parts(plan, q.shape[0])
-    q, k, v = (_heads_last(t) for t in (q, k, v))
+    q, k, v = (flash.heads_last(t) for t in (q, k, v))
     if parts.window is None:
         out = torch.zeros_like(q)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_work(q), device=q.device)
@@ -106,9 +117,11 @@ def backward(
     q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed, kind=None
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of q, k, v and no bias, given those of out and lse (None: zero)."""
+    if _no_window(plan, q.shape[0]):
+        return fa_blocks.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scoring)
     parts, scale = _parts(plan, q.shape[0]), scoring.scale
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    q, k, v, out, grad_out = (_heads_last(t) for t in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (flash.heads_last(t) for t in (q, k, v, out, grad_out))
     kind = kind or flash.kernels(q)
     # a row with infinite lse has weight exp(score - lse) = 0: global queries are done below, rows that see nothing never
     all_see = parts.split.whole and parts.window is not None
@@ -227,12 +240,6 @@ def _parts(plan: BlockPlan, batch: int) -> _Parts:
     return _Parts(found, window, rows, places, *padding)
 
 
-def _heads_last(t: Tensor) -> Tensor:
-    """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded, as the kernels want it."""
-    t = t.transpose(1, 2)
-    return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
-
-
 def _work(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -243,6 +250,7 @@ class _Places:
 
     count: int | None
     index: tuple[Tensor, Tensor]
+    any: bool
 
     def take(self, t: Tensor, packed: bool) -> Tensor:
         """`[T, ...]` if packed, else `[B, tokens, ...]`."""
@@ -256,11 +264,11 @@ class _Places:
         if self.count is not None:
             value = value.unflatten(0, (t.shape[0], -1)) if isinstance(value, Tensor) and value.ndim < t.ndim else value
             t[:, : self.count] = value
-        elif len(self.index[0]):
+        elif self.any:
             # written by index, unlike by slice, dtypes must agree
             t[self.index] = value.flatten(0, -t.ndim + 1).to(t.dtype) if isinstance(value, Tensor) else value
 
 
 def _places(index: Tensor, length: int, count: int | None = None) -> _Places:
     """Of indices into the flattened `[B * length]`."""
-    return _Places(count, (torch.div(index, length, rounding_mode="floor"), index % length))
+    return _Places(count, (torch.div(index, length, rounding_mode="floor"), index % length), len(index) > 0)

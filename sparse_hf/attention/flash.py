@@ -59,6 +59,12 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
     return Packed(*(c.contiguous().to(device) for c in cu.unbind(1)), max_q, max_k)
 
 
+def heads_last(t: Tensor) -> Tensor:
+    """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded, as the kernels want it."""
+    t = t.transpose(1, 2)
+    return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
+
+
 class FA2:
     """The FlashAttention-2 kernels that torch carries, those under `torch.nn.attention.varlen`."""
 
@@ -174,7 +180,11 @@ def _fa4_broken() -> str | None:
         logger.warning("%s; windows run on torch's FlashAttention-2", reason)
         return reason
     # a merged backward needs the functions below the public ones
-    wanted = {_flash_attn_fwd: {"return_lse", "window_size_left"}, _flash_attn_bwd: {"dlse", "deterministic", "lse"}}
+    both = {"window_size_left", "block_sparse_tensors", "mask_mod", "aux_tensors"}
+    wanted = {
+        _flash_attn_fwd: {"return_lse", "pack_gqa"} | both,
+        _flash_attn_bwd: {"dlse", "deterministic", "lse"} | both,
+    }
     missing = {n for function, names in wanted.items() for n in names - set(inspect.signature(function).parameters)}
     if missing:
         reason = f"flash-attn-4 {version} has no argument {', '.join(sorted(missing))}; 4.0.0b16 has"

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Split
-from .columns_kernels import LOG2_E, padded, portions
+from .columns_kernels import LOG2_E, options, padded, portions, strides_of
+from .launch import launch
 
 TILE = 128
 
@@ -34,14 +35,17 @@ def add_rows_on_gpu(
         count = portion.keys.shape[1]
         # sums of one tile each, added up afterwards in a fixed order
         sums = q.new_empty((len(split.sequences), tiles, heads, count, dim), dtype=torch.float32)
-        _row_gradients[(len(split.sequences) * tiles, k.shape[2])](
-            grad_out, q, k, v, out, lse, given_lse, grad_k, grad_v, sums, split.sequences_there, portion.keys,
-            *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *lse.stride(), *given_lse.stride(), *grad_k.stride()[:3], *grad_v.stride()[:3],
-            scale, scale * LOG2_E, split.q_offset, tiles, count,
-            HAS_GRAD_LSE=grad_lse is not None, R=heads // k.shape[2], BC=padded(count), BN=tile, D=dim, BD=padded(dim),
-            num_warps=4 if dim <= 64 else 8, num_stages=3 if dim <= 128 else 1,
+        tensors = grad_out, q, k, v, out, lse, given_lse, grad_k, grad_v, sums, split.sequences_there, portion.keys
+        strides = (
+            *strides_of(grad_out, q, k, v, out), *lse.stride(), *given_lse.stride(), *strides_of(grad_k, grad_v)
         )  # fmt: skip
+        numbers = scale, scale * LOG2_E, split.q_offset, tiles, count
+        constants = {
+            "HAS_GRAD_LSE": grad_lse is not None, "R": heads // k.shape[2], "BC": padded(count), "BN": tile, "D": dim,
+            "BD": padded(dim),
+        }  # fmt: skip
+        grid = len(split.sequences) * tiles, k.shape[2]
+        launch(_row_gradients, grid, tensors, strides, numbers, constants, **options(q))
         found.append(sums.sum(1).transpose(1, 2))  # [S, C, H, D]
     return torch.cat(found, 1).flatten(0, 1)[split.asked]
 

@@ -8,7 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..plan import BlockPlan
 from ..plan.lists import Lists, TileLists, tile_lists
 from .dropout import threshold
-from .launch import launch
+from .launch import MOST, Launch
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
@@ -130,70 +130,90 @@ class Call:
     relation: int = 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        from . import tile_kernels as kernels
-
-        lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
+        lists = self.tiles.by_query
         parts = self._parts(lists, out, lse)
-        tensors = q, k, v, out, lse, *parts, *self._tables(lists, self.tiles.masks)
         # the last number is of a row of lse
         strides = (*_strides(q, k, v, out), lse.shape[2])
-        constants, options = self._constants(lists, q, k), launches(q)[0]
-        launch(kernels.forward, (lists.items, rows), tensors, strides, self._numbers(lists, q, k), constants, **options)
+        self._walk("forward", q, k, (q, k, v, out, lse, *parts), strides)
         if lists.cut:
-            tensors, strides = (*parts, lists.long, out, lse), (*_strides(out), lse.shape[2])
-            constants = {"H": q.shape[1], **self._shape(q)}
-            launch(kernels.merge_segments, (len(lists.long), rows), tensors, strides, (q.shape[2],), constants)
+            self._join("merge_segments", lists, (*parts, lists.long, out, lse), (*_strides(out), lse.shape[2]))
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grads: Sequence[Tensor]) -> None:
         """Write the gradients of q, k and v to `grads`, given those of out and lse (None: zero)."""
-        from . import tile_kernels as kernels
-
         grad_q, *grads_of_keys = grads
         lse = lse.contiguous()
         # anything will do where it is not read
         given_lse = lse if grad_lse is None else grad_lse.contiguous()
         places = q.shape[2] if self.index is None else self.index.shape[1]
         delta = torch.empty(*q.shape[:2], places, dtype=torch.float32, device=q.device)
-        lengths, options = (lse.shape[2], places), launches(q)[1]
+        lengths = lse.shape[2], places
 
-        lists, rows = self.tiles.by_query, q.shape[0] * q.shape[1]
-        parts = self._parts(lists, grad_q)
-        tables = self._tables(lists, self.tiles.masks)
-        tensors = grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *parts, *tables
+        parts = self._parts(self.tiles.by_query, grad_q)
+        tensors = grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *parts
         strides = (*_strides(grad_out, q, k, v, out, grad_q), *lengths)
-        constants = {"HAS_GRAD_LSE": grad_lse is not None, **self._constants(lists, q, k)}
-        numbers = self._numbers(lists, q, k)
-        launch(kernels.gradients_of_queries, (lists.items, rows), tensors, strides, numbers, constants, **options)
-        self._add(parts, lists, (grad_q,))
+        self._walk("gradients_of_queries", q, k, tensors, strides, HAS_GRAD_LSE=grad_lse is not None)
+        self._add(parts, self.tiles.by_query, (grad_q,))
 
-        lists, rows = self.tiles.by_key, k.shape[0] * k.shape[1]
-        parts = self._parts(lists, *grads_of_keys)
-        tables = self._tables(lists, self.tiles.masks_by_key)
-        tensors = grad_out, q, k, v, lse, delta, *grads_of_keys, *parts, *tables
+        parts = self._parts(self.tiles.by_key, *grads_of_keys)
+        tensors = grad_out, q, k, v, lse, delta, *grads_of_keys, *parts
         strides = (*_strides(grad_out, q, k, v, *grads_of_keys), *lengths)
-        constants, numbers = self._constants(lists, q, k), self._numbers(lists, q, k)
-        launch(kernels.gradients_of_keys, (lists.items, rows), tensors, strides, numbers, constants, **options)
-        self._add(parts, lists, grads_of_keys)
+        self._walk("gradients_of_keys", q, k, tensors, strides)
+        self._add(parts, self.tiles.by_key, grads_of_keys)
 
-    def _tables(self, lists: Lists, masks: Tensor) -> tuple[Tensor, ...]:
-        # where places are tokens no index is read, and anything will do
-        index = self.tiles.group_of if self.index is None else self.index
-        of_lists = lists.offsets, lists.masked, lists.others, lists.masks
-        return self.tiles.group_of, *of_lists, masks, lists.segments, index, index
+    def _known(self, alike: tuple, prepare: Callable[[], Launch]) -> Launch:
+        """What `prepare` gives, found once for calls over these lists that are alike."""
+        known = self.tiles.__dict__.setdefault("_launches", {})
+        if alike not in known:
+            if len(known) >= MOST:
+                known.clear()
+            known[alike] = prepare()
+        return known[alike]
 
-    def _numbers(self, lists: Lists, q: Tensor, k: Tensor) -> tuple[float | int, ...]:
+    def _walk(self, name: str, q: Tensor, k: Tensor, tensors: Sequence[Tensor], strides: tuple, **flags: bool) -> None:
+        """Run a kernel that walks lists: those of the queries, or of the keys."""
+        alike = name, strides, q.shape, k.shape, q.dtype, q.device, self.scoring, self.dropout, *flags.values()
+        lists = self._lists(name)
         seed = 0 if self.seed is None else int(self.seed)
         dropped = _word(seed), _word(threshold(self.dropout)), 1 / (1 - self.dropout)
         width = 0 if self.index is None else self.index.shape[1]
         of_lists = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
-        return self.scoring.scale, float(self.scoring.softcap or 1), *dropped, q.shape[2], k.shape[2], *of_lists
+        numbers = self.scoring.scale, float(self.scoring.softcap or 1), *dropped, q.shape[2], k.shape[2], *of_lists
+        self._known(alike, lambda: self._walker(name, q, k, strides, flags))(tensors, numbers)
 
-    def _constants(self, lists: Lists, q: Tensor, k: Tensor) -> dict:
-        return {
-            "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
+    def _lists(self, name: str) -> Lists:
+        return self.tiles.by_key if name == "gradients_of_keys" else self.tiles.by_query
+
+    def _walker(self, name: str, q: Tensor, k: Tensor, strides: tuple, flags: dict) -> Launch:
+        from . import tile_kernels
+
+        lists, of_keys = self._lists(name), name == "gradients_of_keys"
+        heads = k if of_keys else q
+        masks = self.tiles.masks_by_key if of_keys else self.tiles.masks
+        # where places are tokens no index is read, and anything will do
+        index = self.tiles.group_of if self.index is None else self.index
+        of_lists = lists.offsets, lists.masked, lists.others, lists.masks
+        fixed = self.tiles.group_of, *of_lists, masks, lists.segments, index, index
+        constants = {
+            **flags, "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
             "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,
-            "DROPOUT": self.dropout > 0, "PRECISION": "ieee", **self._shape(q),
+            "DROPOUT": self.dropout > 0, **self._shape(q), "PRECISION": "ieee",
         }  # fmt: skip
+        grid, options = (lists.items, heads.shape[0] * heads.shape[1]), launches(q)[name != "forward"]
+        return Launch(getattr(tile_kernels, name), grid, fixed, strides, constants, **options)
+
+    def _join(self, name: str, lists: Lists, tensors: Sequence[Tensor], strides: tuple, **flags: bool) -> None:
+        """Run a kernel that adds what segments found to results `[B, heads, length, D]`, the fourth of `tensors`."""
+        total = tensors[3]
+        batch, heads, length, _ = total.shape
+
+        def joiner() -> Launch:
+            from . import tile_kernels
+
+            constants = {"H": heads, **flags, **self._shape(total)}
+            return Launch(getattr(tile_kernels, name), (len(lists.long), batch * heads), (), strides, constants)
+
+        alike = name, strides, total.shape, total.dtype, total.device, *flags.values()
+        self._known(alike, joiner)(tensors, (length,))
 
     def _shape(self, q: Tensor) -> dict:
         """The sides of what the kernels hold; the matrix units take powers of two from 16."""
@@ -210,16 +230,10 @@ class Call:
 
     def _add(self, parts: Sequence[Tensor], lists: Lists, grads: Sequence[Tensor]) -> None:
         """Add what segments found to one or two gradients `[B, heads, length, D]`."""
-        from .tile_kernels import add_segments
-
-        if not lists.cut:
-            return
-        batch, heads, length, _ = grads[0].shape
-        # of a single one both are the same, and the second is left alone
-        tensors = parts[0], parts[-1], lists.long, grads[0], grads[-1]
-        constants = {"H": heads, "TWO": len(grads) > 1, **self._shape(grads[0])}
-        strides = _strides(grads[0], grads[-1])
-        launch(add_segments, (len(lists.long), batch * heads), tensors, strides, (length,), constants)
+        if lists.cut:
+            # of a single one both are the same, and the second is left alone
+            tensors = parts[0], parts[-1], lists.long, grads[0], grads[-1]
+            self._join("add_segments", lists, tensors, _strides(grads[0], grads[-1]), TWO=len(grads) > 1)
 
 
 def _word(number: int) -> int:
@@ -247,4 +261,5 @@ def readable(t: Tensor) -> Tensor:
 
 def like(t: Tensor) -> Tensor:
     """`[B, H, L, D]` with heads after tokens in memory, as models join them next."""
-    return t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
+    batch, heads, length, dim = t.shape
+    return t.new_empty_strided(t.shape, (length * heads * dim, dim, heads * dim, 1))

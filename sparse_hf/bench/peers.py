@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import BACKENDS, flash, sparse_attention
+from ..attention import BACKENDS, fa, flash, sparse_attention
 from ..attention.scoring import Scoring
 from ..pattern import Pattern, Window, causal, full
-from ..plan import build_plan, read_pattern
+from ..plan import BlockPlan, build_plan, read_pattern
 
 # torch looks at all pairs to make a mask for FlexAttention
 LONGEST_FLEX = 16384
@@ -127,11 +127,20 @@ def _ours(pattern: Pattern, q: Tensor, v: Tensor, backends: list[str] | None) ->
             continue
         if not backends and name == "blockwise" and q.is_cuda:
             continue
-        kinds = [kind for kind in flash.KERNELS.values() if kind.refuses(q) is None] if name == "fa" else [None]
-        for kind in kinds:
+        for kind in _kinds(q, v, plan, scoring) if name == "fa" else [None]:
 
             def call(q, k, v, name=name, kind=kind):
                 with nullcontext() if kind is None else flash.only(kind.name):
                     return sparse_attention(q, k, v, pattern, backend=name)
 
             yield Peer(name if kind is None else f"{name} ({kind.name})", pattern, call, "ours")
+
+
+def _kinds(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring) -> list:
+    """The kernels with which `fa` can run this call; None, which says why it cannot, if there are none."""
+    able = []
+    for kind in flash.KERNELS.values():
+        if kind.refuses(q) is None:
+            with flash.only(kind.name):
+                able += [kind] if fa.refuses(q, v, plan, scoring, 0.0) is None else []
+    return able or [None]

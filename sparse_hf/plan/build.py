@@ -112,7 +112,7 @@ def _running_count(flags: Tensor | None) -> Tensor | None:
 def list_tables(
     patterns: tuple[Pattern, ...], grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of a `BlockPlan`, made on the CPU: row offsets, columns, full."""
+    """The tables of a `BlockPlan`, made on the default device, where patterns and layout are: row offsets, columns, full."""
     # rows of the batch that are alike, but for a mask function, are listed once
     copies = torch.arange(batch_rows // layout.rows)[:, None]
     swept = cache(partial(_sweep, grid=grid, layout=layout))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .memo import remembered
 # of which each has a program of its own, so that the few lines of global tokens keep nobody waiting. As they are merged one
 # after the other, segments are no shorter than SQUARE times the root of the longest line.
 LIMIT, LONGER, SQUARE = 16, 2, 2
+# Up to so many tiles of all heads a GPU waits for the host, to whom further kernels cost more than long lines cost the GPU (on an H200).
+QUICK, LIMIT_OF_QUICK = 1 << 12, 64
 UNCUT = 1 << 30
 # mask bits that are evaluated at once
 EVALUATED = 1 << 22
@@ -44,12 +46,12 @@ class Lists:
     segments: Tensor
     long: Tensor  # [L, 3] int32: such a tile, its first row in `segments`, and how many there are
 
-    @property
+    @cached_property
     def cut(self) -> int:
         """Segments of all tiles."""
         return len(self.segments)
 
-    @property
+    @cached_property
     def items(self) -> int:
         """Programs of one head of a batch row."""
         return self.cut + self.lines
@@ -80,11 +82,12 @@ def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLi
     heads = torch.tensor(plan.heads or [0] * num_heads, device=plan.device)
     rows = torch.arange(batch, device=plan.device) if plan.batch_rows > 1 else torch.zeros(batch, device=plan.device)
     groups = plan.batch_rows * patterns
+    least = LIMIT_OF_QUICK if batch * num_heads * plan.q_blocks <= QUICK else LIMIT
     return TileLists(
         size,
         (rows.long()[:, None] * patterns + heads).flatten().int(),
-        make_lists(groups, plan.q_blocks, group, i, j, full, number),
-        make_lists(groups, plan.kv_blocks, group, j, i, full, number),
+        make_lists(groups, plan.q_blocks, group, i, j, full, number, least),
+        make_lists(groups, plan.kv_blocks, group, j, i, full, number, least),
         masks,
         masks.transpose(1, 2).contiguous(),
     )
@@ -98,9 +101,12 @@ def make_lists(
     other: Tensor,
     full: Tensor,
     mask: Tensor,
-    may_cut: bool = True,
+    least: int | None,
 ) -> Lists:
-    """Sort entries by line, those with a mask first; `group`, `line`, `other`, `full` and `mask` are `[N]`."""
+    """Sort entries by line, those with a mask first; `group`, `line`, `other`, `full` and `mask` are `[N]`.
+
+    Lines of up to `least` entries are not cut; None: no line is.
+    """
     line = group * lines + line
     most = int(other.max()) + 1 if len(other) else 1
     order = ((line * 2 + full) * most + other).argsort()
@@ -108,9 +114,9 @@ def make_lists(
     masked = torch.bincount(line[~full], minlength=groups * lines)
     most_entries = counts.view(groups, lines).amax(0)
     limit = UNCUT
-    if may_cut and len(line):
+    if least is not None and len(line):
         mean = int(most_entries.sum()) / int(most_entries.count_nonzero())
-        limit = max(LIMIT, int(LONGER * mean), SQUARE * math.isqrt(int(most_entries.max())))
+        limit = max(least, int(LONGER * mean), SQUARE * math.isqrt(int(most_entries.max())))
     long = (most_entries > limit).nonzero().flatten()
     more = (most_entries[long] - 1) // limit
     first = more.cumsum(0) - more
@@ -269,4 +275,4 @@ def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) 
     group, line = (t[:, None].expand_as(columns)[exists] for t in (x, i))
     rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
     pairs = (line, columns[exists]), (columns[exists], line)
-    return tuple(make_lists(groups, lines, group, *pair, *rest, may_cut=False) for pair in pairs)
+    return tuple(make_lists(groups, lines, group, *pair, *rest, None) for pair in pairs)

@@ -30,7 +30,7 @@ def cases(step: int = 1, shift: int = 0):
     return [
         pytest.param(
             causal_form(pattern) if causal == "causal" else pattern, length, name, SHAPES[i % len(SHAPES)],
-            id=f"{i}-{pattern[:20]}-{causal}-{length}-{name}", marks=() if i in FAST or step > 1 else pytest.mark.slow,
+            id=f"{i}-{pattern[:20]}-{causal}-{length}-{name}", marks=() if i in FAST else pytest.mark.slow,
         )
         for i, (pattern, causal, length, name) in enumerate(ALL) if i % step == shift
     ]  # fmt: skip

@@ -86,8 +86,8 @@ def defined_pairs(q, k, values, real, documents) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("text", PATTERNS)
 def test_equals_the_definition(text, name):
-    length = 90
-    queries = 40 if name == "last queries" else length
+    length = 60
+    queries = 25 if name == "last queries" else length
     q, k, v = tensors(length, queries)
     batch = batch_of(name, length)
     real = batch.get("key_padding_mask", torch.ones(2, length, dtype=torch.bool))

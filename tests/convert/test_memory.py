@@ -97,7 +97,7 @@ def measure(source: Path, out: Path, **options) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("files", ["copied", "written anew", "torch"])
+@pytest.mark.parametrize("files", ["copied", pytest.param("written anew", marks=pytest.mark.slow), "torch"])
 def test_300_megabytes_are_converted_in_less_than_100(files, room):
     source, config = room / "dense", config_of(2, 1024, 64000)
     total = write_checkpoint(source, config, 1)

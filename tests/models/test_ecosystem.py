@@ -9,6 +9,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 from accelerate.utils import offload_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
@@ -396,6 +397,38 @@ def test_generation_with_a_sliding_cache_of_the_users(head, kind):
         answers(sparse, {"input_ids": ids[:, :-5], name: cache})
     found = generate(sparse, {"input_ids": ids}, **GREEDY, **{name: cache})
     assert torch.equal(found, generate(sparse, {"input_ids": ids}, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [
+        ("Llama", SPARSE),
+        ("Longformer", None),
+        pytest.param("Bert", SPARSE, marks=pytest.mark.slow),
+        pytest.param("BigBird", None, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if value and value.isalpha() else "",
+)
+def test_another_length_compiles_nothing(family, pattern):
+    torch._dynamo.reset()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 99,
+    }
+    own = {"BigBird": {"block_size": 16, "num_random_blocks": 1}, "Longformer": {"attention_window": 16}}.get(
+        family, {}
+    )
+    config = getattr(transformers, f"{family}Config")(**sizes, **own, max_position_embeddings=512)
+    model = sparse_hf.sparsify(getattr(transformers, f"{family}Model")(config), pattern)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(model, backend=counter, dynamic=True), []
+    for length in (160, 192, 201):
+        compiled(input_ids=torch.randint(3, 99, (2, length)))[0].sum().backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0
 
 
 def test_generation_with_a_compiled_model_and_a_static_cache():

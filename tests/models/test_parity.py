@@ -289,7 +289,17 @@ def test_checkpointing_changes_no_gradient(head):
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("head", one_head())
+def slow_but_for(heads: list[str]) -> list:
+    """All heads, of which the fast suite takes these."""
+    return [pytest.param(head, marks=() if head in heads else pytest.mark.slow) for head in HEADS]
+
+
+# an encoder, one with positions of both kinds, decoders with and without rotary positions, and both kinds of encoder-decoders
+COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "Gemma2ForCausalLM",
+            "BartForConditionalGeneration", "T5ForConditionalGeneration")  # fmt: skip
+
+
+@pytest.mark.parametrize("head", [h for h in slow_but_for(COMPILED) if h.values[0] in one_head()])
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:
         pytest.skip("the experts of this version of Transformers cannot be compiled")
@@ -317,7 +327,7 @@ NOT_ONE_GRAPH = {"gpt2"}
 NOT_COMPILED = {"mixtral", "qwen3_moe"} if OLD else set()
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", slow_but_for(one_head()))
 def test_saved_and_loaded_by_the_auto_class(head, tmp_path):
     layers = (
         None

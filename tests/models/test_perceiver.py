@@ -136,7 +136,7 @@ def test_images_make_no_tensor_of_latents_times_pixels(head):
     assert not seen.quadratic
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in TEXTS else pytest.mark.slow) for k in KINDS])
 def test_compiled(kind):
     torch._dynamo.reset()
     ours, batch = sparse_hf.sparsify(stock_model(kind)), inputs(kind)

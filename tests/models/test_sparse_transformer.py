@@ -19,11 +19,12 @@ from tests.table import PATTERNS, causal_form
 MODES = ["strided", "fixed"]
 HEADS = ["GPT2LMHeadModel", "LlamaForCausalLM"]
 # lengths with the root as stride, and the paper's longest text (enwik8, section 6.2) with its stride and summaries
-SIZES = [(1, 1), (2, 2), (9, 3), (100, 10), (257, 16), (1000, 32), (3000, 64), (12_288, 128)]
+SIZES = [(1, 1), (2, 2), (9, 3), (100, 10), (257, 16), (1000, 32), (3000, 64)]
+LONG = pytest.param(12_288, 128, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("length", "stride"), SIZES)
+@pytest.mark.parametrize(("length", "stride"), [*SIZES, LONG])
 def test_two_layers_reach_every_earlier_token_and_one_does_not(length, stride, mode):
     shape = {"stride": stride, "mode": mode, "summary": max(1, min(8, stride // 2))}
     near, far = recipes.sparse_transformer_layers(2, **shape)
