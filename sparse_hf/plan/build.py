@@ -146,6 +146,11 @@ def list_blocks(
     return b[kept], i[kept], j[kept], state[kept] == FULL
 
 
+def has_draws(pattern: Pattern) -> bool:
+    """Are there random blocks that are looked up?"""
+    return bool(_drawn_apart(pattern)[1])
+
+
 def _drawn_apart(pattern: Pattern) -> tuple[Pattern | None, list[RandomBlocks]]:
     """Random blocks that hold all pairs which the rest of a pattern, None for none, does not."""
     rest, drawn = [], []

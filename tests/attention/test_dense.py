@@ -10,23 +10,14 @@ from sparse_hf.attention import dense
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.test_exactness import tensors
-from tests.attention.test_few import without_lse
+from tests.attention.test_few import answers_of, without_lse
 
 LENGTH = 200
 
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What was answered: None where it was left to others."""
-    found = []
-
-    def watched(*given):
-        found.append(attend(*given))
-        return found[-1]
-
-    attend = dense.attend
-    monkeypatch.setattr(dense, "attend", watched)
-    return found
+    return answers_of(dense, monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 32), (4, 2, 64), (4, 1, 80)])

@@ -13,19 +13,24 @@ from tests.attention.test_exactness import BATCH, tensors
 from tests.table import PATTERNS, SCENARIOS, SHAPES, causal_form, scenario
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """Everywhere, and what was answered: None where it was left to others."""
+def answers_of(module, monkeypatch) -> list:
+    """What a module's `attend` answers from now on: None where it leaves a call to others."""
     found = []
 
     def watched(*given):
         found.append(attend(*given))
         return found[-1]
 
-    attend = few.attend
-    monkeypatch.setattr(few, "attend", watched)
-    monkeypatch.setattr(few, "WALKERS", set())
+    attend = module.attend
+    monkeypatch.setattr(module, "attend", watched)
     return found
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Everywhere."""
+    monkeypatch.setattr(few, "WALKERS", set())
+    return answers_of(few, monkeypatch)
 
 
 @pytest.mark.parametrize("case", SCENARIOS)
