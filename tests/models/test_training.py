@@ -23,9 +23,9 @@ def steps(heads: tuple[str, ...], processes: int, batch: int, accumulate: int, o
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "heads", [pytest.param(DENSE, marks=pytest.mark.slow), PUBLISHED], ids=["dense", "sparse by themselves"]
-)
+# tests/train/test_distributed.py has a dense family and one of the others in the fast suite
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [DENSE, PUBLISHED], ids=["dense", "sparse by themselves"])
 def test_processes_and_accumulation_change_nothing(heads, tmp_path):
     whole = steps(heads, 1, 4, 1, tmp_path / "whole.pt")
     for name, processes, batch, accumulate in (("two processes", 2, 2, 1), ("accumulated", 1, 1, 4)):
