@@ -24,9 +24,11 @@ demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (un
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
-# attention, plans and patterns import no transformers (tests/test_imports.py), and torch is the same; what is studied or measured is too
+# attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles, is the same
+OLDEST := tests/models tests/convert tests/train -k 'not compiled and not studies and not memory'
+
 test-oldest:  ## those that have to do with transformers, with the oldest supported one
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="tests/models tests/convert tests/train --ignore=tests/train/test_studies.py --ignore=tests/convert/test_memory.py"
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"
 
 check: $(STAMP)  ## lint, format, and the table of who may import whom
 	$(BIN)/ruff check .

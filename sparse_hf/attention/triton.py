@@ -212,7 +212,7 @@ class Call:
             constants = {"H": heads, **flags, **self._shape(total)}
             return Launch(getattr(tile_kernels, name), (len(lists.long), batch * heads), (), strides, constants)
 
-        alike = name, strides, total.shape, total.dtype, total.device, *flags.values()
+        alike = name, len(lists.long), strides, total.shape, total.dtype, total.device, *flags.values()
         self._known(alike, joiner)(tensors, (length,))
 
     def _shape(self, q: Tensor) -> dict:
