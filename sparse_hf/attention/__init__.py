@@ -143,8 +143,9 @@ def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, reg
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return BACKENDS[backend]
     names = PREFERENCE if queries >= few.QUERIES else ("blockwise",)
-    able = (name for name in names if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
-    name = next(name for name in able if name != "fa" or fa.is_fastest(q, plan))
+    # whether `fa` is worth it is asked first, since it would make tables to say whether it can
+    worth = (name for name in names if name != "fa" or fa.is_fastest(q, plan))
+    name = next(name for name in worth if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
     _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)
     return BACKENDS[name]
 

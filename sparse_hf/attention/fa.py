@@ -56,13 +56,13 @@ def _no_window(plan: BlockPlan, batch: int) -> str | None:
 
 
 def is_fastest(q: Tensor, plan: BlockPlan) -> bool:
-    """Is this the fastest backend for a call that it does not refuse? Measured on an H200 beside `triton`.
+    """Is this the fastest backend for a call, unless it refuses it? Measured on an H200 beside `triton`.
 
     Not with torch's FA2, nor on short texts; heads wider than 128 are not measured: who wants them asks by name.
     """
-    if _no_window(plan, q.shape[0]):
-        return fa_blocks.are_fastest(q, plan)
-    return q.shape[-1] <= 128 and q.numel() > FROM and flash.kernels(q) is not flash.FA2
+    if not q.is_cuda or q.shape[-1] > 128 or q.numel() <= FROM or flash.kernels(q) is flash.FA2:
+        return False
+    return _no_window(plan, q.shape[0]) is None or fa_blocks.are_fastest(q, plan)
 
 
 def attend(
