@@ -24,8 +24,9 @@ demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (un
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
-# attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles, is the same
-OLDEST := tests/models tests/convert tests/train -k 'not compiled and not studies and not memory'
+# attention, plans and patterns import no transformers (tests/test_imports.py), and torch is the same
+OLDEST := tests/models tests/convert tests/train tests/test_examples.py \
+	--ignore=tests/train/test_studies.py --ignore=tests/convert/test_memory.py
 
 test-oldest:  ## those that have to do with transformers, with the oldest supported one
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"

@@ -105,7 +105,9 @@ def sparse_attention(
             _check_plan(plan, q)
             out = few.attend(q, k, v, plan, scoring.scale)
             if out is not None:
-                _say_torch(f"of fewer than {few.QUERIES} queries", " over the keys that they see", q)
+                _say_torch(
+                    f"of fewer than {few.QUERIES} queries", " over the keys that they see", q.device.type, q.dtype
+                )
                 return out
         may = regroup.may_regroup(backend, scoring, dropout)
         plan = cached_plan(*lengths, batch, q.device, by_identity=True, may_regroup=may)
@@ -118,7 +120,7 @@ def _attend(q, k, v, plan: AnyPlan, scoring: Scoring, dropout: float, backend: s
     if dense.suits(backend, q, k, v, scoring, dropout, return_lse):
         out = dense.attend(q, k, v, plan, scoring.scale)
         if out is not None:
-            _say_torch("by a pattern that leaves out no pair of a text this short", "", q)
+            _say_torch("by a pattern that leaves out no pair of a text this short", "", q.device.type, q.dtype)
             return out
     out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
     return (out, lse) if return_lse else out
@@ -156,12 +158,8 @@ def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> 
     logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
 
 
-def _say_torch(which: str, over: str, q: Tensor) -> None:
-    _say_of_torch(which, over, q.device.type, q.dtype)
-
-
 @lru_cache
-def _say_of_torch(which: str, over: str, device: str, dtype: torch.dtype) -> None:
+def _say_torch(which: str, over: str, device: str, dtype: torch.dtype) -> None:
     what = "PyTorch's scaled_dot_product_attention"
     logger.info("attention %s on %s in %s runs on %s%s", which, device, dtype, what, over)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plan import Split, remembered
 from .columns import reach
-from .launch import launch
+from .launch import launch, strides_of
 
 LOG2_E = 1.4426950408889634
 # columns of one launch, and programs that keep a GPU busy in the backward pass
@@ -113,11 +113,6 @@ def _constants(q: Tensor, k: Tensor, count: int, tile: int) -> dict[str, int]:
 def options(q: Tensor) -> dict[str, int]:
     """Warps and stages of a kernel of gradients."""
     return {"num_warps": 4 if q.shape[3] <= 64 else 8, "num_stages": 3 if q.shape[3] <= 128 else 1}
-
-
-def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """Of `[B, L, heads, D]`, whose last is 1."""
-    return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
 
 def _limits(split: Split) -> tuple[int, int, int, int]:

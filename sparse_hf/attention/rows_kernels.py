@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Split
-from .columns_kernels import LOG2_E, options, padded, portions, strides_of
-from .launch import launch
+from .columns_kernels import LOG2_E, options, padded, portions
+from .launch import launch, strides_of
 
 TILE = 128
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..plan import BlockPlan
 from ..plan.lists import Lists, TileLists, tile_lists
 from .dropout import threshold
-from .launch import MOST, Launch
+from .launch import MOST, Launch, strides_of
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
@@ -133,10 +133,10 @@ class Call:
         lists = self.tiles.by_query
         parts = self._parts(lists, out, lse)
         # the last number is of a row of lse
-        strides = (*_strides(q, k, v, out), lse.shape[2])
+        strides = (*strides_of(q, k, v, out), lse.shape[2])
         self._walk("forward", q, k, (q, k, v, out, lse, *parts), strides)
         if lists.cut:
-            self._join("merge_segments", lists, (*parts, lists.long, out, lse), (*_strides(out), lse.shape[2]))
+            self._join("merge_segments", lists, (*parts, lists.long, out, lse), (*strides_of(out), lse.shape[2]))
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grads: Sequence[Tensor]) -> None:
         """Write the gradients of q, k and v to `grads`, given those of out and lse (None: zero)."""
@@ -150,13 +150,13 @@ class Call:
 
         parts = self._parts(self.tiles.by_query, grad_q)
         tensors = grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *parts
-        strides = (*_strides(grad_out, q, k, v, out, grad_q), *lengths)
+        strides = (*strides_of(grad_out, q, k, v, out, grad_q), *lengths)
         self._walk("gradients_of_queries", q, k, tensors, strides, HAS_GRAD_LSE=grad_lse is not None)
         self._add(parts, self.tiles.by_query, (grad_q,))
 
         parts = self._parts(self.tiles.by_key, *grads_of_keys)
         tensors = grad_out, q, k, v, lse, delta, *grads_of_keys, *parts
-        strides = (*_strides(grad_out, q, k, v, *grads_of_keys), *lengths)
+        strides = (*strides_of(grad_out, q, k, v, *grads_of_keys), *lengths)
         self._walk("gradients_of_keys", q, k, tensors, strides)
         self._add(parts, self.tiles.by_key, grads_of_keys)
 
@@ -233,17 +233,12 @@ class Call:
         if lists.cut:
             # of a single one both are the same, and the second is left alone
             tensors = parts[0], parts[-1], lists.long, grads[0], grads[-1]
-            self._join("add_segments", lists, tensors, _strides(grads[0], grads[-1]), TWO=len(grads) > 1)
+            self._join("add_segments", lists, tensors, strides_of(grads[0], grads[-1]), TWO=len(grads) > 1)
 
 
 def _word(number: int) -> int:
     """The same 32 bits with a sign, so that all seeds are of one type."""
     return number - (1 << 32) if number >= 1 << 31 else number
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of `[B, H, L, D]`, whose last is 1."""
-    return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
 
 def launches(q: Tensor) -> tuple[dict, dict]:

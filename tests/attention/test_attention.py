@@ -147,10 +147,10 @@ def test_a_mask_that_is_gone_is_not_the_mask_that_is_not_given():
     ],
 )
 def test_auto_says_what_it_chose_once(queries, said, caplog):
-    from sparse_hf.attention import _say, _say_of_torch
+    from sparse_hf.attention import _say, _say_torch
 
     _say.cache_clear()
-    _say_of_torch.cache_clear()
+    _say_torch.cache_clear()
     q, k, v = (t.detach() for t in random(*[(1, 1, queries, 8)] * 3))
     with caplog.at_level(logging.INFO, logger="sparse_hf"):
         for _ in range(3):

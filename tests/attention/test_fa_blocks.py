@@ -181,6 +181,11 @@ def test_a_mask_function_is_evaluated(plain):
         torch.testing.assert_close(got, wanted)
 
 
-def test_auto_does_not_choose_lists_before_they_are_measured():
-    q = torch.empty(1, 64, 4096, 128, device="meta")
-    assert not fa.is_fastest(q, build_plan("chunk(50)", 4096))
+def test_lists_are_fastest_where_they_were_measured_so():
+    def fastest(pattern: str, length: int, head_dim: int = 128) -> bool:
+        return fa_blocks.are_fastest(torch.empty(1, 16, length, head_dim, device="meta"), build_plan(pattern, length))
+
+    assert fastest("bigbird(block_size=128)", 65_536)
+    assert not fastest("bigbird(block_size=128)", 16_384) and not fastest("bigbird(block_size=128)", 131_072, 64)
+    # blocks of it have masks
+    assert not fastest("chunk(50)", 65_536)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
+import pytest
 import torch
 import transformers
 
@@ -92,6 +94,11 @@ def one_head(*, generating: bool = False, encoder: bool = False) -> list[str]:
         chosen |= {family: head for head, family in HEADS.items() if head.endswith(ending)}
     can = {head: sparse_class(head).can_generate() and not _is_encoder(head) for head in chosen.values()}
     return [head for head in chosen.values() if (not generating or can[head]) and (not encoder or _is_encoder(head))]
+
+
+def slow_but_for(fast: Iterable[str], names: Iterable[str]) -> list:
+    """All of `names` as parameters, of which the fast suite takes these."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def sparse_class(head: str) -> type:

@@ -27,6 +27,7 @@ from tests.models.families import (
     is_decoder,
     one_head,
     pattern_layers,
+    slow_but_for,
 )
 
 LIMIT = 2e-5
@@ -289,17 +290,12 @@ def test_checkpointing_changes_no_gradient(head):
             torch.testing.assert_close(one, other)
 
 
-def slow_but_for(heads: list[str]) -> list:
-    """All heads, of which the fast suite takes these."""
-    return [pytest.param(head, marks=() if head in heads else pytest.mark.slow) for head in HEADS]
-
-
-# an encoder, one with positions of both kinds, decoders with and without rotary positions, and both kinds of encoder-decoders
+# encoders without and with sliding layers, decoders of three kinds, encoder-decoders without and with a bias
 COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "Gemma2ForCausalLM",
             "BartForConditionalGeneration", "T5ForConditionalGeneration")  # fmt: skip
 
 
-@pytest.mark.parametrize("head", [h for h in slow_but_for(COMPILED) if h.values[0] in one_head()])
+@pytest.mark.parametrize("head", slow_but_for(COMPILED, one_head()))
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:
         pytest.skip("the experts of this version of Transformers cannot be compiled")
@@ -327,7 +323,7 @@ NOT_ONE_GRAPH = {"gpt2"}
 NOT_COMPILED = {"mixtral", "qwen3_moe"} if OLD else set()
 
 
-@pytest.mark.parametrize("head", slow_but_for(one_head()))
+@pytest.mark.parametrize("head", slow_but_for(one_head(), HEADS))
 def test_saved_and_loaded_by_the_auto_class(head, tmp_path):
     layers = (
         None

@@ -14,6 +14,7 @@ from sparse_hf.models import seam
 from sparse_hf.models.cross_attention import attend_across, attend_across_with_weights
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
+from tests.models.families import slow_but_for
 from tests.models.perceivers import (
     COMPOSED,
     HEADS,
@@ -136,7 +137,7 @@ def test_images_make_no_tensor_of_latents_times_pixels(head):
     assert not seen.quadratic
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in TEXTS else pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("kind", slow_but_for(TEXTS, KINDS))
 def test_compiled(kind):
     torch._dynamo.reset()
     ours, batch = sparse_hf.sparsify(stock_model(kind)), inputs(kind)
