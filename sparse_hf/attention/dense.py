@@ -20,7 +20,7 @@ def suits(
     backend: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, wants_lse: bool
 ) -> bool:  # fmt: skip
     """May a call be computed here, if its pattern allows it? Only "auto" may choose."""
-    is_plain = scoring.softcap is None and scoring.bias is None and not dropout and not wants_lse
+    is_plain = scoring.is_plain and not dropout and not wants_lse
     # other head dims or, on a GPU, dtypes have kernels that make n x n scores
     if backend != "auto" or not is_plain or q.shape[-1] != v.shape[-1] or q.shape[-1] > WIDEST:
         return False
@@ -44,8 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, scale: float) -> Tens
 @remembered
 def holds(plan: BlockPlan) -> bool | None:
     """False if a plan holds all pairs of its queries and keys, true if it holds the causal ones of a whole text, else None."""
-    layout = plan.layout
-    if len(plan.patterns) > 1 or plan.mask_function is not None or layout.start is not None or layout.real is not None:
+    if not plan.is_bare:
         return None
     shape = read_pattern(plan.patterns[0], plan.kv_len)
     if isinstance(shape, str) or shape.has_globals:

@@ -30,7 +30,7 @@ FROM = 1 << 24
 def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
     if dropout:
         return "FlashAttention's dropout is not the same mask as that of the other backends; use backend='blockwise'"
-    if scoring.softcap is not None or scoring.bias is not None:
+    if not scoring.is_plain:
         return "FlashAttention windows are merged without soft cap or relative bias; use backend='flex'"
     if q.device.type != "cuda":
         return f"it needs a GPU and q is on {q.device}"

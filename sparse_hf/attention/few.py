@@ -9,11 +9,13 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q queries, K keys, D hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan, remembered
+from ..pattern import Window
+from ..plan import BlockPlan, read_pattern, remembered
 from .scoring import Scoring
 
 # queries that are few: compiling a kernel for every length of the keys would not be worth it
@@ -52,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Te
 
 def suits(backend: str, q: Tensor, scoring: Scoring, dropout: float, wants_lse: bool) -> bool:
     """May such a call be computed here? Only "auto" may choose."""
-    is_plain = scoring.softcap is None and scoring.bias is None and not dropout and not wants_lse
+    is_plain = scoring.is_plain and not dropout and not wants_lse
     return backend == "auto" and q.shape[2] < QUERIES and is_plain
 
 
@@ -64,6 +66,9 @@ def place(q: Tensor, batch: tuple[Tensor | None, ...]) -> torch.device:
 @remembered
 def look(plan: BlockPlan, rows: int) -> Seen | None:
     """What the queries of a plan see; None if it is nothing, or more than `PAIRS` for `rows` batch rows and heads."""
+    ranges = _ranges_of_one(plan)
+    if ranges:
+        return Seen(ranges, None, None)
     blocks = plan.columns.long().unique()
     keys = (blocks[:, None] * plan.block_size + torch.arange(plan.block_size, device=plan.device)).flatten()
     keys = keys[keys < plan.kv_len]
@@ -83,6 +88,35 @@ def look(plan: BlockPlan, rows: int) -> Seen | None:
     # who sees nothing would give NaN; what it sees instead is thrown away
     mask = mask if blind is None else mask | blind
     return Seen(_ranges(keys), None if mask.all() else mask, blind)
+
+
+def _ranges_of_one(plan: BlockPlan) -> tuple[tuple[int, int], ...] | None:
+    """What a single query sees by a window and first tokens, from numbers alone: every token that is decoded has a plan of its own."""
+    shape = _shape(plan.patterns[0], plan.kv_len) if plan.is_bare and plan.q_len == 1 else ""
+    if isinstance(shape, str) or (shape.has_rows and plan.q_offset < shape.first):
+        return None
+    if shape.marked and plan.layout.marks is not None:
+        return None
+    parts = [_reach(shape.clip, plan, shape.first)]
+    if shape.window is not None:
+        parts.append(_reach(shape.window, plan, plan.kv_len))
+    found = []
+    for begin, end in sorted(part for part in parts if part[0] < part[1]):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return tuple(found)
+
+
+# asked with every token
+_shape = lru_cache(maxsize=256)(read_pattern)
+
+
+def _reach(window: Window, plan: BlockPlan, keys: int) -> tuple[int, int]:
+    """Of the first `keys` keys those that a window holds of the plan's first query (end exclusive)."""
+    x, left, right = plan.q_offset, window.left, window.right
+    return 0 if left is None else max(0, x - left), keys if right is None else min(keys, x + right + 1)
 
 
 def _ranges(keys: Tensor) -> tuple[tuple[int, int], ...] | Tensor:

@@ -4,13 +4,16 @@
 so that one long row (a global query) or column (a sink) would make them (n / block)^2: long rows and columns are split off
 as calls of their own and merged by log-sum-exp.
 
+Kernels are compiled for all lengths at once: whatever changes with the length is a tensor, or the shape of one. The numbers of a pattern
+are constants of its kernel.
+
 Legend: B, P as in `BlockPlan`; W widest row of a table; i query block, j key block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -25,7 +28,7 @@ from .scoring import Scoring
 TILE = 128
 # a row of the table is long if it has more than this many times the median's blocks, plus a few
 LONG, FEW = 4, 16
-# distinct shapes and patterns that may be compiled in one process, before an error says so
+# patterns and kinds of batch data that may be compiled in one process, before an error says so
 MAX_KERNELS = 256
 # (compute capability, head dim): measured on an H100 at 65,536 tokens, out of eight forward and eight backward each; at head
 # dim 128 torch's own backward was the fastest
@@ -72,22 +75,11 @@ def attend(
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, score_mod) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest
-
     # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
-    with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS, accumulated_recompile_limit=4 * MAX_KERNELS):
-        out, aux = _compiled()(
-            q,
-            k,
-            v,
-            score_mod=score_mod,
-            block_mask=piece.mask,
-            scale=scale,
-            kernel_options=_options(q),
-            enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
-    return out, aux.lse
+    limits = {"recompile_limit": MAX_KERNELS, "accumulated_recompile_limit": 4 * MAX_KERNELS}
+    # the numbers of a pattern would otherwise be taken for such as change
+    with torch._dynamo.config.patch(**limits, specialize_int=True, specialize_float=True):
+        return _compiled()(q, k, v, piece.tables, piece.block_size, piece.mask_mod, score_mod, scale, _options(q))
 
 
 def _options(q: Tensor) -> dict[str, int] | None:
@@ -99,10 +91,20 @@ def _options(q: Tensor) -> dict[str, int] | None:
 
 @lru_cache(maxsize=1)
 def _compiled():
-    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(_flex, dynamic=True, fullgraph=True)
 
-    # one kernel for all lengths (`dynamic=True`) compiles and is as fast, but not exact with all masks (torch 2.11)
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, tables, block_size: int, mask_mod, score_mod, scale: float, options):
+    """Out and lse. The mask is made here, so that its lengths are those of the tensors."""
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+    sides, lengths = (block_size, block_size), (q.shape[2], k.shape[2])
+    mask = BlockMask(lengths, *tables, BLOCK_SIZE=sides, mask_mod=mask_mod)
+    out, aux = flex_attention(
+        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, kernel_options=options,
+        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out, aux.lse
 
 
 def _pad(t: Tensor, block_size: int) -> Tensor:
@@ -127,11 +129,13 @@ def _scatter(t: Tensor, piece: Piece, plan: BlockPlan, q: Tensor, fill: float) -
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Part of a plan as one FlexAttention call: a `BlockMask` over the chosen query and key blocks (None: all)."""
+    """Part of a plan as one FlexAttention call: the tables of a `BlockMask` over the chosen query and key blocks (None: all)."""
 
     q_blocks: Tensor | None
     kv_blocks: Tensor | None
-    mask: object
+    tables: tuple[Tensor, ...]
+    block_size: int
+    mask_mod: Callable
 
 
 @remembered
@@ -177,26 +181,11 @@ def _member(line: Tensor, chosen: Tensor, lines: int) -> Tensor:
 
 
 def _piece(plan: BlockPlan, group, i, j, full, q_blocks: Tensor | None, kv_blocks: Tensor | None) -> Piece:
-    from torch.nn.attention.flex_attention import BlockMask
-
     rows = plan.q_blocks if q_blocks is None else len(q_blocks)
     columns = plan.kv_blocks if kv_blocks is None else len(kv_blocks)
-    forward = _table(plan, group, i, j, full, rows)
-    backward = _table(plan, group, j, i, full, columns)
-    mask = BlockMask(
-        seq_lengths=(rows * plan.block_size, columns * plan.block_size),
-        kv_num_blocks=forward[0],
-        kv_indices=forward[1],
-        full_kv_num_blocks=forward[2],
-        full_kv_indices=forward[3],
-        q_num_blocks=backward[0],
-        q_indices=backward[1],
-        full_q_num_blocks=backward[2],
-        full_q_indices=backward[3],
-        BLOCK_SIZE=(plan.block_size, plan.block_size),
-        mask_mod=_mask_mod(plan, q_blocks, kv_blocks),
-    )
-    return Piece(q_blocks, kv_blocks, mask)
+    # in the order in which `BlockMask` takes them
+    tables = (*_table(plan, group, i, j, full, rows), *_table(plan, group, j, i, full, columns))
+    return Piece(q_blocks, kv_blocks, tables, plan.block_size, _mask_mod(plan, q_blocks, kv_blocks))
 
 
 def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Tensor, rows: int) -> list[Tensor]:
@@ -209,7 +198,8 @@ def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Te
     order = (line * (int(column.max()) + 1 if len(column) else 1) + column).argsort()
     line, column, full = line[order], column[order], full[order]
     counts = [torch.bincount(line[kind], minlength=groups * rows) for kind in (~full, full)]
-    width = max(1, *(int(c.max()) if len(c) else 0 for c in counts))
+    # of width 1, torch would take it for a constant
+    width = max(2, *(int(c.max()) if len(c) else 0 for c in counts))
     out = []
     for kind, count in zip((~full, full), counts, strict=True):
         place = torch.arange(int(count.sum()), device=line.device) - (count.cumsum(0) - count)[line[kind]]
@@ -221,19 +211,24 @@ def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Te
     return [t[:, heads].contiguous() for t in shaped]
 
 
-def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None):
-    size, q_len, kv_len = plan.block_size, plan.q_len, plan.kv_len
+def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None) -> Callable:
+    size, count = plan.block_size, len(plan.patterns)
     heads = torch.tensor(plan.heads, device=plan.device) if plan.heads else None
+    last_q, last_k, length, offset = (
+        torch.tensor(number, dtype=torch.int32, device=plan.device)
+        for number in (plan.q_len - 1, plan.kv_len - 1, plan.kv_len, plan.q_offset)
+    )
+    pairs = replace(plan, kv_len=length, q_offset=offset)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q, k = _place(q, q_blocks, size), _place(k, kv_blocks, size)
-        exists = (q < q_len) & (k < kv_len)
-        q, k = q.clamp(max=q_len - 1), k.clamp(max=kv_len - 1)
+        exists = (q <= last_q) & (k <= last_k)
+        q, k = torch.minimum(q, last_q), torch.minimum(k, last_k)
         if heads is None:
-            return exists & plan.allows(b, 0, q, k)
-        allowed = (heads[h] == 0) & plan.allows(b, 0, q, k)
-        for p in range(1, len(plan.patterns)):
-            allowed = allowed | ((heads[h] == p) & plan.allows(b, p, q, k))
+            return exists & pairs.allows(b, 0, q, k)
+        allowed = (heads[h] == 0) & pairs.allows(b, 0, q, k)
+        for p in range(1, count):
+            allowed = allowed | ((heads[h] == p) & pairs.allows(b, p, q, k))
         return exists & allowed
 
     return mask_mod
@@ -245,11 +240,14 @@ def _place(index: Tensor, blocks: Tensor | None, size: int) -> Tensor:
 
 
 def _score_mod(scoring: Scoring, plan: BlockPlan, piece: Piece):
-    if scoring.softcap is None and scoring.bias is None:
+    if scoring.is_plain:
         return None
     cap, bias, size = scoring.softcap, scoring.bias, plan.block_size
     q_blocks, kv_blocks = piece.q_blocks, piece.kv_blocks
-    last_query, first, last = plan.q_len - 1, 0, 0 if bias is None else bias.shape[1] - 1
+    first, last_query, last = (
+        torch.tensor(number, dtype=torch.int32, device=plan.device)
+        for number in (0, plan.q_len - 1, 0 if bias is None else bias.shape[1] - 1)
+    )
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if cap is not None:
@@ -257,7 +255,7 @@ def _score_mod(scoring: Scoring, plan: BlockPlan, piece: Piece):
         if bias is not None:
             distance = _place(k, kv_blocks, size) - _place(q, q_blocks, size) + last_query
             # padding up to whole blocks is masked, and must not read beside the table
-            score = score + bias[h, distance.clamp(first, last)]
+            score = score + bias[h, torch.minimum(torch.maximum(distance, first), last)]
         return score
 
     return score_mod

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def suits(q: Tensor, v: Tensor, scoring: Scoring, dropout: float) -> bool:
     """Can the kernel compute this?"""
-    plain = not dropout and scoring.softcap is None and scoring.bias is None
+    plain = not dropout and scoring.is_plain
     return plain and q.device.type == "cpu" and q.dtype in DTYPES and q.shape[-1] == v.shape[-1]
 
 

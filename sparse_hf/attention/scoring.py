@@ -20,6 +20,11 @@ class Scoring:
     softcap: float | None = None
     bias: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Is a score nothing but the scaled product?"""
+        return self.softcap is None and self.bias is None
+
     def check(self, num_heads: int, last_query: int, kv_len: int) -> None:
         """Raise ValueError if a value does not fit the tensors."""
         if self.softcap is not None and not self.softcap > 0:

@@ -88,8 +88,9 @@ class SparseLSHSelfAttention(LSHSelfAttention):
             rotations = self.draw_rotations(hidden_states, text) if rotations is None else rotations
             number = self._number(chunking, number, query.shape[2])
             buckets = hash_vectors(query, rotations, number).int()
-        work = query.to(torch.promote_types(query.dtype, torch.float32))
-        key = (work * torch.rsqrt(work.square().mean(-1, keepdim=True) + EPSILON)).to(query.dtype)
+        # heads after tokens, as they stand in memory: the kernel reads numbers side by side
+        by_token = query.transpose(1, 2)
+        key = torch.nn.functional.rms_norm(by_token, by_token.shape[-1:], eps=EPSILON).transpose(1, 2)
         how = {
             "buckets": buckets, "real": text.real, "is_causal": self.is_decoder, "sees_itself": False,
             "scale": self.attention_head_size**-0.5,

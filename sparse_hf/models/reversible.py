@@ -9,6 +9,7 @@ Legend: B batch, N tokens, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -40,7 +41,7 @@ class SparseChunkReformerFeedForward(ChunkReformerFeedForward):
     """The feed-forward, `chunk_size_feed_forward` tokens at a time; the last ones may be fewer."""
 
     def forward(self, attention_output: Tensor) -> Tensor:
-        return torch.cat([self.forward_chunk(part) for part in self.parts(attention_output)], dim=1)
+        return _join([self.forward_chunk(part) for part in self.parts(attention_output)])
 
     def parts(self, states: Tensor) -> tuple[Tensor, ...]:
         return _split(states, self.chunk_size_feed_forward)
@@ -50,12 +51,16 @@ class SparseReformerOnlyLMHead(ReformerOnlyLMHead):
     """The head, `chunk_size_lm_head` tokens at a time; the last ones may be fewer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        parts = _split(hidden_states, self.chunk_size_lm_head)
-        return torch.cat([self.forward_chunk(part) for part in parts], dim=1)
+        return _join([self.forward_chunk(part) for part in _split(hidden_states, self.chunk_size_lm_head)])
 
 
 def _split(states: Tensor, size: int) -> tuple[Tensor, ...]:
     return states.split(size, dim=1) if size else (states,)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    # joining one part would copy it
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class SparseReformerLayer(GradientCheckpointingLayer, ReformerLayer):
@@ -137,7 +142,7 @@ class _Reversible(torch.autograd.Function):
                     parts = zip(layer.feed_forward.parts(first), layer.feed_forward.parts(grad_second), strict=True)
                     own = [p for p in layer.feed_forward.parameters() if id(p) in wanted]
                     pulled = [_pull(layer.feed_forward.forward_chunk, *part, own, found) for part in parts]
-                    change, grad = (torch.cat(side, dim=1) for side in zip(*pulled, strict=True))
+                    change, grad = map(_join, zip(*pulled, strict=True))
                 second, grad_first = second - change, grad_first + grad
                 with _again(before_attention, first, ctx.autocast):
                     own = [p for p in layer.attention.parameters() if id(p) in wanted]

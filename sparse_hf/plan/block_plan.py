@@ -67,6 +67,12 @@ class BlockPlan:
     def kv_blocks(self) -> int:
         return -(-self.kv_len // self.block_size)
 
+    @property
+    def is_bare(self) -> bool:
+        """Do all heads share one pattern, and is nothing said of the batch but perhaps which tokens are marked?"""
+        said = self.layout.start, self.layout.real, self.mask_function
+        return len(self.patterns) == 1 and all(part is None for part in said)
+
     @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         # their making is many steps, which are small for all but the draws of long texts: the CPU is the place for those

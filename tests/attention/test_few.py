@@ -84,6 +84,27 @@ def test_a_window_reads_what_it_holds():
     assert seen.keys == ((0, 4), (100_000 - 64, 100_000)) and seen.mask is None and seen.blind is None
 
 
+ONE = [
+    "streaming(window=6, sinks=3)", "window(5, 3)", "window(5, 3) | first(2)", "first(4)", "first(3) & window(9, 0) | window(2, 0)",
+    "window(3, 0) | first(3) & window(None, 0) | marked_keys() & window(None, 0)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ONE)
+def test_ranges_of_a_single_query_are_its_row_of_the_mask(pattern):
+    told = 0
+    for kv_len in (1, 7, 40):
+        mask = oracle.dense_mask(pattern, kv_len, kv_len).view(-1, kv_len, kv_len)[0]
+        for x in range(kv_len):
+            ranges = few._ranges_of_one(build_plan(pattern, 1, kv_len, q_offset=x))
+            # a global query is left to the tables
+            if ranges is not None:
+                seen = [k for begin, end in ranges for k in range(begin, end)]
+                assert seen == mask[x].nonzero().flatten().tolist()
+                told += 1
+    assert told > 20
+
+
 def test_global_queries_of_a_long_text_are_left_to_others(answers):
     q, k, v = tensors((4, 2, 32), 100, 60_000, torch.float32)
     with AllocationInterceptor(60_000) as found:
