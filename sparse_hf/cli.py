@@ -303,7 +303,11 @@ def bench_decode(
         int | None, typer.Option(help="Fill the cache by so many tokens at a time; by default all at once.")
     ] = None,
     cache: Annotated[
-        str, typer.Option(help="dynamic (copied with every token) or static (its memory is there from the start).")
+        str,
+        typer.Option(
+            help="dynamic (copied with every token), static (its memory is there from the start) or streaming (drops what the "
+            "pattern never sees again; the dense model has a static one)."
+        ),
     ] = "dynamic",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
@@ -315,7 +319,7 @@ def bench_decode(
 ) -> None:
     """Tokens one at a time with a cache, a sparse decoder beside the dense one with the same weights, context by context.
 
-    The cache keeps all keys: a sparse decoder reads less of it, and holds as much.
+    A dynamic or static cache keeps all keys: a sparse decoder reads less of it, and holds as much. A streaming one stays as it is.
     """
     from sparse_hf.bench import run_decode
 

@@ -201,6 +201,12 @@ def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatc
     assert [row["cache_bytes"] for row in result["rows"]] == [2 * 4 * 64 * (n + 7) for n in (150, 150, 300, 300)]
     result = decode.run_decode([150], pattern, **given, chunk=50, cache="static", dtype="bf16")
     assert result["checked"]["error"] <= result["checked"]["bound"] < 0.1 and result["rows"][1]["error"] is None
+    result = decode.run_decode([150, 300], pattern, **given, cache="streaming")
+    held = {"static": [2 * 4 * 64 * (n + 8) for n in (150, 300)], "streaming": [2 * 4 * 64 * (4 + 100)] * 2}
+    assert held == {
+        kind: [row["cache_bytes"] for row in result["rows"] if row["cache"] == kind] for kind in ("static", "streaming")
+    }
+    assert all(row["error"] < 1e-5 for row in result["rows"] if row["kind"] == "ours")
     # a context whose end is forgotten, as the answers without a cache tell
     fill = decode._fill
     monkeypatch.setattr(decode, "_fill", lambda model, ids, *rest: fill(model, ids[:, :200], *rest))
@@ -222,7 +228,7 @@ def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatc
         (["decode", "--dtype", "fp8"], "dtype is 'fp8'; the known ones are fp32"),
         (["decode", "--hidden-size", "100"], "hidden_size is 100; heads have 64 numbers"),
         (["decode", "--kv-heads", "3"], "kv_heads is 3; it must divide the 8 query heads"),
-        (["decode", "--cache", "x"], "cache is 'x'; the known ones are dynamic, static"),
+        (["decode", "--cache", "x"], "cache is 'x'; the known ones are dynamic, static, streaming"),
         (["decode", "--tokens", "0"], "tokens is 0; it must be at least 1"),
     ],
 )

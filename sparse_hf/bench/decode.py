@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..models import FAMILIES, sparsify
+from ..models import FAMILIES, StreamingCache, sparsify
 from ..models.mixin import CACHE_NAMES
 from ..pattern import Pattern
 from ..pattern.base import Marks
@@ -32,7 +32,10 @@ STEPS = 4
 CACHES: dict[str, Callable[[LlamaConfig, int], Cache]] = {
     "dynamic": lambda config, most: DynamicCache(config=config),
     "static": lambda config, most: StaticCache(config=config, max_cache_len=most),
+    "streaming": lambda config, most: StreamingCache(config),
 }
+# what a dense model runs with instead, which looks back at every key
+DENSE_CACHES = {"streaming": "static"}
 
 
 def run_decode(
@@ -58,9 +61,10 @@ def run_decode(
     fills the cache; then each token is a step of its own, of which the median counts, by the clock: the host waits for every
     token, as `generate` does.
 
-    The cache keeps all keys, also those that the pattern lets nobody see again, so that sparse decoding reads less but
-    holds as much as dense decoding. A dynamic cache, Transformers' default, moreover copies all it holds with every token, which
-    grows with the context whatever the pattern; a static one has its memory from the start.
+    Transformers' caches keep all keys, also those that the pattern lets nobody see again, so that sparse decoding reads less but
+    holds as much as dense decoding. A dynamic one, the default, moreover copies all it holds with every token, which grows with
+    the context whatever the pattern; a static one has its memory from the start. A streaming cache is ours and keeps only what is
+    seen again; beside it the dense model, which sees all, runs with a static one. Each row says which cache it had.
 
     Correctness comes first. Answers of the sparse model's last tokens, one by one behind a cache, are compared with the
     dense model that is given the pattern as its mask, in float32: they may be no farther from it than twice as far as the dense
@@ -75,7 +79,7 @@ def run_decode(
         batch: rows of a batch.
         tokens: timed tokens.
         chunk: fill the cache by so many tokens at a time; by default all at once.
-        cache: "dynamic" or "static", Transformers' classes.
+        cache: "dynamic" or "static", Transformers' classes, or "streaming", our `StreamingCache`.
         dtype: "fp32", "bf16" or "fp16", of weights, activations and the cache.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         budget: seconds; a model that needed more to read a context is not run on longer ones.
@@ -101,7 +105,13 @@ def run_decode(
     result |= {"checked": checked, "rows": rows}
     for n in sorted(lengths):
         for name, model in models.items():
-            row = {"name": name, "kind": "ours" if name == "sparse_hf" else "dense", "n": n}
+            kind = "ours" if name == "sparse_hf" else "dense"
+            row = {
+                "name": name,
+                "kind": kind,
+                "n": n,
+                "cache": cache if kind == "ours" else DENSE_CACHES.get(cache, cache),
+            }
             with console.status(f"{name}: n = {n:,}"):
                 work = partial(_figures, model, row, shape, checked["bound"], place, budget)
                 rows.append(measured(row, work, rows, ("fill_s",), budget))
@@ -217,7 +227,7 @@ def _figures(model: nn.Module, row: dict, shape: dict, bound: float, place: torc
     n, found = row["n"], {}
     ids = _tokens(n + STEPS + shape["tokens"] + 2, shape["batch"], place)
     context, first, rest = ids[:, :n], ids[:, n : n + STEPS], iter(ids[:, n + STEPS :].split(1, dim=1))
-    cache = CACHES[shape["cache"]](model.config, ids.shape[1])
+    cache = CACHES[row["cache"]](model.config, ids.shape[1])
 
     def fill():
         begin = time.perf_counter()
@@ -256,9 +266,10 @@ def _ratios(rows: list[dict]) -> None:
 
 
 def _sizes(result: dict) -> str:
+    other = DENSE_CACHES.get(result["cache"])
     return (
         f"Llama, {result['layers']} layers of {result['hidden_size']}, {result['kv_heads']} key heads, {result['batch']} row(s), "
-        f"{result['dtype']}, {result['cache']} cache"
+        f"{result['dtype']}, {result['cache']} cache" + (f" (dense: {other})" if other else "")
     )
 
 

@@ -9,6 +9,7 @@ from .families import FAMILIES, Family, Positions, dense_class, family_of, regis
 from .layers import parse_layers
 from .mixin import SparseMixin
 from .sparsify import sparsify
+from .streaming_cache import StreamingCache
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +17,7 @@ __all__ = [
     "Positions",
     "SparseConfigMixin",
     "SparseMixin",
+    "StreamingCache",
     "dense_class",
     "family_of",
     "parse_layers",

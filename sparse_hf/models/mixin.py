@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from .config import check_weights, own_implementation
 from .limits import Limits
+from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 
 # what a cache is called, newest name first
@@ -132,6 +133,8 @@ def _with_marks(parent):
         marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
         if marks is not None:
             kwargs["global_attention_mask"] = marks
+        if "streaming_cache" not in kwargs:
+            kwargs |= _begin_streaming({**dict(zip(names, args, strict=False)), **kwargs})
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cache_name and not self.training and not cached and _makes_sliding_cache(self, kwargs):
             kwargs[cache_name] = DynamicCache()
@@ -152,6 +155,16 @@ def _with_marks(parent):
     forward.__signature__ = signature.replace(parameters=[*parameters[:place], *added, *parameters[place:]])
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
+
+
+def _begin_streaming(given: dict) -> dict[str, StreamingCache]:
+    """Tell a cache that drops keys what comes, and the attention function of the cache: models hand it keys alone."""
+    cache = next((given[name] for name in CACHE_NAMES if isinstance(given.get(name), StreamingCache)), None)
+    tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+    if cache is None or tokens is None:
+        return {}
+    cache.begin(given.get("attention_mask"), tokens.shape[1])
+    return {"streaming_cache": cache}
 
 
 def _makes_sliding_cache(model, kwargs) -> bool:

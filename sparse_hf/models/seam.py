@@ -24,6 +24,7 @@ from ..attention.dropout import draw_seed
 from ..attention.scoring import Scoring
 from ..plan import build_plan
 from .config import IMPLEMENTATIONS
+from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
 # arguments of other models' attention that would change the scores: refused rather than ignored
@@ -56,7 +57,7 @@ def sparse_mask(
     if not isinstance(kv_offset, int) or kv_offset:
         raise NotImplementedError(
             "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "
-            "reads only the keys that its pattern holds"
+            "reads only the keys that its pattern holds, or a StreamingCache, which drops what no pattern holds"
         )
     if attention_mask is not None and attention_mask.shape[-1] != kv_length:
         short = kv_length - attention_mask.shape[-1]
@@ -97,6 +98,9 @@ def sparse_attention_forward(
     request = _as_request(attention_mask, query, key)
     is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
+    if kwargs.get("streaming_cache") is not None:
+        _check_streaming(kwargs["streaming_cache"], module.layer_idx, pattern, opaque)
+        request = _of_held(request, kwargs["streaming_cache"], query, key)
     pattern = own_heads(pattern, module, query.shape[1], module.config.heads_of(stack))
     batch = {
         "key_padding_mask": request.attention_mask,
@@ -179,6 +183,25 @@ def _as_request(attention_mask, query: Tensor, key: Tensor) -> MaskRequest:
     if attention_mask is None:
         return MaskRequest(None, None, q_offset)
     return MaskRequest(None, partial(_explicit_mask, _as_bool(attention_mask, query, key), q_offset), q_offset)
+
+
+def _of_held(request: MaskRequest, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
+    """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
+    held = key.shape[2]
+    return replace(request, attention_mask=cache.real(held, key.device), q_offset=held - query.shape[2])
+
+
+def _check_streaming(cache: StreamingCache, layer: int, pattern: str, opaque: Callable | None) -> None:
+    """Does a cache that drops keys hold all that a layer sees?"""
+    if opaque is not None:
+        raise NotImplementedError(
+            "a mask function that sparse_hf does not know may speak of keys that a StreamingCache drops; use a DynamicCache"
+        )
+    if pattern != cache.patterns[layer]:
+        raise ValueError(
+            f"the StreamingCache keeps what {cache.patterns[layer]} sees, and the pattern of layer {layer} is {pattern}; make it of "
+            "this model's own configuration, StreamingCache(model.config)"
+        )
 
 
 def _as_bool(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,0 +1,270 @@
+"""A cache that drops keys answers as one that drops none, as no cache, and as the dense model under the pattern's mask."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import cycle
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import sparse_hf
+from sparse_hf import StreamingCache
+from sparse_hf.models.mixin import CACHE_NAMES
+from sparse_hf.testing import AllocationInterceptor
+from tests.models.families import (
+    VOCABULARY,
+    dense_model,
+    explicit_mask,
+    has_two_stacks,
+    one_head,
+    slow_but_for,
+)
+
+LLAMA, SPARSE = "LlamaForCausalLM", "window(20, 0) | first(3)"
+# odd pieces, single tokens among them, fewer than there are sinks at first
+PIECES = (2, 1, 1, 31, 1, 5, *[1] * 24, 25)
+LIMIT = {"rtol": 1e-4, "atol": 1e-5}
+DECODERS = [head for head in one_head(generating=True) if not has_two_stacks(head)]
+PATTERNS = [
+    SPARSE,
+    "window(20, 0)",
+    "window(0, 0) | first(5)",
+    "window(300, 0) | first(3)",
+    # sinks that are out of sight in the end
+    "window(9, 0) | (first(4) & window(40, 0))",
+    "per_head(window(20, 0) | first(3), window(7, 0), first(4) | window(9, 0), window(20, 0))",
+    "streaming(window=16, sinks=2)",
+]
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+def sparse_model(head: str = LLAMA, pattern: str = SPARSE, **layers):
+    return sparse_hf.sparsify(dense_model(head), pattern, **layers)
+
+
+def text(rows: int = 2, length: int = 90) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length))
+
+
+def named(model, cache) -> dict:
+    return {next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters): cache}
+
+
+@torch.no_grad()
+def in_pieces(model, ids: Tensor, cache, real: Tensor | None = None, pieces=PIECES) -> Tensor:
+    """The answers to all tokens, piece by piece."""
+    answers, begin, sizes, given = [], 0, cycle(pieces), named(model, cache)
+    while begin < ids.shape[1]:
+        end = begin + next(sizes)
+        if real is not None:
+            positions = (real[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:]
+            given |= {"attention_mask": real[:, :end], "position_ids": positions}
+        answers.append(model(ids[:, begin:end], **given).logits)
+        begin = end
+    return torch.cat(answers, 1)
+
+
+def held_bytes(cache) -> int:
+    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_answers_are_those_of_the_dense_model_under_the_mask(pattern):
+    dense, ids = dense_model(LLAMA), text()
+    sparse = sparse_hf.sparsify(dense, pattern)
+    mask = explicit_mask(sparse.config.layer_pattern(0), ids.shape[1], torch.ones_like(ids), None, is_causal=True)
+    with torch.no_grad():
+        wanted = dense(ids, attention_mask=mask.expand(len(ids), *mask.shape[1:])).logits
+    torch.testing.assert_close(in_pieces(sparse, ids, StreamingCache(sparse.config)), wanted, **LIMIT)
+
+
+@pytest.mark.parametrize("backend", ["sparse_reference", "sparse_blockwise"])
+@pytest.mark.parametrize("pattern", [SPARSE, PATTERNS[5]])
+def test_answers_on_any_backend(pattern, backend):
+    sparse, ids = sparse_model(pattern=pattern), text()
+    wanted = sparse(ids, use_cache=False).logits
+    sparse.set_attn_implementation(backend)
+    torch.testing.assert_close(in_pieces(sparse, ids, StreamingCache(sparse.config)), wanted, **LIMIT)
+
+
+# families with windows of their own have layers with different ones, and masks for each kind
+@pytest.mark.parametrize(
+    "head", slow_but_for((LLAMA, "Gemma3ForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM"), DECODERS)
+)
+def test_families(head):
+    sparse, ids = sparse_model(head), text()
+    cache = StreamingCache(sparse.config)
+    found = in_pieces(sparse, ids, cache)
+    torch.testing.assert_close(found, in_pieces(sparse, ids, DynamicCache()), **LIMIT)
+    torch.testing.assert_close(found, sparse(ids, use_cache=False).logits, **LIMIT)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert all(layer.keys.shape[2] == layer.sinks + layer.left + 1 < ids.shape[1] for layer in cache.layers)
+
+
+def test_layers_with_different_windows():
+    sparse, ids = sparse_model(layers=["window(40, 0) | first(1)", "window(9, 0) | first(12)"]), text()
+    found = in_pieces(sparse, ids, StreamingCache(sparse.config))
+    torch.testing.assert_close(found, sparse(ids, use_cache=False).logits, **LIMIT)
+
+
+@pytest.mark.parametrize("pieces", [(40, 1, 13, *[1] * 25, 11), (90,), (35,)])
+@pytest.mark.parametrize("pattern", [SPARSE, PATTERNS[4], PATTERNS[5]])
+def test_padded_rows_answer_as_they_do_alone(pattern, pieces):
+    sparse, ids = sparse_model(pattern=pattern), text(3)
+    padding = torch.tensor([33, 0, 17])
+    real = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
+    found = in_pieces(sparse, ids, StreamingCache(sparse.config), real, pieces)
+    for row, first in enumerate(padding.tolist()):
+        alone = sparse(ids[row : row + 1, first:], use_cache=False).logits
+        torch.testing.assert_close(found[row : row + 1, first:], alone, **LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("head", "way"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"num_beams": 3}),
+        (LLAMA, {"num_beams": 2, "do_sample": True}),
+        ("MistralForCausalLM", {}),
+    ],
+)
+def test_generation(head, way):
+    sparse, ids = sparse_model(head), text(length=60)
+    real = torch.ones_like(ids)
+    ids[0, :13], real[0, :13] = 0, 0
+    for given in ({"inputs": ids, "attention_mask": real}, {"inputs": ids[1:]}):
+        texts = []
+        for cache in (StreamingCache(sparse.config), DynamicCache()):
+            torch.manual_seed(5)
+            texts.append(sparse.generate(**given, **named(sparse, cache), **{**GREEDY, **way}))
+        assert torch.equal(*texts)
+
+
+def test_generation_goes_on_and_begins_anew():
+    sparse, ids = sparse_model(), text(1, 60)
+    cache, wanted = StreamingCache(sparse.config), sparse.generate(ids, use_cache=False, **GREEDY)
+    begun = sparse.generate(ids, **named(sparse, cache), **{**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5})
+    rest = {**GREEDY, "max_new_tokens": 7, "min_new_tokens": 7}
+    assert torch.equal(sparse.generate(begun, **named(sparse, cache), **rest), wanted)
+    cache.reset()
+    assert torch.equal(sparse.generate(ids, **named(sparse, cache), **GREEDY), wanted)
+
+
+def test_rows_of_a_batch_can_be_chosen_and_repeated():
+    sparse, ids = sparse_model(), text(3, 140)
+    cache = StreamingCache(sparse.config)
+    in_pieces(sparse, ids[:, :100], cache, pieces=(50,))
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    rows = ids[[2, 2, 0, 0]]
+    with torch.no_grad():
+        found = sparse(rows[:, 100:], **named(sparse, cache)).logits
+    torch.testing.assert_close(found, sparse(rows, use_cache=False).logits[:, 100:], **LIMIT)
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, PATTERNS[4]])
+def test_memory_does_not_grow(pattern):
+    sparse, ids, window = sparse_model(pattern=pattern), text(1, 41 * 41), 41
+    cache, made = StreamingCache(sparse.config), []
+    for windows in (4, 40):
+        seen = cache.get_seq_length()
+        in_pieces(sparse, ids[:, seen : windows * window], cache, pieces=(window,))
+        with AllocationInterceptor(length=10**9) as interceptor:
+            in_pieces(sparse, ids[:, windows * window :][:, :3], cache, pieces=(1,))
+        made.append((held_bytes(cache), interceptor.largest))
+    assert made[0] == made[1]
+    # two layers of keys and values of 2 heads of 8 numbers, in float32
+    layer = cache.layers[0]
+    assert made[0][0] == 2 * 2 * 2 * 8 * 4 * (layer.sinks + layer.left + 1)
+
+
+def test_a_long_prompt_is_not_kept_alive():
+    sparse = sparse_model()
+    cache = StreamingCache(sparse.config)
+    in_pieces(sparse, text(1, 500), cache, pieces=(500,))
+    assert held_bytes(cache) == 2 * 2 * 2 * 8 * 4 * 24
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "window(None, None)",
+            "layer 0 has the pattern window(None, None) & window(None, 0): its window has no end. A StreamingCache drops",
+        ),
+        ("first(3) | marked()", "use a DynamicCache, which keeps all, or another pattern"),
+        ("window(9, 0) | marked()", "marked tokens may be anywhere"),
+        ("window(9, 0) | stride(4)", "is neither a window nor global tokens"),
+        ("window(9, 0) | lsh(8, 1)", "is neither a window nor global tokens"),
+        ("per_head(window(9, 0), window(9, 0), window(9, 0), stride(2))", "is neither a window nor global tokens"),
+    ],
+)
+def test_refuses_patterns_that_look_back_anywhere(pattern, message):
+    config = sparse_model(pattern=pattern).config
+    with pytest.raises(ValueError) as error:
+        StreamingCache(config)
+    assert message in str(error.value)
+
+
+def test_refuses_who_is_no_sparse_decoder():
+    with pytest.raises(ValueError, match=r"LlamaConfig is that of a dense one; use `sparse_hf.sparsify"):
+        StreamingCache(dense_model(LLAMA).config)
+    bart = sparse_hf.sparsify(dense_model("BartForConditionalGeneration"), SPARSE)
+    with pytest.raises(ValueError, match=r"sparse_bart has encoder and decoder; use a DynamicCache"):
+        StreamingCache(bart.config)
+
+
+def test_refuses_another_models_cache():
+    wide, ids = sparse_model(pattern="window(30, 0)"), text()
+    with pytest.raises(ValueError, match=r"make it of this model's own configuration, StreamingCache\(model.config\)"):
+        in_pieces(wide, ids, StreamingCache(sparse_model().config))
+
+
+def test_refuses_padding_that_it_cannot_keep_apart():
+    sparse, ids = sparse_model(), text(2, 50)
+    real = torch.ones_like(ids)
+    for row, columns in ((0, slice(40, None)), (1, slice(20, 25))):
+        holed = real.clone()
+        holed[row, columns] = 0
+        with pytest.raises(ValueError, match="padding behind real tokens"):
+            in_pieces(sparse, ids, StreamingCache(sparse.config), holed, pieces=(50,))
+    late = real.clone()
+    late[0, :30] = 0
+    with pytest.raises(ValueError, match="30 tokens of padding, and in the first pass it had at most 25"):
+        in_pieces(sparse, ids, StreamingCache(sparse.config), late, pieces=(25,))
+    given = named(sparse, StreamingCache(sparse.config))
+    for mask in (real[:, :40], torch.ones(2, 1, 50, 50, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"it must be \[batch, 50\], a number for each token so far"):
+            sparse(ids, attention_mask=mask, **given)
+
+
+def test_refuses_to_take_tokens_back():
+    sparse, ids = sparse_model(), text(1, 50)
+    cache = StreamingCache(sparse.config)
+    with pytest.raises((NotImplementedError, ValueError), match="DynamicCache"):
+        sparse.generate(ids, **named(sparse, cache), **GREEDY, prompt_lookup_num_tokens=2)
+    cache.crop(0)
+    with pytest.raises(NotImplementedError, match="takes tokens back; use a DynamicCache"):
+        cache.crop(-1)
+
+
+def test_takes_its_arguments_by_position():
+    sparse = sparse_hf.sparsify(dense_model("LlamaModel"), SPARSE)
+    ids, cache = text(), StreamingCache(sparse.config)
+    real = torch.ones_like(ids)
+    with torch.no_grad():
+        sparse(ids[:, :70], real[:, :70], None, cache)
+        found = sparse(ids[:, 70:], real, None, cache)[0]
+    torch.testing.assert_close(found, sparse(ids, use_cache=False)[0][:, 70:], **LIMIT)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    torch._dynamo.reset()
+    sparse, ids = sparse_model(), text(length=60)
+    wanted = sparse.generate(ids, use_cache=False, **GREEDY)
+    sparse.forward = torch.compile(sparse.forward, backend="eager")
+    assert torch.equal(sparse.generate(ids, **named(sparse, StreamingCache(sparse.config)), **GREEDY), wanted)
