@@ -23,7 +23,8 @@ from torch import Tensor
 from ..plan import BlockPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VERSIONS = ("torch", "transformers", "triton", "flash-attn-4", "sparse-hf")
+PEERS = ("flash-attn-4", "fla-core", "lsg-converter")
+VERSIONS = ("torch", "transformers", "triton", *PEERS, "sparse-hf")
 
 
 def environment(device: torch.device) -> dict:
@@ -181,17 +182,20 @@ def row_error(
     keys, row = torch.arange(k.shape[2], device=q.device)[None, :], torch.zeros(1, 1, dtype=torch.long, device=q.device)
     masks = [plan.allows(row, p, chosen[:, None], keys) for p in range(len(plan.patterns))]
     repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
-    worst = [0.0, 0.0]
+    found = []
     # head by head, so that the rows of one head are all that exists in float64
     for h in range(q.shape[1]):
         key, value = (t[0, h // repeats].detach().double() for t in (k, v))
         query, grad = (t[0, h, chosen].detach().double() for t in (q, grad_out))
         mask = masks[plan.heads[h] if plan.heads else 0]
-        weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1)
+        # a query without keys gives zeros, as ours do
+        weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1).where(mask, 0.0)
         exact = weights @ value
         change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
-        for i, (got, right) in enumerate(((out, exact), (grad_q, change @ key * scale))[: 1 if grad_q is None else 2]):
-            worst[i] = max(worst[i], float((got[0, h, chosen].detach().double() - right).norm() / right.norm()))
+        beside = ((out, exact), (grad_q, change @ key * scale))[: 1 if grad_q is None else 2]
+        found.append([(got[0, h, chosen].detach().double() - right).norm() / right.norm() for got, right in beside])
+    # torch's maximum is NaN where any is; Python's is not
+    worst = [float(torch.stack(errors).max()) for errors in zip(*found, strict=True)]
     return worst[0], None if grad_q is None else worst[1]
 
 

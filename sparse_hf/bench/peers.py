@@ -30,7 +30,7 @@ class Peer:
     name: str
     pattern: Pattern
     call: Attention
-    # "ours", "window" (the window alone) or "dense"
+    # "ours", "same" (the pairs asked for), "blocks" (whole blocks around them), "window" (the window alone) or "dense"
     kind: str
     has_backward: bool = True
 
