@@ -179,7 +179,10 @@ class _Call:
     def _inputs(self, tensors: list[Tensor], of_keys: list[bool]) -> list[Tensor]:
         if self.packed is not None:
             return [t if t.ndim == 3 else t.flatten(0, 1) for t in tensors]
-        return [t[:, : self.keys] if cut else t for t, cut in zip(tensors, of_keys, strict=True)]
+        # a slice of all would take the host a view
+        return [
+            t[:, : self.keys] if cut and t.shape[1] != self.keys else t for t, cut in zip(tensors, of_keys, strict=True)
+        ]
 
     def forward(self, kind, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Out shaped like q; lse `[B, H, Q]`, or `[H, T]` for a q `[T, H, D]`."""

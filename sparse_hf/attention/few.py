@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..pattern import Window
 from ..plan import BlockPlan, read_pattern, remembered
 from .scoring import Scoring
 
@@ -97,9 +96,9 @@ def _ranges_of_one(plan: BlockPlan) -> tuple[tuple[int, int], ...] | None:
         return None
     if shape.marked and plan.layout.marks is not None:
         return None
-    parts = [_reach(shape.clip, plan, shape.first)]
+    parts = [_reach(shape.clip.left, shape.clip.right, plan, shape.first)]
     if shape.window is not None:
-        parts.append(_reach(shape.window, plan, plan.kv_len))
+        parts.append(_reach(shape.window.left, shape.window.right, plan, plan.kv_len))
     found = []
     for begin, end in sorted(part for part in parts if part[0] < part[1]):
         if found and begin <= found[-1][1]:
@@ -113,9 +112,9 @@ def _ranges_of_one(plan: BlockPlan) -> tuple[tuple[int, int], ...] | None:
 _shape = lru_cache(maxsize=256)(read_pattern)
 
 
-def _reach(window: Window, plan: BlockPlan, keys: int) -> tuple[int, int]:
+def _reach(left: int | None, right: int | None, plan: BlockPlan, keys: int) -> tuple[int, int]:
     """Of the first `keys` keys those that a window holds of the plan's first query (end exclusive)."""
-    x, left, right = plan.q_offset, window.left, window.right
+    x = plan.q_offset
     return 0 if left is None else max(0, x - left), keys if right is None else min(keys, x + right + 1)
 
 

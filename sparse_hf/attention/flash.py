@@ -59,6 +59,12 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
     return Packed(*(c.contiguous().to(device) for c in cu.unbind(1)), max_q, max_k)
 
 
+# asked with every call, and torch is slow to tell
+@lru_cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def heads_last(t: Tensor) -> Tensor:
     """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded, as the kernels want it."""
     t = t.transpose(1, 2)
@@ -72,7 +78,7 @@ class FA2:
 
     @staticmethod
     def refuses(q: Tensor) -> str | None:
-        if torch.cuda.get_device_capability(q.device)[0] < 8:
+        if _generation(q.device) < 8:
             return f"it needs compute capability 8.0 or higher, and {torch.cuda.get_device_name(q.device)} has less"
         return None
 
@@ -133,7 +139,7 @@ class FA4:
         broken = _fa4_broken()
         if broken:
             return broken
-        major = torch.cuda.get_device_capability(q.device)[0]
+        major = _generation(q.device)
         if major not in (9, 10) or (major == 10 and q.shape[-1] > 128):
             return f"flash-attn-4 has no backward for head dim {q.shape[-1]} on {torch.cuda.get_device_name(q.device)}"
         return None

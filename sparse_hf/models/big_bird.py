@@ -32,7 +32,7 @@ class OwnPathMixin(SparseMixin):
 
     @wraps(BigBirdModel.forward)
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, **kwargs):
-        kwargs |= {"token_positions": position_ids, "padding_mask": attention_mask}
+        kwargs |= {"token_positions": position_ids, "padding_mask": attention_mask, "is_whole": attention_mask is None}
         return super().forward(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
 
     def number_layers(self) -> None:

@@ -8,6 +8,7 @@ pattern is a set of pairs, the same in training and evaluation, at every length 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NoReturn
 
@@ -147,6 +148,7 @@ class BlockSparseAttentionMixin:
         encoder_attention_mask=None,
         token_positions: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        is_whole: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         caches = [kwargs.pop(name, None) for name in CACHE_NAMES]
@@ -159,6 +161,9 @@ class BlockSparseAttentionMixin:
         )
         if crosses and not self.reads_encoder:
             attention_mask = encoder_attention_mask
+        if is_whole and isinstance(attention_mask, MaskRequest):
+            # Transformers makes a mask of ones, of which a graph would not know that it says nothing
+            attention_mask = replace(attention_mask, attention_mask=None)
         if not crosses:
             cache = next((cache for cache in caches if cache is not None), None)
             if cache is not None:

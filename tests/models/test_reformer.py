@@ -11,6 +11,7 @@ import transformers
 
 import sparse_hf
 from sparse_hf.testing import AllocationInterceptor
+from tests.models.families import slow_but_for
 from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model
 
 # ours may err this many times as much as the stock class in float32 does, against the stock class in float64, plus roundings
@@ -95,7 +96,7 @@ def test_no_tensor_has_two_lengths(head, length):
     assert not seen.quadratic and seen.calls > 500
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", slow_but_for(TRAINED[:1], HEADS))
 def test_compiled_as_one_graph(head):
     torch._dynamo.reset()
     # in float64, because reversible layers compute their states again, and a graph does not
