@@ -283,6 +283,21 @@ def test_the_encoder_is_one_graph():
         torch.testing.assert_close(exported(TEXT, attention_mask=real).last_hidden_state, wanted)
 
 
+@pytest.mark.parametrize("real", [None, torch.ones_like(TEXT)])
+def test_without_a_mask_a_cuda_graph_may_hold_its_attention(real):
+    torch._dynamo.reset()
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_hf" in str(node.target))
+        return graph
+
+    torch.compile(sparse_model("BigBirdModel"), fullgraph=True, backend=backend)(TEXT, attention_mask=real)
+    # what padding there is can be read outside of graphs alone
+    wanted = "attention_of_lengths" if real is None else "sparse_hf.attention.default"
+    assert called and all(wanted in name for name in called)
+
+
 def test_random_blocks_of_transformers_leave_its_generator_alone():
     config = transformers.BigBirdConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=8, num_random_blocks=1)
     np.random.seed(5)
