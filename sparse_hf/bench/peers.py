@@ -30,7 +30,7 @@ class Peer:
     name: str
     pattern: Pattern
     call: Attention
-    # "ours", "same" (the pairs asked for), "blocks" (whole blocks around them), "window" (the window alone) or "dense"
+    # "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window alone) or "dense"
     kind: str
     has_backward: bool = True
 

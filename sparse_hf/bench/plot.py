@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
+# letters that stand above the two pictures
+TITLE_WIDTH = 120
 STYLES = {"ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":"}
 
 
@@ -32,7 +35,8 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
         left.plot(lengths, [row[what] * 1e3 for row in rows], **style)
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
-    figure.suptitle(f"{title}, {facts['hardware']}, torch {facts['versions']['torch']}", fontsize=10)
+    title = f"{title}, {facts['hardware']}, torch {facts['versions']['torch']}"
+    figure.suptitle(fill(title, TITLE_WIDTH), fontsize=10)
     left.set_ylabel(f"{called}, ms")
     right.set_ylabel("peak memory, MiB")
     for axis in (left, right):
