@@ -35,7 +35,7 @@ def refuses(q: Tensor, plan: BlockPlan) -> str | None:
     reason = flash.FA4.refuses(q)
     if reason or flash.kernels(q) is not flash.FA4:
         return reason or "lists of blocks need the kernels 'fa4'"
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if flash.generation(q.device) != 9:
         return f"lists of blocks are for compute capability 9, and {torch.cuda.get_device_name(q.device)} has another"
     if q.shape[-1] > 128 or q.shape[-1] % 32:
         # at 80 its gradients are wrong

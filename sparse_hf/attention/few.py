@@ -9,7 +9,6 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q queries, K keys, D hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def look(plan: BlockPlan, rows: int) -> Seen | None:
 
 def _ranges_of_one(plan: BlockPlan) -> tuple[tuple[int, int], ...] | None:
     """What a single query sees by a window and first tokens, from numbers alone: every token that is decoded has a plan of its own."""
-    shape = _shape(plan.patterns[0], plan.kv_len) if plan.is_bare and plan.q_len == 1 else ""
+    shape = read_pattern(plan.patterns[0], plan.kv_len) if plan.is_bare and plan.q_len == 1 else ""
     if isinstance(shape, str) or (shape.has_rows and plan.q_offset < shape.first):
         return None
     if shape.marked and plan.layout.marks is not None:
@@ -106,10 +105,6 @@ def _ranges_of_one(plan: BlockPlan) -> tuple[tuple[int, int], ...] | None:
         else:
             found.append((begin, end))
     return tuple(found)
-
-
-# asked with every token
-_shape = lru_cache(maxsize=256)(read_pattern)
 
 
 def _reach(left: int | None, right: int | None, plan: BlockPlan, keys: int) -> tuple[int, int]:

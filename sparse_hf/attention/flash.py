@@ -61,7 +61,8 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
 
 # asked with every call, and torch is slow to tell
 @lru_cache
-def _generation(device: torch.device) -> int:
+def generation(device: torch.device) -> int:
+    """The first number of the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)[0]
 
 
@@ -78,7 +79,7 @@ class FA2:
 
     @staticmethod
     def refuses(q: Tensor) -> str | None:
-        if _generation(q.device) < 8:
+        if generation(q.device) < 8:
             return f"it needs compute capability 8.0 or higher, and {torch.cuda.get_device_name(q.device)} has less"
         return None
 
@@ -139,7 +140,7 @@ class FA4:
         broken = _fa4_broken()
         if broken:
             return broken
-        major = _generation(q.device)
+        major = generation(q.device)
         if major not in (9, 10) or (major == 10 and q.shape[-1] > 128):
             return f"flash-attn-4 has no backward for head dim {q.shape[-1]} on {torch.cuda.get_device_name(q.device)}"
         return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BlockPlan, remembered
+from .flash import generation
 from .merge import merge
 from .scoring import Scoring
 
@@ -86,7 +87,7 @@ def _options(q: Tensor) -> dict[str, int] | None:
     """Sizes of the kernels' tiles where others than torch's own are faster."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return None
-    return OPTIONS.get((torch.cuda.get_device_capability(q.device)[0], q.shape[-1]))
+    return OPTIONS.get((generation(q.device), q.shape[-1]))
 
 
 @lru_cache(maxsize=1)
@@ -214,10 +215,7 @@ def _table(plan: BlockPlan, group: Tensor, row: Tensor, column: Tensor, full: Te
 def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None) -> Callable:
     size, count = plan.block_size, len(plan.patterns)
     heads = torch.tensor(plan.heads, device=plan.device) if plan.heads else None
-    last_q, last_k, length, offset = (
-        torch.tensor(number, dtype=torch.int32, device=plan.device)
-        for number in (plan.q_len - 1, plan.kv_len - 1, plan.kv_len, plan.q_offset)
-    )
+    last_q, last_k, length, offset = _numbers(plan, plan.q_len - 1, plan.kv_len - 1, plan.kv_len, plan.q_offset)
     pairs = replace(plan, kv_len=length, q_offset=offset)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -234,6 +232,12 @@ def _mask_mod(plan: BlockPlan, q_blocks: Tensor | None, kv_blocks: Tensor | None
     return mask_mod
 
 
+@remembered
+def _numbers(plan: BlockPlan, *numbers: int) -> tuple[Tensor, ...]:
+    """As tensors, which change with the length and compile nothing; they are moved once a plan."""
+    return tuple(torch.tensor(number, dtype=torch.int32, device=plan.device) for number in numbers)
+
+
 def _place(index: Tensor, blocks: Tensor | None, size: int) -> Tensor:
     """Where a token of gathered blocks stands in the whole sequence."""
     return index if blocks is None else blocks[index // size] * size + index % size
@@ -244,10 +248,7 @@ def _score_mod(scoring: Scoring, plan: BlockPlan, piece: Piece):
         return None
     cap, bias, size = scoring.softcap, scoring.bias, plan.block_size
     q_blocks, kv_blocks = piece.q_blocks, piece.kv_blocks
-    first, last_query, last = (
-        torch.tensor(number, dtype=torch.int32, device=plan.device)
-        for number in (0, plan.q_len - 1, 0 if bias is None else bias.shape[1] - 1)
-    )
+    first, last_query, last = _numbers(plan, 0, plan.q_len - 1, 0 if bias is None else bias.shape[1] - 1)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if cap is not None:

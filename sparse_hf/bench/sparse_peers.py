@@ -10,7 +10,7 @@ Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q. What others take i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
@@ -136,12 +136,8 @@ def _lsg_layer() -> ModuleType:
     return module
 
 
-def _imported(module: str) -> Callable[[], ModuleType]:
-    return lambda: import_module(module)
-
-
 # name of the row -> the package, what loads it, and what makes a peer of it or says why it cannot
 PACKAGES = {
-    "fla_nsa": ("fla", _imported("fla.ops.nsa"), _nsa),
+    "fla_nsa": ("fla", partial(import_module, "fla.ops.nsa"), _nsa),
     "lsg": ("lsg_converter", _lsg_layer, _lsg),
 }

@@ -15,7 +15,7 @@ them. Queries are counted from the plan's first, keys in key coordinates: query 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Shape:
         return self.has_globals and not self.keys_only and (self.marked or self.clip.right != 0)
 
 
+# backends ask for every plan, and each decoded token has one
+@lru_cache(maxsize=256)
 def read_pattern(pattern: Pattern, kv_len: int, of_any_reach: bool = False) -> Shape | str:
     """The pattern as a `Shape` on sequences of at most `kv_len` tokens, or the reason why it is none.
 
