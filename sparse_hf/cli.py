@@ -247,7 +247,10 @@ def bench_models(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """Whole models with random weights, ours beside Transformers' class, forward and training step, length by length."""
+    """Whole models with random weights, ours beside Transformers' class, forward and training step, length by length.
+
+    modernbert and mistral stand beside Transformers' sliding windows on sdpa and on flex_attention.
+    """
     from sparse_hf.bench import run_models
 
     run_models(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AnyPlan, BlockPlan, cached_plan
-from . import blockwise, content, dense, fa, few, flex, reference, regroup, triton
+from . import blockwise, content, dense, fa, few, flex, marked, reference, regroup, triton
 from .dropout import draw_seed
 from .merge import merge
 from .operator import attention as attention_operator
@@ -90,9 +90,10 @@ def sparse_attention(
     batch = key_padding_mask, segment_ids, marks
     if torch.compiler.is_compiling():
         rest = str(pattern), q_offset, scoring.scale, softcap, dropout, backend
-        # a CUDA graph may hold what depends on lengths alone
+        # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
         asks_batch = any(t is not None for t in (*batch, seed)) or content.uses_content(str(pattern))
-        operator = attention_operator if asks_batch else attention_of_lengths
+        may_record = not asks_batch or marked.suits(backend, q, k, v, str(pattern), q_offset, batch, scoring, dropout)
+        operator = attention_of_lengths if may_record else attention_operator
         out, lse = operator(q, k, v, *batch, seed, relative_bias, *rest)
     elif content.uses_content(str(pattern)):
         rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
@@ -127,14 +128,18 @@ def _attend(q, k, v, plan: AnyPlan, scoring: Scoring, dropout: float, backend: s
 
 
 def choose(
-    backend: str, q: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring, dropout: float
+    backend: str, q: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring, dropout: float, recorded: bool = False
 ) -> ModuleType | regroup.Composition:
-    """What runs this call. Only "auto" may choose a backend, and it says what it chose, once."""
+    """What runs this call. Only "auto" may choose a backend, and it says what it chose, once.
+
+    A CUDA graph that may have `recorded` it holds kernels, and none of the steps by which `blockwise` walks a few queries.
+    """
+    queries = max(q.shape[2], few.QUERIES if recorded else 0)
     if isinstance(plan, BlockPlan):
-        return _backend(backend, q, v, plan, scoring, dropout, q.shape[2])
+        return _backend(backend, q, v, plan, scoring, dropout, queries)
     # parts may be short, but there are many of them
     return regroup.Composition(
-        lambda part_q, part_v, part: _backend(backend, part_q, part_v, part, scoring, dropout, q.shape[2], True)
+        lambda part_q, part_v, part: _backend(backend, part_q, part_v, part, scoring, dropout, queries, True)
     )
 
 

@@ -67,13 +67,19 @@ class _Scratch:
         return torch.bmm(rows, columns, out=self.held[name][:size].view(shape))
 
 
+def _zeros(like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """`[B, heads, length, dim]` with heads after tokens in memory, as models join them next."""
+    batch, heads, length, _ = like.shape
+    return torch.zeros(batch, length, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
+
+
 def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
     work = torch.promote_types(q.dtype, torch.float32)
     out = lse = None
     for call in calls(plan):
         call_q = q if call.queries is None else take(q, call.queries)
-        call_out = torch.zeros(*call_q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+        call_out = _zeros(call_q, v.shape[-1], q.dtype)
         call_lse = torch.full(call_q.shape[:-1], -torch.inf, dtype=work, device=q.device)
         sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in call.pieces]
         _forward(call_q, sources, call.pieces, call_out, call_lse, plan, scoring, dropout, seed)
@@ -139,7 +145,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias (None without one), given those of out and lse."""
     work = lse.dtype
-    totals = [torch.zeros_like(t, dtype=work, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    totals = [_zeros(t, t.shape[-1], work) for t in (q, k, v)]
     grad_bias = None if scoring.bias is None else torch.zeros_like(scoring.bias, dtype=work)
     rest = grad_bias, plan, scoring, dropout, seed
     first, *others = calls(plan)

@@ -3,16 +3,18 @@
 The plan depends on the content of the batch (padding, packing, marks), which a graph cannot look at; inside the operator
 it can. Eager code does not come here: it calls the backend directly.
 
-There are two of it. CUDA graphs record what runs once and replay it, so that only calls whose plan depends on nothing but
-lengths may be recorded: those of `attention_of_lengths`. `attention` is run between graphs.
+There are two of it. CUDA graphs record what runs once and replay it, so that only calls whose tables depend on nothing but
+lengths may be recorded, or whose marks only kernels look at: those of `attention_of_lengths`. `attention` is run between graphs.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from ..plan import AnyPlan, cached_plan, made_apart
-from . import content
+from ..plan import AnyPlan, cached_plan, made_apart, read_marked
+from . import content, marked
 from .parts import recording
 from .regroup import may_regroup
 from .scoring import Scoring
@@ -28,22 +30,22 @@ _RECORDED: set[AnyPlan] = set()
 
 
 def _forward(
-    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend
-):
+    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend, *, of_lengths
+):  # fmt: skip
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
     batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
     if content.uses_content(pattern):
         out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
-        return out.contiguous(), lse.contiguous()
-    with made_apart(_is_recordable(q, batch)):
-        plan = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout))
-        out, lse = _choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
-    return out.contiguous(), lse.contiguous()
+        return _heads_last(out), lse.contiguous()
+    with made_apart(q.is_cuda and of_lengths):
+        plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
+        out, lse = chosen.attend(q, k, v, plan, scoring, dropout, seed)
+    return _heads_last(out), lse.contiguous()
 
 
 def _gradients(
     q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend,
-    out, lse, grad_out, grad_lse,
+    out, lse, grad_out, grad_lse, *, of_lengths,
 ):  # fmt: skip
     """Gradients of q, k, v and the bias (empty without one)."""
     batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
@@ -52,18 +54,14 @@ def _gradients(
         grads = content.backward(
             q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
         )
-        return *(g.contiguous() for g in grads), q.new_empty(0)
-    with made_apart(_is_recordable(q, batch)):
-        return _plan_gradients(
-            q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, out, lse, grad_out, grad_lse
-        )
+        return *map(_heads_last, grads), q.new_empty(0)
+    with made_apart(q.is_cuda and of_lengths):
+        plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
+        return _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
 
 
-def _plan_gradients(
-    q, k, v, pattern, q_offset, batch, scoring: Scoring, dropout, backend, seed, out, lse, grad_out, grad_lse
-):
-    plan, bias = _plan(q, k, pattern, q_offset, batch, may_regroup(backend, scoring, dropout)), scoring.bias
-    chosen = _choose(backend, q, v, plan, scoring, dropout)
+def _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring: Scoring, dropout, seed):
+    bias = scoring.bias
     if not getattr(chosen, "NONE_IS_ZERO", False):
         grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
     if hasattr(chosen, "backward"):
@@ -76,46 +74,65 @@ def _plan_gradients(
             results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
         grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
     *grads, grad_bias = (*grads, None)[:4]
-    return *(g.contiguous() for g in grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
+    return *map(_heads_last, grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
-def _is_recordable(q, batch: tuple) -> bool:
-    """May this call be part of a CUDA graph?"""
-    return q.is_cuda and all(t is None for t in batch)
-
-
-def _plan(q, k, pattern: str, q_offset: int, batch: tuple, may: bool) -> AnyPlan:
-    plan = cached_plan(pattern, q.shape[2], k.shape[2], q_offset, batch, q.device, may_regroup=may)
+def _planned(q, k, v, pattern: str, q_offset: int, batch: tuple, scoring, dropout, backend, of_lengths: bool):
+    """The plan and what runs it."""
+    marks = batch[2]
+    if of_lengths and marks is not None:
+        parts = read_marked(pattern)
+        if parts.window is None:
+            return marked.Marked(parts, None, marks), marked.Composition(None)
+        plan, chosen = _planned(
+            q, k, v, str(parts.window), q_offset, (None, None, None), scoring, dropout, backend, True
+        )
+        return marked.Marked(parts, plan, marks), marked.Composition(chosen)
+    plan = cached_plan(
+        pattern, q.shape[2], k.shape[2], q_offset, batch, q.device, may_regroup=may_regroup(backend, scoring, dropout)
+    )
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         _RECORDED.add(plan)
-    return plan
+    return plan, _choose(backend, q, v, plan, scoring, dropout, of_lengths and q.is_cuda)
 
 
-def _choose(backend, q, v, plan, scoring, dropout):
+def _choose(*arguments):
     from . import choose
 
-    return choose(backend, q, v, plan, scoring, dropout)
+    return choose(*arguments)
+
+
+def _heads_last(t: torch.Tensor) -> torch.Tensor:
+    """Heads after tokens in memory, as kernels write them and as models join them next."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake_forward(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2), lse
 
 
 def _fake_gradients(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
-    like = (q, k, v, q.new_empty(0) if bias is None else bias)
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
+    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    return *(
+        t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (q, k, v)
+    ), grad_bias
 
 
-def _operator(name: str, tags: tuple):
+def _operator(name: str, of_lengths: bool):
     """Register the operator `sparse_hf::{name}`, and its gradient as one of its own."""
+    tags = () if of_lengths else (torch.Tag.cudagraph_unsafe,)
     forward = torch.library.custom_op(
-        f"sparse_hf::{name}", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)", tags=tags
+        f"sparse_hf::{name}",
+        partial(_forward, of_lengths=of_lengths),
+        mutates_args=(),
+        schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+        tags=tags,
     )
     given = f"{_ARGUMENTS}, Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse"
     gradients = torch.library.custom_op(
         f"sparse_hf::{name}_backward",
-        _gradients,
+        partial(_gradients, of_lengths=of_lengths),
         mutates_args=(),
         schema=f"({given}) -> (Tensor, Tensor, Tensor, Tensor)",
         tags=tags,
@@ -139,5 +156,5 @@ def _operator(name: str, tags: tuple):
     return forward
 
 
-attention = _operator("attention", (torch.Tag.cudagraph_unsafe,))
-attention_of_lengths = _operator("attention_of_lengths", ())
+attention = _operator("attention", False)
+attention_of_lengths = _operator("attention_of_lengths", True)

@@ -15,6 +15,8 @@ from ..models.block_sparse import transformers_random_blocks
 from ..plan import build_plan
 
 VOCABULARY = 1024
+# what Transformers slides a window with
+SLIDING = ("sdpa", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Case:
     `config` gets the length and the layers. Without `pattern` the family implies one. A `dense` model of Transformers computes
     more pairs than ours, and is given a mask of ours where the two are compared; `same` are the arguments of `sparsify`
     under which ours computes the very pairs that Transformers' class does, where those that are timed are other ones.
+    `implementations` are those of Transformers' attention that have a row each, what the class chooses by itself first; None
+    is that one without its name.
     """
 
     model: str
@@ -32,6 +36,7 @@ class Case:
     dense: bool = False
     global_tokens: int = 0
     same: Callable[[PreTrainedConfig, int], dict] = lambda config, n: {}
+    implementations: tuple[str | None, ...] = (None,)
 
     def masks(self, n: int, device: torch.device) -> dict:
         """What makes Transformers' class compute our pairs on `n` tokens."""
@@ -123,7 +128,7 @@ CASES: dict[str, Case] = {
     "perceiver": Case("PerceiverForMaskedLM", _perceiver),
     "sparse_transformer": Case("GPT2Model", _gpt2, "sparse_transformer(stride=128)", dense=True),
     # both slide in Transformers as well; ours has the same windows
-    "modernbert": Case("ModernBertModel", _modernbert, "window(None, None)"),
+    "modernbert": Case("ModernBertModel", _modernbert, "window(None, None)", implementations=SLIDING),
     "llama_1b": Case("LlamaModel", _llama_1b, "streaming(window=1024, sinks=4)", dense=True),
-    "mistral": Case("MistralModel", _mistral, "window(1023, 0)"),
+    "mistral": Case("MistralModel", _mistral, "window(1023, 0)", implementations=SLIDING),
 }

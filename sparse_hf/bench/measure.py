@@ -118,10 +118,18 @@ def _status(path: Path, key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(row: dict, work: Callable[[], dict], earlier: list[dict], keys: Sequence[str], budget: float) -> dict:
+def measured(
+    row: dict,
+    work: Callable[[], dict],
+    earlier: list[dict],
+    keys: Sequence[str],
+    budget: float,
+    refusals: tuple[type[Exception], ...] = (),
+) -> dict:
     """`row` with the figures that `work` gives, or under "failed" with what kept it from them.
 
     A row of `earlier` of the same name that failed, or of whose `keys` one took more than `budget` seconds, ends that name's rows.
+    What is out of memory or cannot be compiled has failed, and so has what raises one of `refusals`.
     """
     before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
     if before and before.get("failed"):
@@ -132,11 +140,13 @@ def measured(row: dict, work: Callable[[], dict], earlier: list[dict], keys: Seq
         return {**row, **work()}
     except torch._dynamo.exc.TorchDynamoException as error:
         return {**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"}
-    except RuntimeError as error:
+    except (RuntimeError, *refusals) as error:
         # of the CPU's memory torch speaks in words alone
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return {**row, "failed": "out of memory"}
+        if not isinstance(error, refusals):
             raise
-        return {**row, "failed": "out of memory"}
+        return {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def tell(row: dict, told: Callable[[dict], str], console: Console) -> None:

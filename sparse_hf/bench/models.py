@@ -22,6 +22,12 @@ CHECKED = 1280
 # how far from Transformers in float32 ours may be, as a multiple of how far Transformers itself is in the same dtype; in
 # float32 itself, where that is 0, the number below
 FACTOR, EXACT = 2.0, 1e-4
+# attention that cannot be trained on a device: PyTorch says so as well, after half a minute of compiling
+NO_BACKWARD = {
+    ("flex_attention", "cpu"): "not run: PyTorch's FlexAttention has no backward on CPUs; without training it runs"
+}
+# what Transformers and PyTorch raise where an implementation is absent, does not fit the model or cannot do what is asked
+REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 def run_models(
@@ -45,6 +51,10 @@ def run_models(
     Each model of base size with random weights runs as Transformers' class and, with the same weights, as ours. Before that,
     outputs and the gradient of the embeddings at 1,280 tokens are compared with Transformers' class in float32: ours may be
     no farther from it than twice as far as Transformers is itself in `dtype`. A length that does not fit is noted as such.
+
+    "modernbert" and "mistral", which slide in Transformers too, run there in each attention implementation that slides. One
+    other than the class's default must keep to the same bound; one that does not, or refuses, has rows that say so instead of
+    times. Their rows of ours have ratios to each under "beside", and under "fastest" which of these is.
 
     Args:
         models: names of `CASES`. "bert" is dense there and has a window and a global token here.
@@ -77,27 +87,32 @@ def run_models(
     result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
     for name in models:
         with console.status(f"{name}: comparing"):
-            errors[name] = _compare(CASES[name], layers, dtype, place)
+            errors[name] = _compare(CASES[name], layers, dtype, place, training)
+        others = {_transformers(name, other): errors[name][other] for other in CASES[name].implementations[1:]}
+        refused = [{"name": label, **found} for label, found in others.items() if found.get("failed")]
         for n in sorted(lengths):
             with console.status(f"{name}: n = {n:,}"):
-                rows += _one_length(name, n, shape, place, repeats, budget, rows, console)
+                rows += _one_length(name, n, shape, place, repeats, budget, refused + rows, console)
             _ratios(rows)
             result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
             if out:
                 # what is measured stays, whatever happens to the next model
                 write_json(result, out)
     # wide enough for all columns, in a narrow window or a pipe too
-    Console(width=max(Console().width, 124)).print(_table(result))
+    Console(width=max(Console().width, 140)).print(_table(result))
     if plot:
         plot_result(result, f"{layers} layers, hidden size 768 or 1,024, {batch} row(s), {dtype}", plot)
     return result
 
 
-def _build(case: Case, n: int, layers: int, dtype: torch.dtype, place: torch.device) -> nn.Module:
+def _build(
+    case: Case, n: int, layers: int, dtype: torch.dtype, place: torch.device, implementation: str | None = None
+) -> nn.Module:
     torch.manual_seed(0)
     model_class = getattr(transformers, case.model)
     with place:
-        model = model_class(model_class.config_class(**case.config(n, layers)))
+        config = model_class.config_class(**case.config(n, layers), attn_implementation=implementation)
+        model = model_class(config)
     return model.to(place, dtype).train()
 
 
@@ -110,9 +125,12 @@ def _tokens(case: Case, n: int, batch: int, place: torch.device) -> dict[str, Te
     return {"input_ids": ids, "global_attention_mask": marks}
 
 
-def _compare(case: Case, layers: int, dtype: str, place: torch.device) -> dict[str, float]:
-    """Relative errors of output and gradient against Transformers in float32: Transformers' own in `dtype`, and ours."""
-    stock = _build(case, CHECKED, layers, torch.float32, place)
+def _compare(case: Case, layers: int, dtype: str, place: torch.device, training: bool) -> dict[str, float | dict]:
+    """Relative errors of output and gradient against Transformers in float32: Transformers' own in `dtype`, and ours.
+
+    Under the name of each other implementation of Transformers are its errors, or what is "failed" about it.
+    """
+    stock = _build(case, CHECKED, layers, torch.float32, place, case.implementations[0])
     given = _tokens(case, CHECKED, 1, place)
     masks = case.masks(CHECKED, place)
     right = _results(stock, {**given, **masks})
@@ -120,16 +138,37 @@ def _compare(case: Case, layers: int, dtype: str, place: torch.device) -> dict[s
     theirs = _errors(_results(stock, {**given, **masks}), right)
     sparse = sparsify(stock, case.pattern, **case.same(stock.config, CHECKED))
     ours = _errors(_results(sparse, given), right)
-    for what, mine, their in zip(("output", "gradient"), ours, theirs, strict=True):
-        if not mine <= max(FACTOR * their, EXACT):
-            raise AssertionError(
-                f"{case.model}: {what} is off by {mine:.1e}, Transformers' own in {dtype} by {their:.1e}"
-            )
+    wrong = _wrong(ours, theirs, dtype)
+    if wrong:
+        raise AssertionError(f"{case.model}: {wrong}")
     names = ("transformers_output", "transformers_gradient", "output", "gradient")
-    return dict(zip(names, (*theirs, *ours), strict=True))
+    found = dict(zip(names, (*theirs, *ours), strict=True))
+
+    def check(other: str) -> dict:
+        if training and (other, place.type) in NO_BACKWARD:
+            return {"failed": NO_BACKWARD[other, place.type]}
+        model = _build(case, CHECKED, layers, DTYPES[dtype], place, other)
+        errors = _errors(_results(model, {**given, **masks}, gradient=training), right)
+        wrong = _wrong(errors, theirs, dtype)
+        return {"failed": f"wrong: {wrong}"} if wrong else dict(zip(("output", "gradient"), errors, strict=False))
+
+    for other in case.implementations[1:]:
+        found[other] = measured({}, partial(check, other), [], (), 0.0, REFUSALS)
+        _forget(place)
+    return found
 
 
-def _results(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+def _wrong(errors: tuple[float, ...], theirs: tuple[float, ...], dtype: str) -> str | None:
+    for what, error, their in zip(("output", "gradient"), errors, theirs, strict=False):
+        if not error <= max(FACTOR * their, EXACT):
+            return f"{what} is off by {error:.1e}, Transformers' default in {dtype} by {their:.1e}"
+    return None
+
+
+def _results(model: nn.Module, inputs: dict, gradient: bool = True) -> tuple[Tensor, ...]:
+    if not gradient:
+        with torch.no_grad():
+            return (_forward(model, inputs).float(),)
     weights = next(p for p in model.parameters() if p.shape[:1] == (VOCABULARY,))
     out = _forward(model, inputs)
     # what is behind a layer norm has almost no gradient of its mean or square
@@ -148,20 +187,32 @@ def _direction(out: Tensor) -> Tensor:
 
 
 def _errors(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float, ...]:
-    return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
+    return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right[: len(got)], strict=True))
+
+
+def _forget(place: torch.device) -> None:
+    """What was compiled, so that the next model is for its own length, and memory that nothing holds."""
+    torch._dynamo.reset()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _transformers(name: str, implementation: str | None) -> str:
+    return f"{name}, transformers" + (f" ({implementation})" if implementation else "")
 
 
 def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlier: list[dict], console) -> list[dict]:
     case, rows = CASES[name], []
-    for kind in ("dense" if case.dense else "transformers", "ours"):
-        label = f"{name}, {'sparse_hf' if kind == 'ours' else 'transformers'}"
+    stock = "dense" if case.dense else "transformers"
+    for kind, implementation in (*((stock, each) for each in case.implementations), ("ours", None)):
+        label = f"{name}, sparse_hf" if kind == "ours" else _transformers(name, implementation)
         row = {"model": name, "name": label, "kind": kind, "n": n}
-        work = partial(_figures, case, kind == "ours", n, shape, place, repeats, budget)
-        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget))
+        row |= {"implementation": implementation} if implementation else {}
+        work = partial(_figures, case, row, shape, place, repeats, budget)
+        refusals = REFUSALS if implementation in case.implementations[1:] else ()
+        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget, refusals))
         tell(rows[-1], _told, console)
-        torch._dynamo.reset()
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
+        _forget(place)
     return rows
 
 
@@ -171,9 +222,10 @@ def _told(row: dict) -> str:
     return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"
 
 
-def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, budget: float) -> dict:
-    model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place)
-    if ours:
+def _figures(case: Case, row: dict, shape: dict, place, repeats: int, budget: float) -> dict:
+    n = row["n"]
+    model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place, row.get("implementation"))
+    if row["kind"] == "ours":
         model = sparsify(model, case.pattern)
     if shape["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -206,14 +258,24 @@ def _figures(case: Case, ours: bool, n: int, shape: dict, place, repeats: int, b
 
 
 def _ratios(rows: list[dict]) -> None:
-    """How many times faster than Transformers' class, and which part of its memory."""
+    """How ours stands beside Transformers' class in its default implementation, and beside each that has a name and was timed."""
     for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
-        other = next(r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours")
-        for what in ("forward", "step"):
-            mine, theirs = row[f"{what}_s"], other.get(f"{what}_s")
-            row[f"{what}_times_faster"] = theirs / mine if mine and theirs else None
-        mine, theirs = row["peak_bytes"], other.get("peak_bytes")
-        row["memory_ratio"] = mine / theirs if mine and theirs else None
+        others = [r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours"]
+        row |= _ratio(row, others[0])
+        timed = {r["implementation"]: r for r in others if r.get("implementation") and not r.get("failed")}
+        if timed:
+            row["beside"] = {name: _ratio(row, other) for name, other in timed.items()}
+            row["fastest"] = min(timed, key=lambda name: timed[name]["step_s"] or timed[name]["forward_s"])
+
+
+def _ratio(mine: dict, other: dict) -> dict[str, float | None]:
+    """How many times faster, and which part of the memory."""
+
+    def part(key, a, b):
+        return a[key] / b[key] if a.get(key) and b.get(key) else None
+
+    faster = {f"{what}_times_faster": part(f"{what}_s", other, mine) for what in ("forward", "step")}
+    return {**faster, "memory_ratio": part("peak_bytes", mine, other)}
 
 
 def _table(result: dict) -> Table:
@@ -229,12 +291,18 @@ def _table(result: dict) -> Table:
             continue
         times = ("" if row[key] is None else f"{row[key] * 1e3:,.1f} ms" for key in ("forward_s", "step_s"))
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
-        faster = (row.get(f"{key}_times_faster") for key in ("step", "forward"))
-        memory = row.get("memory_ratio")
-        beside = (*("" if ratio is None else f"{ratio:.2f} x" for ratio in faster), f"{memory:.2f} x" if memory else "")
-        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *beside)
+        beside = row.get("beside", {})
+        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *([] if beside else _ratios_told(row)))
+        for name, ratios in beside.items():
+            which = f"beside {name}" + (", the fastest" if name == row["fastest"] and len(beside) > 1 else "")
+            table.add_row("", which, "", "", "", *_ratios_told(ratios))
     fits = (
         f"{name} {fit['step_s'] or fit['forward_s']:.2f}" for name, fit in result["slopes"].items() if fit["forward_s"]
     )
     table.caption = "slope of time against n: " + ", ".join(fits)
     return table
+
+
+def _ratios_told(ratios: dict) -> list[str]:
+    found = (ratios.get(key) for key in ("step_times_faster", "forward_times_faster", "memory_ratio"))
+    return ["" if ratio is None else f"{ratio:.2f} x" for ratio in found]

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from transformers import (
     LongformerConfig,
+    LongformerForMaskedLM,
     LongformerForMultipleChoice,
     LongformerForQuestionAnswering,
     LongformerForSequenceClassification,
     LongformerModel,
 )
+from transformers import initialization as init
 from transformers.models.longformer.modeling_longformer import (
     LongformerBaseModelOutputWithPooling,
+    LongformerLMHead,
     LongformerSelfAttention,
 )
 
@@ -79,6 +82,19 @@ class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
         return LongformerBaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=weights
         )
+
+
+class SparseLongformerForMaskedLM(SparseMixin, LongformerForMaskedLM):
+    """[`LongformerForMaskedLM`] with attention by patterns; a checkpoint without its head gets one whose bias is 0."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # which Transformers leaves as the memory happens to be
+        if isinstance(module, LongformerLMHead):
+            init.zeros_(module.bias)
 
 
 class SparseLongformerForSequenceClassification(SparseMixin, LongformerForSequenceClassification):

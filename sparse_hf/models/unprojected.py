@@ -18,9 +18,13 @@ def replace_rows(
     out: Tensor, states: Tensor, index: Tensor, is_marked: Tensor | None, real: Tensor | None,
     query: nn.Linear, key: nn.Linear, value: nn.Linear,
 ) -> Tensor:  # fmt: skip
-    """`out` `[B, H, N, D]` with the rows of marked tokens replaced by their attention to all real tokens.
+    """`out` `[B, H, N, D]` with the rows of marked tokens replaced, in its memory, by their attention to all real tokens.
+
+    Attention keeps `out` for its backward pass, where it stands beside its gradient only, which is 0 in those rows: what it finds there
+    then may be anything, and a copy would be one more tensor of all tokens in every layer.
 
     Args:
+        out: what attention gave, and nothing else holds.
         states: what is projected, `[B, N, E]`.
         index: `[B, M]`, tokens whose rows are replaced, no token twice.
         is_marked: `[B, M]`, false where a row stays as it is; None: nowhere.
@@ -51,7 +55,11 @@ class _Rows(torch.autograd.Function):
         weights = scores.softmax(-1)
         means = weights @ states  # [B, H * M, E]
         rows = torch.baddbmm(b_value.view(heads, 1, dim), _by_head(means, heads), w_value.view(heads, dim, -1).mT)
-        found = with_rows(out, rows.unflatten(1, index.shape).transpose(0, 1), index, is_marked)
+        rows = rows.unflatten(1, index.shape).transpose(0, 1)
+        # not the same tensor to autograd, which would refuse to go back to one that was written to
+        found = out.data
+        place = index[:, None, :, None].expand_as(rows)
+        found.scatter_(2, place, rows if is_marked is None else _where_marked(found, place, rows, is_marked))
         ctx.save_for_backward(
             states, index, is_marked, w_query, w_key, b_key, w_value, marked, q, directions, weights, means
         )
@@ -102,9 +110,11 @@ def with_rows(out: Tensor, rows: Tensor, index: Tensor, is_marked: Tensor | None
     A batch row with fewer marked tokens than others keeps what it has.
     """
     place = index[:, None, :, None].expand_as(rows)
-    if is_marked is None:
-        return out.scatter(2, place, rows)
-    return out.scatter(2, place, torch.where(is_marked[:, None, :, None], rows, out.gather(2, place)))
+    return out.scatter(2, place, rows if is_marked is None else _where_marked(out, place, rows, is_marked))
+
+
+def _where_marked(out: Tensor, place: Tensor, rows: Tensor, is_marked: Tensor) -> Tensor:
+    return torch.where(is_marked[:, None, :, None], rows, out.gather(2, place))
 
 
 def seen_keys(real: Tensor) -> Tensor:

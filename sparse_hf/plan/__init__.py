@@ -15,6 +15,7 @@ from .block_plan import BlockPlan, MaskFunction, Run
 from .gathered import Call, Gathered, calls
 from .joined import joined_rows
 from .layout import make_layout
+from .marked import MarkedParts, read_marked
 from .memo import made, made_apart, remembered
 from .reach import Reach, reach
 from .regroup import AnyPlan, ByHeads, Regrouped, Strides, read_strides, regrouped, strided_plan
@@ -26,6 +27,7 @@ __all__ = [
     "ByHeads",
     "Call",
     "Gathered",
+    "MarkedParts",
     "MaskFunction",
     "Reach",
     "Regrouped",
@@ -40,6 +42,7 @@ __all__ = [
     "made_apart",
     "make_layout",
     "reach",
+    "read_marked",
     "read_pattern",
     "read_strides",
     "regrouped",

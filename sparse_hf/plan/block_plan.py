@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from ..pattern.base import Marks
-from .build import Grid, has_draws, list_tables
+from .build import Grid, list_tables
 from .layout import Layout
 
-# blocks of queries and of keys from which a GPU lists random ones sooner than a CPU (measured on an H200)
+# blocks of queries and of keys, of all batch rows, from which a GPU lists them sooner than a CPU
 MANY = 1 << 12
 # a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -75,14 +75,12 @@ class BlockPlan:
 
     @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        # their making is many steps, which are small for all but the draws of long texts: the CPU is the place for those
-        is_much = self.q_blocks + self.kv_blocks > MANY and any(map(has_draws, self.patterns))
+        # their making is many steps, which take a GPU as long for a short text as for a long one
+        is_much = self.layout.rows * (self.q_blocks + self.kv_blocks) > MANY
         place = self.device if is_much else torch.device("cpu")
         patterns = tuple(p.on(place) for p in self.patterns)
-        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size)
-        capped = self.mask_function is not None
-        with place:
-            found = list_tables(patterns, grid, self.layout.to(place), self.batch_rows, capped)
+        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size, place)
+        found = list_tables(patterns, grid, self.layout.to(place), self.batch_rows, self.mask_function is not None)
         return tuple(t.to(self.device) for t in found)
 
     @property

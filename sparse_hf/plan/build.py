@@ -1,15 +1,16 @@
 """From a pattern to the list of its non-empty blocks, by refinement.
 
 Coarse squares of the (query, key) plane are classified with the pattern's closed form `blocks`; empty ones are dropped,
-the others are cut in four, down to the block size. The work is proportional to what is found, never to n^2. Random blocks,
-which lie in any coarse square, are looked up instead: each query block says what it draws.
+the others are cut into smaller ones, down to the block size. The work is proportional to what is found, never to n^2. Random
+blocks, which lie in any coarse square, are looked up instead: each query block says what it draws. All squares of a size are
+classified together, since on a GPU the number of steps counts and not what each of them does.
 
 Legend: b batch row, i query block, j key block; q0..q1 and k0..k1 are inclusive corners in key coordinates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from math import prod
@@ -18,26 +19,27 @@ from operator import and_, or_
 import torch
 from torch import Tensor
 
-from ..pattern import EMPTY, FULL, PARTIAL, Pattern, RandomBlocks
+from ..pattern import EMPTY, FULL, PARTIAL, Pattern, RandomBlocks, full
 from ..pattern.base import Marks, written_out
 from .layout import Layout
 
-# batch row, query block and key block of each, [N] int64
-Squares = tuple[Tensor, Tensor, Tensor]
-
-# squares to begin with at most, and how many blocks one sweep may list at most if all were full
-FEW = 1 << 12
-SWEEP = 1 << 22
+# squares to begin with at most, how many a larger one is cut into a side, and how many are classified together
+FEW, CUT, SWEEP = 1 << 12, 4, 1 << 19
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The plane that is cut into blocks."""
+    """The plane that is cut into blocks.
+
+    Squares of it are `[3, N]` int64: batch row, and row and column in squares. A block that is listed is one number, its `code`,
+    so that sorting orders blocks by row and column.
+    """
 
     q_len: int
     kv_len: int
     q_offset: int
     block_size: int
+    device: torch.device
 
     @property
     def q_blocks(self) -> int:
@@ -47,12 +49,22 @@ class Grid:
     def kv_blocks(self) -> int:
         return -(-self.kv_len // self.block_size)
 
-    def corners(self, i: Tensor, j: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        side = size * self.block_size
-        q0, k0 = i * side, j * side
-        q1 = (q0 + side).clamp(max=self.q_len) - 1
-        k1 = (k0 + side).clamp(max=self.kv_len) - 1
-        return q0 + self.q_offset, q1 + self.q_offset, k0, k1
+    def corners(self, squares: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q0, q1, k0 and k1 of squares of `size` blocks a side; of those beyond the last token all are that token."""
+        side, (_, i, j) = size * self.block_size, squares
+        q, k = i * side + self.q_offset, j * side
+        last, last_key = self.q_offset + self.q_len - 1, self.kv_len - 1
+        q0, q1 = q.clamp(max=last), (q + (side - 1)).clamp(max=last)
+        return q0, q1, k.clamp(max=last_key), (k + (side - 1)).clamp(max=last_key)
+
+    def holds(self, squares: Tensor, size: int) -> Tensor:
+        """Which squares have blocks; those that are cut off the last ones may have none."""
+        _, i, j = squares
+        return (i < -(-self.q_blocks // size)) & (j < -(-self.kv_blocks // size))
+
+    def codes(self, blocks: Tensor, is_full: Tensor) -> Tensor:
+        b, i, j = blocks
+        return ((b * self.q_blocks + i) * self.kv_blocks + j) * 2 + is_full
 
 
 class Classifier:
@@ -112,108 +124,91 @@ def _running_count(flags: Tensor | None) -> Tensor | None:
 def list_tables(
     patterns: tuple[Pattern, ...], grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of a `BlockPlan`, made on the default device, where patterns and layout are: row offsets, columns, full."""
-    # rows of the batch that are alike, but for a mask function, are listed once
-    copies = torch.arange(batch_rows // layout.rows)[:, None]
-    swept = cache(partial(_sweep, grid=grid, layout=layout))
+    """The tables of a `BlockPlan`, made on the device of the grid, where patterns and layout are: row offsets, columns, full."""
+    swept = cache(partial(_swept, grid=grid, layout=layout))
     rows, columns = batch_rows * len(patterns) * grid.q_blocks, max(1, grid.kv_blocks)
-    keys, full = [], []
-    for p, pattern in enumerate(patterns):
-        b, i, j, is_full = list_blocks(pattern, grid, layout, swept)
-        key = (((b + copies) * len(patterns) + p) * grid.q_blocks + i) * columns + j  # [copies, N]
-        keys.append(key.flatten())
-        full.append(is_full.expand_as(key).flatten())
-    key, order = torch.cat(keys).sort()
-    is_full = torch.cat(full)[order] & (not cap_at_partial)
-    counts = torch.bincount(key // columns, minlength=rows)
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), (key % columns).int(), is_full
+    plane = max(1, grid.q_blocks) * columns * 2
+    # rows of the batch that are alike, but for a mask function, are listed once
+    copies = torch.arange(batch_rows // layout.rows, device=grid.device)[:, None]
+
+    def in_tables(code: Tensor, p: int) -> Tensor:
+        b = code // plane
+        return (code + ((b + copies) * len(patterns) + p - b) * plane).flatten()
+
+    found = ((code, p) for p, pattern in enumerate(patterns) for code in list_blocks(pattern, grid, layout, swept))
+    code = torch.cat([in_tables(*one) for one in found]).unique()
+    # of a block that is listed as partial and as full the last is the full one
+    code = code[(code >> 1).diff(append=code.new_full((1,), -1)) != 0]
+    offsets = torch.searchsorted(code, torch.arange(rows + 1, device=grid.device) * (2 * columns))
+    return offsets, (code // 2 % columns).int(), (code & 1).bool() & (not cap_at_partial)
 
 
-def list_blocks(
-    pattern: Pattern, grid: Grid, layout: Layout, swept: Callable[[Pattern], Squares]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The non-empty blocks `b, i, j` and which of them are full, in any order; `swept` is `_sweep`."""
-    rest, drawn = _drawn_apart(pattern)
-    found = [swept(rest)] if rest is not None else []
-    found += [_drawn(part, grid, layout) for part in drawn]
-    b, i, j = (torch.cat(sides) for sides in zip(*found, strict=True))
-    if drawn:
-        key = ((b * grid.q_blocks + i) * grid.kv_blocks + j).unique()
-        j, i = key % grid.kv_blocks, key // grid.kv_blocks
-        b, i = i // grid.q_blocks, i % grid.q_blocks
-    state = Classifier(pattern, layout, grid.kv_len)(b, *grid.corners(i, j, 1))
-    kept = (state > EMPTY).nonzero().flatten()
-    return b[kept], i[kept], j[kept], state[kept] == FULL
-
-
-def has_draws(pattern: Pattern) -> bool:
-    """Are there random blocks that are looked up?"""
-    return bool(_drawn_apart(pattern)[1])
-
-
-def _drawn_apart(pattern: Pattern) -> tuple[Pattern | None, list[RandomBlocks]]:
-    """Random blocks that hold all pairs which the rest of a pattern, None for none, does not."""
-    rest, drawn = [], []
+def list_blocks(pattern: Pattern, grid: Grid, layout: Layout, swept: Callable[[Pattern], Tensor]) -> Iterator[Tensor]:
+    """The codes of the non-empty blocks, `[N]` each, in any order, some of them several times; `swept` is `_swept`."""
+    rest = []
     for term in written_out(pattern) or [(pattern,)]:
         random = next((part for part in term if isinstance(part, RandomBlocks)), None)
         if random is None:
             rest.append(reduce(and_, term))
         else:
-            drawn.append(random)
-    return (reduce(or_, rest) if rest else None), drawn
+            yield _drawn(random, [part for part in term if part is not random], grid, layout)
+    if rest:
+        yield swept(reduce(or_, rest))
 
 
-def _sweep(pattern: Pattern, grid: Grid, layout: Layout) -> Squares:
-    """Blocks among which are all that are not empty, found by refinement."""
+def _swept(pattern: Pattern, grid: Grid, layout: Layout) -> Tensor:
+    """The blocks that are not empty, found by refinement."""
     size, axes = 1, (layout.rows, grid.q_blocks, grid.kv_blocks)
     # a batch of many rows has many squares even if each row is one
     while prod(axes) > max(FEW, layout.rows):
-        size *= 2
+        size *= CUT
         axes = layout.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
-    squares = tuple(side.flatten() for side in torch.meshgrid(*map(torch.arange, axes), indexing="ij"))
+    squares = torch.cartesian_prod(*(torch.arange(n, device=grid.device) for n in axes)).T
+    return _not_empty(squares, size, Classifier(pattern, layout, grid.kv_len), grid)
+
+
+def _not_empty(squares: Tensor, size: int, classify: Classifier, grid: Grid) -> Tensor:
+    """The blocks that are not empty in squares of `size` blocks a side."""
+    state = classify(squares[0], *grid.corners(squares, size))
+    kept = (state > EMPTY) & grid.holds(squares, size)
     if size == 1:
-        return squares
-    classify = Classifier(pattern, layout, grid.kv_len)
-    pieces = (side.split(max(1, SWEEP // size**2)) for side in _not_empty(squares, size, classify, grid))
-    found = [_cut(piece, size, classify, grid) for piece in zip(*pieces, strict=True)]
-    return tuple(torch.cat(sides) for sides in zip(*found, strict=True))
+        return grid.codes(squares, state == FULL)[kept]
+    pieces = squares[:, kept].split(max(1, SWEEP // CUT**2), 1)
+    return torch.cat([_not_empty(_cut(piece), size // CUT, classify, grid) for piece in pieces])
 
 
-def _cut(squares: Squares, size: int, classify: Classifier, grid: Grid) -> Squares:
-    """Squares of `size` blocks a side cut down to blocks, what is empty dropped on the way."""
-    below, beside = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    while size > 1:
-        size //= 2
-        b, i, j = (side[:, None] for side in squares)
-        i, j = 2 * i + below, 2 * j + beside
-        exists = (i * size < grid.q_blocks) & (j * size < grid.kv_blocks)
-        squares = b.expand_as(i)[exists], i[exists], j[exists]
-        if size > 1:
-            squares = _not_empty(squares, size, classify, grid)
-    return squares
+def _cut(squares: Tensor) -> Tensor:
+    step = torch.arange(CUT, device=squares.device)
+    b, i, j = squares[:, :, None, None]
+    return torch.stack(torch.broadcast_tensors(b, i * CUT + step[:, None], j * CUT + step)).flatten(1)
 
 
-def _not_empty(squares: Squares, size: int, classify: Classifier, grid: Grid) -> Squares:
-    b, i, j = squares
-    kept = classify(b, *grid.corners(i, j, size)) > EMPTY
-    return b[kept], i[kept], j[kept]
+def _drawn(random: RandomBlocks, others: list[Pattern], grid: Grid, layout: Layout) -> Tensor:
+    """The blocks of pairs that the draws and the `others` hold."""
+    size = grid.block_size
+    aligned = layout.start is None and random.size % size == 0 == grid.q_offset % size
+    # a block that lies in a drawn one is full of its pairs
+    pattern = reduce(and_, others, full() if aligned else random)
+    return _not_empty(_touched(random, grid, layout, aligned), 1, Classifier(pattern, layout, grid.kv_len), grid)
 
 
-def _drawn(random: RandomBlocks, grid: Grid, layout: Layout) -> Squares:
+def _touched(random: RandomBlocks, grid: Grid, layout: Layout, aligned: bool) -> Tensor:
     """The blocks that the draws touch, some of them several times."""
     if layout.start is None:
-        b, x = torch.cartesian_prod(torch.arange(layout.rows), torch.arange(0, grid.kv_len, random.size)).unbind(1)
+        first = torch.arange(0, grid.kv_len, random.size, device=grid.device)
+        b, x = torch.cartesian_prod(torch.arange(layout.rows, device=grid.device), first).unbind(1)
         origin = torch.zeros_like(x)
     else:
-        place = torch.arange(grid.kv_len) - layout.start
+        place = torch.arange(grid.kv_len, device=grid.device) - layout.start
         b, x = ((layout.start >= 0) & (place % random.size == 0)).nonzero(as_tuple=True)
         origin = layout.start[b, x].long()
     draw, exists = random.draws((x - origin) // random.size)  # [T, count]
     # first query and first key of each draw, [T, count, 1, 1]
     q = (x - grid.q_offset)[:, None, None, None]
     k = (origin[:, None] + draw * random.size)[:, :, None, None]
-    step = torch.arange((random.size - 1) // grid.block_size + 2)
+    reach = random.size // grid.block_size if aligned else (random.size - 1) // grid.block_size + 2
+    step = torch.arange(reach, device=grid.device)
     i, j = q // grid.block_size + step[:, None], k // grid.block_size + step
     there = (i * grid.block_size < q + random.size) & (j * grid.block_size < k + random.size)
     there = there & (i >= 0) & (i < grid.q_blocks) & (j < grid.kv_blocks) & exists[:, :, None, None]
-    return tuple(side.expand_as(there)[there] for side in (b[:, None, None, None], i, j))
+    return torch.stack(torch.broadcast_tensors(b[:, None, None, None], i, j))[:, there]

@@ -30,6 +30,8 @@ QUICK, LIMIT_OF_QUICK = 1 << 12, 64
 UNCUT = 1 << 30
 # mask bits that are evaluated at once
 EVALUATED = 1 << 22
+# numbers from 0 that are told apart in 64 bits
+MOST = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,88 +74,96 @@ class TileLists:
 def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLists:
     """The lists of a plan in tiles of `size`, for `batch` rows and `num_heads` query heads."""
     plan = plan if plan.block_size == size else replace(plan, block_size=size)
-    counts = plan.row_offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts), device=plan.device), counts)
-    group, i, j = row // max(1, plan.q_blocks), row % max(1, plan.q_blocks), plan.columns.long()
+    row, j, q_tiles = _rows(plan), plan.columns, max(1, plan.q_blocks)
     # a tile that hangs over the last query or key is never full
-    full = plan.full & ((i + 1) * size <= plan.q_len) & ((j + 1) * size <= plan.kv_len)
-    masks, number = _masks(plan, group, i, j, full)
+    full = plan.full & (row % q_tiles < plan.q_len // size) & (j < plan.kv_len // size)
+    masks, mask = _masks(plan, row, j, full)
     patterns = len(plan.patterns)
     heads = torch.tensor(plan.heads or [0] * num_heads, device=plan.device)
-    rows = torch.arange(batch, device=plan.device) if plan.batch_rows > 1 else torch.zeros(batch, device=plan.device)
+    first = torch.arange(batch, device=plan.device) * patterns if plan.batch_rows > 1 else heads.new_zeros(batch)
     groups = plan.batch_rows * patterns
     least = LIMIT_OF_QUICK if batch * num_heads * plan.q_blocks <= QUICK else LIMIT
     return TileLists(
         size,
-        (rows.long()[:, None] * patterns + heads).flatten().int(),
-        make_lists(groups, plan.q_blocks, group, i, j, full, number, least),
-        make_lists(groups, plan.kv_blocks, group, j, i, full, number, least),
+        (first[:, None] + heads).flatten().int(),
+        make_lists(groups, plan.q_blocks, row, j, full, mask, least),
+        make_lists(groups, plan.kv_blocks, row // q_tiles * plan.kv_blocks + j, row % q_tiles, full, mask, least),
         masks,
         masks.transpose(1, 2).contiguous(),
     )
 
 
 def make_lists(
-    groups: int,
-    lines: int,
-    group: Tensor,
-    line: Tensor,
-    other: Tensor,
-    full: Tensor,
-    mask: Tensor,
-    least: int | None,
+    groups: int, lines: int, line: Tensor, other: Tensor, full: Tensor, mask: Tensor, least: int | None
 ) -> Lists:
-    """Sort entries by line, those with a mask first; `group`, `line`, `other`, `full` and `mask` are `[N]`.
+    """Sort entries by line, those with a mask first; otherwise they stay in order.
 
-    Lines of up to `least` entries are not cut; None: no line is.
+    `line`, `other`, `full` and `mask` are `[N]`, lines are counted through all groups. Lines of up to `least` entries are not cut;
+    None: no line is.
     """
-    line = group * lines + line
-    most = int(other.max()) + 1 if len(other) else 1
-    order = ((line * 2 + full) * most + other).argsort()
-    counts = torch.bincount(line, minlength=groups * lines)
-    masked = torch.bincount(line[~full], minlength=groups * lines)
-    most_entries = counts.view(groups, lines).amax(0)
-    limit = UNCUT
+    found, order = (line.int() * 2 + full).sort(stable=True)
+    # where the entries of each line begin, and those of them that are full
+    places = torch.arange(2 * groups * lines + 1, dtype=torch.int32, device=line.device)
+    begin = torch.searchsorted(found, places, out_int32=True)
+    offsets = begin[::2].contiguous()
+    limit, segments, long = UNCUT, line.new_zeros(0, 2), line.new_zeros(0, 3)
     if least is not None and len(line):
-        mean = int(most_entries.sum()) / int(most_entries.count_nonzero())
-        limit = max(least, int(LONGER * mean), SQUARE * math.isqrt(int(most_entries.max())))
-    long = (most_entries > limit).nonzero().flatten()
-    more = (most_entries[long] - 1) // limit
-    first = more.cumsum(0) - more
-    number = torch.arange(int(more.sum()), device=line.device) - first.repeat_interleave(more) + 1
+        # many small steps, for each of which a GPU would have to be waited for
+        limit, segments, long = _segments(offsets.diff().view(groups, lines).amax(0).cpu(), least)
     return Lists(
-        torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
-        masked.int(),
+        offsets,
+        begin[1::2] - offsets[:-1],
         other[order].int(),
         mask[order].int(),
         lines,
         limit,
-        torch.stack((long.repeat_interleave(more), number), 1).int(),
-        torch.stack((long, first, more), 1).int(),
+        segments.int().to(line.device),
+        long.int().to(line.device),
     )
 
 
-def _masks(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+def _segments(entries: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
+    """`limit`, `segments` and `long` of lines that have up to so many `entries` in a group."""
+    mean = int(entries.sum()) / int(entries.count_nonzero())
+    limit = max(least, int(LONGER * mean), SQUARE * math.isqrt(int(entries.max())))
+    long = (entries > limit).nonzero().flatten()
+    more = (entries[long] - 1) // limit
+    first = more.cumsum(0) - more
+    number = torch.arange(int(more.sum()), device=entries.device) - first.repeat_interleave(more) + 1
+    return limit, torch.stack((long.repeat_interleave(more), number), 1), torch.stack((long, first, more), 1)
+
+
+def _rows(plan: BlockPlan) -> Tensor:
+    """The row of each block of the plan's table, `[N]` int32."""
+    counts = plan.row_offsets.diff()
+    row = torch.arange(len(counts), dtype=torch.int32, device=plan.device)
+    return row.repeat_interleave(counts, output_size=len(plan.columns))
+
+
+def _masks(plan: BlockPlan, row: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct masks `[M, S, S]` uint8 of the tiles that are not full, and which of them each tile has, `[N]`."""
-    size, number = plan.block_size, torch.zeros_like(i)
-    wanted = (~full).nonzero().flatten()
+    size, wanted = plan.block_size, (~full).nonzero().flatten()
     if not len(wanted):
-        return torch.zeros(1, size, size, dtype=torch.uint8, device=plan.device), number
-    tiles = group[wanted], i[wanted], j[wanted]
-    examples, which = _alike(plan, *tiles).unique(return_inverse=True)
+        return torch.zeros(1, size, size, dtype=torch.uint8, device=plan.device), row.new_zeros(1).expand_as(row)
+    number = torch.zeros_like(row)
+    row, j = row[wanted].long(), j[wanted].long()
+    tiles = row // plan.q_blocks, row % plan.q_blocks, j
+    found = _alike(plan, *tiles)
+    # an example is its own
+    own = found == torch.arange(len(found), device=plan.device)
+    examples, which = own.nonzero().flatten(), (own.cumsum(0) - 1)[found]
     pieces = zip(*(t[examples].split(max(1, EVALUATED // size**2)) for t in tiles), strict=True)
     words = torch.cat([_packed(_evaluated(plan, *piece).flatten(1)).view(torch.int64) for piece in pieces])
     words, mask = words.unique(dim=0, return_inverse=True)
-    number[wanted] = mask[which]
+    number[wanted] = mask[which].int()
     return _unpacked(words.view(torch.uint8)).view(-1, size, size), number
 
 
 @remembered
 def examples(plan: BlockPlan) -> dict[tuple[int, int], int]:
     """For each partial block of the plan's table, by its row and column: the number of one that holds the same pairs."""
-    counts = plan.row_offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts), device=plan.device), counts)[~plan.full]
-    column, lines = plan.columns[~plan.full].long(), max(1, plan.q_blocks)
+    partial = ~plan.full
+    row, column, lines = _rows(plan)[partial].long(), plan.columns[partial].long(), max(1, plan.q_blocks)
     found = _alike(plan, row // lines, row % lines, column)
     return dict(zip(zip(row.tolist(), column.tolist(), strict=True), found.tolist(), strict=True))
 
@@ -188,11 +198,15 @@ def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 def _numbered(columns: list[Tensor]) -> Tensor:
     """The rows of `columns` `[T]` each, numbered from 0: equal rows, and no others, have one number."""
-    number = torch.zeros_like(columns[0], dtype=torch.int64)
-    for column in columns:
-        column = column - column.min()
-        number = (number * (column.max() + 1) + column).unique(return_inverse=True)[1]
-    return number
+    table = torch.stack(columns)
+    table = table - table.amin(1, keepdim=True)
+    number, count = table.new_zeros(table.shape[1]), 1
+    for column, most in zip(table, table.amax(1).tolist(), strict=True):
+        if count * (most + 1) > MOST:
+            _, number = number.unique(return_inverse=True)
+            count = len(number)
+        number, count = number * (most + 1) + column, count * (most + 1)
+    return number.unique(return_inverse=True)[1]
 
 
 def _tokens(plan: BlockPlan, of_queries: bool) -> Tensor:
@@ -272,7 +286,7 @@ def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) 
     """By query and by key, of tiles of queries and those that each sees: rows `[T]`, tiles `[T]` and columns `[T, w]`."""
     x, i, columns = (torch.cat(part) for part in zip(*found, strict=True))
     exists = columns >= 0
-    group, line = (t[:, None].expand_as(columns)[exists] for t in (x, i))
-    rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
-    pairs = (line, columns[exists]), (columns[exists], line)
-    return tuple(make_lists(groups, lines, group, *pair, *rest, None) for pair in pairs)
+    group, i, j = (t.expand_as(columns)[exists] for t in (x[:, None], i[:, None], columns))
+    rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group), None
+    pairs = (i, j), (j, i)
+    return tuple(make_lists(groups, lines, group * lines + line, other, *rest) for line, other in pairs)

@@ -30,6 +30,14 @@ def remembered(function: Callable) -> Callable:
     return remembering
 
 
+class kept(functools.cached_property):  # noqa: N801 - used as a decorator
+    """A `cached_property` that another thread makes within `made_apart`."""
+
+    def __init__(self, function: Callable):
+        super().__init__(lambda owner: made(function, owner))
+        self.__doc__ = function.__doc__
+
+
 @contextmanager
 def made_apart(apart: bool) -> Iterator[None]:
     """Within, if `apart`, another thread makes what is kept.

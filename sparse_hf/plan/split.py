@@ -15,7 +15,7 @@ them. Queries are counted from the plan's first, keys in key coordinates: query 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..pattern import First, Marked, MarkedKeys, Pattern, Window
 from ..pattern.base import MAX_TERMS, written_out
 from .block_plan import BlockPlan
-from .memo import remembered
+from .memo import kept, remembered
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Split:
     padding_q: Tensor
     padding_k: Tensor
 
-    @cached_property
+    @kept
     def longest(self) -> int:
         """Queries of the longest sequence."""
         return int((self.sequences[:, 2] - self.sequences[:, 1]).max()) if len(self.sequences) else 0
@@ -131,19 +131,24 @@ class Split:
         moved = ("columns", "rows", "padding_q", "padding_k")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
-    @cached_property
+    @kept
     def leading(self) -> bool:
         """Are the global tokens the first of every batch row, the same number in each, and the queries all the tokens?"""
         alike = self.whole and self.q_len == self.kv_len and not self.shape.marked
         return alike and bool((self.columns >= 0).all())
 
-    @cached_property
+    @kept
+    def column_counts(self) -> Tensor:
+        """Global keys of each sequence, `[S]` int32."""
+        return (self.columns >= 0).sum(1, dtype=torch.int32)
+
+    @kept
     def asked(self) -> Tensor:
         """Which of the flattened `columns` are queries too, in the order of `rows`."""
         first, last = (self.sequences_there[:, i, None] + self.q_offset for i in (1, 2))
         return ((self.columns >= 0) & (self.columns >= first) & (self.columns < last)).flatten().nonzero().flatten()
 
-    @cached_property
+    @kept
     def sequences_there(self) -> Tensor:
         """`sequences` where the other tables are."""
         return self.sequences.to(self.columns.device)

@@ -141,24 +141,27 @@ def test_what_has_no_gradient_of_lse_costs_no_second_pass(monkeypatch):
 
 # torch records an empty graph to begin with, and warns of it
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("length", [640, 100])
 @pytest.mark.parametrize("pattern", ["window(64, 64) | first(2)", "chunk(64, 1, 1) | first(64) | last(1, 64)"])
-def test_recorded_in_a_cuda_graph_it_stays_exact(pattern):
+def test_recorded_in_a_cuda_graph_it_stays_exact(pattern, length):
     def loss(q, k, v):
         return sparse_attention(q, k, v, pattern).float().square().sum()
 
     skipped = torch._dynamo.utils.counters["inductor"]
     before = skipped["cudagraph_skips"]
+    torch._dynamo.reset()
     step = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
     for trial in range(6):
-        q, k, v = (t.detach() for t in tensors((4, 4, 64), 640, 640, torch.bfloat16, "cuda"))
+        q, k, v = (t.detach() for t in tensors((4, 4, 64), length, length, torch.bfloat16, "cuda"))
         leaves = [(t * (1 + trial / 4)).requires_grad_() for t in (q, k, v)]
         right = torch.autograd.grad(loss(*leaves), leaves)
         torch.compiler.cudagraph_mark_step_begin()
         got = torch.autograd.grad(step(*leaves), leaves)
         for one, other in zip(got, right, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+            # another backend may have computed what is short
+            torch.testing.assert_close(one, other, atol=2e-2 if length > 128 else 5e-2, rtol=2e-2)
         # plans of other lengths push this one out of every cache
-        for n in range(130, 200) if trial == 4 else ():
+        for n in range(30, 100) if trial == 4 else ():
             build_plan(pattern, n, device="cuda")
             sparse_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], "window(5, 5)", backend="fa")
             poison()

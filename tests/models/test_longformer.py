@@ -338,3 +338,31 @@ def test_families_are_found_by_name():
     for family in HEADS:
         assert sparse_hf.family_of(family).implies_pattern and sparse_hf.family_of(f"sparse_{family}").implies_pattern
     assert TARGET < VOCABULARY
+
+
+def test_marked_rows_keep_no_more_for_the_backward_pass():
+    ours, length = sparse_hf.sparsify(stock_model("LongformerModel")), 200
+    least = length * ours.config.hidden_size
+
+    def kept(marks: str) -> int:
+        held = {}
+
+        def pack(t):
+            held[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            answer = ours(**inputs("LongformerModel", length, marks=marks)).last_hidden_state
+        assert answer.requires_grad
+        return sum(t.untyped_storage().nbytes() // t.element_size() >= least for t in held.values())
+
+    assert kept("one") == kept("none") > 10
+
+
+def test_a_head_that_a_checkpoint_lacks_has_no_bias(tmp_path):
+    sparse_hf.sparsify(stock_model("LongformerModel")).save_pretrained(tmp_path)
+    for _ in range(5):
+        # memory that is about to be handed out
+        del [torch.full((VOCABULARY,), torch.nan) for _ in range(50)][:]
+        model = sparse_hf.SparseLongformerForMaskedLM.from_pretrained(tmp_path)
+        assert not model.lm_head.bias.any() and model.lm_head.decoder.bias is model.lm_head.bias

@@ -12,6 +12,7 @@ import torch
 
 from sparse_hf import build_plan
 from sparse_hf.plan import block_plan, build, calls, joined_rows, lists, made_apart, remembered
+from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
@@ -73,6 +74,8 @@ def test_coarse_squares_and_signatures_lose_no_pair(pattern, case, monkeypatch):
     # the plane is cut from a single square, in sweeps of a few, as those of long texts are
     monkeypatch.setattr(build, "FEW", 1)
     monkeypatch.setattr(build, "SWEEP", 64)
+    # and no two numbers of a signature fit into one
+    monkeypatch.setattr(lists, "MOST", 1)
     batch = scenario(case, 257)
     q_len = batch.pop("q_len")
     expected = oracle.dense_mask(pattern, q_len, 257, **batch)
@@ -173,6 +176,17 @@ def test_a_million_tokens_are_planned_in_no_time():
     # a generous bound: the figure itself is in docs/results
     assert taken < 20 and peak < 200e6 and tables < 2e6
     assert len(plan.columns) < 8 * plan.q_blocks
+
+
+@pytest.mark.parametrize("pattern", ["bigbird()", "longformer()", "streaming(1024)"])
+def test_long_texts_are_planned_in_as_many_steps_as_short_ones(pattern):
+    def steps(length: int) -> int:
+        with AllocationInterceptor(length) as seen:
+            lists.tile_lists(build_plan(pattern, length), 64, 1, 1)
+        return seen.calls
+
+    # four times the text is one more size of squares
+    assert steps(1 << 18) < steps(1 << 16) + 150 < 900
 
 
 def test_rows_that_are_alike_share_one_plan():
