@@ -59,16 +59,21 @@ def compare(backend: str, pattern: str, length: int, case: str, shape, dtype, de
         lambda q, k, v: sparse_attention(q, k, v, pattern, **given, backend=backend, return_lse=True),
         *tensors(shape, q_len, length, dtype, device),
     )
+    check(exact, plain, ours, dtype)
+
+
+def check(exact, plain, ours, dtype, where: str = "") -> None:
+    """Out, lse and gradients `ours` against those in float64, given what dense attention in the same dtype makes of them."""
     for name, right, dense, got in zip(NAMES, exact, plain, ours, strict=True):
-        assert not got.isnan().any(), f"{name} has NaN"
+        assert not got.isnan().any(), f"{name} has NaN{where}"
         got = got.cpu().double()
         empty = right == -torch.inf
-        assert torch.equal(got == -torch.inf, empty), f"{name}: other rows are empty"
+        assert torch.equal(got == -torch.inf, empty), f"{name}: other rows are empty{where}"
         right, got, dense = (torch.where(empty, 0, t.double()) for t in (right, got, dense))
         scale = right.abs().max().clamp(min=1)
         error, allowed = (got - right).abs().max() / scale, (dense - right).abs().max() / scale
         assert error <= SLACK * allowed + ROUNDINGS[dtype], (
-            f"{name} errs by {error:.1e}, dense attention by {allowed:.1e}"
+            f"{name} errs by {error:.1e}, dense attention by {allowed:.1e}{where}"
         )
 
 

@@ -10,7 +10,7 @@ from sparse_hf import sparse_attention, sparsify
 from sparse_hf.attention import marked
 from sparse_hf.attention.scoring import Scoring
 from tests import oracle
-from tests.attention.test_exactness import NAMES, ROUNDINGS, SLACK, tensors
+from tests.attention.test_exactness import check, tensors
 from tests.attention.test_marked import marks_of
 
 pytestmark = [
@@ -53,15 +53,7 @@ def test_one_graph_holds_any_marks(pattern, shape, dtype):
             return run(*t, marks)
 
         ours = oracle.gradients(once, *tensors(shape, length, length, dtype, "cuda"))
-        for name, right, dense, got in zip(NAMES, exact, plain, ours, strict=True):
-            empty, got = right == -torch.inf, got.cpu().double()
-            assert torch.equal(got == -torch.inf, empty), f"{name}: other rows are empty with {kind}"
-            right, got, dense = (torch.where(empty, 0, t.double()) for t in (right, got, dense))
-            scale = right.abs().max().clamp(min=1)
-            error, allowed = (got - right).abs().max() / scale, (dense - right).abs().max() / scale
-            assert error <= SLACK * allowed + ROUNDINGS[dtype], (
-                f"{name} errs by {error:.1e} with {kind}, dense by {allowed:.1e}"
-            )
+        check(exact, plain, ours, dtype, f" with {kind}")
     assert skips() == before
 
 
@@ -109,5 +101,5 @@ def test_longformer_is_recorded_whole():
         got = step(ids, global_attention_mask=marks).last_hidden_state
         got.float().sum().backward()
         right = model(ids, global_attention_mask=marks).last_hidden_state
-        torch.testing.assert_close(got, right, atol=5e-2, rtol=5e-2)
+        assert (got - right).float().norm() <= 2e-2 * right.float().norm()
     assert skips() == before
