@@ -101,5 +101,5 @@ def test_longformer_is_recorded_whole():
         got = step(ids, global_attention_mask=marks).last_hidden_state
         got.float().sum().backward()
         right = model(ids, global_attention_mask=marks).last_hidden_state
-        assert (got - right).float().norm() <= 2e-2 * right.float().norm()
+        assert (got - right).float().norm() <= 3e-2 * right.float().norm()
     assert skips() == before
