@@ -145,7 +145,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias (None without one), given those of out and lse."""
     work = lse.dtype
-    totals = [_zeros(t, t.shape[-1], work) for t in (q, k, v)]
+    totals = [torch.zeros_like(t, dtype=work, memory_format=torch.contiguous_format) for t in (q, k, v)]
     grad_bias = None if scoring.bias is None else torch.zeros_like(scoring.bias, dtype=work)
     rest = grad_bias, plan, scoring, dropout, seed
     first, *others = calls(plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ PATTERNS = [
     "marked_keys()",
     "marked()",
 ]
+KINDS = ["none", "one", "in one row", "some", "most", "all"]
 LENGTH = 70
 on_gpu = torch.cuda.is_available()
 
@@ -30,6 +33,12 @@ def marks_of(kind: str, length: int, batch: int = 2) -> torch.Tensor:
     one = torch.arange(length) == torch.arange(batch)[:, None] * 3
     return {"none": drawn > 1, "one": one, "in one row": one & (torch.arange(batch) == 1)[:, None], "some": drawn < 0.1,
             "most": drawn < 0.7, "all": drawn < 1}[kind]  # fmt: skip
+
+
+def cases():
+    """Every pattern and every number of marks in the fast suite, all of both in the slow one: the interpreter takes its time."""
+    for i, (pattern, kind) in enumerate(itertools.product(PATTERNS, KINDS)):
+        yield pytest.param(pattern, kind, marks=() if (i + i // len(KINDS)) % 3 == 0 else pytest.mark.slow)
 
 
 class Operator(torch.autograd.Function):
@@ -55,8 +64,7 @@ class Operator(torch.autograd.Function):
 
 
 @pytest.mark.skipif(on_gpu, reason="kernels are compiled there: tests/attention/test_marked_on_gpu.py")
-@pytest.mark.parametrize("kind", ["none", "one", "in one row", "some", "most", "all"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "kind"), list(cases()))
 def test_any_number_of_marks_is_exact(pattern, kind, monkeypatch):
     monkeypatch.setattr(flash, "FA2", Plain)
     # the interpreter takes its time for each program
