@@ -67,19 +67,15 @@ class _Scratch:
         return torch.bmm(rows, columns, out=self.held[name][:size].view(shape))
 
 
-def _zeros(like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """`[B, heads, length, dim]` with heads after tokens in memory, as models join them next."""
-    batch, heads, length, _ = like.shape
-    return torch.zeros(batch, length, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
-
-
 def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
     work = torch.promote_types(q.dtype, torch.float32)
     out = lse = None
     for call in calls(plan):
         call_q = q if call.queries is None else take(q, call.queries)
-        call_out = _zeros(call_q, v.shape[-1], q.dtype)
+        batch, heads, length, _ = call_q.shape
+        # heads after tokens in memory, as models join them next
+        call_out = q.new_zeros(batch, length, heads, v.shape[-1]).transpose(1, 2)
         call_lse = torch.full(call_q.shape[:-1], -torch.inf, dtype=work, device=q.device)
         sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in call.pieces]
         _forward(call_q, sources, call.pieces, call_out, call_lse, plan, scoring, dropout, seed)

@@ -67,7 +67,7 @@ def portions(split: Split) -> tuple[_Portion, ...]:
 
 def absorb_on_gpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, split: Split, scale: float) -> None:
     rest = out, lse, split.sequences_there
-    numbers = scale, limits(split), split.q_offset, split.longest
+    numbers = scale, _limits(split), split.q_offset, split.longest
     if split.columns.shape[1] > MOST_COLUMNS:
         absorb_columns(q, k, v, *rest, split.columns, split.column_counts, *numbers)
     else:
@@ -110,7 +110,7 @@ def add_gradients_on_gpu(
         strides = (
             *strides_of(grad_out, q, out, grad_q), *lse.stride(), *given_lse.stride(), *strides_of(k_columns, v_columns)
         )  # fmt: skip
-        numbers = scale, scale * LOG2_E, *limits(split), split.q_offset, spans, span, count
+        numbers = scale, scale * LOG2_E, *_limits(split), split.q_offset, spans, span, count
         grid = len(sequences) * spans, heads
         constants = {"HAS_GRAD_LSE": grad_lse is not None, **constants_of(heads // k.shape[2], q.shape[3], count, tile)}
         launch(_gradients, grid, tensors, strides, numbers, constants, **options(q))
@@ -130,7 +130,7 @@ def options(q: Tensor) -> dict[str, int]:
     return {"num_warps": 4 if q.shape[3] <= 64 else 8, "num_stages": 3 if q.shape[3] <= 128 else 1}
 
 
-def limits(split: Split) -> tuple[int, int, int, int]:
+def _limits(split: Split) -> tuple[int, int, int, int]:
     """How far the window reaches, left and right, and what limits the columns."""
     window, clip = reach(split)
     return *window, *clip
@@ -155,7 +155,7 @@ def seen_columns(rows, key, real, q_offset, left, right, clip_left, clip_right):
 
 
 # numbers that change from batch to batch must not compile another kernel each
-VARY = ["left", "right", "clip_left", "clip_right", "q_offset", "spans", "span", "C"]
+_VARY = ["left", "right", "clip_left", "clip_right", "q_offset", "spans", "span", "C"]
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def _merged(q, k, v, seen, scale, top, total, out):
     return higher, total * kept + tl.sum(weights, 1), out
 
 
-@triton.jit(do_not_specialize=[name for name in VARY if name != "span"])
+@triton.jit(do_not_specialize=[name for name in _VARY if name != "span"])
 def _absorb(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sequences, columns, counts,
     q_b, q_m, q_h, o_b, o_m, o_h, l_b, l_h, l_m, k_s, k_c, k_g, v_s, v_c, v_g,
@@ -223,7 +223,7 @@ def _absorb(
     tl.store(at_lse, tl.where(total > 0, (top + tl.log2(safe)) / 1.4426950408889634, float("-inf")), mask=rows < last)
 
 
-@triton.jit(do_not_specialize=VARY)
+@triton.jit(do_not_specialize=_VARY)
 def _gradients(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, sequences, columns,
     do_b, do_m, do_h, q_b, q_m, q_h, o_b, o_m, o_h, dq_b, dq_m, dq_h,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import flash
+from sparse_hf.attention import few, flash
 from sparse_hf.plan import split
 from tests import oracle
 from tests.attention.test_exactness import compare, tensors
@@ -158,10 +158,13 @@ def test_recorded_in_a_cuda_graph_it_stays_exact(pattern, length):
         torch.compiler.cudagraph_mark_step_begin()
         got = torch.autograd.grad(step(*leaves), leaves)
         for one, other in zip(got, right, strict=True):
-            # of a short text both are of different backends, so that single numbers may be two roundings apart
-            assert (one - other).float().norm() <= 3e-2 * other.float().norm()
+            if length < few.QUERIES:
+                # both are of different backends, so that single numbers may be roundings apart
+                assert (one - other).float().norm() <= 3e-2 * other.float().norm()
+            else:
+                torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
         # plans of other lengths push this one out of every cache
-        for n in range(30, 100) if trial == 4 else ():
+        for n in range(length // 5, length // 5 + 70) if trial == 4 else ():
             build_plan(pattern, n, device="cuda")
             sparse_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], "window(5, 5)", backend="fa")
             poison()
