@@ -24,12 +24,13 @@ demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (un
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
-# attention, plans and patterns import no transformers (tests/test_imports.py), and torch is the same
+# attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles models, is the same
 OLDEST := tests/models tests/convert tests/train tests/test_examples.py \
-	--ignore=tests/train/test_studies.py --ignore=tests/convert/test_memory.py
+	--ignore=tests/train/test_studies.py --ignore=tests/convert/test_memory.py \
+	-m "not slow and not gpu and not transformers and not compiles"
 
 test-oldest:  ## those that have to do with transformers, with the oldest supported one
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(OLDEST)"
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS='$(OLDEST)'
 
 check: $(STAMP)  ## lint, format, and the table of who may import whom
 	$(BIN)/ruff check .

@@ -236,7 +236,10 @@ def bench_models(
     training: Annotated[bool, typer.Option(help="Time a training step as well.")] = True,
     compile_mode: Annotated[
         str | None,
-        typer.Option("--compile", help="Time both under torch.compile in this mode: default, reduce-overhead."),
+        typer.Option(
+            "--compile",
+            help="Time ours under torch.compile in this mode (default, reduce-overhead), theirs with and without.",
+        ),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option(help="Gradient checkpointing: keep no activations inside layers.")

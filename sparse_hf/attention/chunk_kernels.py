@@ -11,6 +11,7 @@ from torch import Tensor
 from ..plan.hashed import HashedPlan
 from ..plan.lists import chunk_lists
 from . import triton
+from .memory import like, readable
 from .scoring import Scoring
 
 # sides of a chunk that the matrix units take
@@ -24,11 +25,11 @@ def suit(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
 
 def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:
     """Out `[B, H, N, D]` and lse `[B, H, N]`."""
-    q, k, v = map(triton.readable, (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     call = _call(plan, scale, dropout, seed)
     by_place = call.rounds > 1
     # tokens that stand nowhere (padding) are written by nobody
-    out = q.new_empty(*q.shape[:2], plan.q_index.shape[1], q.shape[3]) if by_place else triton.like(q).zero_()
+    out = q.new_empty(*q.shape[:2], plan.q_index.shape[1], q.shape[3]) if by_place else like(q).zero_()
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     call.forward(q, k, v, out, lse)
     if not by_place:
@@ -46,13 +47,13 @@ def backward(
     q, k, v, out, lse, grad_out, grad_lse, plan: HashedPlan, scale: float, dropout: float, seed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given those of out and lse."""
-    q, k, v, out, grad_out = map(triton.readable, (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = map(readable, (q, k, v, out, grad_out))
     call = _call(plan, scale, dropout, seed)
     if call.rounds > 1:
         # float32, since rounds are added
         grads = [torch.empty(*t.shape[:2], plan.q_index.shape[1], t.shape[3], device=t.device) for t in (q, k, v)]
     else:
-        grads = [triton.like(t).zero_() for t in (q, k, v)]
+        grads = [like(t).zero_() for t in (q, k, v)]
     call.backward(q, k, v, out, lse, grad_out, grad_lse, grads)
     if call.rounds == 1:
         return tuple(grads)

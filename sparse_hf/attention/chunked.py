@@ -11,6 +11,7 @@ from torch import Tensor
 from ..plan.hashed import Chunking, HashedPlan, plan_chunks
 from . import hashed
 from .dropout import draw_seed
+from .memory import heads_last
 
 BACKENDS = ("auto", "blockwise", "reference")
 _ARGUMENTS = (
@@ -103,7 +104,7 @@ def _operator(q, k, v, *rest):
     buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, is_reference = _unpack(rest)
     plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
     out, lse = _attend(q, k, v, plan, scale, dropout, seed, is_reference)
-    return out.contiguous(), lse.contiguous()
+    return heads_last(out), lse.contiguous()
 
 
 @torch.library.custom_op(
@@ -117,18 +118,22 @@ def _backward_operator(q, k, v, *rest):
     buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, _ = _unpack(tuple(rest))
     plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
     grads = hashed.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
-    return tuple(g.contiguous() for g in grads)
+    return tuple(map(heads_last, grads))
 
 
 @_operator.register_fake
 def _(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
+    return _fake_like(q, v.shape[-1]), lse
 
 
 @_backward_operator.register_fake
 def _(q, k, v, *rest):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(_fake_like(t, t.shape[-1]) for t in (q, k, v))
+
+
+def _fake_like(t: Tensor, dim: int) -> Tensor:
+    return t.new_empty((t.shape[0], t.shape[2], t.shape[1], dim)).transpose(1, 2)
 
 
 def _remember(ctx, inputs, output):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..plan import AnyPlan, MarkedParts, read_marked
 from . import flash
+from .memory import readable
 from .parts import part_gradients
 from .scoring import Scoring
-from .triton import is_installed, readable
+from .triton import IS_INSTALLED
 
 # numbers in q up to which the host is what a call waits for; beyond, parts that know how many marks there are are faster
 UP_TO = 1 << 24
@@ -27,7 +28,7 @@ UP_TO = 1 << 24
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
 def _can(text: str, device: torch.device) -> bool:
-    return read_marked(text) is not None and is_installed() and flash.generation(device) >= 8
+    return read_marked(text) is not None and IS_INSTALLED and flash.generation(device) >= 8
 
 
 def suits(

@@ -15,6 +15,7 @@ import torch
 
 from ..plan import AnyPlan, cached_plan, made_apart, read_marked
 from . import content, marked
+from .memory import heads_last
 from .parts import recording
 from .regroup import may_regroup
 from .scoring import Scoring
@@ -36,11 +37,11 @@ def _forward(
     batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
     if content.uses_content(pattern):
         out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
-        return _heads_last(out), lse.contiguous()
+        return heads_last(out), lse.contiguous()
     with made_apart(q.is_cuda and of_lengths):
         plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
         out, lse = chosen.attend(q, k, v, plan, scoring, dropout, seed)
-    return _heads_last(out), lse.contiguous()
+    return heads_last(out), lse.contiguous()
 
 
 def _gradients(
@@ -54,7 +55,7 @@ def _gradients(
         grads = content.backward(
             q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
         )
-        return *map(_heads_last, grads), q.new_empty(0)
+        return *map(heads_last, grads), q.new_empty(0)
     with made_apart(q.is_cuda and of_lengths):
         plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
         return _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
@@ -74,7 +75,7 @@ def _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring: 
             results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
         grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
     *grads, grad_bias = (*grads, None)[:4]
-    return *map(_heads_last, grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
+    return *map(heads_last, grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
 
 
 def _planned(q, k, v, pattern: str, q_offset: int, batch: tuple, scoring, dropout, backend, of_lengths: bool):
@@ -100,11 +101,6 @@ def _choose(*arguments):
     from . import choose
 
     return choose(*arguments)
-
-
-def _heads_last(t: torch.Tensor) -> torch.Tensor:
-    """Heads after tokens in memory, as kernels write them and as models join them next."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake_forward(q, k, v, *rest):

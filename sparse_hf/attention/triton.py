@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -21,12 +20,14 @@ from ..plan import BlockPlan
 from ..plan.lists import Lists, TileLists, tile_lists
 from .dropout import threshold
 from .launch import MOST, Launch, strides_of
+from .memory import like, readable
 from .scoring import Scoring
 
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
 TILE, SMALLER = 64, (16, 32)
 # `backward` takes None for a gradient of zero
 NONE_IS_ZERO = True
+IS_INSTALLED = find_spec("triton") is not None
 # set by tests, which run the kernels in Triton's interpreter
 DEVICES = {"cuda"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +43,7 @@ def unfit(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot compute these tensors, or None."""
     if q.device.type not in DEVICES:
         return f"it needs a GPU and q is on {q.device}"
-    if not is_installed():
+    if not IS_INSTALLED:
         return "it needs the package triton, which torch brings for GPUs on Linux"
     if q.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits and q is {q.dtype}; use backend='blockwise'"
@@ -51,11 +52,6 @@ def unfit(q: Tensor, v: Tensor) -> str | None:
     if q.dtype == torch.float32 and q.shape[-1] > WIDEST_EXACT:
         return f"in float32 its kernels take head dims up to {WIDEST_EXACT} and q has {q.shape[-1]}; use backend='blockwise'"
     return None
-
-
-@lru_cache(maxsize=1)
-def is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def attend(
@@ -247,14 +243,3 @@ def launches(q: Tensor) -> tuple[dict, dict]:
     size = q.shape[3] * q.element_size()
     stages = (3, 3) if size <= 128 else (3, 2) if size <= 256 else (2, 1)
     return tuple({"num_warps": 4, "num_stages": number} for number in stages)
-
-
-def readable(t: Tensor) -> Tensor:
-    """Numbers of a token side by side."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def like(t: Tensor) -> Tensor:
-    """`[B, H, L, D]` with heads after tokens in memory, as models join them next."""
-    batch, heads, length, dim = t.shape
-    return t.new_empty_strided(t.shape, (length * heads * dim, dim, heads * dim, 1))

@@ -20,7 +20,17 @@ from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import build_plan
 from .cases import VOCABULARY
-from .measure import DTYPES, environment, measured, peak_bytes, seconds, slopes, synchronize, tell, write_json
+from .measure import (
+    DTYPES,
+    environment,
+    measured,
+    peak_bytes,
+    seconds_in_turn,
+    slopes,
+    synchronize,
+    tell,
+    write_json,
+)
 from .models import EXACT, FACTOR
 from .plot import plot_result
 
@@ -59,7 +69,8 @@ def run_decode(
 
     A Llama with random weights and heads of 64 runs dense, with SDPA, and sparse, with the same weights. A pass over the context
     fills the cache; then each token is a step of its own, of which the median counts, by the clock: the host waits for every
-    token, as `generate` does.
+    token, as `generate` does. All contexts of both have their next token in turn, so that whatever else the host does slows
+    all of them alike; their caches are there at the same time.
 
     Transformers' caches keep all keys, also those that the pattern lets nobody see again, so that sparse decoding reads less but
     holds as much as dense decoding. A dynamic one, the default, moreover copies all it holds with every token, which grows with
@@ -96,7 +107,7 @@ def run_decode(
         "layers": layers, "hidden_size": hidden_size, "kv_heads": kv_heads or hidden_size // HEAD_DIM, "batch": batch,
         "tokens": tokens, "chunk": chunk, "cache": cache, "dtype": dtype,
     }  # fmt: skip
-    console, rows = Console(stderr=True), []
+    console, rows, waiting = Console(stderr=True), [], []
     models = _models(shape, pattern, max(*lengths, CHECKED[-1]) + STEPS + tokens + 2, place)
     with console.status("comparing"):
         checked = _compare(models, pattern, shape, place)
@@ -105,22 +116,30 @@ def run_decode(
     result |= {"checked": checked, "rows": rows}
     for n in sorted(lengths):
         for name, model in models.items():
-            kind = "ours" if name == "sparse_hf" else "dense"
-            row = {
-                "name": name,
-                "kind": kind,
-                "n": n,
-                "cache": cache if kind == "ours" else DENSE_CACHES.get(cache, cache),
-            }
+            kind, kept = ("ours", cache) if name == "sparse_hf" else ("dense", DENSE_CACHES.get(cache, cache))
+            row = {"name": name, "kind": kind, "n": n, "cache": kept}
             with console.status(f"{name}: n = {n:,}"):
-                work = partial(_figures, model, row, shape, checked["bound"], place, budget)
+                work = partial(_filled, model, row, shape, checked["bound"], place)
                 rows.append(measured(row, work, rows, ("fill_s",), budget))
-            tell(rows[-1], lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
-            _ratios(rows)
-            result["slopes"] = slopes(rows, ("fill_s", "token_s", "peak_bytes"))
-            if out:
-                # what is measured stays, whatever happens to the next row
-                write_json(result, out)
+            tell(rows[-1], lambda row: f"read in {row['fill_s']:,.2f} s", console)
+            if not rows[-1].get("failed"):
+                waiting.append((rows[-1], rows[-1].pop("held"), rows[-1].pop("step")))
+    with console.status("one token after the other"):
+        times = seconds_in_turn([step for *_, step in waiting], tokens, budget * len(waiting))
+    for (row, held, _), token_s in zip(waiting, times, strict=True):
+        row |= {"token_s": token_s, "tokens_per_s": batch / token_s, "cache_bytes": _bytes(held)}
+        row["peak_bytes"] = None if row["more_bytes"] is None else row["more_bytes"] + row["cache_bytes"]
+        del row["more_bytes"]
+        tell(row, lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
+    _ratios(rows)
+    result["slopes"] = slopes(rows, ("fill_s", "token_s", "peak_bytes"))
+    result["longest_by_shortest"] = {
+        name: max(found) / min(found)
+        for name in models
+        if (found := [row["token_s"] for row in rows if row["name"] == name and not row.get("failed")])
+    }
+    if out:
+        write_json(result, out)
     Console(width=max(Console().width, 124)).print(_table(result))
     if plot:
         plot_result(result, f"{text}: {_sizes(result)}", plot, ("token_s", "one token"))
@@ -223,7 +242,8 @@ def _error(got: Tensor, right: Tensor) -> float:
     return float((got.float() - right.float()).norm() / right.float().norm())
 
 
-def _figures(model: nn.Module, row: dict, shape: dict, bound: float, place: torch.device, budget: float) -> dict:
+def _filled(model: nn.Module, row: dict, shape: dict, bound: float, place: torch.device) -> dict:
+    """Figures of a cache that holds the context, "held", and "step", which gives its next token."""
     n, found = row["n"], {}
     ids = _tokens(n + STEPS + shape["tokens"] + 2, shape["batch"], place)
     context, first, rest = ids[:, :n], ids[:, n : n + STEPS], iter(ids[:, n + STEPS :].split(1, dim=1))
@@ -250,12 +270,11 @@ def _figures(model: nn.Module, row: dict, shape: dict, bound: float, place: torc
                 f"tokens behind a cache of {n}: answers are off by {found['error']:.1e} from those without one; {bound:.1e} is right"
             )
         del whole
-    # by the clock on a GPU too
-    found["token_s"] = seconds(step, torch.device("cpu"), shape["tokens"], budget)
-    found["tokens_per_s"] = shape["batch"] / found["token_s"]
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    more = peak_bytes(step, place)
-    return {**found, "cache_bytes": held, "peak_bytes": None if more is None else held + more}
+    return {**found, "more_bytes": peak_bytes(step, place), "held": cache, "step": step}
+
+
+def _bytes(cache: Cache) -> int:
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 def _ratios(rows: list[dict]) -> None:
@@ -287,5 +306,8 @@ def _table(result: dict) -> Table:
         error = "" if row["error"] is None else f"{row['error']:.0e}"
         table.add_row(f"{row['n']:,}", row["name"], *times, *sizes, faster, error)
     fits = (f"{name} {fit['token_s']:.2f}" for name, fit in result["slopes"].items() if fit["token_s"])
-    table.caption = "slope of a token's time against the context: " + ", ".join(fits)
+    apart = (f"{name} {ratio:.2f}" for name, ratio in result["longest_by_shortest"].items())
+    table.caption = (
+        f"slope of a token's time against the context: {', '.join(fits)}; longest by shortest: {', '.join(apart)}"
+    )
     return table

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,14 +67,25 @@ def seconds(work: Callable[[], None], device: torch.device, repeats: int, budget
     """
     work()
     synchronize(device)
-    measure = _event_time if device.type == "cuda" else _clock_time
+    measure = partial(_event_time, device=device) if device.type == "cuda" else _clock_time
     begin, taken = time.perf_counter(), []
     while len(taken) < repeats and (not taken or time.perf_counter() - begin < budget):
-        taken.append(measure(work, device))
+        taken.append(measure(work))
     return statistics.median(taken)
 
 
-def _clock_time(work: Callable[[], None], device: torch.device) -> float:
+def seconds_in_turn(works: Sequence[Callable[[], None]], repeats: int, budget: float) -> list[float]:
+    """Median times of a call of each, by the clock; all have a turn before one has its next, which none has once `budget` is spent."""
+    begin, taken = time.perf_counter(), [[] for _ in works]
+    for turn in range(repeats):
+        if turn and time.perf_counter() - begin > budget:
+            break
+        for work, times in zip(works, taken, strict=True):
+            times.append(_clock_time(work))
+    return [statistics.median(times) for times in taken]
+
+
+def _clock_time(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -111,6 +123,14 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
     before = _status(status, "VmRSS")
     work()
     return _status(status, "VmHWM") - before
+
+
+def held_bytes(device: torch.device) -> int:
+    """What a GPU's allocator holds and cannot give back: tensors, and what CUDA graphs keep for their next call."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def _status(path: Path, key: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models import sparsify
 from .cases import CASES, VOCABULARY, Case
-from .measure import DTYPES, environment, measured, peak_bytes, seconds, slopes, tell, write_json
+from .measure import DTYPES, environment, held_bytes, measured, peak_bytes, seconds, slopes, tell, write_json
 from .plot import plot_result
 
 # tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
@@ -64,7 +64,9 @@ def run_models(
         device: "cpu" or "cuda"; by default the GPU if there is one.
         training: time a training step (forward and backward) as well.
         checkpointing: keep no activations inside layers (gradient checkpointing).
-        compile_mode: time both under `torch.compile` in this mode ("default", "reduce-overhead").
+        compile_mode: time ours under `torch.compile` in this mode ("default", "reduce-overhead"), and Transformers' class with and
+            without; ratios are to the faster. The third call of each, which CUDA graphs replay, is compared with itself
+            uncompiled first, at every length. Peak memory counts what they hold between calls.
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a model that needed more for one call is not run on longer texts.
         out, plot: where to write the result, and to draw it (needs matplotlib).
@@ -88,11 +90,16 @@ def run_models(
     for name in models:
         with console.status(f"{name}: comparing"):
             errors[name] = _compare(CASES[name], layers, dtype, place, training)
-        others = {_transformers(name, other): errors[name][other] for other in CASES[name].implementations[1:]}
-        refused = [{"name": label, **found} for label, found in others.items() if found.get("failed")]
+        others = {other: errors[name][other] for other in CASES[name].implementations[1:]}
+        refused = [
+            {"name": _transformers(name, other, mode), **found}
+            for other, found in others.items()
+            for mode in {None, compile_mode}
+            if found.get("failed")
+        ]
         for n in sorted(lengths):
             with console.status(f"{name}: n = {n:,}"):
-                rows += _one_length(name, n, shape, place, repeats, budget, refused + rows, console)
+                rows += _one_length(name, n, shape, errors[name], place, repeats, budget, refused + rows, console)
             _ratios(rows)
             result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
             if out:
@@ -197,20 +204,29 @@ def _forget(place: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _transformers(name: str, implementation: str | None) -> str:
-    return f"{name}, transformers" + (f" ({implementation})" if implementation else "")
+def _transformers(name: str, implementation: str | None, mode: str | None = None) -> str:
+    return f"{name}, transformers" + (f" ({implementation})" if implementation else "") + _compiled(mode)
 
 
-def _one_length(name, n: int, shape: dict, place, repeats, budget: float, earlier: list[dict], console) -> list[dict]:
-    case, rows = CASES[name], []
+def _compiled(mode: str | None) -> str:
+    return ", compiled" if mode else ""
+
+
+def _one_length(
+    name, n: int, shape: dict, errors: dict, place, repeats, budget: float, earlier: list[dict], console
+) -> list[dict]:
+    case, rows, mode = CASES[name], [], shape["compile_mode"]
     stock = "dense" if case.dense else "transformers"
-    for kind, implementation in (*((stock, each) for each in case.implementations), ("ours", None)):
-        label = f"{name}, sparse_hf" if kind == "ours" else _transformers(name, implementation)
+    modes = (None, mode) if mode else (None,)
+    variants = [(stock, implementation, of) for implementation in case.implementations for of in modes]
+    for kind, implementation, of in (*variants, ("ours", None, mode)):
+        label = f"{name}, sparse_hf" + _compiled(of) if kind == "ours" else _transformers(name, implementation, of)
         row = {"model": name, "name": label, "kind": kind, "n": n}
         row |= {"implementation": implementation} if implementation else {}
-        work = partial(_figures, case, row, shape, place, repeats, budget)
-        refusals = REFUSALS if implementation in case.implementations[1:] else ()
-        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget, refusals))
+        row |= {"compile_mode": of} if mode else {}
+        work = partial(_figures, case, row, shape, errors, place, repeats, budget)
+        may_refuse = implementation in case.implementations[1:] or (of and kind != "ours")
+        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget, REFUSALS if may_refuse else ()))
         tell(rows[-1], _told, console)
         _forget(place)
     return rows
@@ -222,15 +238,31 @@ def _told(row: dict) -> str:
     return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"
 
 
-def _figures(case: Case, row: dict, shape: dict, place, repeats: int, budget: float) -> dict:
-    n = row["n"]
+def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: int, budget: float) -> dict:
+    n, mode = row["n"], row.get("compile_mode")
     model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place, row.get("implementation"))
     if row["kind"] == "ours":
         model = sparsify(model, case.pattern)
     if shape["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = _tokens(case, n, shape["batch"], place)
-    run = torch.compile(model, mode=shape["compile_mode"]) if shape["compile_mode"] else model
+    run, before, found = model, held_bytes(place), {}
+    if mode:
+        run = torch.compile(model, mode=mode)
+        right = _results(model, inputs, gradient=shape["training"])
+        # a CUDA graph is warmed up by a first call and recorded by a second; what is timed is what replays it
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            again = tuple(t.clone() for t in _results(run, inputs, gradient=shape["training"]))
+        found["against_uncompiled"] = _errors(again, right)
+        wrong = _wrong(
+            found["against_uncompiled"],
+            (errors["transformers_output"], errors["transformers_gradient"]),
+            shape["dtype"],
+        )
+        if wrong:
+            raise AssertionError(f"{row['name']}, n = {n}, in mode {mode}: {wrong}")
+        del right
 
     @torch.no_grad()
     def forward():
@@ -244,7 +276,7 @@ def _figures(case: Case, row: dict, shape: dict, place, repeats: int, budget: fl
         model.zero_grad(set_to_none=True)
         run(**inputs)[0].backward(grad)
 
-    found = {"forward_s": seconds(forward, place, repeats, budget), "forward_peak_bytes": peak_bytes(forward, place)}
+    found |= {"forward_s": seconds(forward, place, repeats, budget), "forward_peak_bytes": peak_bytes(forward, place)}
     if shape["training"]:
         found |= {"step_s": seconds(step, place, repeats, budget)}
         model.zero_grad(set_to_none=True)
@@ -254,6 +286,9 @@ def _figures(case: Case, row: dict, shape: dict, place, repeats: int, budget: fl
         found |= {"weights": weights, "weight_tflops": 6e-12 * weights * found["tokens_per_s"]}
     else:
         found |= {"step_s": None, "peak_bytes": found["forward_peak_bytes"]}
+    if mode and place.type == "cuda":
+        found["graphs_bytes"] = held_bytes(place) - before
+        found["peak_bytes"] += found["graphs_bytes"]
     return found
 
 
@@ -261,11 +296,21 @@ def _ratios(rows: list[dict]) -> None:
     """How ours stands beside Transformers' class in its default implementation, and beside each that has a name and was timed."""
     for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
         others = [r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours"]
-        row |= _ratio(row, others[0])
-        timed = {r["implementation"]: r for r in others if r.get("implementation") and not r.get("failed")}
-        if timed:
-            row["beside"] = {name: _ratio(row, other) for name, other in timed.items()}
-            row["fastest"] = min(timed, key=lambda name: timed[name]["step_s"] or timed[name]["forward_s"])
+        names = dict.fromkeys(r.get("implementation") for r in others)
+        # each at its fastest, which may be compiled or not
+        timed = {
+            name: min(found, key=_time)
+            for name in names
+            if (found := [r for r in others if r.get("implementation") == name and not r.get("failed")])
+        }
+        row |= _ratio(row, timed.get(next(iter(names)), {}))
+        if named := {name: other for name, other in timed.items() if name}:
+            row["beside"] = {name: _ratio(row, other) for name, other in named.items()}
+            row["fastest"] = min(named, key=lambda name: _time(named[name]))
+
+
+def _time(row: dict) -> float:
+    return row["step_s"] or row["forward_s"]
 
 
 def _ratio(mine: dict, other: dict) -> dict[str, float | None]:

@@ -136,10 +136,13 @@ class SparseLSHSelfAttention(LSHSelfAttention):
 
 
 @torch.library.custom_op(
-    "sparse_hf::seeded_rotations", mutates_args=(), schema="(Tensor like, SymInt[] shape, int seed) -> Tensor"
+    "sparse_hf::seeded_rotations",
+    mutates_args=(),
+    schema="(Tensor like, SymInt[] shape, int seed) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def seeded_rotations(like, shape, seed):
-    """Normal numbers of a generator with this seed, in dtype and on the device of `like`. A graph cannot make one."""
+    """Normal numbers of a generator with this seed, in dtype and on the device of `like`. No graph can make one, of CUDA neither."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 

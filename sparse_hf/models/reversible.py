@@ -91,7 +91,7 @@ class SparseReformerEncoder(ReformerEncoder):
         keeps = with_states or text.with_weights or torch.compiler.is_compiling()
         if not keeps and torch.is_grad_enabled() and cache is None:
             parameters = [p for p in self.layers.parameters() if p.requires_grad]
-            joined = torch.cat(_Reversible.apply(list(self.layers), text, hidden_states, *parameters), dim=-1)
+            joined = torch.cat(_reversible(list(self.layers), text, hidden_states, *parameters), dim=-1)
         else:
             first = second = hidden_states
             for number, layer in enumerate(self.layers):
@@ -150,6 +150,10 @@ class _Reversible(torch.autograd.Function):
                     change, grad = _pull(attend, second, grad_first, own, found)
                 first, grad_second = first - change, grad_second + grad
         return None, None, grad_first + grad_second, *(found.get(id(p)) for p in parameters)
+
+
+# where a graph is broken it comes here: parts that CUDA graphs hold would write over what is computed again
+_reversible = torch.compiler.disable(_Reversible.apply)
 
 
 def _change(attention: SparseReformerAttention, text: Text, buckets: Tensor | None, states: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def test_exact_in_half_precision(pattern):
     compare("triton", pattern, 100, "packed_and_padded", (4, 2, 64), torch.float16, DEVICE)
 
 
-@pytest.mark.parametrize("pattern", ["window(20, 20) | first(2)", DRAWN])
+@pytest.mark.parametrize("pattern", [pytest.param("window(20, 20) | first(2)", marks=pytest.mark.slow), DRAWN])
 def test_exact_where_tiles_have_many_entries(pattern, monkeypatch):
     # each entry but the first of a tile is then a segment of its own
     for name, value in (("QUICK", 0), ("LIMIT", 1), ("LONGER", 0), ("SQUARE", 0)):

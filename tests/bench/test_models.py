@@ -122,6 +122,38 @@ def test_bench_does_not_time_what_is_wrong_or_refuses(beside, other, reason):
         assert set(ours["beside"]) == {"sdpa"} and ours["fastest"] == "sdpa" and ours["step_times_faster"] > 0
 
 
+def test_bench_compares_what_is_compiled_and_takes_the_faster_of_theirs(beside, monkeypatch):
+    class Other(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.parameters = model, model.parameters
+
+        def forward(self, **inputs):
+            return [2 * self.model(**inputs)[0]]
+
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode) or model)
+    result = beside("sdpa", lengths=(256,), compile_mode="default")
+    eager, compiled, ours = result["rows"]
+    names = ["transformers (sdpa)", "transformers (sdpa), compiled", "sparse_hf, compiled"]
+    assert [row["name"] for row in result["rows"]] == [f"mistral, {name}" for name in names]
+    assert [row["compile_mode"] for row in result["rows"]] == [None, "default", "default"] == [None, *modes]
+    assert (
+        "against_uncompiled" not in eager and max(*compiled["against_uncompiled"], *ours["against_uncompiled"]) < 1e-4
+    )
+    assert ours["step_times_faster"] == min(eager["step_s"], compiled["step_s"]) / ours["step_s"]
+    # what a compiler gets wrong is not timed; of ours it ends the run
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode: model if "Sparse" in type(model).__name__ else Other(model)
+    )
+    result = beside("sdpa", lengths=(256,), compile_mode="default")
+    assert "compiled, n = 256, in mode default: output is off by 1.0e+00" in result["rows"][1]["failed"]
+    assert result["rows"][2]["step_times_faster"] > 0
+    monkeypatch.setattr(torch, "compile", lambda model, mode: Other(model))
+    with pytest.raises(AssertionError, match="mistral, sparse_hf, compiled, n = 256, in mode default: output is off"):
+        beside("sdpa", lengths=(256,), compile_mode="default")
+
+
 def test_bench_goes_on_where_another_implementation_refuses_a_length(beside):
     result = beside("sdpa", "refusing_long", training=False)
     short, long = named(result, "transformers (refusing_long)")

@@ -399,6 +399,7 @@ def test_generation_with_a_sliding_cache_of_the_users(head, kind):
     assert torch.equal(found, generate(sparse, {"input_ids": ids}, **GREEDY, use_cache=False))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("family", "pattern"),
     [
@@ -431,6 +432,7 @@ def test_another_length_compiles_nothing(family, pattern):
     assert counts[0] == counts[-1] > 0
 
 
+@pytest.mark.compiles
 def test_generation_with_a_compiled_model_and_a_static_cache():
     torch._dynamo.reset()
     sparse, batch = sparse_model(LLAMA), prompt(LLAMA)

@@ -110,6 +110,7 @@ QUICK = [("LongformerForQuestionAnswering", "default"), ("LongformerForMultipleC
 QUICK += [("LongformerForMaskedLM", "few"), ("LEDForConditionalGeneration", "few")]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("head", "marks"),
     [

@@ -295,6 +295,7 @@ COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "Llam
             "BartForConditionalGeneration", "T5ForConditionalGeneration")  # fmt: skip
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("head", slow_but_for(COMPILED, one_head()))
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:

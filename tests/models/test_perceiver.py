@@ -137,6 +137,7 @@ def test_images_make_no_tensor_of_latents_times_pixels(head):
     assert not seen.quadratic
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", slow_but_for(TEXTS, KINDS))
 def test_compiled(kind):
     torch._dynamo.reset()

@@ -64,6 +64,7 @@ def test_checkpointing_changes_no_gradient(head):
     assert not torch.equal(model(**batch).loss, model(**batch).loss)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("head", HEADS)
 def test_compiled_as_one_graph(head):
     torch._dynamo.reset()

@@ -96,6 +96,7 @@ def test_no_tensor_has_two_lengths(head, length):
     assert not seen.quadratic and seen.calls > 500
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("head", slow_but_for(TRAINED[:1], HEADS))
 def test_compiled_as_one_graph(head):
     torch._dynamo.reset()

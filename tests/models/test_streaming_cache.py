@@ -261,6 +261,7 @@ def test_takes_its_arguments_by_position():
     torch.testing.assert_close(found, sparse(ids, use_cache=False)[0][:, 70:], **LIMIT)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_a_compiled_model():
     torch._dynamo.reset()

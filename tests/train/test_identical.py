@@ -126,6 +126,7 @@ def test_half_precision_is_as_near_as_its_roundings(family, data, dtype):
     assert found.isfinite().all() and (found - wanted).norm() <= limit * wanted.norm()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "data"), FEW)
 def test_compiled_steps_train_what_eager_ones_do(family, data, backend):
@@ -173,8 +174,11 @@ def test_masks_are_those_of_the_batch_and_the_epoch():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("run_mlm", []), ("heal", ["--lora_rank", "4"]), ("heal", ["--lora_rank", "4", "--distil"])],
-    ids=["mlm", "lora", "lora distilled"],
+    [
+        pytest.param("run_mlm", [], id="mlm", marks=pytest.mark.slow),
+        pytest.param("heal", ["--lora_rank", "4"], id="lora", marks=pytest.mark.slow),
+        pytest.param("heal", ["--lora_rank", "4", "--distil"], id="lora distilled"),
+    ],
 )
 def test_going_on_gives_what_not_stopping_gives(name, options, tmp_path):
     """Dropout (MLM has some) and masks included; into the second epoch."""

@@ -53,6 +53,7 @@ def scaled():
     return model
 
 
+@pytest.mark.slow
 def test_healing_measures_perplexity_of_books_that_it_does_not_train_on(tmp_path, monkeypatch):
     monkeypatch.setattr(study_healing, "TINY", dataclasses.replace(TINY, load=scaled))
     content = run(study_healing, tmp_path, "--steps", "4", "--eval-steps", "2")
@@ -92,6 +93,7 @@ def test_entries_of_an_earlier_run_are_kept_if_it_had_the_same_settings(tmp_path
     assert json.loads((tmp_path / "study.json").read_text())["entries"] == json.loads(json.dumps(entries))
 
 
+@pytest.mark.slow
 def test_the_distilled_model_is_added_to_what_another_machine_measured(tmp_path, monkeypatch, capsys):
     # else student and teacher hardly differ
     monkeypatch.setattr(study_healing, "TINY", dataclasses.replace(TINY, load=scaled))

@@ -1,0 +1,21 @@
+"""How tensors `[B, H, L, D]` lie in memory: heads after tokens, as models join them next."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def readable(t: Tensor) -> Tensor:
+    """Numbers of a token side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def like(t: Tensor) -> Tensor:
+    """A new tensor of the same shape, heads after tokens."""
+    batch, heads, length, dim = t.shape
+    return t.new_empty_strided(t.shape, (length * heads * dim, dim, heads * dim, 1))
+
+
+def heads_last(t: Tensor) -> Tensor:
+    """The same numbers, heads after tokens."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
