@@ -29,7 +29,7 @@ VERSIONS = ("torch", "transformers", "triton", *PEERS, "sparse-hf")
 
 
 def environment(device: torch.device) -> dict:
-    """Hardware and versions."""
+    """Hardware and versions, and how the C library was told to hand out memory, if it was."""
     versions = {}
     for name in VERSIONS:
         try:
@@ -43,6 +43,7 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
+        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 
 
