@@ -262,7 +262,7 @@ def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: i
         )
         if wrong:
             raise AssertionError(f"{row['name']}, n = {n}, in mode {mode}: {wrong}")
-        del right
+        del right, again
 
     @torch.no_grad()
     def forward():
@@ -287,7 +287,7 @@ def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: i
     else:
         found |= {"step_s": None, "peak_bytes": found["forward_peak_bytes"]}
     if mode and place.type == "cuda":
-        found["graphs_bytes"] = held_bytes(place) - before
+        found["graphs_bytes"] = held_bytes(place) - before - grad.nbytes
         found["peak_bytes"] += found["graphs_bytes"]
     return found
 
