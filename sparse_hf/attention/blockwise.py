@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..plan import BlockPlan, calls
 from . import fused
+from .memory import like
 from .scoring import Scoring
 from .tiles import Change, Tile, keys_of, parts, put_at, take
 
@@ -73,9 +74,7 @@ def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) ->
     out = lse = None
     for call in calls(plan):
         call_q = q if call.queries is None else take(q, call.queries)
-        batch, heads, length, _ = call_q.shape
-        # heads after tokens in memory, as models join them next
-        call_out = q.new_zeros(batch, length, heads, v.shape[-1]).transpose(1, 2)
+        call_out = like(call_q, v.shape[-1]).zero_()
         call_lse = torch.full(call_q.shape[:-1], -torch.inf, dtype=work, device=q.device)
         sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in call.pieces]
         _forward(call_q, sources, call.pieces, call_out, call_lse, plan, scoring, dropout, seed)

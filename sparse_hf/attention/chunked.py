@@ -11,7 +11,7 @@ from torch import Tensor
 from ..plan.hashed import Chunking, HashedPlan, plan_chunks
 from . import hashed
 from .dropout import draw_seed
-from .memory import heads_last
+from .memory import heads_last, like
 
 BACKENDS = ("auto", "blockwise", "reference")
 _ARGUMENTS = (
@@ -124,16 +124,12 @@ def _backward_operator(q, k, v, *rest):
 @_operator.register_fake
 def _(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return _fake_like(q, v.shape[-1]), lse
+    return like(q, v.shape[-1]), lse
 
 
 @_backward_operator.register_fake
 def _(q, k, v, *rest):
-    return tuple(_fake_like(t, t.shape[-1]) for t in (q, k, v))
-
-
-def _fake_like(t: Tensor, dim: int) -> Tensor:
-    return t.new_empty((t.shape[0], t.shape[2], t.shape[1], dim)).transpose(1, 2)
+    return tuple(map(like, (q, k, v)))
 
 
 def _remember(ctx, inputs, output):

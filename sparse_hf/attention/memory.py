@@ -10,10 +10,11 @@ def readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def like(t: Tensor) -> Tensor:
-    """A new tensor of the same shape, heads after tokens."""
-    batch, heads, length, dim = t.shape
-    return t.new_empty_strided(t.shape, (length * heads * dim, dim, heads * dim, 1))
+def like(t: Tensor, dim: int | None = None) -> Tensor:
+    """A new tensor of the same shape, or with `dim` numbers a head, heads after tokens."""
+    batch, heads, length, own = t.shape
+    dim = own if dim is None else dim
+    return t.new_empty_strided((batch, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
 
 
 def heads_last(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from ..plan import AnyPlan, cached_plan, made_apart, read_marked
 from . import content, marked
-from .memory import heads_last
+from .memory import heads_last, like
 from .parts import recording
 from .regroup import may_regroup
 from .scoring import Scoring
@@ -105,14 +105,12 @@ def _choose(*arguments):
 
 def _fake_forward(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2), lse
+    return like(q, v.shape[-1]), lse
 
 
 def _fake_gradients(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
     grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    return *(
-        t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (q, k, v)
-    ), grad_bias
+    return *map(like, (q, k, v)), grad_bias
 
 
 def _operator(name: str, of_lengths: bool):

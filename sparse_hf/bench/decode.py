@@ -124,12 +124,15 @@ def run_decode(
             tell(rows[-1], lambda row: f"read in {row['fill_s']:,.2f} s", console)
             if not rows[-1].get("failed"):
                 waiting.append((rows[-1], rows[-1].pop("held"), rows[-1].pop("step")))
+            if out:
+                # what is measured stays, whatever happens to the next row
+                write_json(result, out)
     with console.status("one token after the other"):
         times = seconds_in_turn([step for *_, step in waiting], tokens, budget * len(waiting))
     for (row, held, _), token_s in zip(waiting, times, strict=True):
         row |= {"token_s": token_s, "tokens_per_s": batch / token_s, "cache_bytes": _bytes(held)}
-        row["peak_bytes"] = None if row["more_bytes"] is None else row["more_bytes"] + row["cache_bytes"]
-        del row["more_bytes"]
+        if row["peak_bytes"] is not None:
+            row["peak_bytes"] += row["cache_bytes"]
         tell(row, lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
     _ratios(rows)
     result["slopes"] = slopes(rows, ("fill_s", "token_s", "peak_bytes"))
@@ -270,7 +273,7 @@ def _filled(model: nn.Module, row: dict, shape: dict, bound: float, place: torch
                 f"tokens behind a cache of {n}: answers are off by {found['error']:.1e} from those without one; {bound:.1e} is right"
             )
         del whole
-    return {**found, "more_bytes": peak_bytes(step, place), "held": cache, "step": step}
+    return {**found, "peak_bytes": peak_bytes(step, place), "held": cache, "step": step}
 
 
 def _bytes(cache: Cache) -> int:

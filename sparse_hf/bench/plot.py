@@ -7,8 +7,9 @@ from textwrap import fill
 
 # letters that stand above the two pictures
 TITLE_WIDTH = 120
-STYLES = {"ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":"}
-STYLES |= {"flex_attention": "-."}
+STYLES = {
+    "ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":", "flex_attention": "-.",
+}  # fmt: skip
 
 
 def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
@@ -24,7 +25,7 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    # a model has one color, of Transformers and of ours; its rows have a line each, by implementation or kind
+    # a model has one color, of Transformers and of ours; its rows have a line each, by implementation or kind, and squares if compiled
     colors: dict[str, str] = {}
     measured = [row for row in result["rows"] if not row.get("failed")]
     what, called = time or _step_or_forward(measured)
@@ -33,7 +34,8 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
         lengths = [row["n"] for row in rows]
         color = colors.setdefault(rows[0].get("model", name), f"C{len(colors)}")
         line = STYLES.get(rows[0].get("implementation"), STYLES[rows[0]["kind"]])
-        style = {"label": name, "color": color, "linestyle": line, "marker": "o", "markersize": 3}
+        marker = "s" if rows[0].get("compile_mode") else "o"
+        style = {"label": name, "color": color, "linestyle": line, "marker": marker, "markersize": 3}
         left.plot(lengths, [row[what] * 1e3 for row in rows], **style)
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
