@@ -20,7 +20,12 @@ SIZES = (16, 32, 64, 128)
 
 def suit(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
     """May the kernels compute this?"""
-    return plan.chunks is not None and plan.size in SIZES and triton.unfit(q, v) is None
+    return plan.chunks is not None and fit(q, v, plan.size)
+
+
+def fit(q: Tensor, v: Tensor, size: int) -> bool:
+    """Do the kernels take such tensors, in chunks of `size` tokens?"""
+    return size in SIZES and triton.unfit(q, v) is None
 
 
 def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:

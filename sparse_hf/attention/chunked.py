@@ -5,11 +5,15 @@ Legend: B batch, H heads, R rounds, N tokens, D head dim.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..plan import made_apart
 from ..plan.hashed import Chunking, HashedPlan, plan_chunks
-from . import hashed
+from ..plan.lists import TileLists, chunk_lists
+from . import chunk_kernels, hashed
 from .dropout import draw_seed
 from .memory import heads_last, like
 
@@ -18,10 +22,10 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? buckets, Tensor? real, Tensor? seed, SymInt size, SymInt left, SymInt right, "
     "SymInt multiple, SymInt least, bool is_causal, bool sees_itself, float scale, float dropout, bool is_reference"
 )
-# the plan depends on the content of the buckets, which a CUDA graph cannot hold
-_OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 # arguments that are tensors come first
 TENSORS = 6
+# recorded graphs read these tables for as long as they live
+_RECORDED: set[TileLists] = set()
 
 
 def chunked_attention(
@@ -65,8 +69,12 @@ def chunked_attention(
     seed = draw_seed() if dropout else None
     if torch.compiler.is_compiling():
         sizes = chunking.size, chunking.left, chunking.right, chunking.multiple, chunking.least
-        rest = is_causal, sees_itself, scale, dropout, backend == "reference"
-        return _operator(q, k, v, buckets, real, seed, *sizes, *rest)
+        is_reference = backend == "reference"
+        # kernels alone look at the buckets; padding and dropout are looked at by the host
+        is_plain = real is None and not dropout and not is_reference
+        by_kernels = is_plain and chunk_kernels.fit(q, v, chunking.side(q.shape[2]))
+        operator = _recorded if by_kernels else _unrecorded
+        return operator(q, k, v, buckets, real, seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference)
     plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
     return _attend(q, k, v, plan, scale, dropout, seed, backend == "reference")
 
@@ -97,50 +105,74 @@ def _unpack(arguments: tuple):
     return buckets, real, seed, Chunking(*sizes), is_causal, sees_itself, scale, dropout, is_reference
 
 
-@torch.library.custom_op(
-    "sparse_hf::chunked_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_OUTSIDE_GRAPHS
-)
-def _operator(q, k, v, *rest):
+def _forward(q, k, v, *rest, recorded: bool):
     buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, is_reference = _unpack(rest)
-    plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-    out, lse = _attend(q, k, v, plan, scale, dropout, seed, is_reference)
+    with made_apart(recorded):
+        plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
+        out, lse = _attend(q, k, v, plan, scale, dropout, seed, is_reference)
+    _keep(q, plan)
     return heads_last(out), lse.contiguous()
 
 
-@torch.library.custom_op(
-    "sparse_hf::chunked_attention_backward",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)",
-    tags=_OUTSIDE_GRAPHS,
-)
-def _backward_operator(q, k, v, *rest):
+def _gradients(q, k, v, *rest, recorded: bool):
     *rest, out, lse, grad_out, grad_lse = rest
     buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, _ = _unpack(tuple(rest))
-    plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-    grads = hashed.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
+    with made_apart(recorded):
+        plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
+        grads = hashed.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
+    _keep(q, plan)
     return tuple(map(heads_last, grads))
 
 
-@_operator.register_fake
-def _(q, k, v, *rest):
+def _keep(q: Tensor, plan: HashedPlan) -> None:
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _RECORDED.add(chunk_lists(plan))
+
+
+def _fake_forward(q, k, v, *rest):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return like(q, v.shape[-1]), lse
 
 
-@_backward_operator.register_fake
-def _(q, k, v, *rest):
+def _fake_gradients(q, k, v, *rest):
     return tuple(map(like, (q, k, v)))
 
 
-def _remember(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:TENSORS], *output)
-    ctx.rest = inputs[TENSORS:]
+def _operator(name: str, recorded: bool):
+    """Register the operator `sparse_hf::{name}`, and its gradient as one of its own.
+
+    The host looks at buckets and padding of one that is not `recorded`, which a CUDA graph cannot hold.
+    """
+    tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
+    forward = torch.library.custom_op(
+        f"sparse_hf::{name}",
+        partial(_forward, recorded=recorded),
+        mutates_args=(),
+        schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+        tags=tags,
+    )
+    gradients = torch.library.custom_op(
+        f"sparse_hf::{name}_backward",
+        partial(_gradients, recorded=recorded),
+        mutates_args=(),
+        schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
+    forward.register_fake(_fake_forward)
+    gradients.register_fake(_fake_gradients)
+
+    def remember(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+        ctx.rest = inputs[TENSORS:]
+
+    def backward(ctx, grad_out, grad_lse):
+        saved = ctx.saved_tensors
+        grads = gradients(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
+        return *grads, None, None, None, *(None,) * len(ctx.rest)
+
+    forward.register_autograd(backward, setup_context=remember)
+    return forward
 
 
-def _backward(ctx, grad_out, grad_lse):
-    saved = ctx.saved_tensors
-    grads = _backward_operator(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
-    return *grads, None, None, None, *(None,) * len(ctx.rest)
-
-
-_operator.register_autograd(_backward, setup_context=_remember)
+_unrecorded = _operator("chunked_attention", False)
+_recorded = _operator("chunked_attention_recorded", True)

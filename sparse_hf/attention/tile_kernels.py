@@ -141,8 +141,8 @@ _VARY = [
 
 @triton.jit(do_not_specialize=_VARY)
 def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out, part_lse,
-    groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out, part_lse, q_index, k_index,
+    groups, offsets, masked, others, numbers, masks, segments,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, l_h,
     scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
     H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,
@@ -243,8 +243,8 @@ def _of_queries(
 
 @triton.jit(do_not_specialize=_VARY)
 def gradients_of_queries(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, part,
-    groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, part, q_index, k_index,
+    groups, offsets, masked, others, numbers, masks, segments,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n, l_h, delta_h,
     scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
     HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr,
@@ -352,8 +352,8 @@ def _of_keys(
 
 @triton.jit(do_not_specialize=_VARY)
 def gradients_of_keys(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_k, part_v,
-    groups, offsets, masked, others, numbers, masks, segments, q_index, k_index,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_k, part_v, q_index, k_index,
+    groups, offsets, masked, others, numbers, masks, segments,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, l_h, delta_h,
     scale, cap, seed, threshold, boost, q_len, kv_len, cut, lines, limit, width_q, width_k, tiles_of_round,
     H: tl.constexpr, R: tl.constexpr, CUT: tl.constexpr, INDEXED: tl.constexpr, BY_PLACE: tl.constexpr,

@@ -167,14 +167,17 @@ class Call:
 
     def _walk(self, name: str, q: Tensor, k: Tensor, tensors: Sequence[Tensor], strides: tuple, **flags: bool) -> None:
         """Run a kernel that walks lists: those of the queries, or of the keys."""
-        alike = name, strides, q.shape, k.shape, q.dtype, q.device, self.scoring, self.dropout, *flags.values()
+        how = self.scoring, self.dropout, self.relation
+        alike = name, strides, q.shape, k.shape, q.dtype, q.device, *how, *flags.values()
         lists = self._lists(name)
+        # where places are tokens no index is read, and anything will do
+        index = self.tiles.group_of if self.index is None else self.index
         seed = 0 if self.seed is None else int(self.seed)
         dropped = _word(seed), _word(threshold(self.dropout)), 1 / (1 - self.dropout)
         width = 0 if self.index is None else self.index.shape[1]
         of_lists = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
         numbers = self.scoring.scale, float(self.scoring.softcap or 1), *dropped, q.shape[2], k.shape[2], *of_lists
-        self._known(alike, lambda: self._walker(name, q, k, strides, flags))(tensors, numbers)
+        self._known(alike, lambda: self._walker(name, q, k, strides, flags))((*tensors, index, index), numbers)
 
     def _lists(self, name: str) -> Lists:
         return self.tiles.by_key if name == "gradients_of_keys" else self.tiles.by_query
@@ -185,10 +188,8 @@ class Call:
         lists, of_keys = self._lists(name), name == "gradients_of_keys"
         heads = k if of_keys else q
         masks = self.tiles.masks_by_key if of_keys else self.tiles.masks
-        # where places are tokens no index is read, and anything will do
-        index = self.tiles.group_of if self.index is None else self.index
         of_lists = lists.offsets, lists.masked, lists.others, lists.masks
-        fixed = self.tiles.group_of, *of_lists, masks, lists.segments, index, index
+        fixed = self.tiles.group_of, *of_lists, masks, lists.segments
         constants = {
             **flags, "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
             "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,

@@ -151,6 +151,10 @@ class Chunking:
             return torch.where(length <= self.least, 1, padded).clamp(min=1)
         return 1 if length <= self.least else max(1, padded)
 
+    def side(self, length: int) -> int:
+        """Tokens of a chunk: a text that is one chunk is no longer than itself."""
+        return length if self.tiles(length) == 1 else self.size
+
 
 def plan_chunks(
     buckets: Tensor | None,
@@ -174,7 +178,7 @@ def plan_chunks(
     """
     batch, heads, length = shape
     rounds, tiles = 1 if buckets is None else buckets.shape[2], chunking.tiles(length)
-    size = length if tiles == 1 else chunking.size
+    size = chunking.side(length)
     places = _places(buckets, real, shape, tiles * size, device)
     own = torch.full((batch * heads,), tiles, device=device)
     if real is not None:

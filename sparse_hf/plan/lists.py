@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..pattern.base import Marks
 from .block_plan import BlockPlan
 from .hashed import HashedPlan, ring_tiles
-from .memo import remembered
+from .memo import made_once, remembered
 
 # A program walks up to LIMIT tiles of a line, or LONGER times what lines have on the average; what is beyond becomes segments,
 # of which each has a program of its own, so that the few lines of global tokens keep nobody waiting. As they are merged one
@@ -261,25 +261,33 @@ def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return held & exists
 
 
-@remembered
 def chunk_lists(plan: HashedPlan) -> TileLists:
     """The lists of a plan of chunks. Every tile is masked, by comparing tokens."""
-    rows, device = plan.q_index.shape[0], plan.q_index.device
     if plan.chunks.alike:
-        group_of = torch.zeros(rows, dtype=torch.int32, device=device)
-        both = _ring_lists(plan.chunks.ring, device)
-    else:
-        group_of = torch.arange(rows, dtype=torch.int32, device=device)
-        found = ((g.x, g.i, g.columns) for g in plan.groups)
-        both = _masked_lists(rows, plan.q_index.shape[1] // plan.size, found)
-    none = torch.zeros(0, dtype=torch.uint8, device=device)
-    return TileLists(plan.size, group_of, *both, none, none)
+        return _ring_lists(plan.size, plan.q_index.shape[0], plan.chunks.ring, plan.q_index.device)
+    return _padded_lists(plan)
 
 
-@lru_cache(maxsize=32)
-def _ring_lists(ring: tuple[int, int, int, int], device) -> tuple[Lists, Lists]:
+@made_once(32)
+def _ring_lists(size: int, rows: int, ring: tuple[int, int, int, int], device: torch.device) -> TileLists:
+    """Those of all plans whose rows are such rings: nothing in them depends on which tokens stand where."""
     rounds, tiles, *_ = ring
-    return _masked_lists(1, rounds * tiles, ring_tiles(torch.tensor([tiles], device=device), *ring))
+    group_of = torch.zeros(rows, dtype=torch.int32, device=device)
+    found = ring_tiles(torch.tensor([tiles], device=device), *ring)
+    return _lists_without_masks(size, group_of, _masked_lists(1, rounds * tiles, found))
+
+
+@remembered
+def _padded_lists(plan: HashedPlan) -> TileLists:
+    rows = plan.q_index.shape[0]
+    group_of = torch.arange(rows, dtype=torch.int32, device=plan.q_index.device)
+    found = ((g.x, g.i, g.columns) for g in plan.groups)
+    return _lists_without_masks(plan.size, group_of, _masked_lists(rows, plan.q_index.shape[1] // plan.size, found))
+
+
+def _lists_without_masks(size: int, group_of: Tensor, both: tuple[Lists, Lists]) -> TileLists:
+    none = torch.zeros(0, dtype=torch.uint8, device=group_of.device)
+    return TileLists(size, group_of, *both, none, none)
 
 
 def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) -> tuple[Lists, Lists]:

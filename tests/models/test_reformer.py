@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
+from sparse_hf.attention import triton
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import slow_but_for
 from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model
@@ -106,6 +107,51 @@ def test_compiled_as_one_graph(head):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for name, value in answers(compiled, batch).items():
         torch.testing.assert_close(value, wanted[name.replace("_orig_mod.", "")], rtol=1e-7, atol=1e-9)
+
+
+def test_compiled_with_the_kernels_that_cuda_graphs_hold(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(triton, "DEVICES", {"cpu"})
+    found = []
+
+    def look(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    ours = sparse_hf.sparsify(stock_model("ReformerModel", lsh_attn_chunk_length=16, attn_layers=["lsh"]))
+    batch = inputs("ReformerModel", 40, "none")
+    compiled = torch.compile(ours, fullgraph=True, backend=look)
+    for value, right in zip(_first_and_gradients(compiled, batch), _first_and_gradients(ours, batch), strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+    assert "sparse_hf.chunked_attention_recorded.default" in found
+
+
+def _first_and_gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    first = model(**batch)[0]
+    # what is behind a layer norm has almost no gradient of its mean or square
+    first.cos().sum().backward()
+    return [first.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.gpu
+# torch records an empty graph to begin with, and warns of it, and of matrix units that it is not to use
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("head", ["ReformerModel", *TRAINED])
+def test_one_cuda_graph_holds_any_buckets(head, rounds):
+    torch._dynamo.reset()
+    skips = torch._dynamo.utils.counters["inductor"]
+    sizes = {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "attn_layers": ["local", "lsh", "lsh"]}
+    own = {"num_hashes": rounds, "num_buckets": [2, 4], "hash_seed": 3}
+    ours, before = sparse_hf.sparsify(stock_model(head, **own, **sizes)).cuda().train(), skips["cudagraph_skips"]
+    step = torch.compile(ours, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        batch = {name: t.cuda() for name, t in inputs(head, 150, "none", seed).items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        for value, right in zip(_first_and_gradients(step, batch), _first_and_gradients(ours, batch), strict=True):
+            assert (value - right).norm() <= 1e-3 * right.norm().clamp(min=1e-3)
+    assert skips["cudagraph_skips"] == before
 
 
 @pytest.mark.parametrize("head", ["ReformerModel", *TRAINED])
