@@ -63,7 +63,7 @@ def run_models(
         dtype: "fp32", "bf16" or "fp16", of weights and activations.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         training: time a training step (forward and backward) as well.
-        checkpointing: keep no activations inside layers (gradient checkpointing).
+        checkpointing: keep no activations inside layers (gradient checkpointing), in classes that support it, as each row says.
         compile_mode: time ours under `torch.compile` in this mode ("default", "reduce-overhead"), and Transformers' class with and
             without; ratios are to the faster. The third call of each, which CUDA graphs replay, is compared with itself
             uncompiled first, at every length. Peak memory counts what they hold between calls.
@@ -243,10 +243,14 @@ def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: i
     model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place, row.get("implementation"))
     if row["kind"] == "ours":
         model = sparsify(model, case.pattern)
-    if shape["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = _tokens(case, n, shape["batch"], place)
     run, before, found = model, held_bytes(place), {}
+    if shape["checkpointing"]:
+        # Transformers' Reformer, whose layers are reversible, has none
+        found["checkpointing"] = model.supports_gradient_checkpointing
+        if found["checkpointing"]:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     if mode:
         run = torch.compile(model, mode=mode)
         right = _results(model, inputs, gradient=shape["training"])

@@ -90,8 +90,8 @@ class SparseReformerEncoder(ReformerEncoder):
         new, states, weights = hidden_states.shape[1], [], []
         keeps = with_states or text.with_weights or torch.compiler.is_compiling()
         if not keeps and torch.is_grad_enabled() and cache is None:
-            parameters = [p for p in self.layers.parameters() if p.requires_grad]
-            joined = torch.cat(_reversible(list(self.layers), text, hidden_states, *parameters), dim=-1)
+            own = [(_trained(layer.attention), _trained(layer.feed_forward)) for layer in self.layers]
+            joined = torch.cat(_reversible(list(self.layers), own, text, hidden_states, *_all(own)), dim=-1)
         else:
             first = second = hidden_states
             for number, layer in enumerate(self.layers):
@@ -107,11 +107,17 @@ class SparseReformerEncoder(ReformerEncoder):
         return out, tuple(states) if with_states else None, tuple(weights) if text.with_weights else None
 
 
+# what is trained of the attention and of the feed-forward part of each layer
+Own = list[tuple[list[nn.Parameter], list[nn.Parameter]]]
+
+
 class _Reversible(torch.autograd.Function):
     """The last two streams, with gradients of the parameters as of any input: `torch.autograd.grad` finds them."""
 
     @staticmethod
-    def forward(ctx, layers: list[SparseReformerLayer], text: Text, hidden_states: Tensor, *parameters: Tensor):
+    def forward(
+        ctx, layers: list[SparseReformerLayer], own: Own, text: Text, hidden_states: Tensor, *parameters: Tensor
+    ):
         first = second = hidden_states
         ctx.notes = []
         for layer in layers:
@@ -124,36 +130,42 @@ class _Reversible(torch.autograd.Function):
             ctx.notes.append((buckets, before_attention, _random_state(hidden_states)))
             second = second + layer.feed_forward(first)
         ctx.save_for_backward(first, second, *parameters)
-        ctx.layers, ctx.text, ctx.autocast = layers, text, _autocast(hidden_states)
+        ctx.layers, ctx.own, ctx.text, ctx.autocast = layers, own, text, _autocast(hidden_states)
         return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_first: Tensor, grad_second: Tensor):
-        first, second, *parameters = ctx.saved_tensors
-        wanted = {id(p) for p in parameters}
-        found: dict[int, Tensor] = {}
+        first, second, *_ = ctx.saved_tensors
+        found: dict[Tensor, Tensor] = {}
         # the generators go on as if nothing had been drawn again
         with torch.random.fork_rng([first.device] if first.is_cuda else []):
-            for layer, (buckets, before_attention, before_feed_forward) in zip(
-                reversed(ctx.layers), reversed(ctx.notes), strict=True
+            for layer, (of_attention, of_feed_forward), (buckets, before_attention, before_feed_forward) in zip(
+                *map(reversed, (ctx.layers, ctx.own, ctx.notes)), strict=True
             ):
                 with _again(before_feed_forward, first, ctx.autocast):
                     parts = zip(layer.feed_forward.parts(first), layer.feed_forward.parts(grad_second), strict=True)
-                    own = [p for p in layer.feed_forward.parameters() if id(p) in wanted]
-                    pulled = [_pull(layer.feed_forward.forward_chunk, *part, own, found) for part in parts]
+                    pulled = [_pull(layer.feed_forward.forward_chunk, *part, of_feed_forward, found) for part in parts]
                     change, grad = map(_join, zip(*pulled, strict=True))
                 second, grad_first = second - change, grad_first + grad
                 with _again(before_attention, first, ctx.autocast):
-                    own = [p for p in layer.attention.parameters() if id(p) in wanted]
                     attend = partial(_change, layer.attention, ctx.text, buckets)
-                    change, grad = _pull(attend, second, grad_first, own, found)
+                    change, grad = _pull(attend, second, grad_first, of_attention, found)
                 first, grad_second = first - change, grad_second + grad
-        return None, None, grad_first + grad_second, *(found.get(id(p)) for p in parameters)
+        return None, None, None, grad_first + grad_second, *map(found.get, _all(ctx.own))
 
 
 # where a graph is broken it comes here: parts that CUDA graphs hold would write over what is computed again
 _reversible = torch.compiler.disable(_Reversible.apply)
+
+
+def _trained(part: nn.Module) -> list[nn.Parameter]:
+    return [p for p in part.parameters() if p.requires_grad]
+
+
+def _all(own: Own) -> dict[nn.Parameter, None]:
+    """Each parameter once, in order."""
+    return dict.fromkeys(p for layer in own for part in layer for p in part)
 
 
 def _change(attention: SparseReformerAttention, text: Text, buckets: Tensor | None, states: Tensor) -> Tensor:
@@ -161,7 +173,7 @@ def _change(attention: SparseReformerAttention, text: Text, buckets: Tensor | No
 
 
 def _pull(
-    function, states: Tensor, grad_out: Tensor, own: list[Tensor], found: dict[int, Tensor]
+    function, states: Tensor, grad_out: Tensor, own: list[Tensor], found: dict[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Compute `function` again, and its gradients: that of `states` is returned, those of parameters are added to `found`."""
     with torch.enable_grad():
@@ -170,8 +182,7 @@ def _pull(
         grad, *grads = torch.autograd.grad(out, [leaf, *own], grad_out.to(out.dtype), allow_unused=True)
     for parameter, value in zip(own, grads, strict=True):
         if value is not None:
-            key = id(parameter)
-            found[key] = found[key] + value if key in found else value
+            found[parameter] = found[parameter] + value if parameter in found else value
     return out.detach(), grad
 
 

@@ -76,7 +76,7 @@ def test_exact_when_compiled(pattern, length, case, shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_exact_at_every_head_dim(head_dim, dtype):
     compare("triton", "window(90, 30) | first(3)", 1000, "packed", (4, 2, head_dim), dtype, "cuda")

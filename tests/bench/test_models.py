@@ -8,10 +8,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import sparse_hf
 from sparse_hf.bench import cases, models
 from sparse_hf.bench.measure import measured, seconds
 
@@ -152,6 +154,16 @@ def test_bench_compares_what_is_compiled_and_takes_the_faster_of_theirs(beside, 
     monkeypatch.setattr(torch, "compile", lambda model, mode: Other(model))
     with pytest.raises(AssertionError, match="mistral, sparse_hf, compiled, n = 256, in mode default: output is off"):
         beside("sdpa", lengths=(256,), compile_mode="default")
+
+
+def test_bench_checkpoints_where_a_class_supports_it(beside, monkeypatch):
+    kept = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", lambda *a, **k: kept.append(1) or checkpoint(*a, **k))
+    monkeypatch.setattr(transformers.MistralModel, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(sparse_hf.SparseMistralModel, "supports_gradient_checkpointing", True)
+    rows = beside("sdpa", lengths=(256,), checkpointing=True)["rows"]
+    assert [row["checkpointing"] for row in rows] == [False, True] and kept
 
 
 def test_bench_goes_on_where_another_implementation_refuses_a_length(beside):
