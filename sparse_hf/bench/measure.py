@@ -130,6 +130,8 @@ def held_bytes(device: torch.device) -> int:
     """What a GPU's allocator holds and cannot give back: tensors, and what CUDA graphs keep for their next call."""
     if device.type != "cuda":
         return 0
+    # what an earlier model left in cycles would go, and be counted, at any time
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
 

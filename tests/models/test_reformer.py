@@ -98,12 +98,15 @@ def test_no_tensor_has_two_lengths(head, length):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("head", slow_but_for(TRAINED[:1], HEADS))
-def test_compiled_as_one_graph(head):
+def test_compiled_as_one_graph(head, checkpointing):
     torch._dynamo.reset()
     # in float64, because reversible layers compute their states again, and a graph does not
-    ours, batch = sparse_hf.sparsify(stock_model(head)).double(), inputs(head, 70)
+    ours, batch = sparse_hf.sparsify(stock_model(head)).double().train(), inputs(head, 70)
     wanted = answers(ours, batch)
+    if checkpointing:
+        getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for name, value in answers(compiled, batch).items():
         torch.testing.assert_close(value, wanted[name.replace("_orig_mod.", "")], rtol=1e-7, atol=1e-9)
