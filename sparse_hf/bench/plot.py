@@ -7,6 +7,8 @@ from textwrap import fill
 
 # letters that stand above the two pictures
 TITLE_WIDTH = 120
+# an axis spans a factor of so much at least, so that what is flat looks flat
+SPAN = 10
 STYLES = {
     "ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":", "flex_attention": "-.",
 }  # fmt: skip
@@ -23,6 +25,7 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
         raise ImportError("a plot needs matplotlib: pip install 'sparse_hf[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     # a model has one color, of Transformers and of ours; its rows have a line each, by implementation or kind, and squares if compiled
@@ -43,9 +46,17 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
     figure.suptitle(fill(title, TITLE_WIDTH), fontsize=10)
     left.set_ylabel(f"{called}, ms")
     right.set_ylabel("peak memory, MiB")
+    lengths = sorted({row["n"] for row in measured})
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlabel="tokens")
-        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        low, high = axis.get_ylim()
+        wider = max(1, SPAN * low / high) ** 0.5
+        axis.set_ylim(low / wider, high * wider)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     path = Path(path)
