@@ -21,15 +21,13 @@ from transformers.models.reformer.modeling_reformer import (
 from ..attention import sparse_attention
 from ..attention.chunked import chunked_attention, chunked_weights
 from ..pattern import LSHChunks, MarkedKeys, Pattern, Ring
-from ..plan import build_plan, made_apart, made_once
+from ..plan import build_plan
 from ..plan.hashed import Chunking, hash_vectors
 from .config import IMPLEMENTATIONS
 from .seam import attention_with_weights
 
 # a vector is divided by its length, which may be 0; as in Transformers
 EPSILON = 1e-6
-# recorded graphs read these for as long as they live
-_RECORDED: set[Tensor] = set()
 
 
 @dataclass(frozen=True)
@@ -144,20 +142,9 @@ class SparseLSHSelfAttention(LSHSelfAttention):
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def seeded_rotations(like, shape, seed):
-    """Normal numbers of a generator with this seed, in dtype and on the device of `like`.
-
-    Neither a compiled model's graph nor one of CUDA can make a generator: what it drew is copied.
-    """
-    with made_apart(like.is_cuda):
-        drawn = _drawn(seed, tuple(shape), like.dtype, like.device)
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        _RECORDED.add(drawn)
-    return drawn.clone()
-
-
-@made_once(64)
-def _drawn(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), dtype=dtype, device=device)
+    """Normal numbers of a generator with this seed, in dtype and on the device of `like`. No graph can make one, of CUDA neither."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 @seeded_rotations.register_fake

@@ -16,7 +16,7 @@ from .gathered import Call, Gathered, calls
 from .joined import joined_rows
 from .layout import make_layout
 from .marked import MarkedParts, read_marked
-from .memo import made, made_apart, made_once, remembered
+from .memo import made, made_apart, remembered
 from .reach import Reach, reach
 from .regroup import AnyPlan, ByHeads, Regrouped, Strides, read_strides, regrouped, strided_plan
 from .split import Shape, Split, read_pattern, split
@@ -40,7 +40,6 @@ __all__ = [
     "calls",
     "joined_rows",
     "made_apart",
-    "made_once",
     "make_layout",
     "reach",
     "read_marked",
