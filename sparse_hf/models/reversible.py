@@ -129,6 +129,7 @@ class _Reversible(torch.autograd.Function):
             first = first + change
             ctx.notes.append((buckets, before_attention, _random_state(hidden_states)))
             second = second + layer.feed_forward(first)
+        # parameters are saved so that autograd refuses those that were written to meanwhile
         ctx.save_for_backward(first, second, *parameters)
         ctx.layers, ctx.own, ctx.text, ctx.autocast = layers, own, text, _autocast(hidden_states)
         return first, second

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..pattern.base import Marks
 from .block_plan import BlockPlan
 from .hashed import HashedPlan, ring_tiles
-from .memo import made_once, remembered
+from .memo import made, remembered
 
 # A program walks up to LIMIT tiles of a line, or LONGER times what lines have on the average; what is beyond becomes segments,
 # of which each has a program of its own, so that the few lines of global tokens keep nobody waiting. As they are merged one
@@ -268,9 +268,13 @@ def chunk_lists(plan: HashedPlan) -> TileLists:
     return _padded_lists(plan)
 
 
-@made_once(32)
+@lru_cache(maxsize=32)
 def _ring_lists(size: int, rows: int, ring: tuple[int, int, int, int], device: torch.device) -> TileLists:
     """Those of all plans whose rows are such rings: nothing in them depends on which tokens stand where."""
+    return made(_make_ring_lists, size, rows, ring, device)
+
+
+def _make_ring_lists(size: int, rows: int, ring: tuple[int, int, int, int], device: torch.device) -> TileLists:
     rounds, tiles, *_ = ring
     group_of = torch.zeros(rows, dtype=torch.int32, device=device)
     found = ring_tiles(torch.tensor([tiles], device=device), *ring)

@@ -30,26 +30,6 @@ def remembered(function: Callable) -> Callable:
     return remembering
 
 
-def made_once(most: int) -> Callable:
-    """A decorator: remember what the function gave to the last `most` calls that differed. Another thread makes it within `made_apart`."""
-
-    def decorate(function: Callable) -> Callable:
-        memo: dict[tuple, object] = {}
-
-        @functools.wraps(function)
-        def remembering(*arguments):
-            if arguments not in memo:
-                found = made(function, *arguments)
-                if len(memo) >= most:
-                    del memo[next(iter(memo))]
-                memo[arguments] = found
-            return memo[arguments]
-
-        return remembering
-
-    return decorate
-
-
 class kept(functools.cached_property):  # noqa: N801 - used as a decorator
     """A `cached_property` that another thread makes within `made_apart`."""
 
