@@ -25,8 +25,8 @@ test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
 # attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles models, is the same
-OLDEST := tests/models tests/convert tests/train tests/test_examples.py \
-	--ignore=tests/train/test_studies.py --ignore=tests/convert/test_memory.py \
+OLDEST := tests/models tests/conversion tests/train tests/test_examples.py \
+	--ignore=tests/train/test_studies.py --ignore=tests/conversion/test_memory.py \
 	-m "not slow and not gpu and not transformers and not compiles"
 
 test-oldest:  ## those that have to do with transformers, with the oldest supported one

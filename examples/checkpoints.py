@@ -54,7 +54,7 @@ from examples.assets import (
     fetch,
     fetch_parts,
 )
-from sparse_hf.convert.gguf import dequantise
+from sparse_hf.conversion.gguf import dequantise
 
 # float32 up to here, bfloat16 beyond
 MOST_BYTES = 2_000_000_000

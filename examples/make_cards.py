@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparse_hf.convert.card import Card, Span, card_text  # noqa: E402
+from sparse_hf.conversion.card import Card, Span, card_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, REAL_WEIGHTS = (ROOT / "docs" / "results" / name for name in ("demo.json", "real-weights.json"))

@@ -102,7 +102,7 @@ def convert(
 ) -> None:
     """Write the sparse counterpart of a dense checkpoint."""
     import sparse_hf
-    from sparse_hf.convert import describe_conversion, report_text
+    from sparse_hf.conversion import describe_conversion, report_text
 
     options = {
         "layers": layers,
@@ -130,7 +130,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
 ) -> None:
     """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
-    from sparse_hf.convert.export import export
+    from sparse_hf.conversion.export import export
 
     written = export(folder, out, to, overwrite=overwrite)
     typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
@@ -145,7 +145,7 @@ def card(
     overwrite: Annotated[bool, typer.Option(help="Replace a README.md that is there.")] = False,
 ) -> None:
     """Write the README.md of a sparse checkpoint, with its pattern drawn, its costs, and results.json if it is there."""
-    from sparse_hf.convert.card import write_card
+    from sparse_hf.conversion.card import write_card
 
     typer.echo(f"written to {write_card(folder, base=base, overwrite=overwrite)}")
 

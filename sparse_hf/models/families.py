@@ -16,6 +16,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ..registry import ENTRIES, LazyTable
+from .config import SparseConfigMixin
 from .mixin import COUNTERPARTS, SparseGenerationMixin, SparseMixin
 
 # heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
@@ -105,8 +107,8 @@ class Family:
         return {dense_class(c).__name__: c.__name__ for c in self.classes}
 
 
-# dense model type -> family
-FAMILIES: dict[str, Family] = {}
+# dense model type -> family, which is derived when it is first looked at
+FAMILIES = LazyTable({entry.dense_type: entry.module_name for entry in ENTRIES})
 
 
 def dense_class(sparse_class: type) -> type:
@@ -197,17 +199,24 @@ def _derive(dense: type, config_class: type) -> type:
     return type(f"Sparse{dense.__name__}", (mixin, dense), content)
 
 
+def find_family(model_type: str) -> Family | None:
+    """The family of a dense or sparse model type; None if it has no sparse counterpart."""
+    if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], SparseConfigMixin):
+        model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
+    return FAMILIES.get(model_type)
+
+
 def family_of(model_type: str) -> Family:
     """The family of a dense or sparse model type.
 
     Raises:
         ValueError: a type that has no sparse counterpart; the message says why and lists those that have.
     """
-    for family in FAMILIES.values():
-        if model_type in (family.dense_type, family.sparse_type):
-            return family
-    supported = f"supported are {', '.join(sorted(FAMILIES))}"
-    raise ValueError(f"model type {model_type!r} has no sparse counterpart: {_reason(model_type)}; {supported}")
+    family = find_family(model_type)
+    if family is None:
+        supported = f"supported are {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"model type {model_type!r} has no sparse counterpart: {_reason(model_type)}; {supported}")
+    return family
 
 
 def _reason(model_type: str) -> str:

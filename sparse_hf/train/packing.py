@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..models import FAMILIES
+from ..models.families import find_family
 from .columns import Collator, Feature, as_features, beside
 
 # columns with one value per token; what else a data set holds does not fit a row of several documents
@@ -26,10 +26,8 @@ IGNORED = -100
 
 def first_position(config: PreTrainedConfig) -> int:
     """The position of a document's first token: 0, but for families that begin behind the padding id (RoBERTa)."""
-    for family in FAMILIES.values():
-        if config.model_type in (family.dense_type, family.sparse_type) and family.positions.counted:
-            return config.pad_token_id + 1
-    return 0
+    family = find_family(config.model_type)
+    return config.pad_token_id + 1 if family is not None and family.positions.counted else 0
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def test_summaries_are_those_of_transformers_led(tmp_path):
     from transformers.models.led.modeling_led import shift_tokens_right
 
     from examples import tiny
-    from sparse_hf.convert.export import export
+    from sparse_hf.conversion.export import export
 
     metrics = run("run_summarization", tmp_path / "out", *LEARNING)
     found = losses(tmp_path / "out")

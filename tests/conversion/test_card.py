@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import sparse_hf
-from sparse_hf.convert.card import TASKS, write_card
+from sparse_hf.conversion.card import TASKS, write_card
 from tests.models.families import dense_model
 
 DENSE_CARD = "---\nlicense: mit\nbase_model: someone/bigger\nlanguage: en\n---\n# dense\n"

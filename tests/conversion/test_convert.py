@@ -18,9 +18,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sparse_hf
-from sparse_hf.convert import describe_conversion, report_text
-from sparse_hf.convert import folder as folder_module
-from sparse_hf.convert import weights as weights_module
+from sparse_hf.conversion import describe_conversion, report_text
+from sparse_hf.conversion import folder as folder_module
+from sparse_hf.conversion import weights as weights_module
 from tests.models.families import HEADS, TINY, dense_model, inputs
 
 PATTERN = "window(16, 16) | first(1)"
@@ -432,7 +432,7 @@ def test_a_full_disk_is_told_before_and_on_the_way(bert, tmp_path, monkeypatch):
 
 KILLED = """
 import sys, time
-from sparse_hf.convert import weights as w
+from sparse_hf.conversion import weights as w
 real = w.write_file
 def slow(*a, **k):
     real(*a, **k)

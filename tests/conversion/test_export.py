@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 import sparse_hf
 from sparse_hf import First, Stride, Window, causal, full
-from sparse_hf.convert.export import _window, export
+from sparse_hf.conversion.export import _window, export
 from tests.models.families import dense_model, inputs
 
 FULL = "window(None, None)"
