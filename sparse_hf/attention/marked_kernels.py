@@ -5,7 +5,7 @@ over all queries: a fixed number of programs is dealt out among tiles of marked 
 added up afterwards in a fixed order.
 
 Legend: B batch, N tokens, H query heads, G key heads, R = H / G, D head dim; `BC` marked keys of a tile, `BM` queries of one; P programs
-of a batch row and head, of which `BP` are added up at a time; S spans of queries at most.
+of a batch row and head, of which `BP` are added up at a time, for `BA` marked keys; S spans of queries at most.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .launch import launch, strides_of
 if TYPE_CHECKING:
     from .marked import Places
 
-# programs that keep a GPU busy
-PROGRAMS = 512
+# programs that keep a GPU busy, and marked keys that a program adds up
+PROGRAMS, ADDED = 512, 8
 
 
 def absorb(
@@ -86,12 +86,12 @@ def add_gradients(
     )
     launch(
         _add_up,
-        (-(-length // count), batch * groups),
+        (-(-length // count) * (count // ADDED), batch * groups),
         (*sums, grad_k, grad_v, *tables),
         strides_of(grad_k, grad_v),
         (length, programs, spans),
-        {"BP": 4, **constants},
-        num_warps=8,
+        {"BA": ADDED, "BP": 8 if dim <= 128 else 4, **constants},
+        num_warps=4,
     )
 
 
@@ -198,26 +198,27 @@ def _gradients_of_keys(
 @triton.jit(do_not_specialize=["N", "P", "S"])
 def _add_up(
     sum_k_ptr, sum_v_ptr, dk_ptr, dv_ptr, index, counts, dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, N, P, S,
-    BP: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BA: tl.constexpr, BP: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     groups = H // R
     b, g = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
-    tile = tl.program_id(0)
-    tiles = tl.cdiv(tl.load(counts + b), BC)
-    if tile >= tiles:
+    tile, first = tl.program_id(0) // (BC // BA), tl.program_id(0) % (BC // BA) * BA
+    count = tl.load(counts + b)
+    if tile * BC + first >= count:
         return
-    spans = tl.minimum(S, P // tiles)
-    c, d, p = tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BP)
+    spans = tl.minimum(S, P // tl.cdiv(count, BC))
+    c, d, p = first + tl.arange(0, BA), tl.arange(0, BD), tl.arange(0, BP)
     at = (p * BC * D)[:, None, None] + (c * D)[None, :, None] + d[None, None, :]
-    sum_k = tl.zeros((BC, BD), tl.float32)
-    sum_v = tl.zeros((BC, BD), tl.float32)
+    sum_k = tl.zeros((BA, BD), tl.float32)
+    sum_v = tl.zeros((BA, BD), tl.float32)
     for r in range(R):
         of_head = ((b * H + g * R + r) * P + tile * spans) * BC * D
         for part in range(0, spans, BP):
             inside = (part + p < spans)[:, None, None] & (d < D)[None, None, :]
             sum_k += tl.sum(tl.load(sum_k_ptr + of_head + part * BC * D + at, mask=inside, other=0.0), 0)
             sum_v += tl.sum(tl.load(sum_v_ptr + of_head + part * BC * D + at, mask=inside, other=0.0), 0)
-    key = _marked_keys(index, b, tile * BC, N, BC)
+    key = _marked_keys(index, b, tile * BC + first, N, BA)
     there = (key >= 0)[:, None] & (d < D)[None, :]
     place = tl.where(key >= 0, key, 0).to(tl.int64)[:, None]
     at_dk = dk_ptr + b * dk_b + g * dk_g + place * dk_n + d[None, :]

@@ -17,7 +17,7 @@ from ..plan import Split
 from .columns_kernels import LOG2_E, options, padded, portions
 from .launch import launch, strides_of
 
-TILE = 128
+TILE = 64
 
 
 def add_rows_on_gpu(
@@ -27,7 +27,7 @@ def add_rows_on_gpu(
     heads, dim = q.shape[2:]
     longest = int((split.sequences[:, 4] - split.sequences[:, 3]).max())
     # wider heads fill shared memory
-    tile = TILE if dim <= 64 else TILE // 2 if dim <= 128 else TILE // 4
+    tile = TILE if dim <= 128 else TILE // 2
     tiles = -(-longest // tile)
     given_lse = lse if grad_lse is None else grad_lse
     found = []
