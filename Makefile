@@ -11,11 +11,12 @@ FAST := -q -n 2
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-# torch first and by its exact version: what else is installed then takes it as it is
+# torch first and by its exact version: what else is installed then takes it as it is. Python compiles what
+# is imported, which is a small part of it
 $(STAMP): setup.py $(CONSTRAINTS) sparse_hf/version.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) torch
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (under 10 minutes on 2 cores)
@@ -25,7 +26,7 @@ test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
 # attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles models, is the same
-OLDEST := tests/models tests/conversion tests/train tests/test_examples.py \
+OLDEST := tests/models tests/conversion tests/train tests/test_examples.py tests/test_registry.py \
 	--ignore=tests/train/test_studies.py --ignore=tests/conversion/test_memory.py \
 	-m "not slow and not gpu and not transformers and not compiles"
 

@@ -1,6 +1,6 @@
 """The families by name, before any is derived, and how Transformers' table of configurations hears of them.
 
-Deriving all families means importing torch and thirty modelling files, which takes ten times as long as `import transformers`.
+Deriving all families means importing torch and thirty modelling files, which takes several times as long as `import transformers`.
 So names are entered, and a family is derived when its configuration or one of its classes is first asked for. Nothing here
 imports torch or Transformers.
 """

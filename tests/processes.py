@@ -24,3 +24,10 @@ def finished(*arguments: str, seconds: float = 180) -> tuple[int, str]:
             said, _ = process.communicate()
             raise AssertionError(f"{' '.join(command)} took more than {seconds} s and said:\n{said[-5000:]}") from None
     return process.returncode, said
+
+
+def printed(code: str) -> str:
+    """What Python code prints in an interpreter of its own."""
+    status, said = finished("-c", code)
+    assert status == 0, said
+    return said.strip()
