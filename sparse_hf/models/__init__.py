@@ -6,7 +6,7 @@ A family's configuration and heads are here under their names, and derived when 
 from importlib import import_module
 
 from ..registry import ENTRIES, MODELS, entry_of_class
-from . import seam  # noqa: F401  (registers our attention with Transformers)
+from . import seam  # registers our attention with Transformers
 from .block_sparse import transformers_random_blocks
 from .config import SparseConfigMixin
 from .families import FAMILIES, Family, Positions, dense_class, family_of, register_family
