@@ -27,7 +27,7 @@ setup(
         "plot": ["matplotlib>=3.9"],
         "dev": [
             *train, *evaluate, *gguf, "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9", "pytest>=8",
-            "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2", "triton>=3.6; platform_system == 'Linux'",
+            "basedpyright>=1.30", "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2", "triton>=3.6; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["sparse-hf = sparse_hf.cli:main"]},

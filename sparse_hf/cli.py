@@ -27,7 +27,7 @@ PATTERN_HELP = "A pattern, like 'window(256, 256) | first(1)', or a recipe, like
 
 def _version(shown: bool) -> None:
     if shown:
-        from sparse_hf.version import __version__
+        from .version import __version__
 
         typer.echo(__version__)
         raise typer.Exit
@@ -57,7 +57,7 @@ def show(
     png: Annotated[Path | None, typer.Option(help="Also draw the pattern to this file.")] = None,
 ) -> None:
     """Print a pattern as a picture, and its costs beside dense attention; of several, also what layers reach together."""
-    from sparse_hf.show import render, render_stack, save_png
+    from .analysis.show import render, render_stack, save_png
 
     if png and len(patterns) > 1:
         raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
@@ -102,7 +102,8 @@ def convert(
 ) -> None:
     """Write the sparse counterpart of a dense checkpoint."""
     import sparse_hf
-    from sparse_hf.conversion import describe_conversion, report_text
+
+    from .conversion import describe_conversion, report_text
 
     options = {
         "layers": layers,
@@ -130,7 +131,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
 ) -> None:
     """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
-    from sparse_hf.conversion.export import export
+    from .conversion.export import export
 
     written = export(folder, out, to, overwrite=overwrite)
     typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
@@ -145,7 +146,7 @@ def card(
     overwrite: Annotated[bool, typer.Option(help="Replace a README.md that is there.")] = False,
 ) -> None:
     """Write the README.md of a sparse checkpoint, with its pattern drawn, its costs, and results.json if it is there."""
-    from sparse_hf.conversion.card import write_card
+    from .conversion.card import write_card
 
     typer.echo(f"written to {write_card(folder, base=base, overwrite=overwrite)}")
 
@@ -155,7 +156,7 @@ def list_families(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the names of the classes.")] = False,
 ) -> None:
     """List the families of models that have sparse counterparts."""
-    from sparse_hf import FAMILIES
+    from . import FAMILIES
 
     rows = [
         {
@@ -202,7 +203,7 @@ def bench_attention(
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
     """One attention layer, ours beside dense SDPA and the window kernels of others, forward and backward, length by length."""
-    from sparse_hf.bench import run_attention
+    from .bench import run_attention
 
     run_attention(
         [_number(part) for part in lengths.split(",")],
@@ -254,7 +255,7 @@ def bench_models(
 
     modernbert and mistral stand beside Transformers' sliding windows on sdpa and on flex_attention.
     """
-    from sparse_hf.bench import run_models
+    from .bench import run_models
 
     run_models(
         [name.strip() for name in models.split(",") if name.strip()],
@@ -289,8 +290,8 @@ def bench_plan(
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
     """What the tables of patterns take to build and to keep, length by length, compared with the patterns first."""
-    from sparse_hf.bench import run_plan
-    from sparse_hf.bench.plan import PATTERNS
+    from .bench import run_plan
+    from .bench.plan import PATTERNS
 
     numbers = [_number(part) for part in lengths.split(",")]
     run_plan(patterns or PATTERNS, numbers, device=device, budget=budget, out=out, plot=plot)
@@ -327,7 +328,7 @@ def bench_decode(
 
     A dynamic or static cache keeps all keys: a sparse decoder reads less of it, and holds as much. A streaming one stays as it is.
     """
-    from sparse_hf.bench import run_decode
+    from .bench import run_decode
 
     run_decode(
         [_number(part) for part in lengths.split(",")],

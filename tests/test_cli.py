@@ -18,8 +18,8 @@ import torch
 from typer.testing import CliRunner
 
 import sparse_hf
+from sparse_hf.analysis.show import describe, save_png
 from sparse_hf.cli import app, main
-from sparse_hf.show import describe, save_png
 from tests.models.families import dense_model
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}

@@ -14,20 +14,20 @@ PACKAGE = Path(__file__).parent.parent / "sparse_hf"
 ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
-    "attention": {"plan"},
+    "attention": {"plan", "pattern"},
     "models": {"attention", "plan", "pattern", "registry"},
-    "conversion": {"models", "plan", "pattern", "show", "version"},
+    "analysis": {"plan", "pattern"},
+    "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
     "train": {"models", "attention", "plan", "pattern"},
-    "show": {"plan", "pattern"},
     "testing": set(),
     "registry": set(),
     "version": set(),
-    "cli": {"sparse_hf", "conversion", "show", "bench", "version"},
+    "cli": {"sparse_hf", "analysis", "conversion", "bench", "version"},
     "__init__": {"attention", "conversion", "models", "pattern", "plan", "registry", "version"},
 }
-NO_TRANSFORMERS = {"pattern", "plan", "attention", "show", "testing", "registry"}
-IMPLEMENTATIONS = {"reference", "blockwise", "flex", "fa", "triton", "regroup"}
+NO_TRANSFORMERS = {"pattern", "plan", "attention", "analysis", "testing", "registry"}
+BACKENDS = {"reference", "blockwise", "flex", "flash", "triton"}
 
 
 def imports(path: Path) -> set[str]:
@@ -65,10 +65,12 @@ def test_imports_follow_the_table(module):
                 assert not name.startswith("torch.nn"), f"{file.name} imports {name}"
 
 
-def test_attention_implementations_do_not_import_each_other():
-    for name in IMPLEMENTATIONS:
-        others = {f"sparse_hf.attention.{other}" for other in IMPLEMENTATIONS - {name}}
-        assert not imports(PACKAGE / "attention" / f"{name}.py") & others
+def test_backends_do_not_import_each_other():
+    for name in BACKENDS:
+        place = PACKAGE / "attention" / "backends" / name
+        others = tuple(f"sparse_hf.attention.backends.{other}" for other in BACKENDS - {name})
+        for file in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            assert not [found for found in imports(file) if found.startswith(others)], file
 
 
 def test_importing_loads_neither_torch_nor_transformers():

@@ -54,7 +54,10 @@ print(found["one"].__name__, found["two"].__name__, len(found) - len(sparse_hf.r
 
 
 def test_entries_are_what_the_modules_derive():
-    texts = {path.stem: path.read_text() for path in (PACKAGE / "models").glob("*.py")}
+    models = PACKAGE / "models"
+    texts = {
+        ".".join(path.relative_to(models).with_suffix("").parts): path.read_text() for path in models.rglob("*.py")
+    }
     files = {name for name, text in texts.items() if re.search(r"register_family\(\s*Sparse", text)}
     assert files == {entry.module for entry in ENTRIES}
     for entry in ENTRIES:

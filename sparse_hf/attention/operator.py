@@ -13,12 +13,14 @@ from functools import partial
 
 import torch
 
-from ..plan import AnyPlan, cached_plan, made_apart, read_marked
-from . import content, marked
-from .memory import heads_last, like
-from .parts import recording
-from .regroup import may_regroup
+from ..pattern.forms import read_marked
+from ..plan import AnyPlan, cached_plan, made_apart
+from .autograd import recording
+from .composite import global_tokens as marked
+from .composite import lsh as content
+from .composite.strided import may_regroup
 from .scoring import Scoring
+from .strides import heads_last, like
 
 # arguments that are tensors come first
 TENSORS = 8
@@ -98,7 +100,7 @@ def _planned(q, k, v, pattern: str, q_offset: int, batch: tuple, scoring, dropou
 
 
 def _choose(*arguments):
-    from . import choose
+    from .api import choose
 
     return choose(*arguments)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..models.block_sparse import transformers_random_blocks
+from ..models.bigbird.block_sparse import transformers_random_blocks
 from ..plan import build_plan
 
 VOCABULARY = 1024

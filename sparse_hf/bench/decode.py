@@ -15,22 +15,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ..models import FAMILIES, StreamingCache, sparsify
-from ..models.mixin import CACHE_NAMES
+from ..models.hf.model_mixin import CACHE_NAMES
 from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import build_plan
 from .cases import VOCABULARY
-from .measure import (
-    DTYPES,
-    environment,
-    measured,
-    peak_bytes,
-    seconds_in_turn,
-    slopes,
-    synchronize,
-    tell,
-    write_json,
-)
+from .measure import DTYPES, environment, measured, peak_bytes, seconds_in_turn, slopes, synchronize, tell, write_json
 from .models import EXACT, FACTOR
 from .plot import plot_result
 

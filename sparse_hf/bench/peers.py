@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import BACKENDS, fa, flash, sparse_attention
+from ..attention import BACKENDS, sparse_attention
+from ..attention.backends.flash import backend as fa
+from ..attention.backends.flash import window_kernels as flash
 from ..attention.scoring import Scoring
 from ..pattern import Pattern, Window, causal, full
-from ..plan import BlockPlan, build_plan, read_pattern
+from ..pattern.forms import read_window
+from ..plan import BlockPlan, build_plan
 
 # torch looks at all pairs to make a mask for FlexAttention
 LONGEST_FLEX = 16384
@@ -51,7 +54,7 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
 
         yield Peer(name, dense, call, "dense")
-    shape = read_pattern(pattern, n)
+    shape = read_window(pattern, n)
     window = None if isinstance(shape, str) else shape.window
     if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         yield from _window_kernels(q, window)

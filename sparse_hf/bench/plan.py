@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..attention.triton import tile_size
+from ..attention.backends.triton.backend import tile_size
 from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import BlockPlan, build_plan
-from ..plan.lists import Lists, TileLists, tile_lists
+from ..plan.tile_lists import Lists, TileLists, tile_lists
 from .measure import environment, measured, peak_bytes, seconds, slopes, tell, write_json
 from .plot import plot_result
 

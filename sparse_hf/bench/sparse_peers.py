@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..pattern import BlockTable, Chunk, First, Pattern, causal
-from ..plan import build_plan, read_pattern
+from ..pattern.forms import read_window
+from ..plan import build_plan
 from .peers import Peer
 
 # keys per block that NSA is given, as in arXiv:2502.11089, section 4.1; fewer if the pattern's own blocks are smaller
@@ -107,7 +108,7 @@ def _nsa_lists(table: BlockTable, n: int, kv_heads: int, device: torch.device) -
 
 def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> Peer | str:
     """LSG's layer without its sparse tokens: the query's block and its neighbours, as wide as the window is."""
-    shape = read_pattern(pattern, q.shape[2])
+    shape = read_window(pattern, q.shape[2])
     if isinstance(shape, str):
         return shape
     if q.shape[1] != k.shape[1]:

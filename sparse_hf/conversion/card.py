@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from transformers import PreTrainedConfig
 
+from ..analysis.show import describe, render, save_png
 from ..models import Family, family_of
-from ..models.remote import auto_map
-from ..show import describe, render, save_png
+from ..models.hf.remote_code import auto_map
 from .check import is_causal, meta_model, sees_past_only, sparse_config
 from .report import report_text
 from .source import CARD, card_metadata, read_json

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
 
 from ..models import Family, dense_class
-from ..models.config import dense_values
+from ..models.hf.config import dense_values
 from .shards import Stored
 
 SHOWN = 3

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from ..models import FAMILIES, Family, family_of
-from ..models.config import dense_values
+from ..models.hf.config import dense_values
 from ..pattern import First, Pattern, Stride, Window, causal, full
 from ..pattern.base import Intersection, Union
 from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config

@@ -6,14 +6,14 @@ A family's configuration and heads are here under their names, and derived when 
 from importlib import import_module
 
 from ..registry import ENTRIES, MODELS, entry_of_class
-from . import seam  # registers our attention with Transformers
-from .block_sparse import transformers_random_blocks
-from .config import SparseConfigMixin
-from .families import FAMILIES, Family, Positions, dense_class, family_of, register_family
-from .layers import parse_layers
-from .mixin import SparseMixin
+from .bigbird.block_sparse import transformers_random_blocks
+from .hf import attention_interface as seam  # registers our attention with Transformers
+from .hf.config import SparseConfigMixin
+from .hf.layer_spec import parse_layers
+from .hf.model_mixin import SparseMixin
+from .hf.register import FAMILIES, Family, Positions, dense_class, family_of, register_family
+from .hf.streaming_cache import StreamingCache
 from .sparsify import sparsify
-from .streaming_cache import StreamingCache
 
 
 def __getattr__(name: str):

@@ -3,9 +3,9 @@
 from transformers import BartConfig
 from transformers.models.bart.modeling_bart import BartEncoder
 
-from .encoder_decoder import SparseEncoderDecoderConfigMixin
-from .families import Positions, register_family
-from .mixin import SparseEncoderMixin
+from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
+from .hf.model_mixin import SparseEncoderMixin
+from .hf.register import Positions, register_family
 
 
 class SparseBartConfig(SparseEncoderDecoderConfigMixin, BartConfig):

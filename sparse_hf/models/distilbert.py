@@ -3,8 +3,8 @@
 from transformers import DistilBertConfig
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
-from .config import SparseConfigMixin
-from .families import Positions, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import Positions, register_family
 
 
 class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):

@@ -2,8 +2,8 @@
 
 from transformers import GPT2Config
 
-from .config import SparseConfigMixin
-from .families import Positions, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import Positions, register_family
 
 
 class SparseGPT2Config(SparseConfigMixin, GPT2Config):

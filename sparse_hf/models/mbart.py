@@ -3,9 +3,9 @@
 from transformers import MBartConfig
 from transformers.models.mbart.modeling_mbart import MBartEncoder
 
-from .encoder_decoder import SparseEncoderDecoderConfigMixin
-from .families import Positions, register_family
-from .mixin import SparseEncoderMixin
+from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
+from .hf.model_mixin import SparseEncoderMixin
+from .hf.register import Positions, register_family
 
 
 class SparseMBartConfig(SparseEncoderDecoderConfigMixin, MBartConfig):

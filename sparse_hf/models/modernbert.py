@@ -3,8 +3,8 @@
 from transformers import ModernBertConfig
 
 from ..pattern import Window
-from .config import SparseConfigMixin
-from .families import ROTARY, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import ROTARY, register_family
 
 
 class SparseModernBertConfig(SparseConfigMixin, ModernBertConfig):

@@ -2,8 +2,8 @@
 
 from transformers import OPTConfig
 
-from .config import SparseConfigMixin
-from .families import Positions, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import Positions, register_family
 
 
 class SparseOPTConfig(SparseConfigMixin, OPTConfig):

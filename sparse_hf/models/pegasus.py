@@ -3,9 +3,9 @@
 from transformers import PegasusConfig
 from transformers.models.pegasus.modeling_pegasus import PegasusEncoder
 
-from .encoder_decoder import SparseEncoderDecoderConfigMixin
-from .families import Positions, register_family
-from .mixin import SparseEncoderMixin
+from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
+from .hf.model_mixin import SparseEncoderMixin
+from .hf.register import Positions, register_family
 
 
 class SparsePegasusConfig(SparseEncoderDecoderConfigMixin, PegasusConfig):

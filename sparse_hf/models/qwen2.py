@@ -2,8 +2,8 @@
 
 from transformers import Qwen2Config
 
-from .config import SparseConfigMixin
-from .families import ROTARY, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import ROTARY, register_family
 
 
 class SparseQwen2Config(SparseConfigMixin, Qwen2Config):

@@ -2,8 +2,8 @@
 
 from transformers import SmolLM3Config
 
-from .config import SparseConfigMixin
-from .families import ROTARY, register_family
+from .hf.config import SparseConfigMixin
+from .hf.register import ROTARY, register_family
 
 
 class SparseSmolLM3Config(SparseConfigMixin, SmolLM3Config):

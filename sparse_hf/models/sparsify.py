@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import dense_class, family_of
-from .mixin import COUNTERPARTS, adopt
+from .hf.model_mixin import COUNTERPARTS, adopt
+from .hf.register import dense_class, family_of
 
 
 def sparsify(

@@ -8,9 +8,9 @@ import torch
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from .encoder_decoder import SparseEncoderDecoderConfigMixin
-from .families import Positions, register_family
-from .mixin import SparseEncoderMixin
+from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
+from .hf.model_mixin import SparseEncoderMixin
+from .hf.register import Positions, register_family
 
 
 class SparseT5Config(SparseEncoderDecoderConfigMixin, T5Config):

@@ -2,9 +2,9 @@
 
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
+from .blocks import BlockTable, PerHead, RandomBlocks
 from .complement import Outside
-from .content import LSH, LSHChunks
-from .explicit import BlockTable, PerHead, RandomBlocks
+from .lsh import LSH, LSHChunks
 from .parse import PatternError
 from .primitives import (
     Chunk,

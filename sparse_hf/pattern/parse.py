@@ -7,9 +7,9 @@ import difflib
 import inspect
 
 from .base import Pattern
+from .blocks import BlockTable, PerHead, RandomBlocks
 from .complement import Outside
-from .content import LSH, LSHChunks
-from .explicit import BlockTable, PerHead, RandomBlocks
+from .lsh import LSH, LSHChunks
 from .primitives import (
     Chunk,
     First,

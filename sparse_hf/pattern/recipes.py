@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Pattern
-from .explicit import PerHead, RandomBlocks
+from .blocks import PerHead, RandomBlocks
 from .primitives import Chunk, First, Fixed, Last, Stride, Summary, Window, causal
 
 

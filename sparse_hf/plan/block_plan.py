@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from ..pattern.base import Marks
-from .build import Grid, list_tables
-from .layout import Layout
+from .classify import Grid, list_tables
+from .sequences import Layout
 
 # blocks of queries and of keys, of all batch rows, from which a GPU lists them sooner than a CPU
 MANY = 1 << 12

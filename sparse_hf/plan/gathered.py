@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..pattern import EMPTY, FULL, PARTIAL, Pattern
 from .block_plan import BlockPlan, Run, as_runs
-from .build import Classifier
-from .layout import Layout
-from .memo import remembered
+from .cache import remembered
+from .classify import Classifier
+from .sequences import Layout
 
 NONE_MARKED, ALL_MARKED = 0, 2
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..models.limits import Limits
+from ..models.hf.input_checks import Limits
 from .columns import Collator, Feature
 from .distillation import plain
 

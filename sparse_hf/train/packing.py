@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..models.families import find_family
+from ..models.hf.register import find_family
 from .columns import Collator, Feature, as_features, beside
 
 # columns with one value per token; what else a data set holds does not fit a row of several documents

@@ -147,7 +147,7 @@ def test_a_mask_that_is_gone_is_not_the_mask_that_is_not_given():
     ],
 )
 def test_auto_says_what_it_chose_once(queries, said, caplog):
-    from sparse_hf.attention import _say, _say_torch
+    from sparse_hf.attention.api import _say, _say_torch
 
     _say.cache_clear()
     _say_torch.cache_clear()

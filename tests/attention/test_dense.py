@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import dense
+from sparse_hf.attention.backends.sdpa import dense
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.test_exactness import tensors

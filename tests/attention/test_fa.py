@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_hf import Pattern, build_plan, sparse_attention
-from sparse_hf.attention import fa, flash
+from sparse_hf.attention.backends.flash import backend as fa
+from sparse_hf.attention.backends.flash import window_kernels as flash
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.plan import Split, split
 from tests import oracle

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
-from sparse_hf.attention import fa, fa_blocks, flash
+from sparse_hf.attention.backends.flash import backend as fa
+from sparse_hf.attention.backends.flash import block_lists as fa_blocks
+from sparse_hf.attention.backends.flash import window_kernels as flash
 from sparse_hf.attention.scoring import Scoring
-from sparse_hf.plan import lists, split
+from sparse_hf.plan import split
+from sparse_hf.plan import tile_lists as lists
 from tests import oracle
 from tests.table import LENGTHS, PATTERNS, SCENARIOS, causal_form, scenario
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import fa, flash
-from sparse_hf.plan import lists
+from sparse_hf.attention.backends.flash import backend as fa
+from sparse_hf.attention.backends.flash import window_kernels as flash
+from sparse_hf.plan import tile_lists as lists
 from tests import oracle
 from tests.attention.test_exactness import compare, tensors
 from tests.attention.test_fa_on_gpu import poison

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import few, flash
+from sparse_hf.attention.backends.flash import window_kernels as flash
+from sparse_hf.attention.backends.sdpa import decode as few
 from sparse_hf.plan import split
 from tests import oracle
 from tests.attention.test_exactness import compare, tensors

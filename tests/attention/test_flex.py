@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_hf import build_plan
-from sparse_hf.attention import flex, reference
+from sparse_hf.attention.backends import flex, reference
 from sparse_hf.attention.scoring import Scoring
 from tests.attention.test_exactness import tensors
 

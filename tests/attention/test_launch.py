@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf.attention import launch as module
+from sparse_hf.attention.backends.triton import launch as module
 
 
 class Kernel:

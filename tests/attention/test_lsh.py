@@ -7,7 +7,7 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.pattern.content import terms
+from sparse_hf.pattern.forms import hash_terms
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.models.families import dense_model
@@ -191,7 +191,7 @@ def test_packed_equals_separate():
 
 
 def test_terms_of_a_pattern():
-    found = terms(Pattern.parse("(window(5, 0) | lsh(4, 2)) & window(None, 0) | first(1)"))
+    found = hash_terms(Pattern.parse("(window(5, 0) | lsh(4, 2)) & window(None, 0) | first(1)"))
     assert [tuple(map(str, term)) for term in found] == [
         ("None", "window(5, 0) & window(None, 0)"),
         ("lsh(4, 2, 64, 0)", "window(None, 0)"),

@@ -7,10 +7,13 @@ import itertools
 import pytest
 import torch
 
-from sparse_hf.attention import blockwise, flash, marked
+from sparse_hf.attention.backends.blockwise import backend as blockwise
+from sparse_hf.attention.backends.flash import window_kernels as flash
+from sparse_hf.attention.composite import global_tokens as marked
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.pattern import Window
-from sparse_hf.plan import MarkedParts, build_plan, read_marked
+from sparse_hf.pattern.forms import MarkedForm, read_marked
+from sparse_hf.plan import build_plan
 from tests import oracle
 from tests.attention.test_exactness import ROUNDINGS
 from tests.attention.test_fa import Plain
@@ -68,7 +71,7 @@ class Operator(torch.autograd.Function):
 def test_any_number_of_marks_is_exact(pattern, kind, monkeypatch):
     monkeypatch.setattr(flash, "FA2", Plain)
     # the interpreter takes its time for each program
-    monkeypatch.setattr("sparse_hf.attention.marked_kernels.PROGRAMS", 12)
+    monkeypatch.setattr("sparse_hf.attention.composite.global_tokens_kernels.PROGRAMS", 12)
     marks = marks_of(kind, LENGTH)
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, h, LENGTH, 16, generator=generator) for h in (2, 1, 1))
@@ -98,9 +101,9 @@ def test_marks_are_found_without_looking(kind):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("window(9, 14) | marked_keys()", MarkedParts(Window(9, 14), True, False)),
-        ("window(20, 0) | marked()", MarkedParts(Window(20, 0), True, True)),
-        ("marked_queries()", MarkedParts(None, False, True)),
+        ("window(9, 14) | marked_keys()", MarkedForm(Window(9, 14), True, False)),
+        ("window(20, 0) | marked()", MarkedForm(Window(20, 0), True, True)),
+        ("marked_queries()", MarkedForm(None, False, True)),
         # what marks say nothing of, or not alone, or not everywhere
         ("window(9, 14)", None),
         ("window(9, 14) | first(2) | marked()", None),

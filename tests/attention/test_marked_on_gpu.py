@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from sparse_hf import sparse_attention, sparsify
-from sparse_hf.attention import marked
+from sparse_hf.attention.composite import global_tokens as marked
 from sparse_hf.attention.scoring import Scoring
 from tests import oracle
 from tests.attention.test_exactness import check, tensors

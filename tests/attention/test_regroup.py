@@ -1,4 +1,4 @@
-"""Strides by regrouping: which patterns are, that each pair counts once, and the exactness of what comes out."""
+"""StrideForm by regrouping: which patterns are, that each pair counts once, and the exactness of what comes out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_hf import Pattern, build_plan, plan, sparse_attention
-from sparse_hf.attention import reference
-from sparse_hf.attention.regroup import Composition
+from sparse_hf import Pattern, build_plan, sparse_attention
+from sparse_hf.attention.backends import reference
+from sparse_hf.attention.composite.strided import Composition
 from sparse_hf.attention.scoring import Scoring
-from sparse_hf.plan import BlockPlan, ByHeads, Regrouped, Strides, cached_plan, read_strides, regrouped, strided_plan
+from sparse_hf.pattern.forms import StrideForm, read_stride
+from sparse_hf.plan import BlockPlan, ByHeads, Regrouped, cached_plan, lookup, regrouped, strided_plan
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.test_exactness import compare, tensors
@@ -44,16 +45,16 @@ LENGTHS = [1, 63, 96, 257, 500]
 
 
 def forget():
-    plan._plan_without_batch.cache_clear()
-    plan._RECENT.clear()
-    plan._STAMPED.clear()
+    lookup._plan_without_batch.cache_clear()
+    lookup._RECENT.clear()
+    lookup._STAMPED.clear()
 
 
 @pytest.fixture
 def always(monkeypatch):
     """Regroup whatever can be, however little that spares."""
     forget()
-    monkeypatch.setattr("sparse_hf.plan.regroup.GAIN", 0)
+    monkeypatch.setattr("sparse_hf.plan.strided.GAIN", 0)
     yield
     forget()
 
@@ -103,7 +104,7 @@ def test_all_of_these_are_regrouped(pattern, always):
     for text in (pattern, causal_form(pattern)):
         if "first(20)" in text:
             # global tokens that only see every sixth token are none
-            assert "is part of a stride" in read_strides(Pattern.parse(text), 500)
+            assert "is part of a stride" in read_stride(Pattern.parse(text), 500)
             continue
         found = cached_plan(text, 500, 500, 0, (None, None, None), "cpu", may_regroup=True)
         assert isinstance(found, ByHeads if "heads" in text or "per_head" in text else Regrouped), text
@@ -139,7 +140,7 @@ def test_any_pattern_is_regrouped_exactly_or_not_at_all(text, case, length):
     data = scenario(case, length, 2)
     batch = data["real"], data["documents"], data["marks"]
     pattern = Pattern.parse(text)
-    strides = read_strides(pattern, length)
+    strides = read_stride(pattern, length)
     if isinstance(strides, str):
         return
     names = ("key_padding_mask", "segment_ids", "marks")
@@ -164,14 +165,14 @@ def test_any_pattern_is_regrouped_exactly_or_not_at_all(text, case, length):
     ],
 )
 def test_what_is_not_regrouped_says_why(pattern, message):
-    found = read_strides(Pattern.parse(pattern), 100)
+    found = read_stride(Pattern.parse(pattern), 100)
     assert isinstance(found, str)
     assert message.replace("\\", "") in found, found
 
 
 def test_dilation_becomes_a_window():
-    found = read_strides(Pattern.parse("window(60, 30) & stride(7) | window(20, 6)"), 100)
-    assert isinstance(found, Strides)
+    found = read_stride(Pattern.parse("window(60, 30) & stride(7) | window(20, 6)"), 100)
+    assert isinstance(found, StrideForm)
     assert str(found.side_by_side) == "window(8, 4) & outside(window(2, 0))"
 
 
@@ -192,7 +193,7 @@ def test_what_spares_little_stays_as_blocks():
 def test_dropout_and_bias_stay_as_blocks(monkeypatch):
     # dropout is a hash of places, which must be those of the text
     q, k, v = tensors((4, 2, 32), 608, 608, torch.float32)
-    monkeypatch.setattr("sparse_hf.attention.regroup.Composition", None)
+    monkeypatch.setattr("sparse_hf.attention.composite.strided.Composition", None)
     sparse_attention(q, k, v, "stride(16)", dropout=0.5)
     sparse_attention(q, k, v, "stride(16)", relative_bias=torch.zeros(4, 1215))
     sparse_attention(q, k, v, build_plan("stride(16)", 608))
@@ -224,7 +225,7 @@ def test_backends_that_lean_on_autograd_run_again(always):
 
 
 def test_auto_says_so(caplog):
-    from sparse_hf.attention import _say
+    from sparse_hf.attention.api import _say
 
     _say.cache_clear()
     q, k, v = tensors((4, 2, 32), 1000, 1000, torch.float32)

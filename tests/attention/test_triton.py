@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention import chunk_kernels, hashed, triton
-from sparse_hf.attention.chunked import chunked_attention
-from sparse_hf.plan import lists
-from sparse_hf.plan.hashed import Chunking, plan_chunks
+from sparse_hf.attention.backends.triton import backend as triton
+from sparse_hf.attention.hashed import chunks_on_triton as chunk_kernels
+from sparse_hf.attention.hashed import hash_order as hashed
+from sparse_hf.attention.hashed.reformer import chunked_attention
+from sparse_hf.plan import tile_lists as lists
+from sparse_hf.plan.hash_order import Chunking, plan_chunks
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.test_exactness import DRAWN, cases, compare, tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 import sparse_hf
-from sparse_hf.models import reformer_attention
+from sparse_hf.models.reformer import attention as reformer_attention
 
 VOCABULARY = 97
 # what a head's name ends with -> the labels of its loss

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparse_hf
-from sparse_hf.models.remote import MODULE, auto_map
+from sparse_hf.models.hf.remote_code import MODULE, auto_map
 from tests.models.families import HEADS, TINY, dense_model, inputs, pattern_layers, sparse_class
 
 FAMILIES = ("bert", "llama", "bart")

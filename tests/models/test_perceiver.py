@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.models import seam
-from sparse_hf.models.cross_attention import attend_across, attend_across_with_weights
+from sparse_hf.models.hf import attention_interface as seam
+from sparse_hf.models.perceiver.cross_attention import attend_across, attend_across_with_weights
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.models.families import slow_but_for
@@ -63,7 +63,7 @@ def test_latents_attend_by_their_pattern(kind, pattern, monkeypatch):
         called.append(text)
         return oracle.attention(q, k, v, oracle.dense_mask(text, q.shape[2], k.shape[2]))[0]
 
-    monkeypatch.setattr("sparse_hf.models.perceiver.sparse_attention", defined)
+    monkeypatch.setattr("sparse_hf.models.perceiver.modeling.sparse_attention", defined)
     for name, wanted in answers(ours, batch).items():
         torch.testing.assert_close(found[name], wanted, msg=lambda m, name=name: f"{name}: {m}")
     # two blocks of the same two layers

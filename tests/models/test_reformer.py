@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.attention import triton
+from sparse_hf.attention.backends.triton import backend as triton
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import slow_but_for
 from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model

@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 
 import sparse_hf
 from sparse_hf import Pattern, PerHead, recipes
+from sparse_hf.analysis.reach import reach
+from sparse_hf.analysis.show import describe_stack
 from sparse_hf.cli import app
 from sparse_hf.models import parse_layers
-from sparse_hf.plan import build_plan, reach
-from sparse_hf.show import describe_stack
+from sparse_hf.plan import build_plan
 from tests import oracle
 from tests.models.families import additive, dense_model, inputs
 from tests.table import PATTERNS, causal_form

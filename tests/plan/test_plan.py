@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
-from sparse_hf.plan import block_plan, build, calls, joined_rows, lists, made_apart, remembered
+from sparse_hf.plan import block_plan, calls, joined_rows, made_apart, remembered
+from sparse_hf.plan import classify as build
+from sparse_hf.plan import tile_lists as lists
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.table import PATTERNS, SCENARIOS, causal_form, scenario

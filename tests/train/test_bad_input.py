@@ -19,8 +19,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import sparse_hf
 from examples import tiny
-from sparse_hf.models.limits import logger
-from sparse_hf.models.tensor_parallel import own_heads
+from sparse_hf.models.hf.input_checks import logger
+from sparse_hf.models.hf.tensor_parallel import own_heads
 from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
 from tests.models.longformers import stock_model

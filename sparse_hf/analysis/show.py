@@ -1,0 +1,276 @@
+"""Look at a pattern: as a picture, and in numbers beside dense attention.
+
+Legend: n length, B block size, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..pattern import EMPTY, FULL, PARTIAL, First, Pattern
+from ..pattern.base import Marks
+from ..pattern.forms import StrideForm, read_stride
+from ..plan import BlockPlan, build_plan
+from ..plan.strided import is_worth_regrouping
+from .reach import Reach, reach
+
+COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
+SHADES = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A pattern at one length, for one layer, in numbers. FLOPs count the pattern's own pairs; bytes are per layer."""
+
+    pattern: str
+    length: int
+    pairs: int
+    density: float
+    keys_per_query: tuple[int, float, int]  # least, mean, most
+    blocks: tuple[int, int, int]  # empty, partial, full
+    layers_to_reach: int | None
+    reach_note: str
+    flops_forward: int
+    flops_step: int
+    dense_flops_forward: int
+    table_bytes: int
+    score_bytes: int
+
+
+def describe(
+    pattern: Pattern | str, length: int, *, num_heads: int = 12, head_dim: int = 64, block_size: int = 128, marked=()
+) -> Description:
+    """Count what a pattern holds at a length.
+
+    Args:
+        pattern: a pattern or its text; of `per_head(...)`, numbers are means over heads; pairs that are chosen from queries
+            and keys count as many as there may be.
+        length: tokens n.
+        num_heads, head_dim, block_size: of the layer.
+        marked: positions that `marked()` speaks of.
+
+    Raises:
+        ValueError: a bad pattern, or a length below 1.
+    """
+    plan = _plan(pattern, length, block_size, marked)
+    chosen = _parsed(pattern).most_keys
+    counts = (plan.row_counts() + chosen).clamp(max=length)
+    pairs = int(counts.sum() // counts.shape[1])
+    full = int(plan.full.sum())
+    partial = len(plan.full) - full
+    found = None if chosen else reach([plan])
+    return Description(
+        pattern=str(_parsed(pattern)),
+        length=length,
+        pairs=pairs,
+        density=float(counts.double().mean()) / length,
+        keys_per_query=(int(counts.min()), float(counts.double().mean()), int(counts.max())),
+        blocks=(counts.shape[1] * plan.q_blocks * plan.kv_blocks - full - partial, partial, full),
+        layers_to_reach=None if found is None else found.layers,
+        reach_note="depends on queries and keys" if found is None else _reach_note(found),
+        flops_forward=4 * head_dim * num_heads * pairs,
+        flops_step=14 * head_dim * num_heads * pairs,
+        dense_flops_forward=4 * head_dim * num_heads * length * length,
+        table_bytes=sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full)),
+        score_bytes=4 * num_heads * length * length,
+    )
+
+
+def describe_stack(patterns: Sequence[Pattern | str], length: int, *, block_size: int = 128, marked=()) -> Reach:
+    """After how many layers every token has heard of every other, if layers have these patterns in turn, over and over.
+
+    The receptive field of a stack, for patterns that are meant to work together: the two halves of Sparse Transformer
+    (arXiv:1904.10509, section 4.2) reach every earlier token in two layers, and one of them alone does not.
+
+    Args:
+        patterns: a pattern or its text for each layer; where a model has more layers, they begin anew.
+        length: tokens n; exact up to 16,384, see `sparse_hf.plan.reach`.
+        block_size, marked: as in `describe`.
+
+    Raises:
+        ValueError: no pattern, a bad one, or a length below 1.
+    """
+    if not patterns:
+        raise ValueError("patterns is empty; give a pattern for each layer")
+    return reach([_plan(pattern, length, block_size, marked) for pattern in patterns])
+
+
+def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> Group:
+    """Picture and numbers of every pattern of a stack, as `render`, and what its layers reach together."""
+    parts = [render(pattern, length, **options) for pattern in patterns]
+    found = describe_stack(
+        patterns, length, block_size=options.get("block_size", 128), marked=options.get("marked", ())
+    )
+    names = ", then ".join(str(_parsed(pattern)) for pattern in patterns)
+    return Group(*parts, Text(f"layers with {names}, in turn: {_reach_note(found)}", style="bold"))
+
+
+def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -> Group:
+    """The picture, then the numbers, for a terminal; options as in `describe`."""
+    facts = describe(pattern, length, **options)
+    plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
+    parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
+    for p, one in enumerate(_drawn(pattern, plan)):
+        heads = [str(h) for h, own in enumerate(plan.heads) if own == p]
+        if heads:
+            parts.append(Text(f"heads {', '.join(heads)}: {one}"))
+        parts.append(_picture(one, length, min(width, length), options.get("marked", ())))
+        found = read_stride(one, length)
+        if isinstance(found, StrideForm) and is_worth_regrouping(found, length, has_batch=bool(options.get("marked"))):
+            parts.append(Text(f"computed with every {found.step}th token side by side, not in these blocks"))
+    parts.append(
+        Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
+    )
+    parts.append(_numbers(facts))
+    chosen = _parsed(pattern).most_keys
+    if chosen:
+        parts.append(Text(f"up to {chosen:,} keys per query are chosen from queries and keys; numbers count them all"))
+    if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
+        parts.append(Text("marked() comes from the batch, and nothing is marked here; give positions with --marked"))
+    return Group(*parts)
+
+
+def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_size: int = 128, marked=(), **_) -> Path:
+    """Draw the blocks of the pattern, empty, partial and full, to a PNG file.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        FileNotFoundError: the folder does not exist.
+    """
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+    plan = _plan(pattern, length, block_size, marked)
+    # a cell per block, as backends see them, until blocks would be too small to tell apart
+    cells = min(length, max(32, min(plan.q_blocks, 256)))
+    figure = Figure(figsize=(5.2 * len(plan.patterns) + 0.8, 6.2), layout="constrained")
+    axes = figure.subplots(1, len(plan.patterns), squeeze=False)[0]
+    for p, (axis, one) in enumerate(zip(axes, _drawn(pattern, plan), strict=True)):
+        states = _grid(one, length, cells, marked)
+        axis.imshow(
+            states.numpy(), cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
+            extent=(0, length, length, 0),
+        )  # fmt: skip
+        heads = ", ".join(str(h) for h, own in enumerate(plan.heads) if own == p)
+        axis.set_title(f"heads {heads}\n{one}" if heads else str(one), fontsize=11, wrap=True)
+        axis.set_xlabel("key position (tokens)")
+        axis.set_ylabel("query position (tokens)")
+    names = {EMPTY: "no pair", PARTIAL: "some pairs", FULL: "every pair"}
+    handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    side = -(-length // cells)
+    density = min(1.0, plan.density + _parsed(pattern).most_keys / length)
+    figure.suptitle(f"{length:,} tokens, {density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
+        figure.savefig(file, format="png", dpi=120)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def _reach_note(found: Reach) -> str:
+    whom = "every other token" if found.looks_ahead else "every earlier token"
+    unit = "" if found.unit == 1 else f" (in blocks of {found.unit} tokens)"
+    if found.is_beyond:
+        return f"more than 1,000, to {whom}{unit}"
+    return f"never reaches {whom}{unit}" if found.layers is None else f"{found.layers}, to {whom}{unit}"
+
+
+def _parsed(pattern: Pattern | str) -> Pattern:
+    return pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+
+
+def _drawn(pattern: Pattern | str, plan: BlockPlan) -> tuple[Pattern, ...]:
+    """What is drawn: pairs that are chosen from queries and keys may be anywhere."""
+    return (_parsed(pattern),) if _parsed(pattern).uses_content else plan.patterns
+
+
+def _plan(pattern: Pattern | str, length: int, block_size: int, marked) -> BlockPlan:
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be at least 1 token")
+    known = _parsed(pattern).without_content()
+    known = First(0) if known is None else known
+    return build_plan(known, length, marks=_marks(length, marked), block_size=block_size)
+
+
+def _marks(length: int, marked) -> torch.Tensor | None:
+    outside = [x for x in marked if not 0 <= x < length]
+    if outside:
+        raise ValueError(f"marked positions {outside} lie outside the {length} tokens")
+    if not marked:
+        return None
+    marks = torch.zeros(1, length, dtype=torch.bool)
+    marks[0, list(marked)] = True
+    return marks
+
+
+def _grid(pattern: Pattern, length: int, cells: int, marked) -> torch.Tensor:
+    """States of `cells` x `cells` rectangles that tile the plane, by the closed form."""
+    edges = torch.linspace(0, length, cells + 1).long()
+    first, last = edges[:-1], edges[1:] - 1
+    marks = _marks(length, marked)
+    states = ()
+    if marks is not None:
+        sums = torch.nn.functional.pad(marks[0].long().cumsum(0), (1, 0))
+        found = sums[last + 1] - sums[first]
+        state = ((found > 0).to(torch.int8) + (found == last - first + 1)).to(torch.int8)
+        states = tuple(torch.broadcast_tensors(state[:, None], state[None, :]))
+    corners = torch.broadcast_tensors(first[:, None], last[:, None], first[None, :], last[None, :])
+    return pattern.blocks(*corners, Marks(*states, length=length))
+
+
+def _picture(pattern: Pattern, length: int, cells: int, marked) -> Text:
+    # a character is about twice as high as wide: two columns for one row
+    rows = max(1, cells // 2)
+    wide = _grid(pattern, length, 2 * rows, marked).view(rows, 2, 2 * rows)
+    # two rows share a character: it is full if both are, empty if both are
+    same = wide[:, 0] == wide[:, 1]
+    states = torch.where(same, wide[:, 0], PARTIAL).tolist()
+    border = "+" + "-" * 2 * rows + "+"
+    lines = [border, *("|" + "".join(SHADES[s] for s in row) + "|" for row in states), border]
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _numbers(facts: Description) -> Table:
+    table = Table(show_header=True)
+    for column in ("", "sparse", "dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    least, mean, most = facts.keys_per_query
+    n = facts.length
+    table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{n * n:,}")
+    table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
+    table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
+    table.add_row("layers until every token reaches every other", facts.reach_note, "1")
+    table.add_row(
+        "FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
+    )
+    table.add_row(
+        "FLOPs per layer, forward and backward",
+        f"{facts.flops_step / 1e9:,.2f} G",
+        f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
+    )
+    table.add_row("memory per layer: block table, or scores", _size(facts.table_bytes), _size(facts.score_bytes))
+    return table
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError

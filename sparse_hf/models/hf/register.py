@@ -1,0 +1,234 @@
+"""The table of families, and how one enters it and the Auto classes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from ...registry import ENTRIES, LazyTable
+from .config import SparseConfigMixin
+from .model_mixin import COUNTERPARTS, SparseGenerationMixin, SparseMixin
+
+# heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
+UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a family knows where a token stands, and what conversion does when it gets longer.
+
+    `scheme` is "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
+    `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
+    position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's limit counts
+    them (RoBERTa does, OPT and BART do not). `limit` is that limit's name. `skips_padding`: padding takes no positions.
+    `told`: the model tells by itself what it cannot take.
+    """
+
+    scheme: str
+    tables: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    offset: int = 0
+    counted: bool = False
+    limit: str = "max_position_embeddings"
+    skips_padding: bool = False
+    told: bool = False
+
+    @property
+    def has_table(self) -> bool:
+        """Is there a row for each position, so that no more tokens can be taken?"""
+        return self.scheme in ("learned", "sinusoidal")
+
+    def length_of(self, config) -> int | None:
+        """Tokens that a model takes; None where nothing limits them."""
+        limit = getattr(config, self.limit, None)
+        return limit - self.offset if limit is not None and self.counted else limit
+
+    def reach_of(self, config) -> int | None:
+        """Tokens that a model is made for; rotary ones go on beyond. Their limit is what angles are scaled to, if that is more."""
+        most = None if self.scheme == "relative" else self.length_of(config)
+        if most is None or self.scheme != "rotary":
+            return most
+        scaling = config.rope_parameters or {}
+        scaling = scaling.get("full_attention", scaling)
+        # some configurations keep the limit of what was trained first, and name the factor beside
+        first, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))
+        return max(most, int(first * factor)) if first and factor else most
+
+    @property
+    def conversion(self) -> str:
+        """What conversion to a greater length does, for people."""
+        return {
+            "learned": "table grown by tiled copy or interpolation",
+            "sinusoidal": "table computed again",
+            "rotary": "limit raised; scaled with --rope",
+            "relative": "kept as it is",
+        }[self.scheme]
+
+
+ROTARY = Positions("rotary")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A dense family of Transformers and its sparse counterpart."""
+
+    dense_type: str
+    config_class: type[PreTrainedConfig]
+    classes: tuple[type, ...]
+    positions: Positions
+
+    @property
+    def sparse_type(self) -> str:
+        return self.config_class.model_type
+
+    @property
+    def implies_pattern(self) -> bool:
+        """Is the family of Transformers sparse by itself, so that no pattern need be given?"""
+        return self.config_class.implies_pattern
+
+    @property
+    def dense_config_class(self) -> type[PreTrainedConfig]:
+        return self.config_class.__bases__[1]
+
+    @property
+    def architectures(self) -> dict[str, str]:
+        """Dense class name -> sparse class name."""
+        return {dense_class(c).__name__: c.__name__ for c in self.classes}
+
+
+# dense model type -> family, which is derived when it is first looked at
+FAMILIES = LazyTable({entry.dense_type: entry.module_name for entry in ENTRIES})
+
+
+def dense_class(sparse_class: type) -> type:
+    """The class of Transformers that a sparse class derives from: the base after the mixin."""
+    return sparse_class.__bases__[1]
+
+
+def register_family(
+    config_class: type, positions: Positions, parts: dict[type, type] | None = None, heads: Iterable[type] = ()
+) -> Family:
+    """Make the sparse class of every head of a family and register it with the Auto classes that find the dense one.
+
+    The classes appear in the module of `config_class`, named as in Transformers with `Sparse` in front; a class that the
+    module defines itself under such a name is taken as it is.
+
+    Args:
+        config_class: `class SparseXConfig(SparseConfigMixin, XConfig)`.
+        positions: the scheme of its positions.
+        parts: modules inside the model that need a counterpart of their own, dense class -> sparse class.
+        heads: dense classes that no Auto class knows.
+    """
+    config_class.positions = positions
+    dense_config = config_class.__bases__[1]
+    module = sys.modules[config_class.__module__]
+    AutoConfig.register(config_class.model_type, config_class)
+    classes, found = [], {**_heads(dense_config), **{dense: [] for dense in heads}}
+    for dense in found:
+        sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
+        setattr(module, sparse.__name__, sparse)
+        classes.append(sparse)
+        COUNTERPARTS[dense] = sparse
+    for auto_class in dict.fromkeys(auto for autos in found.values() for auto in autos):
+        known = tuple(COUNTERPARTS[dense] for dense, autos in found.items() if auto_class in autos)
+        auto_class.register(config_class, known[0])
+        if len(known) > 1:
+            # as in Transformers' own table, where the configuration's `architectures` tell which
+            auto_class._model_mapping.register(config_class, known, exist_ok=True)
+    COUNTERPARTS.update(parts or {})
+    for sparse in (*classes, *(parts or {}).values()):
+        # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes
+        # the same key in every version
+        if issubclass(sparse, PreTrainedModel):
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
+    _rename_alike(dense_config.model_type, config_class.model_type, classes)
+    family = Family(dense_config.model_type, config_class, tuple(classes), positions)
+    FAMILIES[family.dense_type] = family
+    module.__all__ = [config_class.__name__, *(c.__name__ for c in classes)]
+    return family
+
+
+def _rename_alike(dense_type: str, sparse_type: str, classes: list[type]) -> None:
+    """Have the tensors of a sparse family's checkpoints renamed and merged as those of the dense family are."""
+    for dense, sparse in ((dense_type, sparse_type), *((dense_class(c).__name__, c.__name__) for c in classes)):
+        mapping = get_checkpoint_conversion_mapping(dense)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(sparse, mapping)
+
+
+@lru_cache(maxsize=1)
+def _auto_classes() -> list[type]:
+    found = (v for v in vars(modeling_auto).values() if isinstance(v, type) and issubclass(v, _BaseAutoModelClass))
+    return [auto for auto in found if getattr(auto, "_model_mapping", None) is not None]
+
+
+def _heads(dense_config: type) -> dict[type, list[type]]:
+    """Every model class that an Auto class knows for a dense configuration -> those Auto classes."""
+    module = importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
+    found: dict[type, list[type]] = {}
+    for auto in _auto_classes():
+        names = auto._model_mapping._model_mapping.get(dense_config.model_type, ())
+        for name in (names,) if isinstance(names, str) else names:
+            # a family of another module may borrow the configuration
+            if hasattr(module, name):
+                found.setdefault(getattr(module, name), []).append(auto)
+    return found
+
+
+def _derive(dense: type, config_class: type) -> type:
+    mixin = SparseGenerationMixin if issubclass(dense, GenerationMixin) else SparseMixin
+    content = {
+        "__module__": config_class.__module__,
+        "__doc__": f"[`{dense.__name__}`] with sparse attention by its configuration's patterns.",
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+    }
+    if dense.__name__.endswith(UNCOUNTED):
+        content["accepts_loss_kwargs"] = False
+    return type(f"Sparse{dense.__name__}", (mixin, dense), content)
+
+
+def find_family(model_type: str) -> Family | None:
+    """The family of a dense or sparse model type; None if it has no sparse counterpart."""
+    if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], SparseConfigMixin):
+        model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
+    return FAMILIES.get(model_type)
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a dense or sparse model type.
+
+    Raises:
+        ValueError: a type that has no sparse counterpart; the message says why and lists those that have.
+    """
+    family = find_family(model_type)
+    if family is None:
+        supported = f"supported are {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"model type {model_type!r} has no sparse counterpart: {_reason(model_type)}; {supported}")
+    return family
+
+
+def _reason(model_type: str) -> str:
+    """Why a model type is not in the table, read off Transformers' own source."""
+    if model_type not in CONFIG_MAPPING:
+        return "Transformers does not know it either"
+    config = CONFIG_MAPPING[model_type].__module__
+    spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
+    if spec is None or spec.origin is None:
+        return "it has no attention of its own"
+    if "ALL_ATTENTION_FUNCTIONS.get_interface(" in Path(spec.origin).read_text(encoding="utf-8"):
+        return (
+            "it is on Transformers' attention interface, but nobody has added and tested it yet (see CONTRIBUTING.md)"
+        )
+    return "it computes attention by itself, not through Transformers' attention interface, so no pattern can reach it"

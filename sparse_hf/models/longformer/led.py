@@ -1,0 +1,106 @@
+"""sparse_led: LED, the encoder-decoder of Longformer (arXiv:2004.05150, section 7), with the weights of Transformers' LED.
+
+The encoder is Longformer's, see there. Self-attention of the decoder sees its past, or what a pattern for the decoder
+holds of it; cross-attention stays dense, which is linear in the source.
+"""
+
+import torch
+from transformers import LEDConfig
+from transformers.models.bart.modeling_bart import BartAttention
+from transformers.models.led.modeling_led import (
+    LEDDecoder,
+    LEDDecoderAttention,
+    LEDEncoder,
+    LEDEncoderBaseModelOutput,
+    LEDEncoderSelfAttention,
+)
+
+from ..hf.encoder_decoder import SparseEncoderDecoderConfigMixin
+from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
+from ..hf.register import Positions, register_family
+from .global_rows import GlobalRowsMixin, read_tokens, run_layers, window_pattern, wished
+
+
+class SparseLEDConfig(SparseEncoderDecoderConfigMixin, LEDConfig):
+    model_type = "sparse_led"
+    implies_pattern = True
+
+    def implied_pattern(self, stack: str, layer: int) -> str:
+        if stack == "decoder":
+            return super().implied_pattern(stack, layer)
+        return window_pattern(self.attention_window, layer)
+
+
+class SparseLEDEncoderSelfAttention(GlobalRowsMixin, LEDEncoderSelfAttention):
+    """Its windows and global tokens as plans."""
+
+    stack = "encoder"
+
+
+class SparseLEDEncoder(SparseEncoderMixin, LEDEncoder):
+    config: SparseLEDConfig
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        global_attention_mask=None,
+        inputs_embeds=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """As [`LEDEncoder.forward`], without padding to the window."""
+        with_weights, with_states, as_dict = wished(
+            self.config,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        states = self.layernorm_embedding(states + self.embed_positions(states.shape[:-1]))
+        states = torch.nn.functional.dropout(states, p=self.dropout, training=self.training)
+        tokens = read_tokens(attention_mask, global_attention_mask)
+        layerdrop = self.layerdrop if self.training else 0.0
+        last, states, weights = run_layers(self.layers, states, tokens, with_weights, with_states, layerdrop)
+        if not as_dict:
+            return tuple(part for part in (last, states, weights) if part is not None)
+        return LEDEncoderBaseModelOutput(last_hidden_state=last, hidden_states=states, attentions=weights)
+
+
+class SparseLEDDecoderAttention(LEDDecoderAttention):
+    """The same projections, computed as BART's, which is on Transformers' attention interface."""
+
+    def forward(self, hidden_states, key_value_states=None, output_attentions=False, **kwargs):
+        # the cache goes by the name that this version of Transformers gives it
+        out, weights = BartAttention.forward(self, hidden_states, key_value_states, **kwargs)
+        return out, weights, None
+
+
+class SparseLEDDecoder(SparseMixin, LEDDecoder):
+    config: SparseLEDConfig
+
+    def number_layers(self) -> None:
+        """Tell the attention modules what BART's know from the start."""
+        for layer in self.layers:
+            for attention in (layer.self_attn, layer.encoder_attn):
+                attention.config = self.config
+                attention.is_causal = attention is layer.self_attn
+
+
+# the decoder keeps its length
+POSITIONS = Positions("learned", ("encoder.embed_positions.weight",), limit="max_encoder_position_embeddings")
+
+register_family(
+    SparseLEDConfig,
+    POSITIONS,
+    parts={
+        LEDEncoderSelfAttention: SparseLEDEncoderSelfAttention,
+        LEDDecoderAttention: SparseLEDDecoderAttention,
+        LEDEncoder: SparseLEDEncoder,
+        LEDDecoder: SparseLEDDecoder,
+    },
+)

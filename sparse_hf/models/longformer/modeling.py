@@ -1,0 +1,155 @@
+"""sparse_longformer: Longformer (arXiv:2004.05150) by patterns, with the weights of Transformers' Longformer.
+
+Without `sparse_attention` a layer's pattern is the one of its `attention_window`. With it, windows may also be causal, or
+dilated head by head, as in the paper: `per_head(window(64, 64) | marked(), window(128, 128) & stride(2) | marked(), ...)`.
+Texts need no padding to the window. Attention weights come as whole squares and under "sparse_reference" only, not in the
+compact form of Transformers. Positions tell no packed documents apart: the family has one text to a row.
+"""
+
+import torch
+from torch import Tensor
+from transformers import (
+    LongformerConfig,
+    LongformerForMaskedLM,
+    LongformerForMultipleChoice,
+    LongformerForQuestionAnswering,
+    LongformerForSequenceClassification,
+    LongformerModel,
+)
+from transformers import initialization as init
+from transformers.models.longformer.modeling_longformer import (
+    LongformerBaseModelOutputWithPooling,
+    LongformerLMHead,
+    LongformerSelfAttention,
+)
+
+from ..hf.config import SparseConfigMixin
+from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
+from ..hf.register import Positions, register_family
+from .global_rows import GlobalRowsMixin, read_tokens, run_layers, window_pattern, wished
+
+
+class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
+    model_type = "sparse_longformer"
+    implies_pattern = heads_mark = True
+
+    def implied_pattern(self, stack: str, layer: int) -> str:
+        return window_pattern(self.attention_window, layer)
+
+
+class SparseLongformerSelfAttention(GlobalRowsMixin, LongformerSelfAttention):
+    """Its windows and global tokens as plans."""
+
+
+class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
+    """[`LongformerModel`] with attention by its configuration's patterns."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> tuple | LongformerBaseModelOutputWithPooling:
+        """As [`LongformerModel.forward`], without padding to the window."""
+        with_weights, with_states, as_dict = wished(
+            self.config,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if input_ids is not None and not torch.compiler.is_compiling():
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        states = self.embeddings(
+            input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
+        )
+        tokens = read_tokens(attention_mask, global_attention_mask)
+        last, states, weights = run_layers(self.encoder.layer, states, tokens, with_weights, with_states)
+        pooled = None if self.pooler is None else self.pooler(last)
+        if not as_dict:
+            return last, pooled, *(part for part in (states, weights) if part is not None)
+        return LongformerBaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=weights
+        )
+
+
+class SparseLongformerForMaskedLM(SparseMixin, LongformerForMaskedLM):
+    """[`LongformerForMaskedLM`] with attention by patterns; a checkpoint without its head gets one whose bias is 0."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # which Transformers leaves as the memory happens to be
+        if isinstance(module, LongformerLMHead):
+            init.zeros_(module.bias)
+
+
+class SparseLongformerForSequenceClassification(SparseMixin, LongformerForSequenceClassification):
+    """[`LongformerForSequenceClassification`] with attention by patterns; by default the first token is global."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+
+    def default_marks(self, input_ids: Tensor) -> Tensor:
+        return (torch.arange(input_ids.shape[1], device=input_ids.device) == 0).expand_as(input_ids)
+
+
+class SparseLongformerForQuestionAnswering(SparseMixin, LongformerForQuestionAnswering):
+    """[`LongformerForQuestionAnswering`] with attention by patterns; by default the question is global."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+    accepts_loss_kwargs = False
+
+    def default_marks(self, input_ids: Tensor) -> Tensor:
+        places, separator = _first_separator(input_ids, self.config.sep_token_id)
+        return places < separator
+
+
+class SparseLongformerForMultipleChoice(SparseMixin, LongformerForMultipleChoice):
+    """[`LongformerForMultipleChoice`] with attention by patterns; by default what follows the two separators is global."""
+
+    config: SparseLongformerConfig
+    config_class = SparseLongformerConfig
+
+    def default_marks(self, input_ids: Tensor) -> Tensor:
+        places, separator = _first_separator(input_ids, self.config.sep_token_id)
+        return places > separator + 1
+
+
+def _first_separator(input_ids: Tensor, sep_token_id: int) -> tuple[Tensor, Tensor]:
+    """The index of each token, `[..., N]`, and of the first separator in each row, `[..., 1]`."""
+    is_separator = input_ids == sep_token_id
+    if not torch.compiler.is_compiling() and not is_separator.any(-1).all():
+        raise ValueError(
+            f"a row of input_ids has no separator (sep_token_id {sep_token_id}), which would tell its question from its text; "
+            "pass global_attention_mask"
+        )
+    places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+    return places, is_separator.int().argmax(-1, keepdim=True)
+
+
+# positions begin behind the padding id, and `max_position_embeddings` counts all rows (4,098 for 4,096 tokens)
+POSITIONS = Positions(
+    "learned",
+    ("embeddings.position_embeddings.weight",),
+    ("embeddings.position_ids",),
+    offset=2,
+    counted=True,
+    skips_padding=True,
+)
+
+register_family(SparseLongformerConfig, POSITIONS, parts={LongformerSelfAttention: SparseLongformerSelfAttention})

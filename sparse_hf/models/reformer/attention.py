@@ -1,0 +1,268 @@
+"""The modules inside a Reformer that compute by patterns: local and hashed attention, axial positions.
+
+Legend: B batch, N tokens, H heads, D head dim, E hidden size, R rounds of hashing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+from transformers.models.reformer.modeling_reformer import (
+    AxialPositionEmbeddings,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    ReformerDynamicCache,
+)
+
+from ...attention import sparse_attention
+from ...attention.hashed.reformer import chunked_attention, chunked_weights
+from ...pattern import LSHChunks, MarkedKeys, Pattern, Ring
+from ...plan import build_plan
+from ...plan.hash_order import Chunking, hash_vectors
+from ..hf.attention_interface import attention_with_weights
+from ..hf.config import IMPLEMENTATIONS
+
+# a vector is divided by its length, which may be 0; as in Transformers
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the layers are told of a batch, once per forward pass."""
+
+    real: Tensor | None  # [B, N] bool, cached tokens included
+    multiple: int  # Transformers pads longer texts than `least` to a multiple of this
+    least: int
+    rounds: int | None = None  # of hashing, if the caller wants others than the configuration
+    with_weights: bool = False
+
+    def chunking(self, size: int, left: int, right: int) -> Chunking:
+        return Chunking(size, left, right, self.multiple, self.least)
+
+
+class SparseReformerCache(ReformerDynamicCache):
+    """Keys and values `[B, H, N, 2 D]` of the local layers before the first hashed one, whose inputs `[B, N, 2 E]` follow.
+
+    Hashed layers sort the whole text, so that a new token may change what earlier ones see: from the first of them on,
+    all tokens are computed again, and the answers are those without a cache.
+    """
+
+    def extended(self, layer: int, states: Tensor, dim: int) -> Tensor:
+        """Add the states of new tokens to those of a layer, and return them all."""
+        if len(self.states_cache) <= layer:
+            self.states_cache.append(states)
+        else:
+            self.states_cache[layer] = torch.cat([self.states_cache[layer], states], dim=dim)
+        return self.states_cache[layer]
+
+    def get_start_idx(self) -> int:
+        return self.states_cache[0].shape[-2] if self.states_cache else 0
+
+    def update(self, *_, **__):
+        raise NotImplementedError("a SparseReformerCache is filled by its model; call extended(layer, states, dim)")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.states_cache = [states.index_select(0, beam_idx.to(states.device)) for states in self.states_cache]
+
+
+class SparseLSHSelfAttention(LSHSelfAttention):
+    """Hashed attention with shared queries and keys, by `lsh_chunks(...)`."""
+
+    def forward(
+        self, hidden_states: Tensor, text: Text, rotations: Tensor | None = None, buckets: Tensor | None = None, **_
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`[B, N, E]` to `[B, N, H * D]`, the weights `[B, H, N, N]` if asked for, and the buckets `[B, H, R, N]`.
+
+        Args:
+            rotations: as drawn by `draw_rotations`; None draws them here.
+            buckets: those of an earlier pass over the same states, which are not hashed again.
+        """
+        size, left, right, _, number, _ = chunks_of(self.config.layer_pattern(self.layer_idx))
+        chunking = text.chunking(size, left, right)
+        query, value = (_heads(project(hidden_states), self) for project in (self.query_key, self.value))
+        if chunking.tiles(query.shape[2]) > 1 and buckets is None:
+            rotations = self.draw_rotations(hidden_states, text) if rotations is None else rotations
+            number = self._number(chunking, number, query.shape[2])
+            buckets = hash_vectors(query, rotations, number).int()
+        # heads after tokens, as they stand in memory: the kernel reads numbers side by side
+        by_token = query.transpose(1, 2)
+        key = torch.nn.functional.rms_norm(by_token, by_token.shape[-1:], eps=EPSILON).transpose(1, 2)
+        how = {
+            "buckets": buckets, "real": text.real, "is_causal": self.is_decoder, "sees_itself": False,
+            "scale": self.attention_head_size**-0.5,
+        }  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        backend = IMPLEMENTATIONS[self.config._attn_implementation]
+        out, lse = chunked_attention(query, key, value, chunking, **how, dropout=dropout, backend=backend)
+        alone = lse == -torch.inf
+        if text.real is not None:
+            alone = alone & text.real[:, None]
+        # a token that sees nothing else sees itself
+        out = torch.where(alone[..., None], value, out)
+        weights = None
+        if text.with_weights:
+            weights = chunked_weights(query, key, chunking, **how) + torch.diag_embed(alone.to(query.dtype))
+        return out.transpose(1, 2).flatten(2), weights, buckets
+
+    def draw_rotations(self, states: Tensor, text: Text) -> Tensor | None:
+        """The random directions `[H, D, R, S / 2]` of a pass, those that Transformers draws; None for one chunk.
+
+        With a seed they come from a generator of their own: torch's is left alone.
+        """
+        size, left, right, rounds, number, seed = chunks_of(self.config.layer_pattern(self.layer_idx))
+        chunking = text.chunking(size, left, right)
+        if chunking.tiles(states.shape[1]) == 1:
+            return None
+        number = self._number(chunking, number, states.shape[1])
+        rounds = rounds if text.rounds is None else text.rounds
+        width = number if isinstance(number, int) else sum(number)
+        shape = [self.num_attention_heads, self.attention_head_size, rounds, width // 2]
+        like = self.query_key.weight
+        if seed is None:
+            return torch.randn(shape, dtype=like.dtype, device=states.device)
+        return seeded_rotations(like, shape, seed)
+
+    def _number(self, chunking: Chunking, given: int | tuple | None, length: int) -> int | tuple[int, int]:
+        """The number of buckets; where none is given that of Transformers: two per chunk, rounded to a power of two."""
+        if given is not None:
+            return given
+        power = (2 * chunking.tiles(length)).bit_length() - 1
+        limit = 2 * max(int((self.config.max_position_embeddings // chunking.size) ** 0.5), chunking.size)
+        return 2**power if 2**power <= limit else (2 ** (power // 2), 2 ** (power - power // 2))
+
+
+@torch.library.custom_op(
+    "sparse_hf::seeded_rotations",
+    mutates_args=(),
+    schema="(Tensor like, SymInt[] shape, int seed) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def seeded_rotations(like, shape, seed):
+    """Normal numbers of a generator with this seed, in dtype and on the device of `like`. No graph can make one, of CUDA neither."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+@seeded_rotations.register_fake
+def _(like, shape, seed):
+    return like.new_empty(shape)
+
+
+class SparseLocalSelfAttention(LocalSelfAttention):
+    """Attention to neighbouring chunks, or by any other pattern of positions. `config` is set by the model around it."""
+
+    def forward(
+        self, hidden_states: Tensor, text: Text, cache: SparseReformerCache | None = None, **_
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """`[B, N, E]` of the new tokens to `[B, N, H * D]`, and the weights `[B, H, N, K]` if asked for."""
+        q, k, v = (_heads(project(hidden_states), self) for project in (self.query, self.key, self.value))
+        if cache is not None:
+            k, v = cache.extended(self.layer_idx, torch.cat([k, v], dim=-1), dim=2).chunk(2, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        backend = IMPLEMENTATIONS[self.config._attn_implementation]
+        chunking = self._special(text, k.shape[2])
+        if chunking is not None and q.shape == k.shape:
+            how = {"real": text.real, "is_causal": self.is_decoder, "scale": self.attention_head_size**-0.5}
+            backend = backend if backend == "reference" else "auto"
+            out, _ = chunked_attention(q, k, v, chunking, **how, dropout=dropout, backend=backend)
+            weights = (
+                chunked_weights(q, k, chunking, buckets=None, sees_itself=True, **how) if text.with_weights else None
+            )
+            return out.transpose(1, 2).flatten(2), weights, None
+        pattern, batch = self._pattern(text)
+        batch["q_offset"] = k.shape[2] - q.shape[2]
+        if text.with_weights:
+            plan = build_plan(pattern, q.shape[2], k.shape[2], device=q.device, **batch)
+            out, weights = attention_with_weights(q, k, v, plan, dropout)
+            return out.transpose(1, 2).flatten(2), weights, None
+        out = sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend)
+        return out.transpose(1, 2).flatten(2), None, None
+
+    def _special(self, text: Text, length: int) -> Chunking | None:
+        """How chunks stand where Transformers' ring is no set of pairs: so short that it meets chunks twice, or padded.
+
+        The ring closes behind the padding to a common multiple of all layers' chunks.
+        """
+        ring = ring_of(self.config.layer_pattern(self.layer_idx))
+        if ring is None:
+            return None
+        size, left, right = ring
+        chunking = text.chunking(size, left, right)
+        tiles, own = chunking.tiles(length), -(-length // size)
+        is_special = left + right >= tiles > 1 or (not self.is_decoder and own != tiles)
+        return chunking if is_special else None
+
+    def _pattern(self, text: Text) -> tuple[str, dict]:
+        """The pattern, and what of the batch it is told."""
+        pattern = self.config.layer_pattern(self.layer_idx, self.is_decoder)
+        if text.real is None or self.is_decoder or ring_of(pattern) is None:
+            return pattern, {"key_padding_mask": text.real}
+        # Transformers' ring closes where the batch ends: what is padded on the right is part of it, and seen by nobody
+        begun = text.real.int().cumsum(1) > 0
+        return seen_part(pattern), {"key_padding_mask": begun, "marks": text.real}
+
+
+def _heads(states: Tensor, module) -> Tensor:
+    """`[B, N, H * D]` as `[B, H, N, D]`."""
+    return states.unflatten(-1, (module.num_attention_heads, module.attention_head_size)).transpose(1, 2)
+
+
+# a graph takes the answers as constants instead of tracing the parser
+@torch.compiler.assume_constant_result
+def chunks_of(text: str) -> tuple:
+    """The values of `lsh_chunks(...)`."""
+    pattern = _parsed(text)
+    return pattern.size, pattern.left, pattern.right, pattern.rounds, pattern.buckets, pattern.seed
+
+
+@torch.compiler.assume_constant_result
+def ring_of(text: str) -> tuple[int, int, int] | None:
+    """The values of `ring(...)`, or None if the pattern is another."""
+    pattern = _parsed(text)
+    return (pattern.size, pattern.left, pattern.right) if isinstance(pattern, Ring) else None
+
+
+@torch.compiler.assume_constant_result
+def seen_part(text: str) -> str:
+    """Of a pattern's pairs those whose key is marked."""
+    return str(_parsed(text) & MarkedKeys())
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Pattern:
+    return Pattern.parse(text)
+
+
+def is_hashed(pattern: Pattern) -> bool:
+    return isinstance(pattern, LSHChunks)
+
+
+class SparseAxialPositionEmbeddings(AxialPositionEmbeddings):
+    """Axial positions of texts of any length that the table has room for, in training too."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """`[B, N]` to `[B, N, E]`."""
+        room = prod(self.axial_pos_shape)
+        if not torch.compiler.is_compiling() and position_ids.numel() and int(position_ids.max()) >= room:
+            raise ValueError(
+                f"axial_pos_shape {tuple(self.axial_pos_shape)} has room for {room} positions; the text has position "
+                f"{int(position_ids.max())}"
+            )
+        parts, after = [], room
+        for axis, (weight, size) in enumerate(zip(self.weights, self.axial_pos_shape, strict=True)):
+            after //= size
+            places = position_ids // after % size
+            parts.append(torch.nn.functional.embedding(places, weight.flatten(0, -2)))
+            if axis == min(1, len(self.axial_pos_shape) - 1):
+                column = places
+        positions = torch.cat(parts, dim=-1)
+        if self.training and self.dropout > 0:
+            # Transformers drops all positions that agree in the second axis, text by text
+            size = self.axial_pos_shape[min(1, len(self.axial_pos_shape) - 1)]
+            kept = torch.nn.functional.dropout(positions.new_ones(position_ids.shape[0], size), self.dropout)
+            positions = positions * kept.gather(1, column)[..., None]
+        return positions
