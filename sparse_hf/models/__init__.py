@@ -7,11 +7,12 @@ from importlib import import_module
 
 from ..registry import ENTRIES, MODELS, entry_of_class
 from .bigbird.block_sparse import transformers_random_blocks
-from .hf import attention_interface as seam  # registers our attention with Transformers
+from .hf import attention_interface  # registers our attention with Transformers
 from .hf.config import SparseConfigMixin
 from .hf.layer_spec import parse_layers
 from .hf.model_mixin import SparseMixin
-from .hf.register import FAMILIES, Family, Positions, dense_class, family_of, register_family
+from .hf.positions import Positions
+from .hf.register import FAMILIES, Family, dense_class, family_of, register_family
 from .hf.streaming_cache import StreamingCache
 from .sparsify import sparsify
 

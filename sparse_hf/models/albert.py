@@ -3,7 +3,8 @@
 from transformers import AlbertConfig
 
 from .hf.config import SparseConfigMixin
-from .hf.register import Positions, register_family
+from .hf.positions import Positions
+from .hf.register import register_family
 
 
 class SparseAlbertConfig(SparseConfigMixin, AlbertConfig):

@@ -4,7 +4,8 @@ from transformers import DistilBertConfig
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
 from .hf.config import SparseConfigMixin
-from .hf.register import Positions, register_family
+from .hf.positions import Positions
+from .hf.register import register_family
 
 
 class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):

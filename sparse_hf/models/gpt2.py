@@ -3,7 +3,8 @@
 from transformers import GPT2Config
 
 from .hf.config import SparseConfigMixin
-from .hf.register import Positions, register_family
+from .hf.positions import Positions
+from .hf.register import register_family
 
 
 class SparseGPT2Config(SparseConfigMixin, GPT2Config):

@@ -5,7 +5,8 @@ from transformers.models.mbart.modeling_mbart import MBartEncoder
 
 from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from .hf.model_mixin import SparseEncoderMixin
-from .hf.register import Positions, register_family
+from .hf.positions import Positions
+from .hf.register import register_family
 
 
 class SparseMBartConfig(SparseEncoderDecoderConfigMixin, MBartConfig):

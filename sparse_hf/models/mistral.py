@@ -3,7 +3,8 @@
 from transformers import MistralConfig
 
 from .hf.config import SparseConfigMixin
-from .hf.register import ROTARY, register_family
+from .hf.positions import ROTARY
+from .hf.register import register_family
 
 
 class SparseMistralConfig(SparseConfigMixin, MistralConfig):

@@ -4,7 +4,8 @@ from transformers import ModernBertConfig
 
 from ..pattern import Window
 from .hf.config import SparseConfigMixin
-from .hf.register import ROTARY, register_family
+from .hf.positions import ROTARY
+from .hf.register import register_family
 
 
 class SparseModernBertConfig(SparseConfigMixin, ModernBertConfig):

@@ -3,7 +3,8 @@
 from transformers import Qwen2Config
 
 from .hf.config import SparseConfigMixin
-from .hf.register import ROTARY, register_family
+from .hf.positions import ROTARY
+from .hf.register import register_family
 
 
 class SparseQwen2Config(SparseConfigMixin, Qwen2Config):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from .hf.model_mixin import COUNTERPARTS, adopt
+from .hf.counterparts import COUNTERPARTS, adopt
 from .hf.register import dense_class, family_of
 
 

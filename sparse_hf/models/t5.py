@@ -10,7 +10,8 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
 from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from .hf.model_mixin import SparseEncoderMixin
-from .hf.register import Positions, register_family
+from .hf.positions import Positions
+from .hf.register import register_family
 
 
 class SparseT5Config(SparseEncoderDecoderConfigMixin, T5Config):

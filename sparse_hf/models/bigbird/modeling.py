@@ -9,7 +9,8 @@ from transformers import BigBirdConfig, BigBirdModel
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdSelfAttention
 
 from ..hf.model_mixin import SparseMixin
-from ..hf.register import Positions, register_family
+from ..hf.positions import Positions
+from ..hf.register import register_family
 from .block_sparse import PATH, BlockSparseAttentionMixin, BlockSparseConfigMixin, implied_text, refuse_attention_type
 
 

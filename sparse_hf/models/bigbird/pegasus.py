@@ -14,7 +14,8 @@ from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import (
 
 from ..hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin
-from ..hf.register import Positions, register_family
+from ..hf.positions import Positions
+from ..hf.register import register_family
 from .block_sparse import (
     FULL,
     PATH,

@@ -19,6 +19,8 @@ from transformers.utils import logging
 
 from ...pattern import First, Marked, Pattern, Window, causal, full
 from .layer_spec import as_pattern, describe_layers, named_layers
+from .positions import Positions
+from .remote_code import RemoteCode
 
 logger = logging.get_logger(__name__)
 
@@ -85,8 +87,9 @@ class SparseConfigMixin:
     implies_pattern: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
-    # how the family knows where a token stands (`families.Positions`), written by `register_family`
-    positions: ClassVar[Any] = None
+    # how the family knows where a token stands, and its classes by name: both written by `register_family`
+    positions: ClassVar[Positions | None] = None
+    remote_code: ClassVar[RemoteCode | None] = None
     # what is said to who gives marks to a model that does not ask for them
     why_no_marks: ClassVar[str] = "no pattern of this model has marked(); add `| marked()`"
 
@@ -119,12 +122,10 @@ class SparseConfigMixin:
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """As Transformers', with `auto_map` and the file that it speaks of, for `trust_remote_code=True`."""
-        # imported here, because the table of families stands on this module
-        from .remote_code import auto_map, write_remote
-
-        self.auto_map = auto_map(self)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_remote(save_directory, self)
+        if self.remote_code is not None:
+            self.auto_map = self.remote_code.auto_map(self.architectures)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.remote_code.write(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

@@ -38,7 +38,7 @@ class Limits:
     def of(cls, model) -> Limits:
         # a stack inside a model does not hear of it in its configuration if embeddings are resized
         scheme = model.config.positions
-        embeddings = None if scheme is None or scheme.told else model.get_input_embeddings()
+        embeddings = None if scheme is None or scheme.checked_by_model else model.get_input_embeddings()
         return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
 
     def check(self, batch: Mapping[str, Any], beyond: bool = True) -> None:
@@ -55,7 +55,7 @@ class Limits:
         if self.vocabulary is not None:
             _check_ids(self.vocabulary, batch.get("input_ids"))
         scheme = self.config.positions
-        if scheme is not None and scheme.has_table and not scheme.told:
+        if scheme is not None and scheme.has_table and not scheme.checked_by_model:
             _check_positions(self.config, batch)
         elif scheme is not None and scheme.scheme == "rotary":
             _check_rotary(self.config, batch, beyond)

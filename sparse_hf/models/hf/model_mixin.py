@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.activations import NewGELUActivation
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from .config import check_weights, own_implementation
+from .cache import CACHE_NAMES, begin_streaming, given_cache, keep_all, makes_sliding_cache
+from .config import SparseConfigMixin, check_weights, own_implementation
+from .counterparts import adopt
 from .input_checks import Limits
-from .streaming_cache import StreamingCache
+from .loss import at_least_one, rescaled
+from .marks import forward_marks, generation_marks
 from .tensor_parallel import check_division
 
-# what a cache is called, newest name first
-CACHE_NAMES = ("cache", "past_key_values")
+# mixins stand before a dense class, whose methods a type checker finds here
+if TYPE_CHECKING:
+    _Model, _GeneratingModel = PreTrainedModel, GenerationMixin
+else:
+    _Model = _GeneratingModel = object
+
 GLOBAL_MASK_DOC = """
 
     global_attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
         1 on the tokens that the pattern's `marked()` speaks of: they attend to all tokens and all attend to them."""
 
 
-class SparseMixin:
+class SparseMixin(_Model):
     """Attention by the configuration's pattern, marks from `global_attention_mask` or `global_token_ids`.
 
     Comes before the dense class among the bases: `class SparseBertModel(SparseMixin, BertModel)`.
     """
 
-    # the mean over this process's labels is turned into the mean over the whole step, see `_rescaled`
+    config: SparseConfigMixin
+    # does `forward` find tokens named by id itself, though marks are the encoder's?
+    finds_marks = False
+    # the mean over this process's labels is turned into the mean over the whole step, see `rescaled`
     accepts_loss_kwargs = True
     # heads whose parent already divides by `num_items_in_batch`
     _parent_scales_loss = False
@@ -88,10 +98,12 @@ class SparseMixin:
 
 
 class SparseEncoderMixin(SparseMixin):
-    """For the encoder inside an encoder-decoder, which `generate` calls by itself, or inside heads that mark: it finds the marks."""
+    """For the encoder inside an encoder-decoder, which `generate` calls by itself, or inside heads that mark."""
+
+    finds_marks = True
 
 
-class SparseGenerationMixin(SparseMixin):
+class SparseGenerationMixin(SparseMixin, _GeneratingModel):
     """For heads that generate."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
@@ -99,25 +111,22 @@ class SparseGenerationMixin(SparseMixin):
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         for name in CACHE_NAMES:
             if isinstance(model_kwargs.get(name), (DynamicCache, StaticCache)):
-                _keep_all(model_kwargs[name], max_length)
+                keep_all(model_kwargs[name], max_length)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        # the whole text so far is here, of which the model itself sees only the last token: marks are made here
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        given, config = kwargs.get("global_attention_mask"), self.config
-        if config.uses_marks and not config.is_encoder_decoder and (given is not None or config.global_token_ids):
-            short = 0 if given is None else input_ids.shape[1] - given.shape[1]
-            given = given if not short else torch.nn.functional.pad(given, (0, short))
-            inputs["global_attention_mask"] = _marks(config, input_ids, given)
+        marks = generation_marks(self.config, input_ids, kwargs.get("global_attention_mask"))
+        if marks is not None:
+            inputs["global_attention_mask"] = marks
         return inputs
 
 
-def _with_marks(parent):
+def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     """A forward with one more argument, `global_attention_mask`, visible to Trainer and to `generate`."""
     signature = inspect.signature(parent)
-    cache_name = next((name for name in CACHE_NAMES if name in signature.parameters), None)
     names = list(signature.parameters)[1:]
     has_marks = "global_attention_mask" in names
+    cache_name = next((name for name in CACHE_NAMES if name in names), None)
 
     @functools.wraps(parent)
     def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
@@ -125,137 +134,52 @@ def _with_marks(parent):
             # where it is one of the parent's own arguments, it may come by position
             kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
             global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
-        if kwargs.get("output_attentions"):
-            check_weights(self.config._attn_implementation)
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if not torch.compiler.is_compiling():
-            Limits.of(self).check({**kwargs, "input_ids": input_ids})
-        marks = _forward_marks(self, input_ids, global_attention_mask, kwargs)
-        if marks is not None:
-            kwargs["global_attention_mask"] = marks
-        if "streaming_cache" not in kwargs:
-            kwargs |= _begin_streaming({**dict(zip(names, args, strict=False)), **kwargs})
-        cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-        if cache_name and not self.training and not cached and _makes_sliding_cache(self, kwargs):
-            kwargs[cache_name] = DynamicCache()
         if num_items_in_batch is not None and self.training:
-            # a step in which nothing has a label has a loss of 0; an evaluation has none (NaN)
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+            num_items_in_batch = at_least_one(num_items_in_batch)
+        # the first argument is the text, whatever the dense class calls it
+        given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
+        kwargs |= _own_arguments(self, given, global_attention_mask, cache_name)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = parent(self, *args, **kwargs)
         if kwargs.get("labels") is not None and self.accepts_loss_kwargs:
-            output = _rescaled(self, output, kwargs["labels"], num_items_in_batch)
+            output = rescaled(self, output, kwargs["labels"], num_items_in_batch)
         return output
 
-    extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
-    parameters = list(signature.parameters.values())
-    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    added = [] if has_marks else [extra]
-    forward.__signature__ = signature.replace(parameters=[*parameters[:place], *added, *parameters[place:]])
+    forward.__signature__ = signature if has_marks else _with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
 
-def _begin_streaming(given: dict) -> dict[str, StreamingCache]:
-    """Tell a cache that drops keys what comes, and the attention function of the cache: models hand it keys alone."""
-    cache = next((given[name] for name in CACHE_NAMES if isinstance(given.get(name), StreamingCache)), None)
-    tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
-    if cache is None or tokens is None:
-        return {}
-    cache.begin(given.get("attention_mask"), tokens.shape[1])
-    return {"streaming_cache": cache}
+def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with `global_attention_mask` before `**kwargs`."""
+    extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
+    parameters = list(signature.parameters.values())
+    index = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    return signature.replace(parameters=[*parameters[:index], extra, *parameters[index:]])
 
 
-def _makes_sliding_cache(model, kwargs) -> bool:
-    """Would the parent make a cache that drops keys, of a window that the pattern need not share?"""
-    config = model.config
-    wanted = kwargs.get("use_cache")
-    wanted = getattr(config, "use_cache", False) if wanted is None else wanted
-    return bool(wanted) and getattr(config, "sliding_window", None) is not None
+def _own_arguments(
+    model: SparseMixin, given: dict[str, Any], marks: Tensor | None, cache_name: str | None
+) -> dict[str, Any]:
+    """Check the arguments of `forward`, and give those that attention needs beside them.
 
-
-def _keep_all(cache, max_length: int) -> None:
-    """Have a cache that would drop keys keep them all. It begins anew: `generate` has the whole text to fill it from."""
-    if any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers):
-        is_static = isinstance(cache, StaticCache)
-        cache.layers = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]
-
-
-def _forward_marks(model, input_ids: Tensor | None, given: Tensor | None, kwargs) -> Tensor | None:
-    config = model.config
-    if not config.uses_marks:
-        if given is not None:
-            raise ValueError(f"global_attention_mask was given, but {config.why_no_marks}")
-        return None
-    if "encoder" in config.stacks or config.heads_mark:
-        # marks are the encoder's, which finds those named by id itself
-        if getattr(config, "is_decoder", False) or not isinstance(model, SparseEncoderMixin):
-            return model.default_marks(input_ids) if given is None and input_ids is not None else given
-    elif given is None and config.global_token_ids:
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                "global_token_ids cannot be found in a cache; pass global_attention_mask for all keys, [batch, cached + new]"
-            )
-    if given is None and config.global_token_ids and input_ids is None:
-        raise ValueError("global_token_ids need input_ids; with inputs_embeds pass global_attention_mask")
-    return _marks(config, input_ids, given)
-
-
-def _marks(config, input_ids: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """Marks given by hand, and the tokens named in the configuration: bool of the shape of what was given."""
-    found = None
-    if config.global_token_ids and input_ids is not None:
-        found = torch.isin(input_ids, torch.tensor(config.global_token_ids, device=input_ids.device))
-    if given is None:
-        return found
-    given = given.bool()
-    if found is None:
-        return given
-    # multiple choice flattens its ids on the way in; with a cache the ids are only the last of the keys
-    given = given.reshape(*found.shape[:-1], given.shape[-1])
-    return given | torch.nn.functional.pad(found, (given.shape[-1] - found.shape[-1], 0))
-
-
-def _rescaled(model, output, labels: Tensor, num_items_in_batch):
-    """Turn the mean over this batch's labels into its share of the mean over all labels of the optimizer step.
-
-    Trainer passes their number and then neither divides by accumulation steps nor averages over processes, so that a head
-    that keeps the plain mean would train with a loss that is too large by both. In training, a batch without labels has no
-    share: its loss is 0 instead of the mean of nothing (NaN), with a graph behind it, which other processes wait for.
+    Args:
+        given: all of them by name, but for marks and the number of labels.
+        marks: the caller's `global_attention_mask`.
+        cache_name: what the dense class calls its cache, None if it has none.
     """
-    is_share = num_items_in_batch is not None
-    if is_share and model._parent_scales_loss or not (is_share or model.training):
-        return output
-    # decoders of encoder-decoders take labels as they are, and compute their loss by themselves
-    shifts = model._parent_scales_loss and model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
-    count = ((labels[..., 1:] if shifts else labels) != -100).sum()
-    loss = output[0] if isinstance(output, tuple) else output.loss
-    loss = torch.where(count > 0, loss, 0)
-    if is_share:
-        loss = loss * (count / torch.as_tensor(num_items_in_batch, device=count.device))
-    if isinstance(output, tuple):
-        return (loss, *output[1:])
-    output.loss = loss
-    return output
-
-
-class FusedGELU(NewGELUActivation):
-    """The same function in one kernel: written out, it keeps five tensors for the backward pass."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.nn.functional.gelu(input, approximate="tanh")
-
-
-# dense class -> sparse class, filled by `register_family`
-COUNTERPARTS: dict[type, type] = {NewGELUActivation: FusedGELU}
-
-
-def adopt(model: PreTrainedModel) -> None:
-    """Give the models inside `model` (the encoder inside a head) their sparse class too."""
-    for module in model.modules():
-        if type(module) in COUNTERPARTS:
-            module.__class__ = COUNTERPARTS[type(module)]
-        if hasattr(module, "number_layers"):
-            module.number_layers()
+    if given.get("output_attentions"):
+        check_weights(model.config._attn_implementation)
+    own: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        Limits.of(model).check(given)
+    marks = forward_marks(model, given["input_ids"], marks, given)
+    if marks is not None:
+        own["global_attention_mask"] = marks
+    if "streaming_cache" not in given:
+        own |= begin_streaming(given)
+    is_filling = cache_name is not None and not model.training and given_cache(given) is None
+    if is_filling and makes_sliding_cache(model.config, given.get("use_cache")):
+        own[cache_name] = DynamicCache()
+    return own

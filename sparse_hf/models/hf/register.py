@@ -7,76 +7,22 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
+from .auto_classes import auto_classes, known_names
 from .config import SparseConfigMixin
-from .model_mixin import COUNTERPARTS, SparseGenerationMixin, SparseMixin
+from .counterparts import COUNTERPARTS
+from .model_mixin import SparseGenerationMixin, SparseMixin
+from .positions import Positions
+from .remote_code import RemoteCode
 
 # heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
 UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
-
-
-@dataclass(frozen=True)
-class Positions:
-    """How a family knows where a token stands, and what conversion does when it gets longer.
-
-    `scheme` is "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
-    `tables` are suffixes of the state-dict keys of position tables, `buffers` those of saved buffers with one entry per
-    position. The first `offset` rows of a table are no positions; `counted` says whether the configuration's limit counts
-    them (RoBERTa does, OPT and BART do not). `limit` is that limit's name. `skips_padding`: padding takes no positions.
-    `told`: the model tells by itself what it cannot take.
-    """
-
-    scheme: str
-    tables: tuple[str, ...] = ()
-    buffers: tuple[str, ...] = ()
-    offset: int = 0
-    counted: bool = False
-    limit: str = "max_position_embeddings"
-    skips_padding: bool = False
-    told: bool = False
-
-    @property
-    def has_table(self) -> bool:
-        """Is there a row for each position, so that no more tokens can be taken?"""
-        return self.scheme in ("learned", "sinusoidal")
-
-    def length_of(self, config) -> int | None:
-        """Tokens that a model takes; None where nothing limits them."""
-        limit = getattr(config, self.limit, None)
-        return limit - self.offset if limit is not None and self.counted else limit
-
-    def reach_of(self, config) -> int | None:
-        """Tokens that a model is made for; rotary ones go on beyond. Their limit is what angles are scaled to, if that is more."""
-        most = None if self.scheme == "relative" else self.length_of(config)
-        if most is None or self.scheme != "rotary":
-            return most
-        scaling = config.rope_parameters or {}
-        scaling = scaling.get("full_attention", scaling)
-        # some configurations keep the limit of what was trained first, and name the factor beside
-        first, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))
-        return max(most, int(first * factor)) if first and factor else most
-
-    @property
-    def conversion(self) -> str:
-        """What conversion to a greater length does, for people."""
-        return {
-            "learned": "table grown by tiled copy or interpolation",
-            "sinusoidal": "table computed again",
-            "rotary": "limit raised; scaled with --rope",
-            "relative": "kept as it is",
-        }[self.scheme]
-
-
-ROTARY = Positions("rotary")
 
 
 @dataclass(frozen=True)
@@ -154,6 +100,9 @@ def register_family(
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
     _rename_alike(dense_config.model_type, config_class.model_type, classes)
     family = Family(dense_config.model_type, config_class, tuple(classes), positions)
+    config_class.remote_code = RemoteCode(
+        family.dense_type, family.sparse_type, config_class.__name__, family.architectures
+    )
     FAMILIES[family.dense_type] = family
     module.__all__ = [config_class.__name__, *(c.__name__ for c in classes)]
     return family
@@ -167,19 +116,12 @@ def _rename_alike(dense_type: str, sparse_type: str, classes: list[type]) -> Non
             register_checkpoint_conversion_mapping(sparse, mapping)
 
 
-@lru_cache(maxsize=1)
-def _auto_classes() -> list[type]:
-    found = (v for v in vars(modeling_auto).values() if isinstance(v, type) and issubclass(v, _BaseAutoModelClass))
-    return [auto for auto in found if getattr(auto, "_model_mapping", None) is not None]
-
-
 def _heads(dense_config: type) -> dict[type, list[type]]:
     """Every model class that an Auto class knows for a dense configuration -> those Auto classes."""
     module = importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
     found: dict[type, list[type]] = {}
-    for auto in _auto_classes():
-        names = auto._model_mapping._model_mapping.get(dense_config.model_type, ())
-        for name in (names,) if isinstance(names, str) else names:
+    for auto in auto_classes():
+        for name in known_names(auto, dense_config.model_type):
             # a family of another module may borrow the configuration
             if hasattr(module, name):
                 found.setdefault(getattr(module, name), []).append(auto)

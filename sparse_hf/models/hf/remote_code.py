@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedConfig
-
-from .register import Family, _auto_classes, family_of
+from .auto_classes import auto_classes, known_names
 
 MODULE = "modeling_sparse_hf"
 CONTENT = '''\
@@ -27,40 +28,54 @@ __all__ = [
 '''
 
 
-def auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """What `config.json` says to Transformers: the class of each Auto class, in the file that `write_remote` writes.
+@dataclass(frozen=True)
+class RemoteCode:
+    """The classes of a family by name, for folders that are loaded with `trust_remote_code=True`.
 
-    An Auto class that knows several heads of a family gives the one that the configuration's `architectures` name, or the
-    one that its own mapping lists first.
+    Attributes:
+        architectures: dense class name -> sparse class name.
     """
-    family = family_of(config.model_type)
-    found = {"AutoConfig": family.config_class.__name__}
-    for auto in _auto_classes():
-        names = auto._model_mapping._model_mapping.get(family.dense_type, ())
-        heads = [name for name in ((names,) if isinstance(names, str) else names) if name in family.architectures]
-        if heads and not auto.__name__.startswith("_"):
-            sparse = [family.architectures[name] for name in heads]
-            found[auto.__name__] = next((name for name in sparse if name in (config.architectures or ())), sparse[0])
-    return {auto: f"{MODULE}.{name}" for auto, name in found.items()}
+
+    dense_type: str
+    sparse_type: str
+    config_class: str
+    architectures: Mapping[str, str]
+
+    def auto_map(self, chosen: Sequence[str] | None) -> dict[str, str]:
+        """What `config.json` says to Transformers: the class of each Auto class, in the file that `write` writes.
+
+        An Auto class that knows several heads of a family gives the one among `chosen`, the configuration's `architectures`, or the
+        one that its own mapping lists first.
+        """
+        found = {"AutoConfig": self.config_class}
+        for auto in auto_classes():
+            names = known_names(auto, self.dense_type)
+            heads = [self.architectures[name] for name in names if name in self.architectures]
+            if heads and not auto.__name__.startswith("_"):
+                found[auto.__name__] = next((name for name in heads if name in (chosen or ())), heads[0])
+        return {auto: f"{MODULE}.{name}" for auto, name in found.items()}
+
+    def write(self, folder: str | Path) -> Path:
+        """Write the file of which `auto_map` speaks; it imports the package and holds no code of its own.
+
+        Transformers can carry no package with a checkpoint, and without this one it says which to install.
+        """
+        path = Path(folder) / f"{MODULE}.py"
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(self._content(), encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def _content(self) -> str:
+        names = sorted([self.config_class, *self.architectures.values()])
+        return CONTENT.format(
+            sparse_type=self.sparse_type,
+            dense_type=self.dense_type,
+            imports="\n".join(f"    {name}," for name in names),
+            listed="\n".join(f'    "{name}",' for name in names),
+        )
 
 
-def write_remote(folder: str | Path, config: PreTrainedConfig) -> Path:
-    """Write the file of which `auto_map` speaks; it imports the package and holds no code of its own.
-
-    Transformers can carry no package with a checkpoint, and without this one it says which to install.
-    """
-    path = Path(folder) / f"{MODULE}.py"
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(_content(family_of(config.model_type)), encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _content(family: Family) -> str:
-    names = sorted([family.config_class.__name__, *(c.__name__ for c in family.classes)])
-    return CONTENT.format(
-        sparse_type=family.sparse_type,
-        dense_type=family.dense_type,
-        imports="\n".join(f"    {name}," for name in names),
-        listed="\n".join(f'    "{name}",' for name in names),
-    )
+def auto_map(config: Any) -> dict[str, str]:
+    """`RemoteCode.auto_map` of a sparse configuration."""
+    return config.remote_code.auto_map(config.architectures)

@@ -17,7 +17,8 @@ from transformers.models.led.modeling_led import (
 
 from ..hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
-from ..hf.register import Positions, register_family
+from ..hf.positions import Positions
+from ..hf.register import register_family
 from .global_rows import GlobalRowsMixin, read_tokens, run_layers, window_pattern, wished
 
 

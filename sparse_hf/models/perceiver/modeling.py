@@ -39,7 +39,8 @@ from ...plan import build_plan
 from ..hf.attention_interface import MaskRequest, attention_with_weights
 from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
 from ..hf.model_mixin import SparseMixin, adopt
-from ..hf.register import Positions, register_family
+from ..hf.positions import Positions
+from ..hf.register import register_family
 from .cross_attention import attend_across, attend_across_with_weights
 
 
@@ -228,7 +229,7 @@ POSITIONS = Positions(
         "input_preprocessor.position_embeddings.weight",
         "perceiver.decoder.output_position_encodings.position_embeddings",
     ),
-    told=True,
+    checked_by_model=True,
 )
 
 register_family(

@@ -32,7 +32,8 @@ from transformers.models.reformer.modeling_reformer import (
 from ...pattern import LSHChunks, Pattern, Ring
 from ..hf.config import SparseConfigMixin
 from ..hf.model_mixin import SparseGenerationMixin, SparseMixin, adopt
-from ..hf.register import Positions, register_family
+from ..hf.positions import Positions
+from ..hf.register import register_family
 from ..longformer.global_rows import wished
 from .attention import (
     SparseAxialPositionEmbeddings,
@@ -197,7 +198,7 @@ class SparseReformerModelWithLMHead(SparseGenerationMixin, ReformerModelWithLMHe
 
 
 # the table of axial positions is a product of short ones, and conversion leaves it alone
-POSITIONS = Positions("learned", ("embeddings.position_embeddings.embedding.weight",), told=True)
+POSITIONS = Positions("learned", ("embeddings.position_embeddings.embedding.weight",), checked_by_model=True)
 PARTS = {
     LocalSelfAttention: SparseLocalSelfAttention,
     LSHSelfAttention: SparseLSHSelfAttention,

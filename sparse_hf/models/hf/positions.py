@@ -1,0 +1,72 @@
+"""Positions: how a family knows where a token stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Scheme = Literal["learned", "sinusoidal", "rotary", "relative"]
+# what conversion to a greater length does, for people
+CONVERSIONS: dict[Scheme, str] = {
+    "learned": "table grown by tiled copy or interpolation",
+    "sinusoidal": "table computed again",
+    "rotary": "limit raised; scaled with --rope",
+    "relative": "kept as it is",
+}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a family knows where a token stands, and what conversion does when it gets longer.
+
+    Attributes:
+        scheme: "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
+        tables: suffixes of the state-dict keys of position tables.
+        buffers: suffixes of the state-dict keys of saved buffers with one entry per position.
+        offset: the first rows of a table that are no positions.
+        counted: whether the configuration's limit counts those rows (RoBERTa's does, OPT's and BART's do not).
+        limit: the name of the configuration's limit.
+        skips_padding: whether padding takes no positions.
+        checked_by_model: whether the model itself refuses ids and lengths that it cannot take.
+    """
+
+    scheme: Scheme
+    tables: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    offset: int = 0
+    counted: bool = False
+    limit: str = "max_position_embeddings"
+    skips_padding: bool = False
+    checked_by_model: bool = False
+
+    @property
+    def has_table(self) -> bool:
+        """Is there a row for each position, so that no more tokens can be taken?"""
+        return self.scheme in ("learned", "sinusoidal")
+
+    def length_of(self, config: Any) -> int | None:
+        """Tokens that a model takes; None where nothing limits them."""
+        limit = getattr(config, self.limit, None)
+        return limit - self.offset if limit is not None and self.counted else limit
+
+    def reach_of(self, config: Any) -> int | None:
+        """Tokens that a model is made for; rotary models go on beyond.
+
+        Their limit is what angles are scaled to, if that is more than `max_position_embeddings`.
+        """
+        most = None if self.scheme == "relative" else self.length_of(config)
+        if most is None or self.scheme != "rotary":
+            return most
+        scaling = config.rope_parameters or {}
+        scaling = scaling.get("full_attention", scaling)
+        # some configurations keep the limit of what was trained first, and name the factor beside
+        first, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))
+        return max(most, int(first * factor)) if first and factor else most
+
+    @property
+    def conversion(self) -> str:
+        """What conversion to a greater length does, for people."""
+        return CONVERSIONS[self.scheme]
+
+
+ROTARY = Positions("rotary")
