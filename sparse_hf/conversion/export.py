@@ -159,7 +159,8 @@ def _window(pattern: Pattern, limit: Window) -> Window | None:
     if pattern.heads:
         found = {_window(head, limit) for head in pattern.heads}
         return found.pop() if len(found) == 1 else None
-    if isinstance(pattern, Window):
+    # a subclass may hold other pairs
+    if type(pattern) is Window:
         return pattern.narrowed(limit)
     if pattern == Stride(1):
         return limit

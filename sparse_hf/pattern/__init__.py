@@ -2,10 +2,11 @@
 
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
-from .blocks import BlockTable, PerHead, RandomBlocks
+from .blocks import BlockTable, RandomBlocks
 from .complement import Outside
 from .lsh import LSH, LSHChunks
 from .parse import PatternError
+from .per_head import PerHead
 from .primitives import (
     Chunk,
     First,

@@ -1,4 +1,4 @@
-"""What a pattern is: a set of (query position, key position) pairs, with four closed forms.
+"""What a pattern is: a set of (query position, key position) pairs, and what its methods owe each other.
 
 Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of a rectangle of pairs.
 """
@@ -6,24 +6,31 @@ Legend: q, k positions within a sequence; q0..q1 and k0..k1 inclusive corners of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial, reduce
-from itertools import product
-from typing import ClassVar, NamedTuple
+from functools import cache, lru_cache, partial, reduce
+from itertools import chain, product
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import words
+from .parse import parse
+
 # the state of a rectangle of pairs; PARTIAL is always a permitted answer
 EMPTY, PARTIAL, FULL = 0, 1, 2
-# a pattern whose written-out form has more terms than this is not looked at
+# a pattern whose written-out form has more terms than this is not read as one
 MAX_TERMS = 64
+# texts whose patterns are kept
+PARSED_KEPT = 256
 
 
 class Marks(NamedTuple):
-    """What a batch adds to positions: which tokens are marked, and how long the sequence is of which they are part.
+    """What a batch adds to positions: which tokens are marked, and how long the sequence is that they belong to.
 
-    Marks are bool per element for `allows`, the state of the range for `blocks`.
+    Marks are bool per element for `allows`, the state of the range for `blocks`: 0 none of its positions is marked, 1 some,
+    2 all. None: nobody says, which means that no token is marked, and that the sequence goes on.
     """
 
     q: Tensor | None = None
@@ -32,25 +39,90 @@ class Marks(NamedTuple):
 
 
 class Pattern:
-    """A frozen value without length, batch or device. `|` is union, `&` is intersection; nothing else."""
+    """A set of (query position, key position) pairs: a frozen value without length, batch or device.
 
-    # the word of the text form
+    `|` is union, `&` is intersection, and nothing else joins patterns. A pattern of your own is a frozen dataclass that
+    defines `allows`, `blocks` and `reachable`. It then runs on every backend, in every model, and reads and writes as text:
+
+        @dataclass(frozen=True)
+        class EveryNth(Pattern):
+            # keys whose position is `offset` modulo `n`
+            n: int
+            offset: int = 0
+
+            def allows(self, q, k, marks=None):
+                return joint(q, k) & (k % self.n == self.offset)
+
+            def blocks(self, q0, q1, k0, k1, marks=None):
+                first = k0 + (self.offset - k0) % self.n
+                only = (first == k1) & (k0 == k1) | (self.n == 1)
+                return state(joint(q0, k0) & (first > k1), joint(q0, k0) & only)
+
+            def reachable(self, k, q):
+                return self.allows(q, k)
+
+    `allows` decides; what all others say follows from it. Each may say less than is true in its own safe direction, which
+    costs time and never pairs:
+
+    - `blocks`: PARTIAL is always permitted. A pattern that says nothing else is computed, at n x n cost.
+    - `signature`: None, the default, has squares compared pair by pair.
+    - `reachable`: a superset is sound. A cache then keeps keys that no query sees.
+    - `grain`: 1, the default, promises nothing.
+    - `marks_add`: False is always sound.
+
+    Three must be said where they hold, or the answer is wrong: `marked_sides` by a pattern that reads `marks.q` or
+    `marks.k`, `uses_length` by one that reads `marks.length`, and then `unending`.
+
+    Class attributes and keywords:
+
+    - `word`: the word of the text form; by default the name of the class in snake_case. Words are entered when a class is
+      defined, so that a saved model is read once the module that defines its patterns is imported. The text form is
+      `word(field, field, ...)`; fields are whole numbers, bools, text, None, tuples of these, or patterns.
+    - `pattern_fields`: names of the fields that are patterns.
+    - `class Base(Pattern, has_word=False)` is a base of others, and no pattern by itself.
+
+    Equality and hash are those of the class and its fields. A subclass of another pattern is another pattern: what is known
+    of `Window`, say, is assumed of no subclass.
+    """
+
     word: ClassVar[str] = ""
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, has_word: bool = True, **options):
+        super().__init_subclass__(**options)
+        if not has_word:
+            return
+        missing = [name for name in REQUIRED if getattr(cls, name) is getattr(Pattern, name)]
+        if missing:
+            raise TypeError(
+                f"{cls.__name__} does not define {', '.join(missing)}; a pattern defines {', '.join(REQUIRED)}, and "
+                "sparse_hf.Pattern says what they owe each other"
+            )
+        if "word" not in vars(cls):
+            cls.word = words.snake_case(cls.__name__)
+        if "__repr__" not in vars(cls):
+            # a dataclass would write one of its own, and the text form is what a pattern is read from
+            cls.__repr__ = cls.__repr__
+        words.register(cls.word, cls)
 
     def allows(self, q: Tensor, k: Tensor, marks: Marks | None = None) -> Tensor:
         """Element by element: does the pattern hold the pair (q, k)? Bool, of the joint shape of q and k.
 
-        Plain tensor arithmetic, so that kernels can trace it. `marks` says which positions are marked, and the length of
-        the sequence; None: none is marked, and the sequence goes on.
+        Positions are never negative, and may lie beyond the end of any sequence. Plain tensor arithmetic without a look at
+        values, so that kernels can trace it; the same answer for one pair as for all of them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.allows")
 
     def blocks(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, marks: Marks | None = None) -> Tensor:
-        """EMPTY, PARTIAL or FULL for rectangles given by their corners: int8.
+        """EMPTY, PARTIAL or FULL for rectangles given by their corners, of their joint shape: int8.
 
-        `marks` holds a state for each range (0 none of its positions is marked, 1 some, 2 all) and the length.
+        EMPTY only where `allows` holds no pair of the rectangle, FULL only where it holds all of them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.blocks")
+
+    def reachable(self, k: Tensor, q: Tensor) -> Tensor:
+        """Can any query at or after q still see key k, whatever is marked? Bool, of the joint shape; a superset is sound."""
+        raise NotImplementedError(f"{type(self).__name__}.reachable")
 
     def signature(self, q0: Tensor, k0: Tensor, side: int, marks: Marks | None = None) -> list[Tensor] | None:
         """Numbers that tell squares of `side` x `side` pairs apart, given their first corners `[T]`: `[T]` each.
@@ -60,18 +132,10 @@ class Pattern:
         """
         return None
 
-    def reachable(self, k: Tensor, q: Tensor) -> Tensor:
-        """Can any query at or after q still see key k? A superset is sound. Bool."""
-        raise NotImplementedError
-
-    def on(self, device) -> Pattern:
-        """An equal pattern whose lookup tables, if it has any, are on `device`, where a kernel can trace them."""
-        return self
-
     @property
-    def heads(self) -> tuple[Pattern, ...] | None:
-        """One pattern per head, or None if all heads share this one."""
-        return None
+    def grain(self) -> int:
+        """Side of aligned blocks that are full or empty, but for the diagonal and marks; 0: of any, 1: of none."""
+        return 1
 
     @property
     def marked_sides(self) -> tuple[bool, bool]:
@@ -85,17 +149,35 @@ class Pattern:
 
     @property
     def marks_add(self) -> bool:
-        """Do marks only add pairs?"""
-        return True
+        """Do marks only add pairs: those of a marked query or key, beside those that are there without any mark?"""
+        return not self.uses_marks
 
     @property
     def uses_length(self) -> bool:
         """Does it ask how long the sequence is?"""
         return False
 
+    def unending(self) -> Pattern | None:
+        """The pattern in a sequence that goes on, as any text does for a causal model: nothing is last. None: no pairs."""
+        if self.uses_length:
+            raise TypeError(
+                f"{type(self).__name__} asks how long the sequence is and does not define unending, which causal models need: "
+                "the pattern of a text that goes on, or None"
+            )
+        return self
+
+    def on(self, device: torch.device | str) -> Pattern:
+        """An equal pattern whose lookup tables, if it has any, are on `device`, where a kernel can trace them."""
+        return self
+
+    @property
+    def heads(self) -> tuple[Pattern, ...] | None:
+        """One pattern per head, or None if all heads share this one. `per_head` alone has some."""
+        return None
+
     @property
     def uses_content(self) -> bool:
-        """Are its pairs chosen from queries and keys at run time?"""
+        """Are its pairs chosen from queries and keys at run time? `lsh` and `lsh_chunks` alone do so."""
         return False
 
     @property
@@ -107,20 +189,9 @@ class Pattern:
         """The pairs that are not chosen at run time, None if there are none."""
         return self
 
-    @property
-    def grain(self) -> int:
-        """Side of aligned blocks that are full or empty, but for the diagonal and marks; 0: of any, 1: of none."""
-        return 1
-
-    def unending(self) -> Pattern | None:
-        """The pattern in a sequence that goes on, as any text does for a causal model: nothing is last. None: no pairs."""
-        return self
-
     @staticmethod
     def parse(text: str) -> Pattern:
         """Read the text form; `Pattern.parse(str(p)) == p`. Recipes may be called by name."""
-        from .parse import parse
-
         return parse(text)
 
     def __or__(self, other: Pattern) -> Pattern:
@@ -133,12 +204,59 @@ class Pattern:
         raise TypeError("a pattern has no truth value; write | for union and & for intersection, not `or` and `and`")
 
     def __repr__(self) -> str:
-        values = (getattr(self, field.name) for field in fields(self))
-        return f"{self.word}({', '.join(map(repr, values))})"
+        check_class(type(self))
+        return f"{self.word}({', '.join(self._arguments())})"
+
+    def _arguments(self) -> list[str]:
+        """The fields, as the text form writes them."""
+        # `check_class` knows that it is a dataclass
+        own = [field for field in fields(self) if field.init]  # pyright: ignore[reportArgumentType]
+        written = [(field, repr(getattr(self, field.name))) for field in own]
+        return [f"{field.name}={text}" if field.kw_only else text for field, text in written]
 
 
-@dataclass(frozen=True, repr=False)
-class _Joined(Pattern):
+# what a pattern has to define
+REQUIRED = ("allows", "blocks", "reachable")
+
+
+@cache
+def check_class(kind: type[Pattern]) -> None:
+    """Is a class of patterns one of values, which are equal if their fields are?
+
+    Raises:
+        TypeError: it is not, with the remedy.
+    """
+    parameters = getattr(kind, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen or not parameters.eq:
+        raise TypeError(f"{kind.__name__} is no value; write @dataclass(frozen=True) above the class")
+    if "word" in getattr(kind, "__dataclass_fields__", {}):
+        raise TypeError(f"{kind.__name__}: word is a field; write it without a type, `word = {kind.word!r}`")
+
+
+def as_pattern(pattern: Pattern | str) -> Pattern:
+    """A pattern, or the one that a text says.
+
+    Raises:
+        TypeError: neither of them, or a pattern that is no value.
+        PatternError: a text that is no pattern.
+    """
+    if isinstance(pattern, Pattern):
+        check_class(type(pattern))
+        return pattern
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern is a {type(pattern).__name__}; give a Pattern or its text, like 'window(255, 0)'")
+    return _parsed(pattern, words.edition())
+
+
+@lru_cache(maxsize=PARSED_KEPT)
+def _parsed(text: str, edition: int) -> Pattern:
+    return parse(text)
+
+
+@dataclass(frozen=True)
+class _Joined(Pattern, has_word=False):
+    """Patterns that are joined by `symbol`, its parts."""
+
     parts: tuple[Pattern, ...]
     symbol: ClassVar[str] = ""
 
@@ -148,16 +266,21 @@ class _Joined(Pattern):
         texts = (f"({part})" if loose and isinstance(part, Union) else str(part) for part in self.parts)
         return f" {self.symbol} ".join(texts)
 
-    def on(self, device) -> Pattern:
+    def on(self, device):
         return type(self)(tuple(part.on(device) for part in self.parts))
 
     def signature(self, q0, k0, side, marks=None):
-        found = [part.signature(q0, k0, side, marks) for part in self.parts]
-        return None if None in found else sum(found, [])
+        found = []
+        for part in self.parts:
+            numbers = part.signature(q0, k0, side, marks)
+            if numbers is None:
+                return None
+            found += numbers
+        return found
 
     @property
     def marked_sides(self) -> tuple[bool, bool]:
-        return tuple(map(any, zip(*(part.marked_sides for part in self.parts), strict=True)))
+        return either_side(self.parts)
 
     @property
     def marks_add(self) -> bool:
@@ -181,14 +304,16 @@ class _Joined(Pattern):
     def unending(self) -> Pattern | None:
         return self._rejoined([part.unending() for part in self.parts])
 
-    def _rejoined(self, parts: list[Pattern | None]) -> Pattern | None:
+    def _rejoined(self, parts: Sequence[Pattern | None]) -> Pattern | None:
         kept = [part for part in parts if part is not None]
         if not kept or (len(kept) < len(parts) and isinstance(self, Intersection)):
             return None
         return reduce(partial(_join, type(self)), kept)
 
 
-class Union(_Joined):
+class Union(_Joined, has_word=False):
+    """The pairs that any of the parts holds."""
+
     symbol = "|"
 
     @property
@@ -205,7 +330,9 @@ class Union(_Joined):
         return reduce(torch.Tensor.__or__, [part.reachable(k, q) for part in self.parts])
 
 
-class Intersection(_Joined):
+class Intersection(_Joined, has_word=False):
+    """The pairs that all of the parts hold."""
+
     symbol = "&"
 
     @property
@@ -222,29 +349,39 @@ class Intersection(_Joined):
         return reduce(torch.Tensor.__and__, [part.reachable(k, q) for part in self.parts])
 
 
-def _join(kind: type[_Joined], left: Pattern, right: Pattern) -> Pattern:
+def _join(kind: type[_Joined], left: Pattern, right: Any) -> Any:
     if not isinstance(right, Pattern):
         return NotImplemented
     for side in (left, right):
+        check_class(type(side))
         if side.heads is not None:
             raise TypeError(f"per_head stands outermost; put {kind.symbol} inside it, head by head")
-    parts = (p for side in (left, right) for p in (side.parts if type(side) is kind else (side,)))
-    return kind(tuple(parts))
+    return kind(tuple(part for side in (left, right) for part in (side.parts if type(side) is kind else (side,))))
+
+
+def either_side(patterns: Sequence[Pattern]) -> tuple[bool, bool]:
+    """Does any of the patterns ask which queries are marked, and which keys?"""
+    sides = [pattern.marked_sides for pattern in patterns]
+    return any(queries for queries, _ in sides), any(keys for _, keys in sides)
 
 
 def written_out(pattern: Pattern) -> list[tuple[Pattern, ...]] | None:
     """The pattern written out as a union of intersections; None if they are more than `MAX_TERMS`."""
-    if isinstance(pattern, Union):
-        found = [written_out(part) for part in pattern.parts]
-        out = None if None in found else [term for terms in found for term in terms]
-    elif isinstance(pattern, Intersection):
-        found = [written_out(part) for part in pattern.parts]
-        if None in found or reduce(lambda n, terms: n * len(terms), found, 1) > MAX_TERMS:
+    if not isinstance(pattern, (Union, Intersection)):
+        return [(pattern,)]
+    choices: list[list[tuple[Pattern, ...]]] = []
+    for part in pattern.parts:
+        terms = written_out(part)
+        if terms is None:
             return None
-        out = [sum(choice, ()) for choice in product(*found)]
+        choices.append(terms)
+    if isinstance(pattern, Union):
+        found = list(chain.from_iterable(choices))
+    elif math.prod(map(len, choices)) <= MAX_TERMS:
+        found = [tuple(chain.from_iterable(choice)) for choice in product(*choices)]
     else:
-        out = [(pattern,)]
-    return out if out is not None and len(out) <= MAX_TERMS else None
+        return None
+    return found if len(found) <= MAX_TERMS else None
 
 
 def whole(name: str, value, least: int) -> int:

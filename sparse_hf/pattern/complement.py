@@ -8,12 +8,13 @@ from .base import EMPTY, FULL, Pattern, joint
 from .primitives import full
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Outside(Pattern):
     """The pairs of a sequence that `pattern` does not hold: `window(99, 0) & outside(window(9, 0))` is 10 to 99 back."""
 
     pattern: Pattern
     word = "outside"
+    pattern_fields = ("pattern",)
 
     def __post_init__(self):
         if not isinstance(self.pattern, Pattern):
@@ -38,16 +39,12 @@ class Outside(Pattern):
     def reachable(self, k, q):
         return joint(q, k)
 
-    def on(self, device) -> Outside:
+    def on(self, device):
         return Outside(self.pattern.on(device))
 
     @property
     def marked_sides(self) -> tuple[bool, bool]:
         return self.pattern.marked_sides
-
-    @property
-    def marks_add(self) -> bool:
-        return not self.uses_marks
 
     @property
     def uses_length(self) -> bool:

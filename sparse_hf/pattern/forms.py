@@ -1,19 +1,29 @@
 """Every "read a pattern as ...": windows with global tokens, strides, marked tokens, hashes.
 
 A form says the same pairs as its pattern in numbers that a backend works with; where a pattern has no such form, the reader
-returns the reason as text.
+gives the reason as text. Readers know the classes of this package by `type(x) is ...`, never by `isinstance`: what derives from
+them may hold other pairs, and has no form.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from operator import and_, or_
+from typing import NamedTuple
 
-from .base import MAX_TERMS, Intersection, Pattern, Union, written_out
+from .base import MAX_TERMS, Intersection, Pattern, Union, as_pattern, written_out
 from .complement import Outside
 from .lsh import LSH
 from .primitives import First, Marked, MarkedKeys, MarkedQueries, Stride, Window
+
+EVERYTHING = Window(None, None)
+# longer than any text, for forms that must not depend on lengths
+ANY_LENGTH = 1 << 30
+# forms that are kept: backends ask for every plan, and each decoded token has one
+FORMS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -31,62 +41,96 @@ class WindowForm:
 
     @property
     def has_globals(self) -> bool:
+        """Are there global tokens?"""
         return self.marked or self.first > 0
 
     @property
     def has_rows(self) -> bool:
+        """Do global tokens, as queries, see more than global keys?"""
         # with no future, what a global query among the first n sees are global keys: columns hold all of it
         return self.has_globals and not self.keys_only and (self.marked or self.clip.right != 0)
 
 
-# backends ask for every plan, and each decoded token has one
-@lru_cache(maxsize=256)
+class _Term(NamedTuple):
+    """One intersection of a pattern that is written out: the pairs within `window`, all of them or those of global tokens."""
+
+    window: Window
+    # its global tokens are the first so many
+    first: int | None = None
+    # or the marked ones: Marked or MarkedKeys
+    marks: type[Pattern] | None = None
+
+    @property
+    def is_window(self) -> bool:
+        return self.first is None and self.marks is None
+
+
+@lru_cache(maxsize=FORMS_KEPT)
 def read_window(pattern: Pattern, kv_len: int, of_any_reach: bool = False) -> WindowForm | str:
     """The pattern as a `WindowForm` on sequences of at most `kv_len` tokens, or the reason why it is none.
 
     Global queries see everything, unless they may be `of_any_reach`: then they see what is in `clip`.
     """
-    hash_terms = written_out(pattern)
-    if hash_terms is None:
-        return f"{pattern} has more than {MAX_TERMS} hash_terms when written out"
-    windows, clips, first, marks = [], set(), 0, set()
-    for term in hash_terms:
-        window = reduce(Window.narrowed, (part for part in term if type(part) is Window), Window(None, None))
-        window = within(window, kv_len)
-        rest = {part for part in term if type(part) is not Window}
-        if not rest:
-            windows.append(window)
-            continue
-        count = min((part.n for part in rest if type(part) is First), default=None)
-        # by type itself: what derives from these holds other pairs
-        marked = {type(part) for part in rest} - {First}
-        if not marked <= {Marked, MarkedKeys} or (count is not None and marked):
-            return f"{' & '.join(map(str, sorted(rest, key=str)))} is neither a window nor global tokens"
-        if count != 0:
-            clips.add(window)
-            # a marked pair of both kinds is one of the narrower
-            marks |= {MarkedKeys if MarkedKeys in marked else Marked} if marked else set()
-            first = max(first, count or 0)
+    written = written_out(pattern)
+    if written is None:
+        return f"{pattern} has more than {MAX_TERMS} terms when written out"
+    terms = []
+    for one in written:
+        term = _read_term(one, kv_len)
+        if isinstance(term, str):
+            return term
+        terms.append(term)
+    form = _joined_form(terms)
+    if isinstance(form, str):
+        return form
+    if not form.has_globals and form.window is None:
+        return f"{pattern} holds no pair"
+    if form.has_rows and form.clip != EVERYTHING and not of_any_reach:
+        return f"global queries that see {form.clip} only; they must see everything"
+    return form
+
+
+def _read_term(term: tuple[Pattern, ...], kv_len: int) -> _Term | str:
+    window = within(_window_of(term), kv_len)
+    rest = {part for part in term if type(part) is not Window}
+    first = min((part.n for part in rest if type(part) is First), default=None)
+    marks = {type(part) for part in rest} - {First}
+    if not marks <= {Marked, MarkedKeys} or (first is not None and marks):
+        return f"{' & '.join(map(str, sorted(rest, key=str)))} is neither a window nor global tokens"
+    # a marked pair of both kinds is one of the narrower
+    return _Term(window, first, (MarkedKeys if MarkedKeys in marks else Marked) if marks else None)
+
+
+def _joined_form(terms: Sequence[_Term]) -> WindowForm | str:
+    """The union of terms."""
+    windows = [term.window for term in terms if term.is_window]
+    # the pairs of the first 0 tokens are none
+    of_globals = [term for term in terms if not term.is_window and term.first != 0]
+    clips = {term.window for term in of_globals}
     if len(clips) > 1:
         return f"global tokens have different reaches: {', '.join(sorted(map(str, clips)))}"
     window = reduce(Window.widened, windows) if windows else None
-    clip = clips.pop() if clips else Window(None, None)
-    if window is not None and (not (first or marks) or window.narrowed(clip) == clip):
+    clip = clips.pop() if clips else EVERYTHING
+    if window is not None and window.narrowed(clip) == clip:
         # the window holds all that the global tokens would add
-        return WindowForm(window, 0, False, Window(None, None))
-    keys_only = MarkedKeys in marks and (Marked not in marks)
+        return WindowForm(window, 0, False, EVERYTHING)
+    first = max((term.first or 0 for term in of_globals), default=0)
+    kinds = {term.marks for term in of_globals if term.marks is not None}
+    keys_only = kinds == {MarkedKeys}
     if keys_only and first and clip.right != 0:
         return f"the first {first} tokens are queries that see everything, and marked ones keys only"
-    shape = WindowForm(window, first, bool(marks), clip, keys_only)
-    if not shape.has_globals:
-        return f"{pattern} holds no pair"
-    if shape.has_rows and clip != Window(None, None) and not of_any_reach:
-        return f"global queries that see {clip} only; they must see everything"
-    return shape
+    return WindowForm(window, first, bool(kinds), clip, keys_only)
+
+
+def _window_of(term: tuple[Pattern, ...]) -> Window:
+    """The pairs that all windows of a term hold."""
+    return reduce(Window.narrowed, (part for part in term if type(part) is Window), EVERYTHING)
 
 
 def within(window: Window, kv_len: int) -> Window:
-    return Window(*(None if side is None or side >= kv_len - 1 else side for side in (window.left, window.right)))
+    """The window on sequences of at most `kv_len` tokens: sides that reach past all of them have no limit."""
+    left, right = (None if side is None or side >= kv_len - 1 else side for side in (window.left, window.right))
+    return Window(left, right)
 
 
 @dataclass(frozen=True)
@@ -96,60 +140,56 @@ class StrideForm:
     step: int
     window: Window
     rest: Pattern | None = None
-    shape: WindowForm | None = None  # of the rest
+    rest_form: WindowForm | None = None
+
+    @property
+    def shape(self) -> WindowForm | None:
+        return self.rest_form
 
     @property
     def side_by_side(self) -> Pattern:
         """The strided pairs that the rest does not hold, counted in steps; marked are the rest's global tokens."""
-        found = in_steps(self.window, self.step)
-        if self.shape is not None and self.shape.window is not None:
-            found = found & Outside(in_steps(self.shape.window, self.step))
-        if self.shape is not None and self.shape.has_globals:
-            found = found & Outside(MarkedKeys() if self.shape.keys_only else Marked())
+        found, rest = in_steps(self.window, self.step), self.rest_form
+        if rest is not None and rest.window is not None:
+            found = found & Outside(in_steps(rest.window, self.step))
+        if rest is not None and rest.has_globals:
+            found = found & Outside(MarkedKeys() if rest.keys_only else Marked())
         return found
 
 
 def read_stride(pattern: Pattern, kv_len: int) -> StrideForm | str:
-    """The pattern as `StrideForm` on sequences of at most `kv_len` tokens, or the reason why it is none."""
-    hash_terms = written_out(pattern)
-    if hash_terms is None:
-        return f"{pattern} has too many hash_terms when written out"
-    strided, rest = [], []
-    for term in hash_terms:
-        (strided if any(type(part) is Stride for part in term) else rest).append(term)
+    """The pattern as a `StrideForm` on sequences of at most `kv_len` tokens, or the reason why it is none."""
+    written = written_out(pattern)
+    if written is None:
+        return f"{pattern} has more than {MAX_TERMS} terms when written out"
+    strided = [term for term in written if any(type(part) is Stride for part in term)]
     steps = {math.lcm(*(part.step for part in term if type(part) is Stride)) for term in strided}
     if len(steps) != 1 or steps == {1}:
         return f"{pattern} has no stride, or several"
-    for term in strided:
-        for part in term:
-            if type(part) not in (Stride, Window):
-                return f"{part} is part of a stride"
+    others = [part for term in strided for part in term if type(part) not in (Stride, Window)]
+    if others:
+        return f"{others[0]} is part of a stride"
+    (step,) = steps
     window = within(reduce(Window.widened, map(_window_of, strided)), kv_len)
-    if not rest:
-        return StrideForm(steps.pop(), window)
-    joined = [term[0] if len(term) == 1 else Intersection(term) for term in rest]
-    joined = joined[0] if len(joined) == 1 else Union(tuple(joined))
-    shape = read_window(joined, kv_len, of_any_reach=True)
-    if isinstance(shape, str):
-        return f"beside the stride: {shape}"
-    if shape.has_globals and window.narrowed(shape.clip) != window:
-        return f"the stride reaches further than the global tokens, {shape.clip}"
-    if shape.window is not None and shape.window.narrowed(window) == window:
-        return f"{shape.window} holds all strided pairs"
-    return StrideForm(steps.pop(), window, joined, shape)
+    rest = [reduce(and_, term) for term in written if term not in strided]
+    return _stride_beside(step, window, reduce(or_, rest), kv_len) if rest else StrideForm(step, window)
 
 
-def _window_of(term: tuple[Pattern, ...]) -> Window:
-    return reduce(Window.narrowed, (part for part in term if type(part) is Window), Window(None, None))
+def _stride_beside(step: int, window: Window, rest: Pattern, kv_len: int) -> StrideForm | str:
+    form = read_window(rest, kv_len, of_any_reach=True)
+    if isinstance(form, str):
+        return f"beside the stride: {form}"
+    if form.has_globals and window.narrowed(form.clip) != window:
+        return f"the stride reaches further than the global tokens, {form.clip}"
+    if form.window is not None and form.window.narrowed(window) == window:
+        return f"{form.window} holds all strided pairs"
+    return StrideForm(step, window, rest, form)
 
 
 def in_steps(window: Window, step: int) -> Window:
-    return Window(*(None if side is None else side // step for side in (window.left, window.right)))
-
-
-# longer than any text: what a window is must not depend on lengths here
-LONGEST = 1 << 30
-EVERYTHING = Window(None, None)
+    """The window that a strided one is among tokens of one residue."""
+    left, right = (None if side is None else side // step for side in (window.left, window.right))
+    return Window(left, right)
 
 
 @dataclass(frozen=True)
@@ -161,59 +201,86 @@ class MarkedForm:
     rows: bool
 
 
-@lru_cache(maxsize=256)
-def read_marked(text: str) -> MarkedForm | None:
-    """The parts of a pattern, or None if it is more than these, or speaks of no marks."""
-    if text == str(MarkedQueries()):
+def read_marked(pattern: Pattern | str) -> MarkedForm | None:
+    """The pattern as a `MarkedForm`; None if it is more than that, or asks for no marks."""
+    return _read_marked(as_pattern(pattern))
+
+
+@lru_cache(maxsize=FORMS_KEPT)
+def _read_marked(pattern: Pattern) -> MarkedForm | None:
+    if pattern == MarkedQueries():
         return MarkedForm(None, False, True)
-    shape = read_window(Pattern.parse(text), LONGEST)
-    if isinstance(shape, str) or not shape.marked or shape.first or shape.clip != EVERYTHING:
+    form = read_window(pattern, ANY_LENGTH)
+    if isinstance(form, str) or not form.marked or form.first or form.clip != EVERYTHING:
         return None
-    return MarkedForm(shape.window, True, not shape.keys_only)
+    return MarkedForm(form.window, True, not form.keys_only)
 
 
-# a hash, and the pattern of positions to which its pairs are cut
-Hashes = list[tuple[LSH, Pattern | None]]
+class CutHash(NamedTuple):
+    """A hash, and the pattern of positions to which its pairs are cut (None: uncut)."""
+
+    lsh: LSH
+    cut: Pattern | None
 
 
-@lru_cache(maxsize=256)
-def read_hashes(text: str) -> tuple[str, Hashes]:
-    """Split a pattern into what positions say, as text, and what hashes add (nothing: a pattern of positions)."""
-    pattern = Pattern.parse(text)
+class HashForm(NamedTuple):
+    """A pattern as the text of what positions say, and what hashes add."""
+
+    positions: str
+    hashes: tuple[CutHash, ...]
+
+
+class HashTerm(NamedTuple):
+    """Pairs of positions (`lsh` None), or hashed pairs cut to those of positions (`cut` None: uncut)."""
+
+    lsh: LSH | None
+    cut: Pattern | None
+
+
+def read_hashes(pattern: Pattern | str) -> HashForm:
+    """Split a pattern into what positions say and what hashes add (nothing: a pattern of positions).
+
+    Raises:
+        ValueError: an intersection of two hashes, or `lsh_chunks(...)`, which is no set of pairs.
+    """
+    return _read_hashes(as_pattern(pattern))
+
+
+@lru_cache(maxsize=FORMS_KEPT)
+def _read_hashes(pattern: Pattern) -> HashForm:
     if not pattern.uses_content:
-        return text, []
-    found = hash_terms(pattern)
-    plain = reduce(Pattern.__or__, [cut for lsh, cut in found if lsh is None] or [First(0)])
-    hashes = [(lsh, cut) for lsh, cut in found if lsh is not None]
-    if any(cut is not None and cut.uses_marks for _, cut in hashes):
+        return HashForm(str(pattern), ())
+    terms = hash_terms(pattern)
+    positions = reduce(or_, [term.cut for term in terms if term.lsh is None and term.cut is not None] or [First(0)])
+    hashes = tuple(CutHash(term.lsh, term.cut) for term in terms if term.lsh is not None)
+    if any(one.cut is not None and one.cut.uses_marks for one in hashes):
         # no pairs, but the plan keeps the marks
-        plain = plain | First(0) & Marked()
-    return str(plain), hashes
+        positions = positions | First(0) & Marked()
+    return HashForm(str(positions), hashes)
 
 
-def hash_terms(pattern: Pattern) -> list[tuple[LSH | None, Pattern | None]]:
-    """A pattern as the union of hash_terms: pairs of positions, or hashed pairs cut to those of positions (None: uncut).
+def hash_terms(pattern: Pattern) -> list[HashTerm]:
+    """A pattern as the union of terms.
 
     Raises:
         ValueError: an intersection of two hashes, or `lsh_chunks(...)`, which is no set of pairs.
     """
     if not pattern.uses_content:
-        return [(None, pattern)]
-    if isinstance(pattern, LSH):
-        return [(pattern, None)]
+        return [HashTerm(None, pattern)]
+    if type(pattern) is LSH:
+        return [HashTerm(pattern, None)]
     if isinstance(pattern, Union):
         return [term for part in pattern.parts for term in hash_terms(part)]
     if not isinstance(pattern, Intersection):
         raise ValueError(f"{pattern} belongs to hashed layers of sparse_reformer alone; other models take lsh(...)")
-    found: list[tuple[LSH | None, Pattern | None]] = [(None, None)]
+    found = [HashTerm(None, None)]
     for part in pattern.parts:
         found = [_both(one, other) for one in found for other in hash_terms(part)]
     return found
 
 
-def _both(one: tuple, other: tuple) -> tuple[LSH | None, Pattern | None]:
-    hashes = [side[0] for side in (one, other) if side[0] is not None]
-    if len(hashes) > 1:
-        raise ValueError(f"{hashes[0]} & {hashes[1]}: two hashes cannot be intersected; more buckets make one stricter")
-    cuts = [side[1] for side in (one, other) if side[1] is not None]
-    return hashes[0] if hashes else None, reduce(Pattern.__and__, cuts) if cuts else None
+def _both(one: HashTerm, other: HashTerm) -> HashTerm:
+    if one.lsh is not None and other.lsh is not None:
+        raise ValueError(f"{one.lsh} & {other.lsh}: two hashes cannot be intersected; more buckets make one stricter")
+    cuts = [term.cut for term in (one, other) if term.cut is not None]
+    return HashTerm(other.lsh if one.lsh is None else one.lsh, reduce(and_, cuts) if cuts else None)

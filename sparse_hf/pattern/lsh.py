@@ -1,6 +1,6 @@
 """Patterns whose pairs are chosen from queries and keys at run time, by locality-sensitive hashing.
 
-They have no closed form in positions: `sparse_attention` plans them when it has the tensors (`plan/hashed.py`).
+They have no closed form in positions: `sparse_attention` plans them when it has the tensors (`plan/lsh.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from .base import PARTIAL, Pattern, joint, whole
 
 
-class Content(Pattern):
+class Content(Pattern, has_word=False):
     """What all of them share: they cannot be asked about positions alone."""
 
     @property
@@ -46,7 +46,7 @@ def _buckets(word: str, buckets) -> int | tuple[int, ...] | None:
     return factors if isinstance(buckets, (tuple, list)) else factors[0]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LSHChunks(Content):
     """Reformer's hashed attention (Kitaev et al., arXiv:2001.04451, section 2), as Transformers computes it.
 
@@ -80,7 +80,7 @@ class LSHChunks(Content):
         object.__setattr__(self, "buckets", _buckets(self.word, self.buckets))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LSH(Content):
     """Keys that hash like the query: in each of `rounds`, the `size` nearest of its bucket on either side of its position.
 

@@ -5,45 +5,21 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+from typing import Any
 
-from .base import Pattern
-from .blocks import BlockTable, PerHead, RandomBlocks
-from .complement import Outside
-from .lsh import LSH, LSHChunks
-from .primitives import (
-    Chunk,
-    First,
-    Fixed,
-    Last,
-    Marked,
-    MarkedKeys,
-    MarkedQueries,
-    Stride,
-    Summary,
-    Window,
-    causal,
-    full,
-)
-from .recipes import RECIPES
-from .ring import Ring
+from .words import WORDS
 
-PRIMITIVES = (
-    Window, First, Last, Marked, MarkedKeys, MarkedQueries, Stride, Fixed, Summary, Chunk, Ring, RandomBlocks, BlockTable,
-    LSH, LSHChunks, Outside, PerHead,
-)  # fmt: skip
-WORDS = {p.word: p for p in PRIMITIVES}
-# those whose arguments are patterns
-OF_PATTERNS = {Outside.word, PerHead.word}
-CALLS = {**WORDS, "causal": causal, "full": full, **RECIPES}
 # far above any pattern that means something, far below what would exhaust the parser
-LONGEST = 100_000
+MAX_CHARACTERS = 100_000
+# longest text that an error shows
+MAX_SHOWN = 200
 
 
 class PatternError(ValueError):
     """A text that is not a pattern; the message says where and what would be."""
 
 
-def parse(text: str) -> Pattern:
+def parse(text: str) -> Any:
     """Read a pattern, like `window(256, 256) | first(1)`.
 
     Raises:
@@ -52,9 +28,9 @@ def parse(text: str) -> Pattern:
     if not isinstance(text, str):
         raise PatternError(f"a pattern is text like 'window(255, 0) | first(4)', not {text!r}")
     if not text.strip():
-        raise PatternError(f"the pattern is empty; the known words are {', '.join(CALLS)}")
-    if len(text) > LONGEST:
-        raise PatternError(f"the pattern has {len(text):,} characters; at most {LONGEST:,} are read")
+        raise PatternError(f"the pattern is empty; the known words are {_known()}")
+    if len(text) > MAX_CHARACTERS:
+        raise PatternError(f"the pattern has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
     try:
         # leading white space would be an indent; parentheses let a pattern run over several lines
         tree = ast.parse(f"({text}\n)", mode="eval").body
@@ -65,14 +41,18 @@ def parse(text: str) -> Pattern:
         raise PatternError("the pattern is nested too deeply") from None
 
 
+def _known() -> str:
+    return ", ".join(sorted(WORDS))
+
+
 def _error(text: str, column: int, message: str) -> PatternError:
     column = max(1, min(column, len(text)))
-    shown = text if len(text) <= 200 else text[:200] + "..."
-    pointer = f"\n  {shown}\n  {' ' * (column - 1)}^" if column <= 200 and "\n" not in shown else ""
+    shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    pointer = f"\n  {shown}\n  {' ' * (column - 1)}^" if column <= MAX_SHOWN and "\n" not in shown else ""
     return PatternError(f"column {column}: {message}{pointer}")
 
 
-def _pattern(node: ast.expr, text: str) -> Pattern:
+def _pattern(node: ast.expr, text: str) -> Any:
     # the parenthesis put in front makes ast's columns, which count from 0, count from 1
     at = node.col_offset
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitOr, ast.BitAnd)):
@@ -83,11 +63,12 @@ def _pattern(node: ast.expr, text: str) -> Pattern:
             raise _error(text, at, str(error)) from None
     if isinstance(node, ast.BoolOp):
         word, symbol = ("or", "|") if isinstance(node.op, ast.Or) else ("and", "&")
-        raise _error(text, node.values[0].end_col_offset + 1, f"write {symbol!r} instead of {word!r}")
+        end = node.values[0].end_col_offset or at
+        raise _error(text, end + 1, f"write {symbol!r} instead of {word!r}")
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _call(node, text)
+        return _call(node.func.id, node, text)
     if isinstance(node, ast.Name):
-        if node.id in CALLS:
+        if node.id in WORDS:
             raise _error(text, at, f"{node.id!r} needs its arguments: {_usage(node.id)}")
         raise _unknown(node.id, at, text)
     raise _error(
@@ -95,45 +76,69 @@ def _pattern(node: ast.expr, text: str) -> Pattern:
     )
 
 
-def _call(node: ast.Call, text: str) -> Pattern:
-    word, at = node.func.id, node.col_offset
-    if word not in CALLS:
+def _call(word: str, node: ast.Call, text: str) -> Any:
+    at = node.col_offset
+    if word not in WORDS:
         raise _unknown(word, at, text)
-    values = [_pattern(a, text) if word in OF_PATTERNS else _value(a, text) for a in node.args]
+    positional = _positional(word, len(node.args))
+    # a class says which of its arguments are patterns; all others are values
+    of_patterns = getattr(WORDS[word], "pattern_fields", ())
+    values = [
+        _pattern(argument, text) if name in of_patterns else _value(argument, text)
+        for name, argument in zip(positional, node.args, strict=True)
+    ]
     named = {}
-    for keyword in node.keywords:
-        if keyword.arg is None:
+    for argument in node.keywords:
+        name = argument.arg
+        if name is None:
             raise _error(text, at, f"** is not read; the form is {_usage(word)}")
-        named[keyword.arg] = _value(keyword.value, text)
+        named[name] = _pattern(argument.value, text) if name in of_patterns else _value(argument.value, text)
     try:
-        inspect.signature(CALLS[word]).bind(*values, **named)
-        return CALLS[word](*values, **named)
+        inspect.signature(WORDS[word]).bind(*values, **named)
+        return WORDS[word](*values, **named)
     except TypeError as error:
         raise _error(text, at, f"{word}: {error}; the form is {_usage(word)}") from None
     except ValueError as error:
         raise _error(text, at, str(error)) from None
 
 
-def _value(node: ast.expr, text: str):
-    """A number, None, text, or tuples of them."""
+def _positional(word: str, count: int) -> list[str]:
+    """The names of the first `count` arguments; of those that there are none of, an empty name."""
+    names = []
+    for parameter in inspect.signature(WORDS[word]).parameters.values():
+        rest = count - len(names) if parameter.kind is parameter.VAR_POSITIONAL else 1
+        names += [parameter.name] * rest
+    return [*names[:count], *[""] * (count - len(names))]
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """A whole number, True or False, None, text, or tuples of them."""
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (int, str))):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value if isinstance(node.operand.value, int) else None
+        number = node.operand.value
+        if isinstance(number, int) and not isinstance(number, bool):
+            return -number
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
     raise _error(text, node.col_offset, f"{ast.unparse(node)!r} is not a value; arguments are whole numbers or None")
 
 
 def _usage(word: str) -> str:
-    if word == PerHead.word:
-        return "per_head(pattern, pattern, ...)"
-    parameters = inspect.signature(CALLS[word]).parameters.values()
-    shown = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-    return f"{word}({', '.join(shown)})"
+    return f"{word}({', '.join(map(_shown, inspect.signature(WORDS[word]).parameters.values()))})"
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        one = parameter.name.removesuffix("s")
+        return f"{one}, {one}, ..."
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
 
 
 def _unknown(word: str, column: int, text: str) -> PatternError:
-    close = difflib.get_close_matches(word, CALLS, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return _error(text, column, f"unknown word {word!r}{hint} The known words are {', '.join(CALLS)}")
+    close = difflib.get_close_matches(word, WORDS, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return _error(
+        text, column, f"unknown word {word!r}{hint} The known words are {_known()}; a pattern of your own is known once the "
+        "module that defines it is imported",
+    )  # fmt: skip

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from .base import EMPTY, Marks, Pattern, joint, state, whole
+from .words import recipe
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Window(Pattern):
     """Keys from `left` before the query to `right` after it, both ends inclusive; None is no limit."""
 
@@ -54,15 +55,17 @@ class Window(Pattern):
     def narrowed(self, other: Window) -> Window:
         """The pairs that both windows hold."""
         sides = ((self.left, other.left), (self.right, other.right))
-        return Window(*(min((x for x in side if x is not None), default=None) for side in sides))
+        left, right = (min((x for x in side if x is not None), default=None) for side in sides)
+        return Window(left, right)
 
     def widened(self, other: Window) -> Window:
         """The pairs that either window holds: each holds the diagonal, so that the union is a window too."""
         sides = ((self.left, other.left), (self.right, other.right))
-        return Window(*(None if None in side else max(side) for side in sides))
+        left, right = (None if one is None or two is None else max(one, two) for one, two in sides)
+        return Window(left, right)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class First(Pattern):
     """Pairs whose query or key is among the first `n` positions: sinks in a causal model, global tokens in an encoder."""
 
@@ -89,19 +92,19 @@ class First(Pattern):
         return self.n
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Marked(Pattern):
     """Pairs whose query or key is marked in this batch: `global_attention_mask`, or token ids named in the configuration."""
 
     word = "marked"
 
     def allows(self, q, k, marks=None):
-        return ~joint(q, k) if marks is None or marks[0] is None else marks[0] | marks[1]
+        return ~joint(q, k) if marks is None or marks.q is None or marks.k is None else marks.q | marks.k
 
     def blocks(self, q0, q1, k0, k1, marks=None):
-        if marks is None or marks[0] is None:
+        if marks is None or marks.q is None or marks.k is None:
             return torch.full_like(q0 + k0, EMPTY).to(torch.int8)
-        return torch.maximum(*marks[:2])
+        return torch.maximum(marks.q, marks.k)
 
     def signature(self, q0, k0, side, marks=None):
         return []
@@ -114,11 +117,15 @@ class Marked(Pattern):
         return True, True
 
     @property
+    def marks_add(self) -> bool:
+        return True
+
+    @property
     def grain(self) -> int:
         return 0
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class MarkedKeys(Marked):
     """Pairs whose key is marked: every token sees the marked ones, which see no more than others.
 
@@ -143,7 +150,7 @@ class MarkedKeys(Marked):
         return self.side == 0, self.side == 1
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class MarkedQueries(MarkedKeys):
     """Pairs whose query is marked: the other half of `marked()`."""
 
@@ -151,7 +158,7 @@ class MarkedQueries(MarkedKeys):
     side = 0
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Stride(Pattern):
     """Pairs whose distance is a multiple of `step` (Child et al., arXiv:1904.10509, section 4.2).
 
@@ -181,7 +188,7 @@ class Stride(Pattern):
         return joint(q, k)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Fixed(Pattern):
     """Same block of `block` positions, or the key is one of the last `summary` of its block (arXiv:1904.10509, 4.2)."""
 
@@ -218,7 +225,7 @@ class Fixed(Pattern):
         return (k // self.block >= q // self.block) | self._summary(k)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Summary(Pattern):
     """The key is one of the last `count` of its block of `block` positions: the far half of `fixed` (arXiv:1904.10509, 4.2)."""
 
@@ -250,7 +257,7 @@ class Summary(Pattern):
         return joint(q, k) & self._is_summary(k)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Chunk(Pattern):
     """The key's chunk of `size` positions is the query's, or one of the `left` before it or the `right` after it.
 
@@ -290,7 +297,7 @@ class Chunk(Pattern):
         return self.size
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Last(Pattern):
     """Pairs whose query or key is in one of the last `n` chunks of `size` positions; the very last chunk may be short.
 
@@ -307,7 +314,7 @@ class Last(Pattern):
 
     def _begin(self, marks: Marks | None):
         """The first position that is last, or None if the sequence goes on."""
-        length = None if marks is None or len(marks) < 3 else marks[2]
+        length = None if marks is None else marks.length
         return None if length is None else ((length + self.size - 1) // self.size - self.n) * self.size
 
     def allows(self, q, k, marks=None):
@@ -339,11 +346,13 @@ class Last(Pattern):
         return self.size
 
 
+@recipe
 def causal() -> Pattern:
     """Every key up to the query."""
     return Window(None, 0)
 
 
+@recipe
 def full() -> Pattern:
     """Every pair: dense attention."""
     return Window(None, None)

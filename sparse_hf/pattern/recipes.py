@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from .base import Pattern
-from .blocks import PerHead, RandomBlocks
+from .blocks import RandomBlocks
+from .per_head import PerHead
 from .primitives import Chunk, First, Fixed, Last, Stride, Summary, Window, causal
+from .words import recipe
 
 
+@recipe
 def longformer(attention_window: int = 512, num_global: int = 1, dilation: int = 1) -> Pattern:
     """Longformer (arXiv:2004.05150, section 3.1): a window, dilated if asked, and global tokens at the start.
 
@@ -17,6 +20,7 @@ def longformer(attention_window: int = 512, num_global: int = 1, dilation: int =
     return window | First(num_global)
 
 
+@recipe
 def bigbird(block_size: int = 64, num_random_blocks: int = 3, num_global_blocks: int = 1, seed: int = 0) -> Pattern:
     """BigBird, ITC (arXiv:2007.14062, section 2): three blocks of window, global blocks at both ends, random blocks.
 
@@ -27,6 +31,7 @@ def bigbird(block_size: int = 64, num_random_blocks: int = 3, num_global_blocks:
     return Chunk(block_size, 1, 1) | ends | RandomBlocks(num_random_blocks, block_size, seed)
 
 
+@recipe
 def sparse_transformer(stride: int = 128, mode: str = "strided", summary: int = 8, part: int | None = None) -> Pattern:
     """Sparse Transformer (arXiv:1904.10509, section 4.2), causal: "strided" or "fixed".
 
@@ -60,22 +65,19 @@ def sparse_transformer_layers(
     return [sparse_transformer(stride, mode, summary, part=1 + layer % 2) for layer in range(num_layers)]
 
 
+@recipe
 def sparse_transformer_heads(num_heads: int, stride: int = 128, mode: str = "strided", summary: int = 8) -> Pattern:
     """The two parts of `sparse_transformer` by turns, one a head (arXiv:1904.10509, section 5.2)."""
     return PerHead(*(sparse_transformer(stride, mode, summary, part=1 + head % 2) for head in range(num_heads)))
 
 
+@recipe
 def sliding_window(size: int) -> Pattern:
     """Mistral (arXiv:2310.06825): `size` keys, the query's own included, so `size - 1` before it."""
     return Window(size - 1, 0)
 
 
+@recipe
 def streaming(window: int = 1024, sinks: int = 4) -> Pattern:
     """StreamingLLM (arXiv:2309.17453): the last `window` keys, the query's own included, and the first `sinks`."""
     return Window(window - 1, 0) | First(sinks) & causal()
-
-
-RECIPES = {
-    recipe.__name__: recipe
-    for recipe in (longformer, bigbird, sparse_transformer, sparse_transformer_heads, sliding_window, streaming)
-}

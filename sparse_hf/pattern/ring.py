@@ -10,7 +10,7 @@ from .base import Marks, Pattern, joint
 from .primitives import Chunk
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Ring(Pattern):
     """`chunk(size, left, right)` closed to a ring: before the first chunk stands the last one, and after it the first.
 
@@ -35,7 +35,7 @@ class Ring(Pattern):
 
     def _shifts(self, marks: Marks | None) -> tuple:
         """How far keys are moved, in positions, to stand beside the queries that see them."""
-        length = None if marks is None or len(marks) < 3 else marks[2]
+        length = None if marks is None else marks.length
         if length is None:
             return (0,)
         around = (length + self.size - 1) // self.size * self.size

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..pattern import Pattern
+from ..pattern.base import as_pattern
 from .block_plan import BlockPlan, MaskFunction
 from .sequences import make_layout
 
@@ -79,19 +78,6 @@ def build_plan(
         mask_function=mask_function,
         device=device,
     )
-
-
-def as_pattern(pattern: Pattern | str) -> Pattern:
-    if isinstance(pattern, Pattern):
-        return pattern
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern is a {type(pattern).__name__}; give a Pattern or its text, like 'window(255, 0)'")
-    return _parsed(pattern)
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Pattern:
-    return Pattern.parse(text)
 
 
 def _checked_offset(q_len: int, kv_len: int, q_offset: int | None) -> int:
