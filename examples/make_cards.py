@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sparse_hf.conversion.card import Card, Span, card_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO, REAL_WEIGHTS = (ROOT / "docs" / "results" / name for name in ("demo.json", "real-weights.json"))
+RESULTS = Path("docs", "results", "cpu-2-cores")
+DEMO, REAL_WEIGHTS = RESULTS / "2026-11-24-demo.json", RESULTS / "2026-11-25-real-weights.json"
 PAST = "({}) & window(None, 0)"
 SINKS, GLOBAL = "window(255, 0) | first(4)", "window(32, 32) | first(1)"
 
@@ -108,10 +109,10 @@ def card(spec: dict) -> str:
 
 def of_demo(spec: dict) -> dict:
     """The demo's figures as cards take them."""
-    found = json.loads(DEMO.read_text())
+    found = json.loads((ROOT / DEMO).read_text())
     sparse, dense = (found[f"{spec['demo']} {kind}"] for kind in ("sparse", "dense"))
     figures = {
-        "note": f"`make demo`, {spec['length']:,} tokens of Moby Dick, on the machine that wrote `docs/results/demo.json`; "
+        "note": f"`make demo`, {spec['length']:,} tokens of Moby Dick, on the machine that wrote `{DEMO}`; "
         "the weights are the same.",
         "seconds": {"sparse": sparse["seconds"], "dense": dense["seconds"]},
         "tensors with two length dimensions": {"sparse": sparse["quadratic"], "dense": dense["quadratic"]},
@@ -124,11 +125,11 @@ def of_demo(spec: dict) -> dict:
 
 def of_real_weights(spec: dict) -> dict:
     """The figures of a narrow pattern as cards take them."""
-    measures = json.loads(REAL_WEIGHTS.read_text())["checkpoints"][spec["real_weights"]]["measures"]
+    measures = json.loads((ROOT / REAL_WEIGHTS).read_text())["checkpoints"][spec["real_weights"]]["measures"]
     found = next(m for m in measures if m["name"] == "narrow")
     figures = {
         "note": f"`python examples/real_weights.py`: {found['text']}, {found['rows']} x {found['longest']:,} tokens; in "
-        "`docs/results/real-weights.json`.",
+        f"`{REAL_WEIGHTS}`.",
         "same answer as the dense model": {"sparse": f"{found['same']:.1%}"},
     }
     for key, name in (("perplexity", "perplexity"), ("top1", "right answers")):
@@ -139,11 +140,9 @@ def of_real_weights(spec: dict) -> dict:
 
 
 def main() -> None:
-    missing = [path for path in (DEMO, REAL_WEIGHTS) if not path.exists()]
+    missing = [path for path in (DEMO, REAL_WEIGHTS) if not (ROOT / path).exists()]
     if missing:
-        sys.exit(
-            f"{missing[0]} is missing; run `make demo` or `python examples/real_weights.py`, and copy the results there"
-        )
+        sys.exit(f"{missing[0]} is missing; run `make demo` or `python examples/real_weights.py`, and name its file here")
     for spec in CARDS:
         content = card(spec)
         ModelCard(content)  # raises if the metadata is not readable

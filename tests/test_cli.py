@@ -188,7 +188,7 @@ def _without_masks(tiles, side, made):
 def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatch, no_sweep):
     from sparse_hf.bench import decode
 
-    monkeypatch.setattr(decode, "CHECKED", (64, 160))
+    monkeypatch.setattr(decode, "COMPARED_LENGTHS", (64, 160))
     given = {"layers": 1, "hidden_size": 128, "kv_heads": 1, "tokens": 2, "device": "cpu"}
     pattern, out = "streaming(window=100, sinks=4)", tmp_path / "r.json"
     result = decode.run_decode([150, 300], pattern, **given, out=out)

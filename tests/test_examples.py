@@ -41,7 +41,7 @@ def test_cards_and_measurements_speak_of_the_same_patterns():
     patterns = {spec["name"]: [span[1] for span in spec["spans"]] for spec in make_cards.CARDS}
     of_demo = [patterns[s["name"]] for s in make_cards.CARDS if "demo" in s]
     assert of_demo == [[demo["DECODER_PATTERN"]], [demo["ENCODER_PATTERN"]]]
-    measured = json.loads(make_cards.REAL_WEIGHTS.read_text())["checkpoints"]
+    measured = json.loads((ROOT / make_cards.REAL_WEIGHTS).read_text())["checkpoints"]
     for spec in make_cards.CARDS:
         if "real_weights" in spec:
             narrow = next(m for m in measured[spec["real_weights"]]["measures"] if m["name"] == "narrow")

@@ -1,9 +1,27 @@
-"""`sparse-hf bench`: is it fast? Peers beside ours in one run, correctness checked before each timing."""
+"""`sparse-hf bench`: is it fast? Peers beside ours in one run, correctness checked before each timing.
+
+This is part of the package, and no folder of scripts beside it, because figures are worth most on the machine that they
+are asked about: `pip install sparse_hf` is all that `sparse-hf bench` needs there, no checkout. Nothing else of the
+package imports it but the command line, and that only when it is asked for.
+"""
 
 from .attention import run_attention
 from .decode import run_decode
 from .measure import peak_bytes
 from .models import run_models
+from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
+from .results import environment, latest_result, result_path, write_json
 
-__all__ = ["peak_bytes", "run_attention", "run_decode", "run_models", "run_plan"]
+__all__ = [
+    "PLAN_PATTERNS",
+    "environment",
+    "latest_result",
+    "peak_bytes",
+    "result_path",
+    "run_attention",
+    "run_decode",
+    "run_models",
+    "run_plan",
+    "write_json",
+]

@@ -1,26 +1,55 @@
-"""`sparse-hf bench attention`: one attention layer, ours beside dense SDPA, forward and backward, length by length."""
+"""`sparse-hf bench attention`: one attention layer beside dense SDPA, forward and backward, length by length.
+
+Legend: H query heads, G key heads, n tokens, D head dim.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
 from ..plan import build_plan
-from .measure import DTYPES, environment, peak_bytes, row_error, seconds, slopes, synchronize, write_json
+from .exactness import row_error
+from .measure import DTYPES, Timer, check_dtype, chosen_device, peak_bytes, synchronize
 from .peers import Peer, peers
 from .plot import plot_result
+from .results import Result, Row, environment, result_path, slopes, write_json
 from .sparse_peers import sparse_peers
 
 # largest relative error of an output row against float64 that still counts as correct
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one attention layer, and the numbers it computes with (a name of `DTYPES`)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def tensors(self, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q `[1, H, n, D]`, k and v `[1, G, n, D]` that want gradients, the same for every run."""
+        generator = torch.Generator(device).manual_seed(n)
+        q, k, v = (self._tensor(h, n, generator, device) for h in (self.heads, self.kv_heads, self.kv_heads))
+        return q, k, v
+
+    def _tensor(self, heads: int, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        made = torch.randn((1, heads, n, self.head_dim), generator=generator, device=device).to(DTYPES[self.dtype])
+        # heads after tokens, as the projections of a model make them
+        return made.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
 
 
 def run_attention(
@@ -37,8 +66,8 @@ def run_attention(
     budget: float = 60.0,
     out: str | Path | None = None,
     plot: str | Path | None = None,
-) -> dict:
-    """Time attention over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+) -> Result:
+    """Time attention over `lengths`, print a table, and write the figures.
 
     Beside ours run dense SDPA (causal if the pattern is), until one call would take longer than `budget` seconds, on a GPU
     the window kernels of others on the pattern's window alone, and the sparse attention of other packages, as far as they
@@ -54,96 +83,83 @@ def run_attention(
         backends: by default all that can run here but the reference.
         repeats: timed calls per figure, of which the median counts.
         budget: seconds per figure.
-        out: where to write the result.
-        plot: where to draw it; needs matplotlib.
+        out: where to write the result (JSON); in a folder, as `<machine>/<date>-attention.json`.
+        plot: where to draw it (PNG); needs matplotlib.
 
     Raises:
-        ValueError: an unknown dtype or backend.
+        ValueError: an unknown dtype, device or backend.
         AssertionError: a backend computes something else than the pattern.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
+    check_dtype(dtype)
     unknown = sorted(set(backends or ()) - set(BACKENDS))
     if unknown:
         raise ValueError(f"unknown backends {unknown}; the known ones are {', '.join(BACKENDS)}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backends = list(backends) if backends else None
-    console = Console(stderr=True)
-    shape = {"heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "dtype": dtype}
-    rows, left_out, text = [], {}, str(Pattern.parse(pattern))
-    result = {"benchmark": "attention", "environment": environment(place), "pattern": text, **shape, "rows": rows}
-    # installed packages that cannot stand beside ours here
+    timer = Timer(chosen_device(device), repeats, budget)
+    shape = LayerShape(heads, kv_heads or heads, head_dim, dtype)
+    console, asked = Console(stderr=True), Pattern.parse(pattern)
+    rows: list[Row] = []
+    # installed packages that cannot stand beside ours here, and why
+    left_out: dict[str, str] = {}
+    facts = environment(timer.device)
+    result = {"benchmark": "attention", "environment": facts, "pattern": str(asked), **asdict(shape), "rows": rows}
     result["left_out"] = left_out
     for n in sorted(lengths):
         with console.status(f"n = {n:,}"):
-            rows += _one_length(n, pattern, shape, place, backends, repeats, budget, rows, left_out)
-        _ratios(rows)
+            tensors = shape.tensors(n, timer.device)
+            sparse, reasons = sparse_peers(asked, *tensors[:2])
+            left_out.update(reasons)
+            beside = chain(peers(asked, *tensors, list(backends) if backends else None), sparse)
+            rows += [_figures(p, shape, tensors, timer) for p in beside if not _takes_too_long(p, n, rows, budget)]
+        _add_ratios(rows)
         result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
         if out:
             # what is measured stays, whatever happens at the next length
-            write_json(result, out)
+            write_json(result, result_path(out, facts, "attention"))
     Console(width=max(Console().width, 124)).print(_table(result))
     for name, reason in left_out.items():
         console.print(f"{name} is installed, but left out: {reason}", highlight=False, soft_wrap=True, markup=False)
     if plot:
-        sizes = f"{heads} heads of {head_dim}, {shape['kv_heads']} key heads, {dtype}"
+        sizes = f"{heads} heads of {head_dim}, {shape.kv_heads} key heads, {dtype}"
         plot_result(result, f"{result['pattern']}: {sizes}", plot)
     return result
 
 
-def _one_length(n, pattern, shape, place, backends, repeats, budget, earlier, left_out) -> list[dict]:
-    generator = torch.Generator(place).manual_seed(n)
-    sizes = [(1, h, n, shape["head_dim"]) for h in (shape["heads"], shape["kv_heads"], shape["kv_heads"])]
-    q, k, v = (torch.randn(size, generator=generator, device=place).to(DTYPES[shape["dtype"]]) for size in sizes)
-    # heads after tokens, as the projections of a model make them
-    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v)]
-    rows, asked = [], Pattern.parse(pattern)
-    sparse, reasons = sparse_peers(asked, *tensors[:2])
-    left_out.update(reasons)
-    for peer in (*peers(asked, *tensors, backends), *sparse):
-        before = next((r for r in reversed(earlier) if r["name"] == peer.name), None)
-        # dense work grows with n^2: skip it once a call is expected to pass the budget
-        if peer.kind == "dense" and earlier and not (before and before["step_s"] * (n / before["n"]) ** 2 < budget):
-            continue
-        rows.append(_figures(peer, tensors, n, shape, place, repeats, budget))
-    return rows
+def _takes_too_long(peer: Peer, n: int, earlier: Sequence[Row], budget_s: float) -> bool:
+    """Is a call expected to pass the budget? Dense work grows with n^2."""
+    if peer.kind != "dense" or not earlier:
+        return False
+    before = next((r for r in reversed(earlier) if r["name"] == peer.name), None)
+    return before is None or before["step_s"] * (n / before["n"]) ** 2 >= budget_s
 
 
-def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict:
-    q, k, v = tensors
-    grad = torch.randn(q.shape, generator=torch.Generator(place).manual_seed(n + 1), device=place).to(q.dtype)
-    begin = time.perf_counter()
-    out = peer.call(*tensors)
-    grad_q = torch.autograd.grad(out, q, grad)[0] if peer.has_backward else None
-    synchronize(place)
-    first_call = time.perf_counter() - begin
-    errors = row_error(q, k, v, out, build_plan(peer.pattern, n, device=q.device), grad, grad_q)
-    known = [error for error in errors if error is not None]
-    # NaN is no more than any bound, and no less
-    if not all(error <= TOLERANCE[shape["dtype"]] for error in known):
-        found = ", ".join(f"{error:.1e}" for error in known)
-        raise AssertionError(
-            f"{peer.name} at n={n}: output and gradient are off by {found}; {TOLERANCE[shape['dtype']]:.0e} is right"
-        )
-    del out, grad_q
+def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], timer: Timer) -> Row:
+    n, device = tensors[0].shape[2], timer.device
+    q, k, _ = tensors
+    grad = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(n + 1), device=device).to(q.dtype)
+    first_call_s, errors = _checked(peer, shape, tensors, grad, device)
     with torch.no_grad():
-        forward = seconds(lambda: peer.call(*tensors), place, repeats, budget)
+        forward = timer.seconds(lambda: peer.call(*tensors))
 
-    def step():
+    def forget():
         for t in tensors:
             t.grad = None
+
+    def step():
+        forget()
         peer.call(*tensors).backward(grad)
 
-    both = seconds(step, place, repeats, budget) if peer.has_backward else None
-    for t in tensors:
-        t.grad = None
+    both = peak = None
+    if peer.has_backward:
+        both = timer.seconds(step)
+        forget()
+        peak = peak_bytes(step, device)
+        forget()
     # what any implementation must hold: q, k, v, out and the gradients of the four
     held = 4 * sum(t.numel() * t.element_size() for t in (q, k))
     given = sum(t.numel() * t.element_size() for t in (*tensors, grad))
-    peak = peak_bytes(step, place) if peer.has_backward else None
-    for t in tensors:
-        t.grad = None
     pairs = _pairs(str(peer.pattern), n)
+    # multiplications and additions of both products of a pair, forward; the backward pass has five more products
+    flops = 4 * shape.heads * shape.head_dim * pairs
     return {
         "name": peer.name,
         "kind": peer.kind,
@@ -151,9 +167,9 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
         "forward_s": forward,
         "step_s": both,
         # kernels are compiled in it, forward and backward, if a length before has not done it
-        "first_call_s": first_call,
-        "useful_tflops_forward": 4 * shape["heads"] * shape["head_dim"] * pairs / forward / 1e12,
-        "useful_tflops_step": both and 14 * shape["heads"] * shape["head_dim"] * pairs / both / 1e12,
+        "first_call_s": first_call_s,
+        "useful_tflops_forward": flops / forward / 1e12,
+        "useful_tflops_step": None if both is None else 3.5 * flops / both / 1e12,
         "pairs": pairs,
         "relative_error": errors[0],
         "relative_error_grad_q": errors[1],
@@ -161,6 +177,26 @@ def _figures(peer: Peer, tensors, n: int, shape, place, repeats, budget) -> dict
         "extra_bytes": None if peak is None else max(0, peak - (held - given)),
         "held_bytes": held,
     }
+
+
+def _checked(
+    peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], grad: Tensor, device: torch.device
+) -> tuple[float, tuple[float, float | None]]:
+    """Seconds of the first call, and relative errors of its output and gradient of q, which must be right."""
+    q, k, v = tensors
+    begin = time.perf_counter()
+    out = peer.call(q, k, v)
+    grad_q = torch.autograd.grad(out, q, grad)[0] if peer.has_backward else None
+    synchronize(device)
+    first_call_s = time.perf_counter() - begin
+    n, bound = q.shape[2], TOLERANCE[shape.dtype]
+    errors = row_error(q, k, v, build_plan(peer.pattern, n, device=device), out, grad, grad_q)
+    known = [error for error in errors if error is not None]
+    # NaN is no more than any bound, and no less
+    if not all(error <= bound for error in known):
+        found = ", ".join(f"{error:.1e}" for error in known)
+        raise AssertionError(f"{peer.name} at n={n}: output and gradient are off by {found}; {bound:.0e} is right")
+    return first_call_s, errors
 
 
 @lru_cache
@@ -175,19 +211,19 @@ def _pairs(pattern: str, n: int) -> int:
     return round(sum(counts[p] for p in heads) / len(heads))
 
 
-def _ratios(rows: list[dict]) -> None:
-    """Useful rate of each of ours over the fastest peer's that computes no more than the window, and over dense time."""
+def _add_ratios(rows: Sequence[Row]) -> None:
+    """Useful rate of each of ours over the fastest window peer's, which computes no more, and over dense time."""
     for row in (r for r in rows if r["kind"] == "ours"):
         beside = [r for r in rows if r["n"] == row["n"]]
         for what in ("forward", "step"):
-            rate, time = f"useful_tflops_{what}", f"{what}_s"
+            rate, time_s = f"useful_tflops_{what}", f"{what}_s"
             fast = max((r[rate] for r in beside if r["kind"] == "window" and r[rate]), default=None)
-            dense = min((r[time] for r in beside if r["kind"] == "dense"), default=None)
+            dense = min((r[time_s] for r in beside if r["kind"] == "dense"), default=None)
             row[f"{what}_rate_over_window_peer"] = None if fast is None else row[rate] / fast
-            row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time]
+            row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time_s]
 
 
-def _table(result: dict) -> Table:
+def _table(result: Result) -> Table:
     facts = result["environment"]
     title = (
         f"{result['pattern']}, {result['heads']} heads of {result['head_dim']}, {result['dtype']}, {facts['hardware']}"

@@ -1,4 +1,4 @@
-"""The models that `sparse-hf bench models` knows: Transformers' class, its configuration, and what of ours stands beside it.
+"""The models that `sparse-hf bench models` knows: Transformers' class, its configuration, and our pattern.
 
 All have random weights, no dropout, and 1,024 words; encoders are of base size (12 heads of 64).
 """
@@ -23,11 +23,16 @@ SLIDING = ("sdpa", "flex_attention")
 class Case:
     """One family.
 
-    `config` gets the length and the layers. Without `pattern` the family implies one. A `dense` model of Transformers computes
-    more pairs than ours, and is given a mask of ours where the two are compared; `same` are the arguments of `sparsify`
-    under which ours computes the very pairs that Transformers' class does, where those that are timed are other ones.
-    `implementations` are those of Transformers' attention that have a row each, what the class chooses by itself first; None
-    is that one without its name.
+    Attributes:
+        model: the name of Transformers' class.
+        config: arguments of its configuration for a number of tokens and of layers.
+        pattern: what ours is given; None where the family implies one.
+        dense: does Transformers' model compute more pairs than ours? It is given a mask of ours where the two are compared.
+        global_tokens: marked tokens at the beginning.
+        same: arguments of `sparsify` under which ours computes the very pairs that Transformers' class does, where those
+            that are timed are other ones.
+        implementations: Transformers' attention implementations that have a row each, the class's default first; None is
+            the default without its name.
     """
 
     model: str
@@ -40,7 +45,10 @@ class Case:
 
     def masks(self, n: int, device: torch.device) -> dict:
         """What makes Transformers' class compute our pairs on `n` tokens."""
-        return {"attention_mask": build_plan(self.pattern, n, device=device).to_dense()} if self.dense else {}
+        if not self.dense:
+            return {}
+        assert self.pattern is not None
+        return {"attention_mask": build_plan(self.pattern, n, device=device).to_dense()}
 
 
 def _encoder(n: int, layers: int, **more) -> dict:

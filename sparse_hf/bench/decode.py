@@ -1,18 +1,20 @@
-"""`sparse-hf bench decode`: one token at a time with a cache, sparse beside dense with the same weights, context by context."""
+"""`sparse-hf bench decode`: one token at a time with a cache, sparse beside dense with the same weights."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from ..models import FAMILIES, StreamingCache, sparsify
 from ..models.hf.model_mixin import CACHE_NAMES
@@ -20,22 +22,78 @@ from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import build_plan
 from .cases import VOCABULARY
-from .measure import DTYPES, environment, measured, peak_bytes, seconds_in_turn, slopes, synchronize, tell, write_json
-from .models import EXACT, FACTOR
+from .measure import (
+    DTYPES,
+    check_dtype,
+    chosen_device,
+    measured,
+    peak_bytes,
+    print_row,
+    seconds_in_turn,
+    synchronize,
+    why_not_run,
+)
+from .models import ERROR_FACTOR, EXACT_ERROR
 from .plot import plot_result
+from .results import Result, Row, environment, result_path, slopes, write_json
 
 HEAD_DIM = 64
 # tokens on which both are compared before anything is timed: the first of these at which the pattern lacks a pair
-CHECKED = (1280, 2560, 5120)
+COMPARED_LENGTHS = (1280, 2560, 5120)
 # tokens whose answers are compared, each a step behind a filled cache
-STEPS = 4
-CACHES: dict[str, Callable[[LlamaConfig, int], Cache]] = {
+COMPARED_STEPS = 4
+# tokens behind those that are compared which are not timed: one that measures memory, and one to spare
+UNTIMED_STEPS = 2
+CACHES: dict[str, Callable[[Any, int], Cache]] = {
     "dynamic": lambda config, most: DynamicCache(config=config),
     "static": lambda config, most: StaticCache(config=config, max_cache_len=most),
     "streaming": lambda config, most: StreamingCache(config),
 }
-# what a dense model runs with instead, which looks back at every key
+# what a dense model, which looks back at every key, runs with instead
 DENSE_CACHES = {"streaming": "static"}
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """The decoder that runs, its cache, and how many tokens it is asked for."""
+
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    batch: int
+    tokens: int
+    chunk: int | None
+    cache: str
+    dtype: str
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        if self.cache not in CACHES:
+            raise ValueError(f"cache is {self.cache!r}; the known ones are {', '.join(CACHES)}")
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads is {self.kv_heads}; it must divide the {self.heads} query heads")
+        for name, value in (("tokens", self.tokens), ("chunk", self.chunk)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def heads(self) -> int:
+        return self.hidden_size // HEAD_DIM
+
+    def config(self, most_tokens: int) -> LlamaConfig:
+        heads = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": 3 * self.hidden_size, "vocab_size": VOCABULARY}
+        layers: dict[str, Any] = {"num_hidden_layers": self.layers, "attn_implementation": "sdpa"}
+        return LlamaConfig(**heads, **sizes, **layers, max_position_embeddings=most_tokens)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A cache that holds a context, and `step`, which gives the context's next token."""
+
+    row: Row
+    cache: Cache
+    step: Callable[[], object]
 
 
 def run_decode(
@@ -54,8 +112,8 @@ def run_decode(
     budget: float = 60.0,
     out: str | Path | None = None,
     plot: str | Path | None = None,
-) -> dict:
-    """Time single tokens behind contexts of `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+) -> Result:
+    """Time single tokens behind contexts of `lengths`, print a table, and write the figures.
 
     A Llama with random weights and heads of 64 runs dense, with SDPA, and sparse, with the same weights. A pass over the context
     fills the cache; then each token is a step of its own, of which the median counts, by the clock: the host waits for every
@@ -84,94 +142,93 @@ def run_decode(
         dtype: "fp32", "bf16" or "fp16", of weights, activations and the cache.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         budget: seconds; a model that needed more to read a context is not run on longer ones.
-        out, plot: where to write the result, and to draw it (needs matplotlib).
+        out: where to write the result (JSON); in a folder, as `<machine>/<date>-decode.json`.
+        plot: where to draw it (PNG); needs matplotlib.
 
     Raises:
-        ValueError: an unknown dtype or cache, sizes that do not fit together, a bad pattern.
+        ValueError: an unknown dtype, device or cache, sizes that do not fit together, a bad pattern.
         AssertionError: the sparse model answers otherwise than the pattern says.
     """
     build_plan(pattern, 1)
-    _refuse(lengths, hidden_size, kv_heads, tokens, chunk, cache, dtype)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = {
-        "layers": layers, "hidden_size": hidden_size, "kv_heads": kv_heads or hidden_size // HEAD_DIM, "batch": batch,
-        "tokens": tokens, "chunk": chunk, "cache": cache, "dtype": dtype,
-    }  # fmt: skip
-    console, rows, waiting = Console(stderr=True), [], []
-    models = _models(shape, pattern, max(*lengths, CHECKED[-1]) + STEPS + tokens + 2, place)
+    if hidden_size < HEAD_DIM or hidden_size % HEAD_DIM:
+        raise ValueError(
+            f"hidden_size is {hidden_size}; heads have {HEAD_DIM} numbers, so it must be a multiple of that"
+        )
+    if min(lengths) < 1:
+        raise ValueError(f"lengths is {min(lengths)}; it must be at least 1")
+    kv_heads = hidden_size // HEAD_DIM if kv_heads is None else kv_heads
+    shape = DecodeShape(layers, hidden_size, kv_heads, batch, tokens, chunk, cache, dtype)
+    target, console, text = chosen_device(device), Console(stderr=True), str(Pattern.parse(pattern))
+    models = _models(shape, pattern, max(*lengths, COMPARED_LENGTHS[-1]) + _steps(shape), target)
     with console.status("comparing"):
-        checked = _compare(models, pattern, shape, place)
-    text = str(Pattern.parse(pattern))
-    result = {"benchmark": "decode", "environment": environment(place), "pattern": text, **shape}
+        checked = _compare(models, pattern, shape, target)
+    rows: list[Row] = []
+    facts = environment(target)
+    result = {"benchmark": "decode", "environment": facts, "pattern": text, **asdict(shape)}
     result |= {"checked": checked, "rows": rows}
-    for n in sorted(lengths):
-        for name, model in models.items():
-            kind, kept = ("ours", cache) if name == "sparse_hf" else ("dense", DENSE_CACHES.get(cache, cache))
-            row = {"name": name, "kind": kind, "n": n, "cache": kept}
-            with console.status(f"{name}: n = {n:,}"):
-                work = partial(_filled, model, row, shape, checked["bound"], place)
-                rows.append(measured(row, work, rows, ("fill_s",), budget))
-            tell(rows[-1], lambda row: f"read in {row['fill_s']:,.2f} s", console)
-            if not rows[-1].get("failed"):
-                waiting.append((rows[-1], rows[-1].pop("held"), rows[-1].pop("step")))
-            if out:
-                # what is measured stays, whatever happens to the next row
-                write_json(result, out)
+
+    def save():
+        if out:
+            write_json(result, result_path(out, facts, "decode"))
+
+    filled: list[Filled] = []
+    for model, row in _rows(models, lengths, cache):
+        reason = why_not_run(row, rows, ("fill_s",), budget)
+        with console.status(f"{row['name']}: n = {row['n']:,}"):
+            work = partial(_filled, model, row, shape, checked["bound"], target)
+            rows.append({**row, "failed": reason} if reason else measured(row, work))
+        if not rows[-1].get("failed"):
+            filled.append(Filled(rows[-1], rows[-1].pop("held"), rows[-1].pop("step")))
+        print_row(rows[-1], lambda row: f"read in {row['fill_s']:,.2f} s", console)
+        # what is measured stays, whatever happens to the next row
+        save()
     with console.status("one token after the other"):
-        times = seconds_in_turn([step for *_, step in waiting], tokens, budget * len(waiting))
-    for (row, held, _), token_s in zip(waiting, times, strict=True):
-        row |= {"token_s": token_s, "tokens_per_s": batch / token_s, "cache_bytes": _bytes(held)}
+        times = seconds_in_turn([each.step for each in filled], tokens, budget * len(filled))
+    for each, token_s in zip(filled, times, strict=True):
+        row = each.row
+        row |= {"token_s": token_s, "tokens_per_s": batch / token_s, "cache_bytes": _bytes(each.cache)}
         if row["peak_bytes"] is not None:
             row["peak_bytes"] += row["cache_bytes"]
-        tell(row, lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
-    _ratios(rows)
+        print_row(row, lambda row: f"{row['token_s'] * 1e3:,.2f} ms", console)
+    _add_ratios(rows)
     result["slopes"] = slopes(rows, ("fill_s", "token_s", "peak_bytes"))
     result["longest_by_shortest"] = {
         name: max(found) / min(found)
         for name in models
         if (found := [row["token_s"] for row in rows if row["name"] == name and not row.get("failed")])
     }
-    if out:
-        write_json(result, out)
+    save()
     Console(width=max(Console().width, 124)).print(_table(result))
     if plot:
         plot_result(result, f"{text}: {_sizes(result)}", plot, ("token_s", "one token"))
     return result
 
 
-def _refuse(lengths, hidden_size: int, kv_heads: int | None, tokens: int, chunk: int | None, cache: str, dtype: str):
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
-    if cache not in CACHES:
-        raise ValueError(f"cache is {cache!r}; the known ones are {', '.join(CACHES)}")
-    if hidden_size < HEAD_DIM or hidden_size % HEAD_DIM:
-        raise ValueError(
-            f"hidden_size is {hidden_size}; heads have {HEAD_DIM} numbers, so it must be a multiple of that"
-        )
-    heads = hidden_size // HEAD_DIM
-    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
-        raise ValueError(f"kv_heads is {kv_heads}; it must divide the {heads} query heads")
-    for name, value in (("lengths", min(lengths)), ("tokens", tokens), ("chunk", chunk)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+def _steps(shape: DecodeShape) -> int:
+    """Tokens that stand behind a context."""
+    return COMPARED_STEPS + shape.tokens + UNTIMED_STEPS
 
 
-def _models(shape: dict, pattern: str, most: int, place: torch.device) -> dict[str, nn.Module]:
+def _models(shape: DecodeShape, pattern: str, most: int, device: torch.device) -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
-    hidden = shape["hidden_size"]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=shape["layers"],
-        num_attention_heads=hidden // HEAD_DIM, num_key_value_heads=shape["kv_heads"], vocab_size=VOCABULARY,
-        max_position_embeddings=most, attn_implementation="sdpa",
-    )  # fmt: skip
-    with place:
-        dense = LlamaForCausalLM(config)
-    dense = dense.to(place, DTYPES[shape["dtype"]]).eval()
+    with device:
+        dense = LlamaForCausalLM(shape.config(most))
+    dense.to(device, DTYPES[shape.dtype])  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+    dense.eval()
     return {"dense, SDPA": dense, "sparse_hf": sparsify(dense, pattern)}
 
 
-def _tokens(n: int, batch: int, place: torch.device) -> Tensor:
-    return torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(place)
+def _rows(
+    models: dict[str, PreTrainedModel], lengths: Sequence[int], cache: str
+) -> Iterator[tuple[PreTrainedModel, Row]]:
+    for n in sorted(lengths):
+        for name, model in models.items():
+            kind, kept = ("ours", cache) if name == "sparse_hf" else ("dense", DENSE_CACHES.get(cache, cache))
+            yield model, {"name": name, "kind": kind, "n": n, "cache": kept}
+
+
+def _tokens(n: int, batch: int, device: torch.device) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(device)
 
 
 @lru_cache
@@ -181,52 +238,60 @@ def _cache_name(model_class: type) -> str:
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, ids: Tensor, cache: Cache | None = None, **given) -> Tensor:
+def _answers(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, **given) -> Tensor:
     if cache is not None:
         given[_cache_name(type(model))] = cache
     return model(input_ids=ids, use_cache=cache is not None, **given).logits
 
 
-def _fill(model: nn.Module, ids: Tensor, cache: Cache, chunk: int | None) -> None:
-    for part in ids.split(chunk or ids.shape[1], dim=1):
-        _answers(model, part, cache, logits_to_keep=1)
+def _fill(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int | None) -> None:
+    for piece in ids.split(chunk or ids.shape[1], dim=1):
+        _answers(model, piece, cache, logits_to_keep=1)
 
 
-def _decode(model: nn.Module, ids: Tensor, cache: Cache) -> Tensor:
+def _decode(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """The answers to `ids`, one after the other behind what the cache holds."""
     return torch.cat([_answers(model, one, cache) for one in ids.split(1, dim=1)], 1)
 
 
-def _compare(models: dict[str, nn.Module], pattern: str, shape: dict, place: torch.device) -> dict:
+def _compare(
+    models: dict[str, PreTrainedModel], pattern: str, shape: DecodeShape, device: torch.device
+) -> dict[str, Any]:
     """Relative errors against the dense model in float32 under the pattern's mask: its own in `dtype`, and ours."""
     dense, sparse = models.values()
     # what is last in a text is nothing in a decoder: the configuration knows what a pattern means there
     text = FAMILIES["llama"].config_class.from_dense(dense.config, pattern).layer_pattern(0, is_causal=True)
-    for n in CHECKED:
-        mask = _mask(text, n, place)
-        # a pair that a causal model has and the pattern has not, of a query that is compared
-        if not mask[..., -1, :].all():
-            break
-    ids = _tokens(n, 1, place)
-    given = {"attention_mask": mask, "logits_to_keep": STEPS}
-    theirs = _answers(dense, ids, **given).float()
+    n, mask = _shortest_that_lacks_a_pair(text, device)
+    ids = _tokens(n, 1, device)
+    given = {"attention_mask": mask, "logits_to_keep": COMPARED_STEPS}
+    stock = _answers(dense, ids, **given).float()
     right = _answers(dense.float(), ids, **given)
     # weights are shared, so that both are in float32 now
-    dense.to(DTYPES[shape["dtype"]])
-    cache = CACHES[shape["cache"]](sparse.config, n)
-    _fill(sparse, ids[:, :-STEPS], cache, shape["chunk"])
-    mine, their = _error(_decode(sparse, ids[:, -STEPS:], cache), right), _error(theirs, right)
-    bound = max(FACTOR * their, EXACT)
-    if not mine <= bound:
+    dense.to(DTYPES[shape.dtype])  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+    cache = CACHES[shape.cache](sparse.config, n)
+    _fill(sparse, ids[:, :-COMPARED_STEPS], cache, shape.chunk)
+    error, dense_error = _error(_decode(sparse, ids[:, -COMPARED_STEPS:], cache), right), _error(stock, right)
+    bound = max(ERROR_FACTOR * dense_error, EXACT_ERROR)
+    if not error <= bound:
         raise AssertionError(
-            f"tokens behind a cache of {n - STEPS}: answers are off by {mine:.1e}; {bound:.1e} is right"
+            f"tokens behind a cache of {n - COMPARED_STEPS}: answers are off by {error:.1e}; {bound:.1e} is right"
         )
-    return {"tokens": n, "error": mine, "dense_error": their, "bound": bound}
+    return {"tokens": n, "error": error, "dense_error": dense_error, "bound": bound}
 
 
-def _mask(text: str, n: int, place: torch.device) -> Tensor:
+def _shortest_that_lacks_a_pair(text: str, device: torch.device) -> tuple[int, Tensor]:
+    """The first of `COMPARED_LENGTHS` at which a query that is compared lacks a pair of a causal model, and its mask."""
+    n, mask = 0, torch.empty(0)
+    for n in COMPARED_LENGTHS:
+        mask = _mask(text, n, device)
+        if not mask[..., -1, :].all():
+            break
+    return n, mask
+
+
+def _mask(text: str, n: int, device: torch.device) -> Tensor:
     """`[1, H or 1, n, n]` bool."""
-    pattern, at = Pattern.parse(text).on(place), torch.arange(n, device=place)
+    pattern, at = Pattern.parse(text).on(device), torch.arange(n, device=device)
     each = [p.allows(at[:, None], at[None, :], Marks(length=n)).expand(n, n) for p in pattern.heads or (pattern,)]
     return torch.stack(each)[None]
 
@@ -235,49 +300,52 @@ def _error(got: Tensor, right: Tensor) -> float:
     return float((got.float() - right.float()).norm() / right.float().norm())
 
 
-def _filled(model: nn.Module, row: dict, shape: dict, bound: float, place: torch.device) -> dict:
-    """Figures of a cache that holds the context, "held", and "step", which gives its next token."""
+def _filled(model: PreTrainedModel, row: Row, shape: DecodeShape, bound: float, device: torch.device) -> Row:
+    """Figures of a cache that holds the context, with it under "held", and "step", which gives its next token."""
     n, found = row["n"], {}
-    ids = _tokens(n + STEPS + shape["tokens"] + 2, shape["batch"], place)
-    context, first, rest = ids[:, :n], ids[:, n : n + STEPS], iter(ids[:, n + STEPS :].split(1, dim=1))
+    ids = _tokens(n + _steps(shape), shape.batch, device)
+    compared = n + COMPARED_STEPS
+    context, first, rest = ids[:, :n], ids[:, n:compared], iter(ids[:, compared:].split(1, dim=1))
     cache = CACHES[row["cache"]](model.config, ids.shape[1])
 
     def fill():
         begin = time.perf_counter()
-        _fill(model, context, cache, shape["chunk"])
-        synchronize(place)
+        _fill(model, context, cache, shape.chunk)
+        synchronize(device)
         found["fill_s"] = time.perf_counter() - begin
 
     def step():
         # the host asks for the token, and waits
         _answers(model, next(rest), cache)[:, -1].argmax(-1).tolist()
 
-    found["fill_peak_bytes"] = peak_bytes(fill, place)
+    found["fill_peak_bytes"] = peak_bytes(fill, device)
     answers = _decode(model, first, cache)
     found["error"] = None
-    if row["kind"] == "ours" and not shape["chunk"]:
-        whole = _answers(model, ids[:, : n + STEPS], logits_to_keep=STEPS)
+    if row["kind"] == "ours" and not shape.chunk:
+        whole = _answers(model, ids[:, :compared], logits_to_keep=COMPARED_STEPS)
         found["error"] = _error(answers, whole)
         if not found["error"] <= bound:
             raise AssertionError(
-                f"tokens behind a cache of {n}: answers are off by {found['error']:.1e} from those without one; {bound:.1e} is right"
+                f"tokens behind a cache of {n}: answers are off by {found['error']:.1e} from those without one; "
+                f"{bound:.1e} is right"
             )
         del whole
-    return {**found, "peak_bytes": peak_bytes(step, place), "held": cache, "step": step}
+    return {**found, "peak_bytes": peak_bytes(step, device), "held": cache, "step": step}
 
 
 def _bytes(cache: Cache) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    layers: list[Any] = cache.layers
+    return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
-def _ratios(rows: list[dict]) -> None:
+def _add_ratios(rows: Sequence[Row]) -> None:
     """How many times faster than the dense model."""
     for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
         other = next(r for r in rows if r["n"] == row["n"] and r["kind"] == "dense")
         row["times_faster"] = None if other.get("failed") else other["token_s"] / row["token_s"]
 
 
-def _sizes(result: dict) -> str:
+def _sizes(result: Result) -> str:
     other = DENSE_CACHES.get(result["cache"])
     return (
         f"Llama, {result['layers']} layers of {result['hidden_size']}, {result['kv_heads']} key heads, {result['batch']} row(s), "
@@ -285,7 +353,7 @@ def _sizes(result: dict) -> str:
     )
 
 
-def _table(result: dict) -> Table:
+def _table(result: Result) -> Table:
     table = Table(title=f"{result['pattern']}: {_sizes(result)}, {result['environment']['hardware']}")
     for column in ("context", "", "reading it", "one token", "tokens/s", "cache", "peak memory", "faster", "error"):
         table.add_column(column, justify="right")

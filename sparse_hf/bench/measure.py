@@ -1,98 +1,101 @@
-"""Time, memory, correctness and the facts that a figure is worth nothing without."""
+"""Time and memory of calls: what stands behind every figure."""
 
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
-import importlib.metadata
-import json
-import math
-import os
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
-from ..plan import BlockPlan
+from .results import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PEERS = ("flash-attn-4", "fla-core", "lsg-converter")
-VERSIONS = ("torch", "transformers", "triton", *PEERS, "sparse-hf")
 
 
-def environment(device: torch.device) -> dict:
-    """Hardware and versions, and how the C library was told to hand out memory, if it was."""
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-    }
+def chosen_device(device: str | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one.
+
+    Raises:
+        ValueError: a name that torch does not know, or a GPU that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; it must be 'cpu' or 'cuda'") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; figures are of 'cpu' or 'cuda'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, and torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; use 'cpu'"
+        )
+    return chosen
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor()}, {os.cpu_count()} cores"
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], None], device: torch.device, repeats: int, budget: float) -> float:
-    """Median time of one call, after one that is not counted (it may compile); no more once `budget` seconds are spent.
+@dataclass(frozen=True)
+class Timer:
+    """Where calls run, how many of them a figure is the median of, and the seconds that it may take."""
 
-    On a GPU it is the device's own time, between events, with caches that hold nothing of the call before.
+    device: torch.device
+    repeats: int
+    budget_s: float
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Median time of one call, after one that is not counted, since it may compile.
+
+        No further call begins once the budget is spent. On a GPU it is the device's own time, between events, with caches
+        that hold nothing of the call before.
+        """
+        work()
+        synchronize(self.device)
+        measure = partial(_event_time, device=self.device) if self.device.type == "cuda" else _clock_time
+        begin, taken = time.perf_counter(), []
+        while len(taken) < self.repeats and (not taken or time.perf_counter() - begin < self.budget_s):
+            taken.append(measure(work))
+        return statistics.median(taken)
+
+
+def seconds_in_turn(works: Sequence[Callable[[], object]], repeats: int, budget_s: float) -> list[float]:
+    """Median times of a call of each, by the clock.
+
+    All have a turn before one has its next, which none has once the budget is spent.
     """
-    work()
-    synchronize(device)
-    measure = partial(_event_time, device=device) if device.type == "cuda" else _clock_time
-    begin, taken = time.perf_counter(), []
-    while len(taken) < repeats and (not taken or time.perf_counter() - begin < budget):
-        taken.append(measure(work))
-    return statistics.median(taken)
-
-
-def seconds_in_turn(works: Sequence[Callable[[], None]], repeats: int, budget: float) -> list[float]:
-    """Median times of a call of each, by the clock; all have a turn before one has its next, which none has once `budget` is spent."""
     begin, taken = time.perf_counter(), [[] for _ in works]
     for turn in range(repeats):
-        if turn and time.perf_counter() - begin > budget:
+        if turn and time.perf_counter() - begin > budget_s:
             break
         for work, times in zip(works, taken, strict=True):
             times.append(_clock_time(work))
     return [statistics.median(times) for times in taken]
 
 
-def _clock_time(work: Callable[[], None]) -> float:
+def _clock_time(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def _event_time(work: Callable[[], None], device: torch.device) -> float:
+def _event_time(work: Callable[[], object], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # more than the L2 cache of any GPU; writing it also gives the host time to queue what comes next
     torch.empty(1 << 28, dtype=torch.int8, device=device).zero_()
@@ -103,8 +106,8 @@ def _event_time(work: Callable[[], None], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
-    """Highest memory during one call above what was held before it; None where the system does not tell."""
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Highest memory during one call above what was held before it; None where the system does not say."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -141,27 +144,26 @@ def _status(path: Path, key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(
-    row: dict,
-    work: Callable[[], dict],
-    earlier: list[dict],
-    keys: Sequence[str],
-    budget: float,
-    refusals: tuple[type[Exception], ...] = (),
-) -> dict:
+def why_not_run(row: Row, earlier: Sequence[Row], keys: Sequence[str], budget_s: float) -> str | None:
+    """Why a row is not run: one of its name failed, or took more than the budget for one of `keys`, at a shorter length."""
+    before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
+    if before is None:
+        return None
+    if before.get("failed"):
+        return before["failed"]
+    if max(before[key] or 0 for key in keys) > budget_s:
+        return "not run: the length before took too long"
+    return None
+
+
+def measured(row: Row, work: Callable[[], Row], refusals: tuple[type[Exception], ...] = ()) -> Row:
     """`row` with the figures that `work` gives, or under "failed" with what kept it from them.
 
-    A row of `earlier` of the same name that failed, or of whose `keys` one took more than `budget` seconds, ends that name's rows.
     What is out of memory or cannot be compiled has failed, and so has what raises one of `refusals`.
     """
-    before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
-    if before and before.get("failed"):
-        return {**row, "failed": before["failed"]}
-    if before and max(before[key] or 0 for key in keys) > budget:
-        return {**row, "failed": "not run: the length before took too long"}
     try:
         return {**row, **work()}
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         return {**row, "failed": f"cannot be compiled: {str(error).splitlines()[0]}"}
     except (RuntimeError, *refusals) as error:
         # of the CPU's memory torch speaks in words alone
@@ -172,72 +174,8 @@ def measured(
         return {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def tell(row: dict, told: Callable[[dict], str], console: Console) -> None:
-    """A line about a row where nobody watches a screen: what `told` says of its figures, or why there are none."""
+def print_row(row: Row, figures: Callable[[Row], str], console: Console) -> None:
+    """Print a line about a row where nobody watches a screen: its `figures`, or why there are none."""
     if not console.is_terminal:
-        line = f"{row['name']}, n = {row['n']:,}: {row.get('failed') or told(row)}"
+        line = f"{row['name']}, n = {row['n']:,}: {row.get('failed') or figures(row)}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def slopes(rows: list[dict], keys: Sequence[str]) -> dict[str, dict]:
-    """`slope` of each of `keys`, by the names of rows."""
-    found = {}
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name and not r.get("failed")]
-        found[name] = {key: slope([r["n"] for r in mine], [r[key] or 0 for r in mine]) for key in keys}
-    return found
-
-
-def slope(lengths: list[int], values: list[float]) -> float | None:
-    """Exponent of the power law through the points: least squares in logarithms."""
-    points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v and v > 0]
-    if len(points) < 2:
-        return None
-    mean_x, mean_y = (statistics.mean(axis) for axis in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-
-
-def row_error(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    plan: BlockPlan,
-    grad_out: Tensor,
-    grad_q: Tensor | None,
-    rows: int = 64,
-) -> tuple[float, float | None]:
-    """Largest relative errors of `rows` random rows of output and gradient of q (None: of none), against dense attention in float64.
-
-    q is `[1, H, n, D]`, k and v `[1, G, n, D]`, of one sequence; of the plan no table is read, but pairs are asked for one by one.
-    """
-    chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:rows].sort().values.to(q.device)
-    keys, row = torch.arange(k.shape[2], device=q.device)[None, :], torch.zeros(1, 1, dtype=torch.long, device=q.device)
-    masks = [plan.allows(row, p, chosen[:, None], keys) for p in range(len(plan.patterns))]
-    repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
-    found = []
-    # head by head, so that the rows of one head are all that exists in float64
-    for h in range(q.shape[1]):
-        key, value = (t[0, h // repeats].detach().double() for t in (k, v))
-        query, grad = (t[0, h, chosen].detach().double() for t in (q, grad_out))
-        mask = masks[plan.heads[h] if plan.heads else 0]
-        # a query without keys gives zeros, as ours do
-        weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1).where(mask, 0.0)
-        exact = weights @ value
-        change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
-        beside = ((out, exact), (grad_q, change @ key * scale))[: 1 if grad_q is None else 2]
-        found.append([(got[0, h, chosen].detach().double() - right).norm() / right.norm() for got, right in beside])
-    # torch's maximum is NaN where any is; Python's is not
-    worst = [float(torch.stack(errors).max()) for errors in zip(*found, strict=True)]
-    return worst[0], None if grad_q is None else worst[1]
-
-
-def write_json(result: dict, path: str | Path) -> None:
-    """Write beside the target and rename, so that a file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

@@ -1,33 +1,75 @@
-"""`sparse-hf bench models`: whole models, ours beside Transformers' class with the same weights, forward and training step."""
+"""`sparse-hf bench models`: whole models beside Transformers' classes with the same weights, forward and training step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..models import sparsify
 from .cases import CASES, VOCABULARY, Case
-from .measure import DTYPES, environment, held_bytes, measured, peak_bytes, seconds, slopes, tell, write_json
+from .measure import (
+    DTYPES,
+    Timer,
+    check_dtype,
+    chosen_device,
+    held_bytes,
+    measured,
+    peak_bytes,
+    print_row,
+    why_not_run,
+)
 from .plot import plot_result
+from .results import Result, Row, environment, result_path, slopes, write_json
 
 # tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
-CHECKED = 1280
-# how far from Transformers in float32 ours may be, as a multiple of how far Transformers itself is in the same dtype; in
-# float32 itself, where that is 0, the number below
-FACTOR, EXACT = 2.0, 1e-4
+COMPARED_TOKENS = 1280
+# how far from Transformers in float32 ours may be: so many times as far as Transformers itself is in the same dtype, and in
+# float32 itself, where that is 0, the relative error below
+ERROR_FACTOR, EXACT_ERROR = 2.0, 1e-4
 # attention that cannot be trained on a device: PyTorch says so as well, after half a minute of compiling
 NO_BACKWARD = {
     ("flex_attention", "cpu"): "not run: PyTorch's FlexAttention has no backward on CPUs; without training it runs"
 }
 # what Transformers and PyTorch raise where an implementation is absent, does not fit the model or cannot do what is asked
 REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How every model is run: layers, rows of a batch, a name of `DTYPES`, and what of training."""
+
+    layers: int
+    batch: int
+    dtype: str
+    training: bool
+    compile_mode: str | None
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors against Transformers' class in float32: of its own in the dtype that is timed, and of ours.
+
+    `others` has those of Transformers' other attention implementations by name, or what is "failed" about one.
+    """
+
+    stock: tuple[float, ...]
+    ours: tuple[float, ...]
+    others: Mapping[str, dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("transformers_output", "transformers_gradient", "output", "gradient")
+        return {**dict(zip(names, (*self.stock, *self.ours), strict=True)), **self.others}
 
 
 def run_models(
@@ -45,8 +87,8 @@ def run_models(
     budget: float = 60.0,
     out: str | Path | None = None,
     plot: str | Path | None = None,
-) -> dict:
-    """Time models over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+) -> Result:
+    """Time models over `lengths`, print a table, and write the figures.
 
     Each model of base size with random weights runs as Transformers' class and, with the same weights, as ours. Before that,
     outputs and the gradient of the embeddings at 1,280 tokens are compared with Transformers' class in float32: ours may be
@@ -69,42 +111,43 @@ def run_models(
             uncompiled first, at every length. Peak memory counts what they hold between calls.
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a model that needed more for one call is not run on longer texts.
-        out, plot: where to write the result, and to draw it (needs matplotlib).
+        out: where to write the result (JSON); in a folder, as `<machine>/<date>-models.json`.
+        plot: where to draw it (PNG); needs matplotlib.
 
     Raises:
-        ValueError: an unknown model or dtype.
+        ValueError: an unknown model, dtype or device.
         AssertionError: ours computes something else than Transformers.
     """
     unknown = sorted(set(models) - set(CASES))
     if unknown:
         raise ValueError(f"unknown models {unknown}; the known ones are {', '.join(CASES)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; the known ones are {', '.join(DTYPES)}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = {
-        "layers": layers, "batch": batch, "dtype": dtype, "training": training, "compile_mode": compile_mode,
-        "checkpointing": checkpointing,
-    }  # fmt: skip
-    console, rows, errors = Console(stderr=True), [], {}
-    result = {"benchmark": "models", "environment": environment(place), **shape, "errors": errors, "rows": rows}
+    check_dtype(dtype)
+    timer = Timer(chosen_device(device), repeats, budget)
+    shape = ModelShape(layers, batch, dtype, training, compile_mode, checkpointing)
+    console, facts = Console(stderr=True), environment(timer.device)
+    rows: list[Row] = []
+    said: dict[str, dict[str, Any]] = {}
+    result = {"benchmark": "models", "environment": facts, **asdict(shape), "errors": said, "rows": rows}
     for name in models:
         with console.status(f"{name}: comparing"):
-            errors[name] = _compare(CASES[name], layers, dtype, place, training)
-        others = {other: errors[name][other] for other in CASES[name].implementations[1:]}
+            errors = _compare(CASES[name], shape, timer.device)
+        said[name] = errors.as_json()
         refused = [
-            {"name": _transformers(name, other, mode), **found}
-            for other, found in others.items()
+            {"name": _stock_name(name, other, mode), **found}
+            for other, found in errors.others.items()
             for mode in {None, compile_mode}
             if found.get("failed")
         ]
         for n in sorted(lengths):
             with console.status(f"{name}: n = {n:,}"):
-                rows += _one_length(name, n, shape, errors[name], place, repeats, budget, refused + rows, console)
-            _ratios(rows)
+                for row in _one_length(name, n, shape, errors, timer, refused + rows):
+                    print_row(row, _figures_text, console)
+                    rows.append(row)
+            _add_ratios(rows)
             result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
             if out:
                 # what is measured stays, whatever happens to the next model
-                write_json(result, out)
+                write_json(result, result_path(out, facts, "models"))
     # wide enough for all columns, in a narrow window or a pipe too
     Console(width=max(Console().width, 140)).print(_table(result))
     if plot:
@@ -113,18 +156,18 @@ def run_models(
 
 
 def _build(
-    case: Case, n: int, layers: int, dtype: torch.dtype, place: torch.device, implementation: str | None = None
-) -> nn.Module:
+    case: Case, n: int, layers: int, dtype: torch.dtype, device: torch.device, implementation: str | None = None
+) -> PreTrainedModel:
     torch.manual_seed(0)
     model_class = getattr(transformers, case.model)
-    with place:
+    with device:
         config = model_class.config_class(**case.config(n, layers), attn_implementation=implementation)
         model = model_class(config)
-    return model.to(place, dtype).train()
+    return model.to(device, dtype).train()
 
 
-def _tokens(case: Case, n: int, batch: int, place: torch.device) -> dict[str, Tensor]:
-    ids = torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(place)
+def _tokens(case: Case, n: int, batch: int, device: torch.device) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(device)
     if not case.global_tokens:
         return {"input_ids": ids}
     marks = torch.zeros_like(ids)
@@ -132,79 +175,78 @@ def _tokens(case: Case, n: int, batch: int, place: torch.device) -> dict[str, Te
     return {"input_ids": ids, "global_attention_mask": marks}
 
 
-def _compare(case: Case, layers: int, dtype: str, place: torch.device, training: bool) -> dict[str, float | dict]:
-    """Relative errors of output and gradient against Transformers in float32: Transformers' own in `dtype`, and ours.
-
-    Under the name of each other implementation of Transformers are its errors, or what is "failed" about it.
-    """
-    stock = _build(case, CHECKED, layers, torch.float32, place, case.implementations[0])
-    given = _tokens(case, CHECKED, 1, place)
-    masks = case.masks(CHECKED, place)
-    right = _results(stock, {**given, **masks})
-    stock = stock.to(DTYPES[dtype])
-    theirs = _errors(_results(stock, {**given, **masks}), right)
-    sparse = sparsify(stock, case.pattern, **case.same(stock.config, CHECKED))
-    ours = _errors(_results(sparse, given), right)
-    wrong = _wrong(ours, theirs, dtype)
+def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
+    """Errors of output and gradient; ours must be right, and so must each other implementation, or it has "failed"."""
+    stock = _build(case, COMPARED_TOKENS, shape.layers, torch.float32, device, case.implementations[0])
+    given = _tokens(case, COMPARED_TOKENS, 1, device)
+    masked = {**given, **case.masks(COMPARED_TOKENS, device)}
+    right = _results(stock, stock, masked)
+    stock = stock.to(DTYPES[shape.dtype])  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+    theirs = _errors(_results(stock, stock, masked), right)
+    sparse = sparsify(stock, case.pattern, **case.same(stock.config, COMPARED_TOKENS))
+    ours = _errors(_results(sparse, sparse, given), right)
+    wrong = _what_is_wrong(ours, theirs, shape.dtype)
     if wrong:
         raise AssertionError(f"{case.model}: {wrong}")
-    names = ("transformers_output", "transformers_gradient", "output", "gradient")
-    found = dict(zip(names, (*theirs, *ours), strict=True))
 
-    def check(other: str) -> dict:
-        if training and (other, place.type) in NO_BACKWARD:
-            return {"failed": NO_BACKWARD[other, place.type]}
-        model = _build(case, CHECKED, layers, DTYPES[dtype], place, other)
-        errors = _errors(_results(model, {**given, **masks}, gradient=training), right)
-        wrong = _wrong(errors, theirs, dtype)
+    def check(other: str) -> dict[str, Any]:
+        if shape.training and (other, device.type) in NO_BACKWARD:
+            return {"failed": NO_BACKWARD[other, device.type]}
+        model = _build(case, COMPARED_TOKENS, shape.layers, DTYPES[shape.dtype], device, other)
+        errors = _errors(_results(model, model, masked, gradient=shape.training), right)
+        wrong = _what_is_wrong(errors, theirs, shape.dtype)
         return {"failed": f"wrong: {wrong}"} if wrong else dict(zip(("output", "gradient"), errors, strict=False))
 
-    for other in case.implementations[1:]:
-        found[other] = measured({}, partial(check, other), [], (), 0.0, REFUSALS)
-        _forget(place)
-    return found
+    others = {}
+    for other in filter(None, case.implementations[1:]):
+        others[other] = measured({}, partial(check, other), REFUSALS)
+        _forget_compiled(device)
+    return Errors(theirs, ours, others)
 
 
-def _wrong(errors: tuple[float, ...], theirs: tuple[float, ...], dtype: str) -> str | None:
+def _what_is_wrong(errors: Sequence[float], theirs: Sequence[float], dtype: str) -> str | None:
     for what, error, their in zip(("output", "gradient"), errors, theirs, strict=False):
-        if not error <= max(FACTOR * their, EXACT):
+        if not error <= max(ERROR_FACTOR * their, EXACT_ERROR):
             return f"{what} is off by {error:.1e}, Transformers' default in {dtype} by {their:.1e}"
     return None
 
 
-def _results(model: nn.Module, inputs: dict, gradient: bool = True) -> tuple[Tensor, ...]:
+def _results(
+    model: PreTrainedModel, run: Callable[..., Any], inputs: Mapping[str, Tensor], gradient: bool = True
+) -> tuple[Tensor, ...]:
+    """Output of `run`, which is the model or the model compiled, and the gradient of the model's embeddings."""
     if not gradient:
         with torch.no_grad():
-            return (_forward(model, inputs).float(),)
+            return (_output(run, inputs).float(),)
     weights = next(p for p in model.parameters() if p.shape[:1] == (VOCABULARY,))
-    out = _forward(model, inputs)
+    out = _output(run, inputs)
     # what is behind a layer norm has almost no gradient of its mean or square
     (grad,) = torch.autograd.grad(out, weights, _direction(out))
     return out.detach().float(), grad.float()
 
 
-def _forward(model: nn.Module, inputs: dict) -> Tensor:
+def _output(run: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
     # hashes are drawn from torch's generator
     torch.manual_seed(0)
-    return model(**inputs)[0]
+    return run(**inputs)[0]
 
 
 def _direction(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
 
 
-def _errors(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float, ...]:
+def _errors(got: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, ...]:
     return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right[: len(got)], strict=True))
 
 
-def _forget(place: torch.device) -> None:
-    """What was compiled, so that the next model is for its own length, and memory that nothing holds."""
+def _forget_compiled(device: torch.device) -> None:
+    """Drop what was compiled, so that the next model is for its own length, and memory that nothing holds."""
     torch._dynamo.reset()
-    if place.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _transformers(name: str, implementation: str | None, mode: str | None = None) -> str:
+def _stock_name(name: str, implementation: str | None, mode: str | None = None) -> str:
     return f"{name}, transformers" + (f" ({implementation})" if implementation else "") + _compiled(mode)
 
 
@@ -213,60 +255,55 @@ def _compiled(mode: str | None) -> str:
 
 
 def _one_length(
-    name, n: int, shape: dict, errors: dict, place, repeats, budget: float, earlier: list[dict], console
-) -> list[dict]:
-    case, rows, mode = CASES[name], [], shape["compile_mode"]
+    name: str, n: int, shape: ModelShape, errors: Errors, timer: Timer, earlier: Sequence[Row]
+) -> Iterator[Row]:
+    """A row of each implementation of Transformers, compiled or not, and then one of ours."""
+    case, mode = CASES[name], shape.compile_mode
     stock = "dense" if case.dense else "transformers"
     modes = (None, mode) if mode else (None,)
     variants = [(stock, implementation, of) for implementation in case.implementations for of in modes]
     for kind, implementation, of in (*variants, ("ours", None, mode)):
-        label = f"{name}, sparse_hf" + _compiled(of) if kind == "ours" else _transformers(name, implementation, of)
-        row = {"model": name, "name": label, "kind": kind, "n": n}
+        label = f"{name}, sparse_hf" + _compiled(of) if kind == "ours" else _stock_name(name, implementation, of)
+        row: Row = {"model": name, "name": label, "kind": kind, "n": n}
         row |= {"implementation": implementation} if implementation else {}
         row |= {"compile_mode": of} if mode else {}
-        work = partial(_figures, case, row, shape, errors, place, repeats, budget)
-        may_refuse = implementation in case.implementations[1:] or (of and kind != "ours")
-        rows.append(measured(row, work, earlier, ("forward_s", "step_s"), budget, REFUSALS if may_refuse else ()))
-        tell(rows[-1], _told, console)
-        _forget(place)
-    return rows
+        reason = why_not_run(row, earlier, ("forward_s", "step_s"), timer.budget_s)
+        if reason:
+            yield {**row, "failed": reason}
+        else:
+            may_refuse = implementation in case.implementations[1:] or (of and kind != "ours")
+            work = partial(_figures, case, row, shape, errors, timer)
+            yield measured(row, work, REFUSALS if may_refuse else ())
+        _forget_compiled(timer.device)
 
 
-def _told(row: dict) -> str:
+def _figures_text(row: Row) -> str:
     step = "" if row["step_s"] is None else f", step {row['step_s'] * 1e3:,.1f} ms"
     memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:,.0f} MiB"
     return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"
 
 
-def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: int, budget: float) -> dict:
-    n, mode = row["n"], row.get("compile_mode")
-    model = _build(case, n, shape["layers"], DTYPES[shape["dtype"]], place, row.get("implementation"))
+def _figures(case: Case, row: Row, shape: ModelShape, errors: Errors, timer: Timer) -> Row:
+    n, mode, device = row["n"], row.get("compile_mode"), timer.device
+    model = _build(case, n, shape.layers, DTYPES[shape.dtype], device, row.get("implementation"))
     if row["kind"] == "ours":
         model = sparsify(model, case.pattern)
-    inputs = _tokens(case, n, shape["batch"], place)
-    run, before, found = model, held_bytes(place), {}
-    if shape["checkpointing"]:
+    inputs = _tokens(case, n, shape.batch, device)
+    before, found = held_bytes(device), {}
+    if shape.checkpointing:
         # Transformers' Reformer, whose layers are reversible, has none
         found["checkpointing"] = model.supports_gradient_checkpointing
         if found["checkpointing"]:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            # the newer name came with Transformers 5.24
+            newer: Any = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    run: Callable[..., Any] = model
     if mode:
         run = torch.compile(model, mode=mode)
-        right = _results(model, inputs, gradient=shape["training"])
-        # a CUDA graph is warmed up by a first call and recorded by a second; what is timed is what replays it
-        for _ in range(3):
-            torch.compiler.cudagraph_mark_step_begin()
-            again = tuple(t.clone() for t in _results(run, inputs, gradient=shape["training"]))
-        found["against_uncompiled"] = _errors(again, right)
-        wrong = _wrong(
-            found["against_uncompiled"],
-            (errors["transformers_output"], errors["transformers_gradient"]),
-            shape["dtype"],
-        )
+        found["against_uncompiled"] = _checked_compiled(model, run, inputs, shape)
+        wrong = _what_is_wrong(found["against_uncompiled"], errors.stock, shape.dtype)
         if wrong:
             raise AssertionError(f"{row['name']}, n = {n}, in mode {mode}: {wrong}")
-        del right, again
 
     @torch.no_grad()
     def forward():
@@ -280,54 +317,67 @@ def _figures(case: Case, row: dict, shape: dict, errors: dict, place, repeats: i
         model.zero_grad(set_to_none=True)
         run(**inputs)[0].backward(grad)
 
-    found |= {"forward_s": seconds(forward, place, repeats, budget), "forward_peak_bytes": peak_bytes(forward, place)}
-    if shape["training"]:
-        found |= {"step_s": seconds(step, place, repeats, budget)}
+    found |= {"forward_s": timer.seconds(forward), "forward_peak_bytes": peak_bytes(forward, device)}
+    if shape.training:
+        found |= {"step_s": timer.seconds(step)}
         model.zero_grad(set_to_none=True)
-        found |= {"peak_bytes": peak_bytes(step, place), "tokens_per_s": shape["batch"] * n / found["step_s"]}
+        found |= {"peak_bytes": peak_bytes(step, device), "tokens_per_s": shape.batch * n / found["step_s"]}
         # what weights take: 6 operations per weight and token (arXiv:2203.15556, appendix F), attention apart
         weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         found |= {"weights": weights, "weight_tflops": 6e-12 * weights * found["tokens_per_s"]}
     else:
         found |= {"step_s": None, "peak_bytes": found["forward_peak_bytes"]}
-    if mode and place.type == "cuda":
-        found["graphs_bytes"] = held_bytes(place) - before - grad.nbytes
+    if mode and device.type == "cuda":
+        found["graphs_bytes"] = held_bytes(device) - before - grad.nbytes
         found["peak_bytes"] += found["graphs_bytes"]
     return found
 
 
-def _ratios(rows: list[dict]) -> None:
-    """How ours stands beside Transformers' class in its default implementation, and beside each that has a name and was timed."""
+def _checked_compiled(
+    model: PreTrainedModel, run: Callable[..., Any], inputs: Mapping[str, Tensor], shape: ModelShape
+) -> tuple[float, ...]:
+    """Errors of the model compiled against itself uncompiled."""
+    right = _results(model, model, inputs, gradient=shape.training)
+    again: tuple[Tensor, ...] = ()
+    # a CUDA graph is warmed up by a first call and recorded by a second; what is timed is what replays it
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        again = tuple(t.clone() for t in _results(model, run, inputs, gradient=shape.training))
+    return _errors(again, right)
+
+
+def _add_ratios(rows: Sequence[Row]) -> None:
+    """How ours stands beside Transformers' class in its default attention, and beside each that was timed by name."""
     for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
         others = [r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours"]
         names = dict.fromkeys(r.get("implementation") for r in others)
         # each at its fastest, which may be compiled or not
         timed = {
-            name: min(found, key=_time)
+            name: min(found, key=_time_s)
             for name in names
             if (found := [r for r in others if r.get("implementation") == name and not r.get("failed")])
         }
         row |= _ratio(row, timed.get(next(iter(names)), {}))
         if named := {name: other for name, other in timed.items() if name}:
             row["beside"] = {name: _ratio(row, other) for name, other in named.items()}
-            row["fastest"] = min(named, key=lambda name: _time(named[name]))
+            row["fastest"] = min(named, key=lambda name: _time_s(named[name]))
 
 
-def _time(row: dict) -> float:
+def _time_s(row: Row) -> float:
     return row["step_s"] or row["forward_s"]
 
 
-def _ratio(mine: dict, other: dict) -> dict[str, float | None]:
-    """How many times faster, and which part of the memory."""
+def _ratio(row: Row, other: Row) -> dict[str, float | None]:
+    """How many times faster a row is than the other, and its share of the other's memory."""
 
-    def part(key, a, b):
+    def quotient(key: str, a: Row, b: Row) -> float | None:
         return a[key] / b[key] if a.get(key) and b.get(key) else None
 
-    faster = {f"{what}_times_faster": part(f"{what}_s", other, mine) for what in ("forward", "step")}
-    return {**faster, "memory_ratio": part("peak_bytes", mine, other)}
+    faster = {f"{what}_times_faster": quotient(f"{what}_s", other, row) for what in ("forward", "step")}
+    return {**faster, "memory_ratio": quotient("peak_bytes", row, other)}
 
 
-def _table(result: dict) -> Table:
+def _table(result: Result) -> Table:
     what = f"{result['layers']} layers, {result['batch']} row(s), {result['dtype']}" + (
         f", compiled ({result['compile_mode']})" if result["compile_mode"] else ""
     )
@@ -341,10 +391,10 @@ def _table(result: dict) -> Table:
         times = ("" if row[key] is None else f"{row[key] * 1e3:,.1f} ms" for key in ("forward_s", "step_s"))
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
         beside = row.get("beside", {})
-        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *([] if beside else _ratios_told(row)))
+        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *([] if beside else _ratio_texts(row)))
         for name, ratios in beside.items():
             which = f"beside {name}" + (", the fastest" if name == row["fastest"] and len(beside) > 1 else "")
-            table.add_row("", which, "", "", "", *_ratios_told(ratios))
+            table.add_row("", which, "", "", "", *_ratio_texts(ratios))
     fits = (
         f"{name} {fit['step_s'] or fit['forward_s']:.2f}" for name, fit in result["slopes"].items() if fit["forward_s"]
     )
@@ -352,6 +402,6 @@ def _table(result: dict) -> Table:
     return table
 
 
-def _ratios_told(ratios: dict) -> list[str]:
+def _ratio_texts(ratios: Row) -> list[str]:
     found = (ratios.get(key) for key in ("step_times_faster", "forward_times_faster", "memory_ratio"))
     return ["" if ratio is None else f"{ratio:.2f} x" for ratio in found]

@@ -1,12 +1,13 @@
-"""`sparse-hf bench plan`: what it takes to build the tables of a pattern, and how large they are, length by length.
+"""`sparse-hf bench plan`: what the tables of a pattern take to build, and how large they are, length by length.
 
-Legend: n tokens, S places of a tile or block.
+Legend: n tokens, S tokens of a tile or block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,14 +20,15 @@ from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import BlockPlan, build_plan
 from ..plan.tile_lists import Lists, TileLists, tile_lists
-from .measure import environment, measured, peak_bytes, seconds, slopes, tell, write_json
+from .measure import Timer, chosen_device, measured, peak_bytes, print_row, why_not_run
 from .plot import plot_result
+from .results import Result, Row, environment, result_path, slopes, write_json
 
 PATTERNS = ("window(256, 256)", "streaming(window=1024, sinks=4)", "longformer()", "bigbird()")
-# what each table is to take at GOAL_LENGTH tokens, on the kind of device where it lies: seconds and bytes of memory
-GOAL_LENGTH, GOALS = 1 << 20, {"cpu": (2.0, 200e6), "cuda": (0.05, 100e6)}
+# what each table is to take at so many tokens: seconds, and bytes of memory, by the kind of device that holds it
+GOAL_TOKENS, GOALS = 1 << 20, {"cpu": (2.0, 200e6), "cuda": (0.05, 100e6)}
 # queries, and keys, whose pairs are compared with the pattern before anything is timed
-CHECKED = 32
+COMPARED_TOKENS = 32
 
 
 def run_plan(
@@ -38,26 +40,26 @@ def run_plan(
     budget: float = 60.0,
     out: str | Path | None = None,
     plot: str | Path | None = None,
-) -> dict:
-    """Time the making of a plan's tables over `lengths`, print a table, and write the figures to `out` (JSON) and `plot` (PNG).
+) -> Result:
+    """Time the making of a plan's tables over `lengths`, print a table, and write the figures.
 
     Each pattern has two rows, each of which begins with `build_plan` and nothing remembered. "blocks" are the lists that
     `blockwise` and `flex` loop over, made on the CPU wherever they are wanted; "tiles" are those that the kernels of
-    `triton` read, distinct masks included, which on a CPU nobody asks for but its tests. Of some random queries and keys the
+    `triton` read, distinct masks included, which on a CPU only tests ask for. Of some random queries and keys the
     pairs in the tables are compared with the pattern itself before a row is timed. Peak memory is that of the device; on a GPU
     the host's is noted beside it.
 
     Args:
         patterns: texts of patterns; those that look at queries and keys (`lsh`) have no plan beforehand.
         lengths: tokens n.
-        device: "cpu" or "cuda", where the tables lie; by default the GPU if there is one.
+        device: "cpu" or "cuda", which is to hold the tables; by default the GPU if there is one.
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a pattern that needed more for one call is not planned for longer texts.
-        out: where to write the result.
-        plot: where to draw it; needs matplotlib.
+        out: where to write the result (JSON); in a folder, as `<machine>/<date>-plan.json`.
+        plot: where to draw it (PNG); needs matplotlib.
 
     Raises:
-        ValueError: a bad pattern, or a length below 1.
+        ValueError: a bad pattern, an unknown device, or a length below 1.
         AssertionError: tables that hold other pairs than the pattern.
     """
     wrong = [n for n in lengths if n < 1]
@@ -66,31 +68,33 @@ def run_plan(
     names = dict.fromkeys(patterns)
     for name in names:
         build_plan(name, 1)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console, rows = Console(stderr=True), []
+    timer = Timer(chosen_device(device), repeats, budget)
+    console, facts = Console(stderr=True), environment(timer.device)
+    rows: list[Row] = []
     result = {
         "benchmark": "plan",
-        "environment": environment(place),
-        "device": place.type,
+        "environment": facts,
+        "device": timer.device.type,
         "patterns": {name: str(Pattern.parse(name)) for name in names},
         "rows": rows,
     }
-    for name in names:
-        for n in sorted(lengths):
-            for kind in MAKERS:
-                row = {"model": name, "name": f"{name}: {kind}", "kind": kind, "n": n}
-                with console.status(f"{row['name']}, n = {n:,}"):
-                    work = partial(_figures, name, n, kind, place, repeats, budget)
-                    rows.append(measured(row, work, rows, ("build_s",), budget))
-                tell(rows[-1], lambda row: f"{row['build_s'] * 1e3:,.2f} ms", console)
-                result["slopes"] = slopes(rows, ("build_s", "peak_bytes"))
-                if out:
-                    # what is measured stays, whatever happens to the next row
-                    write_json(result, out)
+    for name, n, kind in product(names, sorted(lengths), MAKERS):
+        row: Row = {"model": name, "name": f"{name}: {kind}", "kind": kind, "n": n}
+        reason = why_not_run(row, rows, ("build_s",), budget)
+        with console.status(f"{row['name']}, n = {n:,}"):
+            rows.append({**row, "failed": reason} if reason else measured(row, partial(_figures, name, n, kind, timer)))
+        print_row(rows[-1], lambda row: f"{row['build_s'] * 1e3:,.2f} ms", console)
+        result["slopes"] = slopes(rows, ("build_s", "peak_bytes"))
+        if out:
+            # what is measured stays, whatever happens to the next row
+            write_json(result, result_path(out, facts, "plan"))
     Console(width=max(Console().width, 124)).print(_table(result))
     if plot:
         plot_result(result, "tables of a plan", plot, ("build_s", "making the tables"))
     return result
+
+
+Tables = TileLists | tuple[Tensor, ...]
 
 
 def _blocks(plan: BlockPlan) -> tuple[Tensor, ...]:
@@ -101,32 +105,32 @@ def _tiles(plan: BlockPlan) -> TileLists:
     return tile_lists(plan, tile_size(plan), 1, len(plan.heads) or 1)
 
 
-MAKERS = {"blocks": _blocks, "tiles": _tiles}
+MAKERS: dict[str, Callable[[BlockPlan], Tables]] = {"blocks": _blocks, "tiles": _tiles}
 
 
-def _figures(name: str, n: int, kind: str, place: torch.device, repeats: int, budget: float) -> dict:
+def _figures(name: str, n: int, kind: str, timer: Timer) -> Row:
     def work():
-        return MAKERS[kind](build_plan(name, n, device=place))
+        return MAKERS[kind](build_plan(name, n, device=timer.device))
 
-    found = {
-        **_checked(name, n, kind, place),
-        "build_s": seconds(work, place, repeats, budget),
-        "peak_bytes": peak_bytes(work, place),
+    found: Row = {
+        **_checked(name, n, kind, timer.device),
+        "build_s": timer.seconds(work),
+        "peak_bytes": peak_bytes(work, timer.device),
     }
-    if place.type == "cuda":
+    if timer.device.type == "cuda":
         found["host_peak_bytes"] = peak_bytes(work, torch.device("cpu"))
-    if n == GOAL_LENGTH:
-        most_s, most_bytes = GOALS[place.type]
+    if n == GOAL_TOKENS:
+        most_s, most_bytes = GOALS[timer.device.type]
         found["within_goal"] = found["build_s"] <= most_s and (found["peak_bytes"] or 0) <= most_bytes
     return found
 
 
-def _checked(name: str, n: int, kind: str, place: torch.device) -> dict[str, int]:
+def _checked(name: str, n: int, kind: str, device: torch.device) -> dict[str, int]:
     """What the tables hold, once pairs of random queries and keys were compared with the pattern."""
-    plan = build_plan(name, n, device=place)
+    plan = build_plan(name, n, device=device)
     tables = MAKERS[kind](plan)
-    chosen = torch.randint(n, (CHECKED,), generator=torch.Generator().manual_seed(n)).to(place)
-    every = torch.arange(n, device=place)
+    chosen = torch.randint(n, (COMPARED_TOKENS,), generator=torch.Generator().manual_seed(n)).to(device)
+    every = torch.arange(n, device=device)
     for p, pattern in enumerate(plan.patterns):
         for x in chosen:
             for what, found in _lines(plan, tables, p, x):
@@ -138,11 +142,11 @@ def _checked(name: str, n: int, kind: str, place: torch.device) -> dict[str, int
                         f"the {int(right.sum())} of the pattern"
                     )
     tensors = list(_tensors(tables))
-    listed = tables.by_query.others if kind == "tiles" else plan.columns
+    listed = tables.by_query.others if isinstance(tables, TileLists) else plan.columns
     return {"table_bytes": sum(t.numel() * t.element_size() for t in tensors), "entries": len(listed)}
 
 
-def _lines(plan: BlockPlan, tables: TileLists | tuple, p: int, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _lines(plan: BlockPlan, tables: Tables, p: int, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The pairs that tables hold, `[at least n]` bool: of query x, and of key x where they are listed by key too."""
     if isinstance(tables, TileLists):
         yield "query", _of_tiles(plan.kv_len, tables.by_query, tables.masks, p, x)
@@ -158,7 +162,7 @@ def _of_blocks(plan: BlockPlan, p: int, x: Tensor) -> Tensor:
     keys = (columns * size + torch.arange(size, device=plan.device)).clamp(max=plan.kv_len - 1)
     # the pairs of a partial block are the pattern's own
     held = plan.full[listed, None] | plan.patterns[p].allows(x, keys, Marks(length=plan.kv_len))
-    return _laid_out(plan.kv_blocks, columns[:, 0], held)
+    return _spread(plan.kv_blocks, columns[:, 0], held)
 
 
 def _of_tiles(n: int, lists: Lists, masks: Tensor, p: int, x: Tensor) -> Tensor:
@@ -167,24 +171,25 @@ def _of_tiles(n: int, lists: Lists, masks: Tensor, p: int, x: Tensor) -> Tensor:
     masked = int(lists.masked[line])
     held = torch.ones(last - first, size, dtype=torch.bool, device=x.device)
     held[:masked] = masks[lists.masks[first : first + masked].long(), x % size].bool()
-    return _laid_out(-(-n // size), lists.others[first:last].long(), held)
+    return _spread(-(-n // size), lists.others[first:last].long(), held)
 
 
-def _laid_out(count: int, columns: Tensor, held: Tensor) -> Tensor:
+def _spread(count: int, columns: Tensor, held: Tensor) -> Tensor:
+    """Pairs of the listed blocks, `[N, S]`, among those of all `count` blocks."""
     seen = held.new_zeros(count, held.shape[1])
     seen[columns] = held
     return seen.flatten()
 
 
-def _tensors(tables) -> Iterator[Tensor]:
+def _tensors(tables: object) -> Iterator[Tensor]:
     if isinstance(tables, Tensor):
         yield tables
     elif not isinstance(tables, int):
-        for part in tables if isinstance(tables, tuple) else vars(tables).values():
-            yield from _tensors(part)
+        for member in tables if isinstance(tables, tuple) else vars(tables).values():
+            yield from _tensors(member)
 
 
-def _table(result: dict) -> Table:
+def _table(result: Result) -> Table:
     table = Table(title=f"tables of a plan on {result['device']}, {result['environment']['hardware']}")
     memory = {"peak_bytes": "peak memory", "host_peak_bytes": "of the host", "table_bytes": "size"}
     if result["device"] == "cpu":
@@ -196,14 +201,14 @@ def _table(result: dict) -> Table:
             table.add_row(f"{row['n']:,}", row["model"], row["kind"], row["failed"])
             continue
         sizes = (row.get(key) for key in memory)
-        told = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in sizes)
+        texts = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in sizes)
         goal = {None: "", True: "met", False: "missed"}[row.get("within_goal")]
         time = f"{row['build_s'] * 1e3:,.1f} ms"
-        table.add_row(f"{row['n']:,}", row["model"], row["kind"], time, *told, f"{row['entries']:,}", goal)
+        table.add_row(f"{row['n']:,}", row["model"], row["kind"], time, *texts, f"{row['entries']:,}", goal)
     most_s, most_bytes = GOALS[result["device"]]
     fits = (f"{name} {fit['build_s']:.2f}" for name, fit in result["slopes"].items() if fit["build_s"])
     table.caption = (
-        f"goal at {GOAL_LENGTH:,} tokens: {most_s * 1e3:,.0f} ms and {most_bytes / 1e6:,.0f} MB; slope of time against n: "
+        f"goal at {GOAL_TOKENS:,} tokens: {most_s * 1e3:,.0f} ms and {most_bytes / 1e6:,.0f} MB; slope of time against n: "
         + ", ".join(fits)
     )
     return table

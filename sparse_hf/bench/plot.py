@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-# letters that stand above the two pictures
-TITLE_WIDTH = 120
-# an axis spans a factor of so much at least, so that what is flat looks flat
-SPAN = 10
-STYLES = {
+from .results import Result, Row
+
+# characters of a line above the two pictures
+TITLE_CHARACTERS = 120
+# the least factor that an axis of values spans, so that what is flat looks flat
+LEAST_SPAN = 10
+# how the line of a kind, or of an attention implementation, is drawn
+LINE_STYLES = {
     "ours": "-", "window": "--", "transformers": "--", "dense": ":", "tiles": "-", "blocks": ":", "flex_attention": "-.",
 }  # fmt: skip
 
 
-def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
-    """Draw the `rows` of a benchmark: time of a step (or of what was timed), and peak memory above what is given.
+def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
+    """Draw the rows of a benchmark: time of a step, and peak memory above what is given.
 
-    `time` is the key of the times of another benchmark, and what to call them.
+    `time` names the key of the times of another benchmark, and what to call them.
     """
     try:
         import matplotlib
@@ -36,14 +39,14 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
         rows = [row for row in measured if row["name"] == name]
         lengths = [row["n"] for row in rows]
         color = colors.setdefault(rows[0].get("model", name), f"C{len(colors)}")
-        line = STYLES.get(rows[0].get("implementation"), STYLES[rows[0]["kind"]])
+        line = LINE_STYLES.get(rows[0].get("implementation"), LINE_STYLES[rows[0]["kind"]])
         marker = "s" if rows[0].get("compile_mode") else "o"
         style = {"label": name, "color": color, "linestyle": line, "marker": marker, "markersize": 3}
         left.plot(lengths, [row[what] * 1e3 for row in rows], **style)
         right.plot(lengths, [(row["peak_bytes"] or 0) / 2**20 for row in rows], **style)
     facts = result["environment"]
     title = f"{title}, {facts['hardware']}, torch {facts['versions']['torch']}"
-    figure.suptitle(fill(title, TITLE_WIDTH), fontsize=10)
+    figure.suptitle(fill(title, TITLE_CHARACTERS), fontsize=10)
     left.set_ylabel(f"{called}, ms")
     right.set_ylabel("peak memory, MiB")
     lengths = sorted({row["n"] for row in measured})
@@ -51,7 +54,7 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
         axis.set(xscale="log", yscale="log", xlabel="tokens")
         axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
         low, high = axis.get_ylim()
-        wider = max(1, SPAN * low / high) ** 0.5
+        wider = max(1, LEAST_SPAN * low / high) ** 0.5
         axis.set_ylim(low / wider, high * wider)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -65,6 +68,6 @@ def plot_result(result: dict, title: str, path: str | Path, time: tuple[str, str
     pyplot.close(figure)
 
 
-def _step_or_forward(rows: list[dict]) -> tuple[str, str]:
+def _step_or_forward(rows: list[Row]) -> tuple[str, str]:
     both = all(row["step_s"] is not None for row in rows)
     return ("step_s", "forward + backward") if both else ("forward_s", "forward")

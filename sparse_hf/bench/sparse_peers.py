@@ -1,6 +1,6 @@
-"""Sparse attention of other packages, beside which ours stands where they are installed: one table of names.
+"""Sparse attention of other packages, timed beside ours where they are installed: one table of names.
 
-They stand here only if their pairs are positions known before the call, so that rows in float64 can be held against them. So
+They are timed only if their pairs are positions known before the call, so that they can be compared with rows in float64. So
 these are missing: fla's MoBA and NSA without given blocks, which choose pairs from queries and keys, and LSG's sparse tokens, some
 of which are means of several. flash-sparse-attn 2.0.6 needs a part of Triton's repository that no index has.
 
@@ -10,6 +10,7 @@ Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q. What others take i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..pattern import BlockTable, Chunk, First, Pattern, causal
 from ..pattern.forms import read_window
-from ..plan import build_plan
+from ..plan import BlockPlan, build_plan
 from .peers import Peer
 
 # keys per block that NSA is given, as in arXiv:2502.11089, section 4.1; fewer if the pattern's own blocks are smaller
@@ -33,7 +34,8 @@ MOST_BLOCKS = 512
 
 def sparse_peers(pattern: Pattern, q: Tensor, k: Tensor) -> tuple[list[Peer], dict[str, str]]:
     """Those that can run this call here, and of the other installed ones why they cannot."""
-    able, left_out = [], {}
+    able: list[Peer] = []
+    left_out: dict[str, str] = {}
     for name, (package, load, make) in PACKAGES.items():
         if util.find_spec(package) is None:
             continue
@@ -61,7 +63,9 @@ def _nsa(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
     if group < LEAST_ROWS or group & (group - 1):
         return f"takes 16, 32, 64, ... query heads per key head, and there are {group}"
     rows = _blocks(pattern, q.shape[2])
-    refusal = rows if isinstance(rows, str) else _gpu_only(q)
+    if isinstance(rows, str):
+        return rows
+    refusal = _gpu_only(q)
     if refusal is not None:
         return refusal
     indices, counts = _nsa_lists(rows, q.shape[2], k.shape[1], q.device)
@@ -88,7 +92,7 @@ def _blocks(pattern: Pattern, n: int) -> BlockTable | str:
     return BlockTable(size, tuple(map(tuple, rows)))
 
 
-def _looks_ahead(plan, size: int, n: int) -> bool:
+def _looks_ahead(plan: BlockPlan, size: int, n: int) -> bool:
     """Has a query a key after itself in its own block?"""
     query = torch.arange(n)[:, None]
     key = query + torch.arange(1, size)  # [n, size - 1]
@@ -113,9 +117,10 @@ def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
         return shape
     if q.shape[1] != k.shape[1]:
         return "has as many key heads as query heads"
-    window, is_causal = shape.window, shape.window is not None and shape.window.right == 0
-    if window is None or None in (window.left, window.right) or shape.marked or shape.first > 1:
+    window = shape.window
+    if window is None or window.left is None or window.right is None or shape.marked or shape.first > 1:
         return "takes a window and at most one first token"
+    is_causal = window.right == 0
     size = -(-max(window.left, window.right, 1) // 16) * 16
     # its causal mask counts keys in the dtype of q: those of a block, or all of a text of no more than two blocks
     counted = size if q.shape[2] > 2 * size else q.shape[2]
@@ -130,15 +135,19 @@ def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
 
 def _lsg_layer() -> ModuleType:
     """The file of the layer, which needs torch alone: the package does not import under Transformers 4.45 and later."""
-    package = Path(util.find_spec("lsg_converter").origin).parent
-    spec = util.spec_from_file_location("lsg_self_attention", package / "attention_layers" / "lsg_self_attention.py")
+    package = util.find_spec("lsg_converter")
+    assert package is not None and package.origin is not None
+    file = Path(package.origin).parent / "attention_layers" / "lsg_self_attention.py"
+    spec = util.spec_from_file_location("lsg_self_attention", file)
+    assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+Make = Callable[[str, ModuleType, Pattern, Tensor, Tensor], "Peer | str"]
 # name of the row -> the package, what loads it, and what makes a peer of it or says why it cannot
-PACKAGES = {
+PACKAGES: dict[str, tuple[str, Callable[[], ModuleType], Make]] = {
     "fla_nsa": ("fla", partial(import_module, "fla.ops.nsa"), _nsa),
     "lsg": ("lsg_converter", _lsg_layer, _lsg),
 }

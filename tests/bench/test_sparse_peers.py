@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_hf.bench import run_attention, sparse_peers
-from sparse_hf.bench.measure import row_error
+from sparse_hf.bench.exactness import row_error
 from sparse_hf.pattern import Pattern, causal
 from sparse_hf.plan import build_plan
 from tests.bench import stand_ins
@@ -98,8 +98,8 @@ def test_row_error_of_queries_without_keys():
     plan = build_plan("block_table(10, ((0,),))", 100)
     right = torch.zeros_like(q)
     right[:, :, :10] = torch.nn.functional.scaled_dot_product_attention(q[:, :, :10], q[:, :, :10], q[:, :, :10])
-    assert row_error(q, q, q, right, plan, q, None)[0] < 1e-5
-    assert row_error(q, q, q, q, plan, q, None)[0] > 1
+    assert row_error(q, q, q, plan, right, q, None)[0] < 1e-5
+    assert row_error(q, q, q, plan, q, q, None)[0] > 1
 
 
 @pytest.mark.parametrize("n", [1, 63, 100, 257])

@@ -1,0 +1,55 @@
+"""Rows of attention compared with dense attention in float64, before anything is timed.
+
+Legend: H query heads, G key heads, n tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import BlockPlan
+
+# random rows of an output that are compared
+COMPARED_ROWS = 64
+
+
+def row_error(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor, grad_out: Tensor, grad_q: Tensor | None
+) -> tuple[float, float | None]:
+    """Largest relative errors of random rows of output and gradient of q, against dense attention in float64.
+
+    Without `grad_q` there is no second one. Of the plan no table is read: pairs are asked for one by one.
+
+    Args:
+        q, k, v: `[1, H, n, D]` and `[1, G, n, D]`, of one sequence.
+        plan: which pairs there are.
+        out, grad_q: what is compared, like q.
+        grad_out: the gradient of `out`.
+    """
+    chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:COMPARED_ROWS].sort().values
+    chosen = chosen.to(q.device)
+    keys, row = torch.arange(k.shape[2], device=q.device)[None, :], torch.zeros(1, 1, dtype=torch.long, device=q.device)
+    masks = [plan.allows(row, p, chosen[:, None], keys) for p in range(len(plan.patterns))]
+    repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    found = []
+    # head by head, so that the rows of one head are all that exists in float64
+    for h in range(q.shape[1]):
+        key, value = (t[0, h // repeats].detach().double() for t in (k, v))
+        query, grad = (t[0, h, chosen].detach().double() for t in (q, grad_out))
+        mask = masks[plan.heads[h] if plan.heads else 0]
+        # a query without keys gives zeros, as ours do
+        weights = (query @ key.T * scale).masked_fill(~mask, -torch.inf).softmax(-1).where(mask, 0.0)
+        exact = weights @ value
+        errors = [_relative_error(out[0, h, chosen], exact)]
+        if grad_q is not None:
+            change = weights * (grad @ value.T - (grad * exact).sum(-1, keepdim=True))
+            errors.append(_relative_error(grad_q[0, h, chosen], change @ key * scale))
+        found.append(errors)
+    # torch's maximum is NaN where any is; Python's is not
+    worst = [float(torch.stack(errors).max()) for errors in zip(*found, strict=True)]
+    return worst[0], None if grad_q is None else worst[1]
+
+
+def _relative_error(got: Tensor, exact: Tensor) -> Tensor:
+    return (got.detach().double() - exact).norm() / exact.norm()
