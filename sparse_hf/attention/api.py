@@ -5,46 +5,33 @@ Legend: B batch, H query heads, G key heads (G divides H), Q queries, K keys, D 
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
-from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from ..plan import AnyPlan, BlockPlan, cached_plan
-from .backends import flex, reference
-from .backends.blockwise import backend as blockwise
-from .backends.flash import backend as fa
-from .backends.sdpa import decode as few
-from .backends.sdpa import dense
-from .backends.triton import backend as triton
-from .composite import global_tokens as marked
-from .composite import lsh as content
-from .composite import strided as regroup
-from .dropout import draw_seed
-from .merge import merge
-from .operator import attention as attention_operator
-from .operator import attention_of_lengths
+from ..pattern import Pattern
+from ..pattern.forms import read_hashes, read_marked
+from ..plan import BatchInfo, BlockPlan, of_batch
+from ..plan.api import as_pattern
+from .autograd import attend
+from .backend import AttentionCall, Backend, PlanLike
+from .devices import generation
+from .dispatch import BACKENDS, route
+from .dropout import Dropout
+from .operator import register
 from .scoring import Scoring
 
-__all__ = ["BACKENDS", "choose", "merge", "sparse_attention"]
-
-logger = logging.getLogger(__name__)
-
-# each has `refuses(q, v, plan, scoring, dropout)`, a reason or None, and the differentiable `attend`
-BACKENDS: dict[str, ModuleType] = {
-    "reference": reference, "blockwise": blockwise, "flex": flex, "fa": fa, "triton": triton
-}  # fmt: skip
-# what "auto" tries, in this order
-PREFERENCE = ("fa", "triton", "flex", "blockwise")
+PatternLike = Pattern | str
+BackendName = Literal["auto", "reference", "blockwise", "flex", "fa", "triton"]
 
 
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern,
+    pattern: PatternLike | BlockPlan,
     *,
     key_padding_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -54,7 +41,7 @@ def sparse_attention(
     softcap: float | None = None,
     relative_bias: Tensor | None = None,
     dropout: float = 0.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that `pattern` holds, and no others.
@@ -88,93 +75,81 @@ def sparse_attention(
     _check_tensors(q, k, v, dropout)
     _check_backend(backend)
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, relative_bias)
-    seed = draw_seed() if dropout else None
+    batch = key_padding_mask, segment_ids, marks
     if isinstance(pattern, BlockPlan):
-        plan = _checked_plan(pattern, q, k, (key_padding_mask, segment_ids, marks, q_offset))
+        plan = _checked_plan(pattern, q, k, (*batch, q_offset))
         scoring.check(q.shape[1], plan.q_offset + q.shape[2] - 1, k.shape[2])
-        return _attend(q, k, v, plan, scoring, dropout, backend, seed, return_lse)
+        call = AttentionCall(q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), wants_lse=return_lse)
+        call.chosen_plan = plan
+        out, lse = attend(call, route(call, backend))
+        return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
-    batch = key_padding_mask, segment_ids, marks
-    if torch.compiler.is_compiling():
-        rest = str(pattern), q_offset, scoring.scale, softcap, dropout, backend
-        # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
-        asks_batch = any(t is not None for t in (*batch, seed)) or content.uses_content(str(pattern))
-        may_record = not asks_batch or marked.suits(backend, q, k, v, str(pattern), q_offset, batch, scoring, dropout)
-        operator = attention_of_lengths if may_record else attention_operator
-        out, lse = operator(q, k, v, *batch, seed, relative_bias, *rest)
-    elif content.uses_content(str(pattern)):
-        rest = str(pattern), q_offset, batch, scoring, dropout, backend, seed
-        out, lse = content.attend(q, k, v, *rest, choose)
-    else:
-        lengths = str(pattern), q.shape[2], k.shape[2], q_offset
-        if few.suits(backend, q, scoring, dropout, return_lse):
-            # ranges of keys are numbers that the host works with
-            plan = cached_plan(*lengths, batch, few.place(q, batch), by_identity=True)
-            _check_plan(plan, q)
-            out = few.attend(q, k, v, plan, scoring.scale)
-            if out is not None:
-                _say_torch(
-                    f"of fewer than {few.QUERIES} queries", " over the keys that they see", q.device.type, q.dtype
-                )
-                return out
-        may = regroup.may_regroup(backend, scoring, dropout)
-        plan = cached_plan(*lengths, batch, q.device, by_identity=True, may_regroup=may)
-        _check_plan(plan, q)
-        return _attend(q, k, v, plan, scoring, dropout, backend, seed, return_lse)
+    out, lse = attention(
+        q, k, v, pattern, q_offset=q_offset, batch=of_batch(*batch), scoring=scoring, dropout=dropout, backend=backend,
+        wants_lse=return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _attend(q, k, v, plan: AnyPlan, scoring: Scoring, dropout: float, backend: str, seed, return_lse: bool):
-    if dense.suits(backend, q, k, v, scoring, dropout, return_lse):
-        out = dense.attend(q, k, v, plan, scoring.scale)
-        if out is not None:
-            _say_torch("by a pattern that leaves out no pair of a text this short", "", q.device.type, q.dtype)
-            return out
-    out, lse = choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)
-    return (out, lse) if return_lse else out
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: PatternLike, *, q_offset: int, batch: BatchInfo, scoring: Scoring,
+    dropout: float, backend: str, wants_lse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sparse_attention` for models: arguments are known to fit, and layers of a forward pass share a `BatchInfo`.
 
-
-def choose(
-    backend: str, q: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring, dropout: float, recorded: bool = False
-) -> ModuleType | regroup.Composition:
-    """What runs this call. Only "auto" may choose a backend, and it says what it chose, once.
-
-    A CUDA graph that may have `recorded` it holds kernels, and none of the steps by which `blockwise` walks a few queries.
+    Returns:
+        out `[B, H, Q, D]` and lse, which is nothing to read unless it is wanted.
     """
-    queries = max(q.shape[2], few.QUERIES if recorded else 0)
-    if isinstance(plan, BlockPlan):
-        return _backend(backend, q, v, plan, scoring, dropout, queries)
-    # parts may be short, but there are many of them
-    return regroup.Composition(
-        lambda part_q, part_v, part: _backend(backend, part_q, part_v, part, scoring, dropout, queries, True)
-    )
+    drop = Dropout.draw(dropout)
+    if torch.compiler.is_compiling() or q.is_meta or isinstance(q, FakeTensor):
+        values = str(pattern), q_offset, scoring.scale, scoring.softcap, dropout, backend
+        # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
+        operator = _recorded if _may_record(q, str(pattern), batch, drop) else _between_graphs
+        return operator(q, k, v, *batch.tensors, drop.seed, scoring.bias, *values)
+    call = AttentionCall(q, k, v, as_pattern(pattern), q_offset, scoring, drop, batch, wants_lse)
+    backend_of_call = route(call, backend)
+    if call.chosen_plan is not None:
+        check_plan(call.chosen_plan, q)
+    return attend(call, backend_of_call)
 
 
-def _backend(backend, q, v, plan: BlockPlan, scoring, dropout, queries: int, regrouped: bool = False) -> ModuleType:
-    if backend != "auto":
-        reason = BACKENDS[backend].refuses(q, v, plan, scoring, dropout)
-        if reason:
-            raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
-        return BACKENDS[backend]
-    names = PREFERENCE if queries >= few.QUERIES else ("blockwise",)
-    # whether `fa` is worth it is asked first, since it would make tables to say whether it can
-    worth = (name for name in names if name != "fa" or fa.is_fastest(q, plan))
-    name = next(name for name in worth if BACKENDS[name].refuses(q, v, plan, scoring, dropout) is None)
-    _say(name, q.device.type, str(q.dtype), bool(dropout), regrouped)
-    return BACKENDS[name]
+def _may_record(q: Tensor, pattern: str, batch: BatchInfo, dropout: Dropout) -> bool:
+    if dropout or uses_hashes(pattern):
+        return False
+    if batch.is_empty:
+        return True
+    only_marks = batch.padding is None and batch.segments is None
+    return only_marks and q.is_cuda and _is_marked_window(pattern, q.device)
 
 
-@lru_cache
-def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> None:
-    how = " with dropout" * dropout + ", tokens of a stride side by side," * regrouped
-    logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
+# a graph takes the answers as constants instead of tracing the parser
+@torch.compiler.assume_constant_result
+def uses_hashes(pattern: str) -> bool:
+    """Does a pattern choose pairs from queries and keys?"""
+    return bool(read_hashes(pattern)[1])
 
 
-@lru_cache
-def _say_torch(which: str, over: str, device: str, dtype: torch.dtype) -> None:
-    what = "PyTorch's scaled_dot_product_attention"
-    logger.info("attention %s on %s in %s runs on %s%s", which, device, dtype, what, over)
+@torch.compiler.assume_constant_result
+def _is_marked_window(pattern: str, device: torch.device) -> bool:
+    return read_marked(pattern) is not None and generation(device) >= 8
+
+
+def _prepare(recorded: bool, q, k, v, padding, segments, marks, seed, bias, *values) -> tuple[AttentionCall, Backend]:
+    pattern, q_offset, scale, softcap, dropout, backend = values
+    scoring, batch = Scoring(scale, softcap, bias), of_batch(padding, segments, marks)
+    call = AttentionCall(
+        q, k, v, as_pattern(pattern), q_offset, scoring, Dropout(dropout, seed), batch, recorded=recorded
+    )  # fmt: skip
+    return call, route(call, backend)
+
+
+_between_graphs, _recorded = register(
+    "attention",
+    _prepare,
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? segment_ids, Tensor? marks, Tensor? seed, Tensor? bias",
+    "str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend",
+)
 
 
 def _check_backend(backend: str) -> None:
@@ -210,11 +185,11 @@ def _checked_plan(plan: BlockPlan, q: Tensor, k: Tensor, batch: tuple) -> BlockP
         raise ValueError(
             f"the plan is for {plan.q_len} queries and {plan.kv_len} keys; q has {q.shape[2]} and k {k.shape[2]}"
         )
-    _check_plan(plan, q)
+    check_plan(plan, q)
     return plan.to(q.device)
 
 
-def _check_plan(plan: AnyPlan, q: Tensor) -> None:
+def check_plan(plan: PlanLike, q: Tensor) -> None:
     if plan.heads and len(plan.heads) != q.shape[1]:
         raise ValueError(f"per_head names {len(plan.heads)} patterns; q has {q.shape[1]} heads")
     if plan.batch_rows not in (1, q.shape[0]):

@@ -1,18 +1,42 @@
-"""Gradients of one part of a merged attention, and autograd where torch has left it behind.
-
-A part is differentiated by handing it the merged out and lse: what the parts give then adds up to the gradients of the whole.
-"""
+"""The one autograd node of attention, and backends that lean on autograd themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from ..plan import BlockPlan
-from .scoring import Scoring
+from .backend import AttentionCall, Backend, Given, Gradients, Results
+
+
+class AutogradBackend(Backend):
+    """A backend whose `forward` is made of differentiable operations of torch.
+
+    Called eagerly, autograd differentiates what ran. Where autograd has been left behind, in an operator or for one part of
+    a whole, `forward` runs again.
+    """
+
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        out, lse = given.out, given.lse
+        with recording():
+            bias = call.scoring.bias
+            leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v, *(() if bias is None else (bias,)))]
+            again = call.on(*leaves[:3], leaves[3] if len(leaves) > 3 else None)
+            part_out, part_lse = results = self.forward(again)
+        # what `forward` gave is a part of the whole: d out / d part_out is its share, and a change of part_lse moves the
+        # share. Of a whole that is one part the share is 1
+        share = (part_lse.detach() - lse.where(lse > -torch.inf, 0)).exp()
+        of_out, change = torch.zeros_like(part_out), torch.zeros_like(part_lse)
+        if given.grad_out is not None:
+            of_out = (share[..., None] * given.grad_out).to(part_out.dtype)
+            change = (given.grad_out.to(lse.dtype) * (part_out.detach().to(lse.dtype) - out)).sum(-1)
+        if given.grad_lse is not None:
+            change = change + given.grad_lse
+        of_lse = (share * change).to(part_lse.dtype)
+        grads = torch.autograd.grad(results, leaves, (of_out, of_lse))
+        return grads[0], grads[1], grads[2], grads[3] if len(grads) > 3 else None
 
 
 @contextmanager
@@ -22,21 +46,37 @@ def recording() -> Iterator[None]:
         yield
 
 
-def part_gradients(
-    backend, tensors: list[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, plan: BlockPlan,
-    scoring: Scoring, dropout: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """What a part adds to the gradients of `tensors` (q, k, v), given the merged out and lse and their gradients."""
-    if grad_lse is None and not getattr(backend, "NONE_IS_ZERO", False):
-        grad_lse = torch.zeros_like(lse)
-    if hasattr(backend, "backward"):
-        return backend.backward(*tensors, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)[:3]
-    # backends that lean on autograd run their forward again, and want gradients of what they themselves gave
-    with recording():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        results = backend.attend(*leaves, plan, scoring, dropout, seed)
-    part_out, part_lse = (t.detach() for t in results)
-    share = (part_lse - lse.where(lse > -torch.inf, 0)).exp()
-    change = (grad_out.to(lse.dtype) * (part_out.to(lse.dtype) - out)).sum(-1) + grad_lse
-    of_results = (share[..., None] * grad_out).to(out.dtype), (share * change).to(part_lse.dtype)
-    return torch.autograd.grad(results, leaves, of_results)
+def attend(call: AttentionCall, backend: Backend) -> Results:
+    """Out `[B, H, Q, D]` and lse `[B, H, Q]` of a call, differentiable."""
+    if isinstance(backend, AutogradBackend) or not call.trains:
+        return backend.forward(call)
+    return _Attention.apply(call.q, call.k, call.v, call.scoring.bias, call, backend)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, call: AttentionCall, backend: Backend):
+        out, lse = backend.forward(call)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        # tensors are saved above, where hooks (checkpointing, offloading) see them
+        ctx.backend, ctx.rest = backend, _without_tensors(call)
+        # a gradient of lse that nobody asked for must not cost a pass
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"backend {ctx.backend.name!r} has no second derivative; use backend='reference' for create_graph=True"
+            )
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        pattern, q_offset, scoring, dropout, batch, recorded, plan = ctx.rest
+        scoring = scoring if bias is None else replace(scoring, bias=bias)
+        call = AttentionCall(q, k, v, pattern, q_offset, scoring, dropout, batch, True, recorded, plan)
+        return *ctx.backend.backward(call, Given(out, lse, grad_out, grad_lse)), None, None
+
+
+def _without_tensors(call: AttentionCall) -> tuple:
+    scoring = call.scoring if call.scoring.bias is None else replace(call.scoring, bias=None)
+    return call.pattern, call.q_offset, scoring, call.dropout, call.batch, call.recorded, call.chosen_plan

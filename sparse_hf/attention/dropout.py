@@ -7,10 +7,31 @@ checkpointing and every backend see one and the same mask (Salmon et al., 2011, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Probability with which a weight is dropped, and the seed `[]` int64 of the mask; None without dropout."""
+
+    p: float = 0.0
+    seed: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.p > 0
+
+    @staticmethod
+    def draw(p: float) -> Dropout:
+        """Dropout with a fresh mask, or none for a probability of 0."""
+        return Dropout(p, draw_seed()) if p else NO_DROPOUT
+
+
+NO_DROPOUT = Dropout()
 
 
 def draw_seed() -> Tensor:

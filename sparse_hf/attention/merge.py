@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# what stands for the lse of a call that does not want it
+NO_LSE = torch.empty(0)
+
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merge `(out [..., Q, D], lse [..., Q])` pairs; a part that saw nothing has lse -inf. Differentiable."""

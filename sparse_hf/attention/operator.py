@@ -1,108 +1,109 @@
-"""Sparse attention as one operator of torch, so that compiled models stay full-graph.
+"""Attention as operators of torch, so that compiled models stay full-graph; one registration for all of them.
 
-The plan depends on the content of the batch (padding, packing, marks), which a graph cannot look at; inside the operator
-it can. Eager code does not come here: it calls the backend directly.
+The plan depends on the content of the batch (padding, packing, marks), which a graph cannot look at; inside an operator it
+can. Eager code does not come here: it calls backends directly.
 
-There are two of it. CUDA graphs record what runs once and replay it, so that only calls whose tables depend on nothing but
-lengths may be recorded, or whose marks only kernels look at: those of `attention_of_lengths`. `attention` is run between graphs.
+CUDA graphs record what runs once and replay it. So each operator comes twice: one that a graph may record, since what it
+does depends on nothing but lengths, or on what only kernels look at; and one that is run between graphs.
+
+Legend: B batch, H query heads, Q queries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..pattern.forms import read_marked
-from ..plan import AnyPlan, cached_plan, made_apart
-from .autograd import recording
-from .composite import global_tokens as marked
-from .composite import lsh as content
-from .composite.strided import may_regroup
-from .scoring import Scoring
-from .strides import heads_last, like
+from ..plan import made_apart
+from .backend import AttentionCall, Backend, Given
+from .strides import like, with_tokens_first
 
-# arguments that are tensors come first
-TENSORS = 8
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? segment_ids, Tensor? marks, Tensor? seed, "
-    "Tensor? bias, str pattern, SymInt q_offset, float scale, float? softcap, float dropout, str backend"
-)
 # recorded graphs read the tables of these for as long as they live
-_RECORDED: set[AnyPlan] = set()
+_RECORDED: set[Any] = set()
+
+# from whether a graph may record it, and the arguments of an operator, to the call and what runs it
+Prepare = Callable[..., "tuple[AttentionCall, Backend]"]
 
 
-def _forward(
-    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend, *, of_lengths
-):  # fmt: skip
-    """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
-    if content.uses_content(pattern):
-        out, lse = content.attend(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose)
-        return heads_last(out), lse.contiguous()
-    with made_apart(q.is_cuda and of_lengths):
-        plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
-        out, lse = chosen.attend(q, k, v, plan, scoring, dropout, seed)
-    return heads_last(out), lse.contiguous()
+def register(name: str, prepare: Prepare, tensors: str, values: str) -> tuple[Callable, Callable]:
+    """Register the operators `sparse_hf::{name}`, run between graphs, and `sparse_hf::{name}_recorded`.
 
+    Args:
+        name: of the operator.
+        prepare: from its arguments to the call and the backend that runs it; called again for the backward pass.
+        tensors: the arguments that are tensors, of which q, k and v come first and the bias, if there is one, last.
+        values: the others, as in torch's schemas.
 
-def _gradients(
-    q, k, v, key_padding_mask, segment_ids, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend,
-    out, lse, grad_out, grad_lse, *, of_lengths,
-):  # fmt: skip
-    """Gradients of q, k, v and the bias (empty without one)."""
-    batch, scoring = (key_padding_mask, segment_ids, marks), Scoring(scale, softcap, bias)
-    if content.uses_content(pattern):
-        grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
-        grads = content.backward(
-            q, k, v, out, lse, grad_out, grad_lse, pattern, q_offset, batch, scoring, dropout, backend, seed, _choose
-        )
-        return *map(heads_last, grads), q.new_empty(0)
-    with made_apart(q.is_cuda and of_lengths):
-        plan, chosen = _planned(q, k, v, pattern, q_offset, batch, scoring, dropout, backend, of_lengths)
-        return _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
-
-
-def _gradients_by(chosen, q, k, v, out, lse, grad_out, grad_lse, plan, scoring: Scoring, dropout, seed):
-    bias = scoring.bias
-    if not getattr(chosen, "NONE_IS_ZERO", False):
-        grad_out, grad_lse = (torch.zeros_like(t) if g is None else g for t, g in ((out, grad_out), (lse, grad_lse)))
-    if hasattr(chosen, "backward"):
-        grads = chosen.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scoring, dropout, seed)
-    else:
-        # backends that lean on autograd run their forward again, of which an operator's inside records nothing unless told to
-        with recording():
-            leaves = [t.detach().requires_grad_() for t in (q, k, v, *(() if bias is None else (bias,)))]
-            scoring = Scoring(scoring.scale, scoring.softcap, *leaves[3:])
-            results = chosen.attend(*leaves[:3], plan, scoring, dropout, seed)
-        grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse))
-    *grads, grad_bias = (*grads, None)[:4]
-    return *map(heads_last, grads), q.new_empty(0) if grad_bias is None else grad_bias.contiguous()
-
-
-def _planned(q, k, v, pattern: str, q_offset: int, batch: tuple, scoring, dropout, backend, of_lengths: bool):
-    """The plan and what runs it."""
-    marks = batch[2]
-    if of_lengths and marks is not None:
-        parts = read_marked(pattern)
-        if parts.window is None:
-            return marked.Marked(parts, None, marks), marked.Composition(None)
-        plan, chosen = _planned(
-            q, k, v, str(parts.window), q_offset, (None, None, None), scoring, dropout, backend, True
-        )
-        return marked.Marked(parts, plan, marks), marked.Composition(chosen)
-    plan = cached_plan(
-        pattern, q.shape[2], k.shape[2], q_offset, batch, q.device, may_regroup=may_regroup(backend, scoring, dropout)
+    Returns:
+        both, differentiable: `(*tensors, *values) -> (out, lse)`.
+    """
+    return _operator(name, prepare, tensors, values, False), _operator(
+        f"{name}_recorded", prepare, tensors, values, True
     )
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        _RECORDED.add(plan)
-    return plan, _choose(backend, q, v, plan, scoring, dropout, of_lengths and q.is_cuda)
 
 
-def _choose(*arguments):
-    from .api import choose
+def _operator(name: str, prepare: Prepare, tensors: str, values: str, recorded: bool) -> Callable:
+    tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
+    count = tensors.count("Tensor")
+    bias_at = count - 1 if tensors.endswith("bias") else None
+    arguments = f"{tensors}, {values}"
+    given = "Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse"
+    forward = torch.library.custom_op(
+        f"sparse_hf::{name}", partial(_forward, prepare, recorded), mutates_args=(), tags=tags,
+        schema=f"({arguments}) -> (Tensor, Tensor)",
+    )  # fmt: skip
+    backward = torch.library.custom_op(
+        f"sparse_hf::{name}_backward", partial(_backward, prepare, recorded), mutates_args=(), tags=tags,
+        schema=f"({arguments}, {given}) -> (Tensor, Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+    forward.register_fake(_fake_forward)
+    backward.register_fake(partial(_fake_backward, bias_at))
 
-    return choose(*arguments)
+    def remember(ctx, inputs, output):
+        # a gradient of lse that nobody asked for must not cost a pass
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:count], *output)
+        ctx.values = inputs[count:]
+
+    def differentiate(ctx, grad_out, grad_lse):
+        saved = ctx.saved_tensors
+        *grads, grad_bias = backward(*saved[:count], *ctx.values, *saved[count:], grad_out, grad_lse)
+        of_tensors: list[Any] = [*grads, *(None,) * (count - 3)]
+        if bias_at is not None and saved[bias_at] is not None:
+            of_tensors[bias_at] = grad_bias
+        return *of_tensors, *(None,) * len(ctx.values)
+
+    forward.register_autograd(differentiate, setup_context=remember)
+    return forward
+
+
+def _forward(prepare: Prepare, recorded: bool, *arguments) -> tuple[Tensor, Tensor]:
+    """Out `[B, H, Q, D]` and lse `[B, H, Q]`."""
+    with made_apart(recorded and arguments[0].is_cuda):
+        call, backend = prepare(recorded, *arguments)
+        out, lse = backend.forward(call)
+        _keep(call, backend)
+    return with_tokens_first(out), lse.contiguous()
+
+
+def _backward(prepare: Prepare, recorded: bool, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias (empty without one)."""
+    *own, out, lse, grad_out, grad_lse = arguments
+    with made_apart(recorded and own[0].is_cuda):
+        call, backend = prepare(recorded, *own)
+        grad_q, grad_k, grad_v, grad_bias = backend.backward(call, Given(out, lse, grad_out, grad_lse))
+        _keep(call, backend)
+    of_bias = own[0].new_empty(0) if grad_bias is None else grad_bias.contiguous()
+    return with_tokens_first(grad_q), with_tokens_first(grad_k), with_tokens_first(grad_v), of_bias
+
+
+def _keep(call: AttentionCall, backend: Backend) -> None:
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _RECORDED.add(backend.tables(call))
 
 
 def _fake_forward(q, k, v, *rest):
@@ -110,47 +111,9 @@ def _fake_forward(q, k, v, *rest):
     return like(q, v.shape[-1]), lse
 
 
-def _fake_gradients(q, k, v, key_padding_mask, segment_ids, marks, seed, bias, *rest):
-    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    return *map(like, (q, k, v)), grad_bias
-
-
-def _operator(name: str, of_lengths: bool):
-    """Register the operator `sparse_hf::{name}`, and its gradient as one of its own."""
-    tags = () if of_lengths else (torch.Tag.cudagraph_unsafe,)
-    forward = torch.library.custom_op(
-        f"sparse_hf::{name}",
-        partial(_forward, of_lengths=of_lengths),
-        mutates_args=(),
-        schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-        tags=tags,
-    )
-    given = f"{_ARGUMENTS}, Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse"
-    gradients = torch.library.custom_op(
-        f"sparse_hf::{name}_backward",
-        partial(_gradients, of_lengths=of_lengths),
-        mutates_args=(),
-        schema=f"({given}) -> (Tensor, Tensor, Tensor, Tensor)",
-        tags=tags,
-    )
-    forward.register_fake(_fake_forward)
-    gradients.register_fake(_fake_gradients)
-
-    def remember(ctx, inputs, output):
-        # a gradient of lse that nobody asked for must not cost a pass
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.rest = inputs[TENSORS:]
-
-    def backward(ctx, grad_out, grad_lse):
-        saved = ctx.saved_tensors
-        *grads, grad_bias = gradients(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
-        grad_bias = None if saved[TENSORS - 1] is None else grad_bias
-        return *grads, None, None, None, None, grad_bias, *(None,) * len(ctx.rest)
-
-    forward.register_autograd(backward, setup_context=remember)
-    return forward
-
-
-attention = _operator("attention", False)
-attention_of_lengths = _operator("attention_of_lengths", True)
+def _fake_backward(bias_at, *arguments):
+    bias = None if bias_at is None else arguments[bias_at]
+    of_bias = arguments[0].new_empty(0)
+    if bias is not None:
+        of_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    return *map(like, arguments[:3]), of_bias

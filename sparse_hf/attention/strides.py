@@ -1,4 +1,8 @@
-"""How tensors `[B, H, L, D]` lie in memory: heads after tokens, as models join them next."""
+"""How tensors `[B, H, L, D]` lie in memory.
+
+Two layouts matter: heads before tokens, as models hand them over, and tokens before heads, as models join heads next and
+as FlashAttention wants them. `with_tokens_first` changes the memory and keeps the shape; `as_tokens_first` changes the shape.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,23 @@ from torch import Tensor
 
 
 def readable(t: Tensor) -> Tensor:
-    """Numbers of a token side by side."""
+    """The same tensor with the numbers of a token side by side, copied only where they are not."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def like(t: Tensor, dim: int | None = None) -> Tensor:
-    """A new tensor of the same shape, or with `dim` numbers a head, heads after tokens."""
+    """A new tensor of the shape of `t`, or with `dim` numbers a head, in memory with tokens before heads."""
     batch, heads, length, own = t.shape
     dim = own if dim is None else dim
     return t.new_empty_strided((batch, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
 
 
-def heads_last(t: Tensor) -> Tensor:
-    """The same numbers, heads after tokens."""
+def with_tokens_first(t: Tensor) -> Tensor:
+    """The same `[B, H, L, D]`, in memory with tokens before heads."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def as_tokens_first(t: Tensor) -> Tensor:
+    """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded."""
+    t = t.transpose(1, 2)
+    return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from ...plan import BlockPlan, remembered
+from ..autograd import AutogradBackend
+from ..backend import AttentionCall, Results
+from ..devices import generation
 from ..merge import merge
 from ..scoring import Scoring
-from .flash.window_kernels import generation
 
 # kernels work on 128 x 128 tiles, and lengths that divide by it need no bounds checks; torch chooses those of the backward
 # pass by head dim and has none that divide smaller blocks
 TILE = 128
 # a row of the table is long if it has more than this many times the median's blocks, plus a few
-LONG, FEW = 4, 16
+LONG_FACTOR, LONG_LEAST = 4, 16
 # patterns and kinds of batch data that may be compiled in one process, before an error says so
 MAX_KERNELS = 256
 # (compute capability, head dim): measured on an H100 at 65,536 tokens, out of eight forward and eight backward each; at head
@@ -43,44 +45,44 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
-    if dropout:
-        return "FlexAttention has no dropout of attention weights; use backend='blockwise' or dropout=0"
-    if q.device.type != "cuda":
-        return f"it needs a GPU and q is on {q.device}: FlexAttention has no backward and no lse elsewhere"
-    if q.dtype == torch.float64:
-        return "FlexAttention has no float64; use backend='blockwise'"
-    if plan.block_size % TILE:
-        return f"the plan has blocks of {plan.block_size}; FlexAttention needs a multiple of {TILE}"
-    return None
+class Flex(AutogradBackend):
+    """FlexAttention, compiled once for all lengths of a pattern."""
+
+    name = "flex"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        q = call.q
+        if call.dropout:
+            return "FlexAttention has no dropout of attention weights; use backend='blockwise' or dropout=0"
+        if q.device.type != "cuda":
+            return f"it needs a GPU and q is on {q.device}: FlexAttention has no backward and no lse elsewhere"
+        if q.dtype == torch.float64:
+            return "FlexAttention has no float64; use backend='blockwise'"
+        if call.blocks.block_size % TILE:
+            return f"the plan has blocks of {call.blocks.block_size}; FlexAttention needs a multiple of {TILE}"
+        return None
+
+    def forward(self, call: AttentionCall) -> Results:
+        plan = call.blocks
+        q, k, v = (_pad(t, plan.block_size) for t in (call.q, call.k, call.v))
+        found = []
+        for piece in pieces(plan):
+            of_piece = _gather(q, piece.q_blocks, plan), *(_gather(t, piece.kv_blocks, plan) for t in (k, v))
+            out, lse = _call(of_piece, piece, call.scoring.scale, _score_mod(call.scoring, plan, piece))
+            found.append(
+                (_scatter(out, piece, plan, q, 0.0), _scatter(lse[..., None], piece, plan, q, -torch.inf)[..., 0])
+            )
+        out, lse = found[0] if len(found) == 1 else merge(found)
+        return out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Out `[B, H, Q, D]` and lse `[B, H, Q]` in float32, differentiable."""
-    q, k, v = (_pad(t, plan.block_size) for t in (q, k, v))
-    parts = []
-    for piece in pieces(plan):
-        score_mod = _score_mod(scoring, plan, piece)
-        out, lse = _call(
-            _gather(q, piece.q_blocks, plan),
-            *(_gather(t, piece.kv_blocks, plan) for t in (k, v)),
-            piece,
-            scoring.scale,
-            score_mod,
-        )
-        parts.append((_scatter(out, piece, plan, q, 0.0), _scatter(lse[..., None], piece, plan, q, -torch.inf)[..., 0]))
-    out, lse = parts[0] if len(parts) == 1 else merge(parts)
-    return out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, score_mod) -> tuple[Tensor, Tensor]:
+def _call(inputs: tuple[Tensor, ...], piece: Piece, scale: float, score_mod) -> Results:
+    q, k, v = inputs
     # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
     limits = {"recompile_limit": MAX_KERNELS, "accumulated_recompile_limit": 4 * MAX_KERNELS}
     # the numbers of a pattern would otherwise be taken for such as change
     with torch._dynamo.config.patch(**limits, specialize_int=True, specialize_float=True):
-        return _compiled()(q, k, v, piece.tables, piece.block_size, piece.mask_mod, score_mod, scale, _options(q))
+        return _compiled()((q, k, v), piece.tables, piece.block_size, (piece.mask_mod, score_mod), scale, _options(q))
 
 
 def _options(q: Tensor) -> dict[str, int] | None:
@@ -95,10 +97,14 @@ def _compiled():
     return torch.compile(_flex, dynamic=True, fullgraph=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, tables, block_size: int, mask_mod, score_mod, scale: float, options):
-    """Out and lse. The mask is made here, so that its lengths are those of the tensors."""
+def _flex(inputs: tuple[Tensor, ...], tables, block_size: int, mods: tuple, scale: float, options):
+    """Out and lse of q, k and v; `mods` are the mask's function and the scores' (None: unchanged).
+
+    The mask is made here, so that its lengths are those of the tensors.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+    (q, k, v), (mask_mod, score_mod) = inputs, mods
     sides, lengths = (block_size, block_size), (q.shape[2], k.shape[2])
     mask = BlockMask(lengths, *tables, BLOCK_SIZE=sides, mask_mod=mask_mod)
     out, aux = flex_attention(
@@ -171,7 +177,7 @@ def _long(group: Tensor, line: Tensor, groups: int, lines: int) -> Tensor:
     """The lines (rows or columns) of the table that are long in any of its groups, ascending."""
     counts = torch.bincount(group * lines + line, minlength=groups * lines).view(groups, lines)
     used = counts[counts > 0]
-    limit = LONG * int(used.median()) + FEW if len(used) else FEW
+    limit = LONG_FACTOR * int(used.median()) + LONG_LEAST if len(used) else LONG_LEAST
     return (counts > limit).any(0).nonzero().flatten()
 
 

@@ -8,170 +8,149 @@ Legend: B batch, N tokens, H query heads, G key heads, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...pattern.forms import MarkedForm, read_marked
-from ...plan import AnyPlan
-from ..autograd import part_gradients
-from ..backends.flash import window_kernels as flash
-from ..backends.triton.backend import IS_INSTALLED
-from ..scoring import Scoring
-from ..strides import readable
+from ...plan import NOTHING, AnyPlan, find_plan
+from ..backend import AttentionCall, Backend, Given, Gradients, Results
+from ..backends.flash.window_kernels import EVERYTHING, FA2
+from ..backends.triton.walk import IS_INSTALLED
+from ..devices import generation
+from ..strides import as_tokens_first, readable
+from .marked_places import Places, find
 
-# numbers in q up to which the host is what a call waits for; beyond, parts that know how many marks there are are faster
-UP_TO = 1 << 24
-
-
-# a graph takes the answer as a constant instead of tracing the parser
-@torch.compiler.assume_constant_result
-def _can(text: str, device: torch.device) -> bool:
-    return read_marked(text) is not None and IS_INSTALLED and flash.generation(device) >= 8
+# numbers in q up to which the host is what a call waits for; beyond, calls that know how many marks there are are faster
+MAX_ELEMENTS = 1 << 24
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
-def suits(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, text: str, q_offset: int, batch: tuple[Tensor | None, ...], scoring: Scoring,
-    dropout: float,
-) -> bool:  # fmt: skip
-    """May such a call be computed here? Only "auto" may choose."""
-    padding, documents, marks = batch
-    if backend != "auto" or marks is None or padding is not None or documents is not None:
-        return False
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
-        return False
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and scoring.is_plain and not dropout
-    is_whole = q_offset == 0 and q.shape[2] == k.shape[2] and marks.shape == (q.shape[0], q.shape[2])
-    return fits and is_whole and q.numel() <= UP_TO and _can(text, q.device)
+@dataclass(frozen=True, eq=False)
+class MarkedPlan:
+    """The form of a pattern, and the plan of its window (None: it has none)."""
 
-
-@dataclass(frozen=True)
-class Places:
-    """Where the marked tokens of each row stand."""
-
-    marks: Tensor  # [B, N] bool
-    rank: Tensor  # [B, N] int64: of a marked token, how many stand before it
-    index: Tensor  # [B, N] int32: the marked tokens in order, then -1
-    counts: Tensor  # [B] int32
-
-    def take(self, t: Tensor) -> Tensor:
-        """Of `[B, heads, N, ...]` the marked tokens and then anything, packed: `[B * N, heads, ...]`."""
-        return t.transpose(1, 2).flatten(0, 1)[self._flat(self.index.clamp(min=0))]
-
-    def put(self, t: Tensor, like: Tensor) -> Tensor:
-        """The way back: `[B, heads, N, ...]`, anything where nothing is marked."""
-        return t[self._flat(self.rank)].unflatten(0, self.marks.shape).transpose(1, 2).to(like.dtype)
-
-    def _flat(self, index: Tensor) -> Tensor:
-        batch, length = index.shape
-        return (index + torch.arange(batch, device=index.device)[:, None] * length).flatten()
-
-    def packed(self) -> flash.Packed:
-        """Marked tokens of a row against all its keys; what follows them sees none."""
-        batch, length = self.marks.shape
-        queries = torch.stack((self.counts, length - self.counts), 1).flatten()
-        keys = torch.where(torch.arange(2 * batch, device=queries.device) % 2 == 0, length, 0)
-        cu_q, cu_k = (torch.nn.functional.pad(t.cumsum(0, dtype=torch.int32), (1, 0)) for t in (queries, keys))
-        return flash.Packed(cu_q, cu_k, length, length)
-
-
-def find(marks: Tensor) -> Places:
-    """Look up the marked tokens without waiting for them."""
-    marks = marks.bool()
-    batch, length = marks.shape
-    upto = marks.cumsum(1)
-    rank = (upto - 1).clamp(min=0)
-    index = torch.full((batch, length + 1), -1, dtype=torch.int32, device=marks.device)
-    # what is not marked is written to a column that is cut off
-    tokens = torch.arange(length, device=marks.device, dtype=torch.int32).expand(batch, -1)
-    index.scatter_(1, torch.where(marks, rank, length), tokens)
-    return Places(marks, rank, index[:, :length].contiguous(), upto[:, -1].int())
-
-
-@dataclass(frozen=True)
-class Marked:
-    """Stands where a plan stands: the parts of a pattern, and the plan of its window."""
-
-    parts: MarkedForm
+    form: MarkedForm
     window: AnyPlan | None
-    marks: Tensor
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def batch_rows(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
-class Composition:
-    """Stands where a backend stands; `backend` is the window's."""
+class GlobalTokens(Backend):
+    """A window on the backend that `pick` chooses, and marked tokens whose number only kernels read."""
 
-    backend: ModuleType | None
-    # `backward` takes None for a gradient of zero
-    NONE_IS_ZERO = True
+    pick: Callable[[AttentionCall], Backend]
+    name = "global tokens"
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Marked, scoring: Scoring, dropout: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Out `[B, H, N, D]` in the dtype of q and lse `[B, H, N]`; autograd, which an operator takes care of, does not come here."""
-        q, k, v = map(readable, (q, k, v))
-        places = find(plan.marks)
+    def why_not(self, call: AttentionCall) -> str | None:
+        q, batch = call.q, call.batch
+        if not call.recorded or batch.marks is None or batch.padding is not None or batch.segments is not None:
+            return "it is for calls with marks and nothing else of the batch, which a CUDA graph may record"
+        if not q.is_cuda or q.dtype not in HALF_TYPES or q.shape[-1] != call.v.shape[-1]:
+            return "it is for 16 bits on a GPU, with equal head dims"
+        if q.shape[-1] % 8 or q.shape[-1] > 256 or not call.scoring.is_plain or call.dropout:
+            return "FlashAttention has other head dims, and neither soft cap, bias nor dropout of ours"
+        is_whole = (
+            call.q_offset == 0 and q.shape[2] == call.k.shape[2] and batch.marks.shape == (q.shape[0], q.shape[2])
+        )
+        if not is_whole or q.numel() > MAX_ELEMENTS:
+            return f"it is for whole texts of up to {MAX_ELEMENTS} numbers in q"
+        if not IS_INSTALLED or generation(q.device) < 8:
+            return "it needs triton and compute capability 8.0"
+        return None if read_marked(str(call.pattern)) else "the pattern is more than a window and marked tokens"
+
+    def tables(self, call: AttentionCall) -> AnyPlan | None:
+        return _planned(call).window
+
+    def forward(self, call: AttentionCall) -> Results:
+        plan, scale = _planned(call), call.scoring.scale
+        q, k, v = readable(call.q), readable(call.k), readable(call.v)
+        places = find(_marks(call))
         if plan.window is None:
             out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         else:
-            out, lse = self.backend.attend(q, k, v, plan.window, scoring, 0.0, None)
+            window = call.part(q, k, v, plan.window)
+            out, lse = self.pick(window).forward(window)
             out = readable(out)
-        if plan.parts.keys:
-            from .global_tokens_kernels import absorb
+        if plan.form.keys:
+            from .global_token_kernels import absorb
 
-            absorb(q, k, v, out, lse, places, _limits(plan), scoring.scale)
-        if plan.parts.rows:
-            k, v = (flash.heads_last(t).flatten(0, 1) for t in (k, v))
-            rows, row_lse = flash.FA2.forward(places.take(q), k, v, places.packed(), flash.EVERYTHING, scoring.scale)
+            absorb(q, k, v, out, lse, places, _limits(plan, q), scale)
+        if plan.form.rows:
+            k, v = (as_tokens_first(t).flatten(0, 1) for t in (k, v))
+            rows, row_lse = FA2.forward(places.take(q), k, v, places.packed(), EVERYTHING, scale)
             out = torch.where(places.marks[:, None, :, None], places.put(rows, out), out)
             lse = torch.where(places.marks[:, None], places.put(row_lse.mT, lse), lse)
         return out, lse
 
-    def backward(
-        self, q, k, v, out, lse, grad_out, grad_lse, plan: Marked, scoring: Scoring, dropout: float, seed
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k, v and no bias, given those of out and lse (None: zero)."""
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        q, k, v, out, grad_out = map(readable, (q, k, v, out, grad_out))
-        places, scale = find(plan.marks), scoring.scale
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        plan, scale, lse = _planned(call), call.scoring.scale, given.lse
+        q, k, v = readable(call.q), readable(call.k), readable(call.v)
+        out, grad_out = readable(given.out), readable(given.some_grad_out)
+        places = find(_marks(call))
         # a row with infinite lse has weight exp(score - lse) = 0: those of marked queries are done below, empty ones never
         here = lse if plan.window is not None else lse.where(lse > -torch.inf, torch.inf)
-        here = here.masked_fill(places.marks[:, None], torch.inf) if plan.parts.rows else here
+        here = here.masked_fill(places.marks[:, None], torch.inf) if plan.form.rows else here
+        own = Given(out, here, grad_out, given.grad_lse)
         if plan.window is None:
             grads = [torch.zeros_like(t) for t in (q, k, v)]
         else:
-            results = out, here, grad_out, grad_lse
-            found = part_gradients(self.backend, [q, k, v], *results, plan.window, scoring)
-            grads = [readable(grad) for grad in found]
-        if plan.parts.keys:
-            from .global_tokens_kernels import add_gradients
+            window = call.part(q, k, v, plan.window)
+            grads = [readable(grad) for grad in self.pick(window).backward(window, own)[:3]]
+        if plan.form.keys:
+            from .global_token_kernels import add_gradients
 
-            results = out, here, grad_lse, *grads
-            add_gradients(grad_out, q, k, v, *results, places, _limits(plan), scale)
-        if plan.parts.rows:
-            for total, grad in zip(
-                grads, self._row_gradients(q, k, v, out, lse, grad_out, grad_lse, places, scale), strict=True
-            ):
+            add_gradients((q, k, v), own, grads, places, _limits(plan, q), scale)
+        if plan.form.rows:
+            of_rows = _row_gradients((q, k, v), Given(out, lse, grad_out, given.grad_lse), places, scale)
+            for total, grad in zip(grads, of_rows, strict=True):
                 total += grad
-        return *grads, None
-
-    @staticmethod
-    def _row_gradients(q, k, v, out, lse, grad_out, grad_lse, places: Places, scale: float) -> tuple[Tensor, ...]:
-        of_rows = [places.take(t) for t in (grad_out, q, out)]
-        row_lse, row_grad_lse = (None if t is None else places.take(t).mT.contiguous() for t in (lse, grad_lse))
-        keys = [flash.heads_last(t).flatten(0, 1) for t in (k, v)]
-        rest = row_lse, row_grad_lse, places.packed(), flash.EVERYTHING, scale
-        grad_q, *of_keys = flash.FA2.backward(*of_rows[:2], *keys, of_rows[2], *rest)
-        grad_q = torch.where(places.marks[:, None, :, None], places.put(grad_q, q), 0)
-        return grad_q, *(g.unflatten(0, (q.shape[0], -1)).transpose(1, 2) for g in of_keys)
+        return grads[0], grads[1], grads[2], None
 
 
-def _limits(plan: Marked) -> tuple[int, int, int, int]:
+def _row_gradients(inputs: Sequence[Tensor], given: Given, places: Places, scale: float) -> tuple[Tensor, ...]:
+    """What the rows of marked queries add to the gradients of q, k and v."""
+    q, k, v = inputs
+    row_grad, row_q, row_out = (places.take(t) for t in (given.some_grad_out, q, given.out))
+    row_lse, row_grad_lse = (None if t is None else places.take(t).mT.contiguous() for t in (given.lse, given.grad_lse))
+    assert row_lse is not None
+    keys, values = (as_tokens_first(t).flatten(0, 1) for t in (k, v))
+    of_rows = Given(row_out, row_lse, row_grad, row_grad_lse)
+    grad_q, *of_keys = FA2.backward(row_q, keys, values, of_rows, places.packed(), EVERYTHING, scale)
+    grad_q = torch.where(places.marks[:, None, :, None], places.put(grad_q, q), 0)
+    return grad_q, *(g.unflatten(0, (q.shape[0], -1)).transpose(1, 2) for g in of_keys)
+
+
+def _planned(call: AttentionCall) -> MarkedPlan:
+    if call.chosen_plan is None:
+        form = read_marked(str(call.pattern))
+        assert form is not None
+        window = None
+        if form.window is not None:
+            key = replace(call.plan_key, pattern=form.window)
+            window = find_plan(key, NOTHING)
+        call.chosen_plan = MarkedPlan(form, window)
+    return call.chosen_plan
+
+
+def _marks(call: AttentionCall) -> Tensor:
+    assert call.batch.marks is not None
+    return call.batch.marks
+
+
+def _limits(plan: MarkedPlan, q: Tensor) -> tuple[int, int, int, int]:
     """How far the window reaches, left and right (no pair: not even to itself), and the columns."""
-    far = plan.marks.shape[1]
-    if plan.window is None:
+    far, window = q.shape[2], plan.form.window
+    if window is None:
         return -1, -1, far, far
-    window = plan.parts.window
-    return *(far if side is None else min(side, far) for side in (window.left, window.right)), far, far
+    left, right = (far if side is None else min(side, far) for side in (window.left, window.right))
+    return left, right, far, far

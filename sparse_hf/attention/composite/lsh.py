@@ -5,113 +5,111 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ...pattern import Pattern
 from ...pattern.forms import read_hashes
-from ...plan import BlockPlan, cached_plan
+from ...plan import BlockPlan, find_plan
+from ...plan.hash_order import HashedPlan
 from ...plan.lsh import Held, hashed_plan
-from ..autograd import part_gradients
-from ..backends import reference
-from ..hashed import hash_order as hashed
+from ..backend import AttentionCall, Backend, Given, Gradients, Results
+from ..backends.reference import Reference, with_weights
+from ..hashed.hash_order import HashOrder
 from ..merge import merge
-from ..scoring import Scoring
 
-BACKENDS = ("auto", "blockwise", "reference")
+HASH_ORDER = HashOrder()
+REFERENCE = Reference()
 
 
-# a graph takes the answer as a constant instead of tracing the parser
-@torch.compiler.assume_constant_result
-def uses_content(text: str) -> bool:
-    """Does a pattern choose pairs from queries and keys?"""
-    return bool(read_hashes(text)[1])
+@dataclass(frozen=True, eq=False)
+class LSHPlan:
+    """The pairs that positions say, and those that hashes add: each pair is in one of the two."""
+
+    positions: BlockPlan
+    hashed: HashedPlan
+    holds: Held
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return self.positions.heads
+
+    @property
+    def batch_rows(self) -> int:
+        return self.positions.batch_rows
+
+    def to_dense(self, call: AttentionCall) -> Tensor:
+        """The mask `[B, H, Q, K]` bool. O(n^2)."""
+        q, k = call.q, call.k
+        x = torch.arange(q.shape[0] * q.shape[1], device=q.device)[:, None, None]
+        queries, keys = (torch.arange(t.shape[2], device=q.device) for t in (q, k))
+        mask = self.holds(x, queries[:, None], keys).view(*q.shape[:3], k.shape[2])
+        return mask | self.positions.to_dense()
 
 
 @dataclass(frozen=True)
-class _Dense:
-    """A mask in the place of a plan: what the reference asks of one."""
+class HashedPairs(Backend):
+    """Pairs of positions on the backend that `pick` chooses, and pairs of hashes in hash order."""
 
-    mask: Tensor  # [B, H, Q, K] bool
-    q_offset: int
+    pick: Callable[[AttentionCall], Backend]
+    name = "lsh"
 
-    @property
-    def heads(self) -> range:
-        return range(self.mask.shape[1])
+    def why_not(self, call: AttentionCall) -> str | None:
+        for name, value in (("softcap", call.scoring.softcap), ("relative_bias", call.scoring.bias)):
+            if value is not None:
+                return f"lsh(...) does not go with {name}; use patterns of positions in such models"
+        return None
 
-    @property
-    def q_len(self) -> int:
-        return self.mask.shape[2]
+    def forward(self, call: AttentionCall) -> Results:
+        plan = _planned(call)
+        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
+        hashed = call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
+        return merge([self.pick(positions).forward(positions), HASH_ORDER.forward(hashed)])
 
-    @property
-    def kv_len(self) -> int:
-        return self.mask.shape[3]
-
-    def to_dense(self) -> Tensor:
-        return self.mask
-
-
-def attend(
-    q, k, v, text: str, q_offset: int, batch: tuple, scoring: Scoring, dropout: float, backend: str, seed, choose
-):
-    """Out `[B, H, Q, D]` and lse `[B, H, Q]`, differentiable.
-
-    Raises:
-        NotImplementedError: a backend that cannot compute in hash order, or scores that it cannot change.
-    """
-    if backend not in BACKENDS:
-        raise NotImplementedError(
-            f"backend {backend!r} cannot run lsh(...), whose pairs are known at run time only; 'auto', 'blockwise' and "
-            "'reference' can"
-        )
-    if backend == "reference":
-        return look(q, k, v, text, q_offset, batch, scoring, dropout, seed)[:2]
-    plan, hashes = _split(q, k, text, q_offset, batch, scoring)
-    parts = [choose(backend, q, v, plan, scoring, dropout).attend(q, k, v, plan, scoring, dropout, seed)]
-    chosen, _ = hashed_plan(q, k, hashes, plan)
-    parts.append(hashed.attend(q, k, v, chosen, scoring.scale, dropout, seed))
-    return merge(parts)
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        plan = _planned(call)
+        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
+        hashed = call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
+        one = self.pick(positions).backward(positions, given)
+        other = HASH_ORDER.backward(hashed, given)
+        return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
 
 
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, text: str, q_offset: int, batch: tuple, scoring: Scoring, dropout: float, backend: str,
-    seed, choose,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k and v inside an operator, where autograd records nothing.
+class DenseHashedPairs(HashedPairs):
+    """The specification: one dense mask of positions and hashes. O(n^2)."""
 
-    Each part is handed the merged out and lse, so that what it gives are its shares.
-    """
-    plan, hashes = _split(q, k, text, q_offset, batch, scoring)
-    rest = out, lse, grad_out, grad_lse
-    chosen, holds = hashed_plan(q, k, hashes, plan)
-    if backend == "reference":
-        return part_gradients(reference, [q, k, v], *rest, _dense(q, k, plan, holds, q_offset), scoring, dropout, seed)
-    module = choose(backend, q, v, plan, scoring, dropout)
-    one = part_gradients(module, [q, k, v], *rest, plan, scoring, dropout, seed)
-    other = hashed.backward(q, k, v, *rest, chosen, scoring.scale, dropout, seed)
-    return tuple(a + b for a, b in zip(one, other, strict=False))
+    name = "lsh, reference"
+
+    def forward(self, call: AttentionCall) -> Results:
+        out, lse, _ = hashed_weights(call)
+        return out, lse
+
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        return _OfMask(_planned(call).to_dense(call)).backward(call, given)
 
 
-def look(q, k, v, text: str, q_offset: int, batch: tuple, scoring: Scoring, dropout: float, seed):
-    """The specification: out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
-    plan, hashes = _split(q, k, text, q_offset, batch, scoring)
-    _, holds = hashed_plan(q, k, hashes, plan)
-    return reference.look(q, k, v, _dense(q, k, plan, holds, q_offset), scoring, dropout, seed)
+@dataclass
+class _OfMask(Reference):
+    mask: Tensor
+
+    def forward(self, call: AttentionCall) -> Results:
+        out, lse, _ = with_weights(call, self.mask)
+        return out, lse
 
 
-def _dense(q: Tensor, k: Tensor, plan: BlockPlan, holds: Held, q_offset: int) -> _Dense:
-    x = torch.arange(q.shape[0] * q.shape[1], device=q.device)[:, None, None]
-    queries, keys = (torch.arange(t.shape[2], device=q.device) for t in (q, k))
-    mask = holds(x, queries[:, None], keys).view(*q.shape[:3], k.shape[2])
-    return _Dense(mask | plan.to_dense(), q_offset)
+def hashed_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
+    return with_weights(call, _planned(call).to_dense(call))
 
 
-def _split(q, k, text: str, q_offset: int, batch: tuple, scoring: Scoring):
-    """The plan of what positions say, and the hashes."""
-    changed = {"softcap": scoring.softcap, "relative_bias": scoring.bias}
-    for name, value in changed.items():
-        if value is not None:
-            raise NotImplementedError(f"lsh(...) does not go with {name}; use patterns of positions in such models")
-    plain, hashes = read_hashes(text)
-    return cached_plan(plain, q.shape[2], k.shape[2], q_offset, batch, q.device), hashes
+def _planned(call: AttentionCall) -> LSHPlan:
+    """The plan of a call, which its backward pass finds again."""
+    if call.chosen_plan is None:
+        assert call.pattern is not None
+        plain, hashes = read_hashes(str(call.pattern))
+        positions = find_plan(replace(call.plan_key, pattern=Pattern.parse(plain)), call.batch)
+        call.chosen_plan = LSHPlan(positions, *hashed_plan(call.q, call.k, hashes, positions))
+    return call.chosen_plan

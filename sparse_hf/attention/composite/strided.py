@@ -11,96 +11,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...plan import AnyPlan, BlockPlan, ByHeads, Regrouped, remembered, strided_plan
-from ..autograd import part_gradients
+from ..backend import AttentionCall, Backend, Given, Gradients, Results
 from ..merge import merge
-from ..scoring import Scoring
 
 # numbers of the scores that a backend may hold for one batch row
-AT_ONCE = 1 << 20
+MAX_SCORES = 1 << 20
 # queries and keys of one product of `blockwise`
 TILE = (128, 2048)
 
 
-def may_regroup(backend: str, scoring: Scoring, dropout: float) -> bool:
-    """Dropout and bias are of places in the text, which regrouped tokens have no more; the reference stays as it is."""
-    return backend != "reference" and not dropout and scoring.bias is None
-
-
 @dataclass(frozen=True)
-class Composition:
-    """Stands where a backend stands; `pick(q, v, plan)` is the backend of each part."""
+class Strided(Backend):
+    """Tokens of a stride side by side, and the rest of the pattern, on the backends that `pick` chooses for their calls."""
 
-    pick: Callable[[Tensor, Tensor, BlockPlan], ModuleType]
-    # `backward` takes None for a gradient of zero
-    NONE_IS_ZERO = True
+    pick: Callable[[AttentionCall], Backend]
+    name = "strided"
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring, dropout: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Out `[B, H, K, D]` in the dtype of q and lse `[B, H, K]`, differentiable."""
-        assert not dropout and scoring.bias is None
-        return _Composed.apply(q, k, v, self, plan, scoring)
+    def why_not(self, call: AttentionCall) -> str | None:
+        # dropout and bias are of places in the text, which regrouped tokens have no more
+        if call.dropout:
+            return "dropout is of places in the text, which regrouped tokens have no more"
+        if call.scoring.bias is not None:
+            return "a relative bias is of places in the text, which regrouped tokens have no more"
+        return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AttentionCall) -> Results:
+        q, k, v = call.q, call.k, call.v
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-        for group in _groups(plan, q, k):
-            own, found = [group.queries(q), group.keys(k), group.keys(v)], []
-            for part in group.parts:
-                taken = [part.take(t) for t in own]
-                results = self.pick(taken[0], taken[2], part.plan).attend(*taken, part.plan, scoring, 0.0, None)
-                found.append(tuple(part.put(t, own[0]) for t in results))
+        for heads in _head_groups(call.plan, q, k):
+            own, found = (heads.queries(q), heads.keys(k), heads.keys(v)), []
+            for tokens in heads.orders:
+                part = call.part(*map(tokens.take, own), tokens.plan)
+                found.append(tuple(tokens.put(t, own[0]) for t in self.pick(part).forward(part)))
             merged = found[0] if len(found) == 1 else merge(found)
-            out[:, group.heads], lse[:, group.heads] = merged
+            out[:, heads.heads], lse[:, heads.heads] = merged
         return out, lse
 
-    def backward(
-        self, q, k, v, out, lse, grad_out, grad_lse, plan: AnyPlan, scoring: Scoring, dropout: float, seed
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k, v and no bias, given those of out and lse (None: zero)."""
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        totals = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
-        for group in _groups(plan, q, k):
-            own = [group.queries(q), group.keys(k), group.keys(v)]
-            results = [None if t is None else group.queries(t) for t in (out, lse, grad_out, grad_lse)]
-            for part in group.parts:
-                taken, of_results = ([None if t is None else part.take(t) for t in some] for some in (own, results))
-                backend = self.pick(taken[0], taken[2], part.plan)
-                grads = part_gradients(backend, taken, *of_results, part.plan, scoring)
-                for add, total, grad, like in zip(
-                    (group.add_queries, group.add_keys, group.add_keys), totals, grads, own, strict=True
-                ):
-                    add(total, part.put(grad, like))
-        return *(total.to(t.dtype) for total, t in zip(totals, (q, k, v), strict=True)), None
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        q, k, v = call.q, call.k, call.v
+        totals = [torch.zeros_like(t, dtype=given.lse.dtype) for t in (q, k, v)]
+        for heads in _head_groups(call.plan, q, k):
+            own = heads.queries(q), heads.keys(k), heads.keys(v)
+            results = [None if t is None else heads.queries(t) for t in _tensors(given)]
+            for tokens in heads.orders:
+                part = call.part(*map(tokens.take, own), tokens.plan)
+                of_part = Given(*(None if t is None else tokens.take(t) for t in results))
+                grads = self.pick(part).backward(part, of_part)[:3]
+                adders = heads.add_queries, heads.add_keys, heads.add_keys
+                for add, total, grad, like in zip(adders, totals, grads, own, strict=True):
+                    add(total, tokens.put(grad, like))
+        grad_q, grad_k, grad_v = (total.to(t.dtype) for total, t in zip(totals, (q, k, v), strict=True))
+        return grad_q, grad_k, grad_v, None
 
 
-class _Composed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, composition, plan, scoring):
-        out, lse = composition.forward(q, k, v, plan, scoring)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = composition, plan, scoring
-        # a gradient of lse that nobody asked for must not cost a pass
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        composition, plan, scoring = ctx.rest
-        grads = composition.backward(*ctx.saved_tensors, grad_out, grad_lse, plan, scoring, 0.0, None)
-        return *grads[:3], None, None, None
+def _tensors(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return given.out, given.lse, given.some_grad_out, given.grad_lse
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Order:
     """A plan, and how the tokens of which it speaks stand: every `step`-th side by side, or (1) all as they are."""
 
     plan: BlockPlan
@@ -125,10 +100,10 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Heads:
     """Heads that share a pattern: all of them, or some, which then have a key head each."""
 
-    parts: tuple[_Part, ...]
+    orders: tuple[_Order, ...]
     heads: Tensor | slice = field(default_factory=lambda: slice(None))
     key_heads: Tensor | slice = field(default_factory=lambda: slice(None))
 
@@ -149,12 +124,12 @@ class _Group:
             total.index_add_(1, self.key_heads, grad.to(total.dtype))
 
 
-def _groups(plan: AnyPlan, q: Tensor, k: Tensor) -> Iterator[_Group]:
+def _head_groups(plan: AnyPlan, q: Tensor, k: Tensor) -> Iterator[_Heads]:
     if not isinstance(plan, ByHeads):
-        yield _Group(_parts(plan, *q.shape[:2]))
+        yield _Heads(_orders(plan, *q.shape[:2]))
         return
     for one, heads in zip(plan.plans, _heads(plan, q.device), strict=True):
-        yield _Group(_parts(one, q.shape[0], len(heads)), heads, heads // (q.shape[1] // k.shape[1]))
+        yield _Heads(_orders(one, q.shape[0], len(heads)), heads, heads // (q.shape[1] // k.shape[1]))
 
 
 @remembered
@@ -164,12 +139,12 @@ def _heads(plan: ByHeads, device: torch.device) -> list[Tensor]:
     return [(which == p).nonzero().flatten().to(device) for p in range(len(plan.plans))]
 
 
-def _parts(plan: BlockPlan | Regrouped, batch: int, heads: int) -> tuple[_Part, ...]:
+def _orders(plan: BlockPlan | Regrouped, batch: int, heads: int) -> tuple[_Order, ...]:
     if isinstance(plan, BlockPlan):
-        return (_Part(plan),)
+        return (_Order(plan),)
     strided = strided_plan(plan, batch)
-    near = () if plan.rest is None else (_Part(plan.rest),)
-    return *near, _Part(strided, plan.step, _fold(plan.step, heads, strided))
+    near = () if plan.rest is None else (_Order(plan.rest),)
+    return *near, _Order(strided, plan.step, _fold(plan.step, heads, strided))
 
 
 def _fold(step: int, heads: int, strided: BlockPlan) -> int:
@@ -177,4 +152,4 @@ def _fold(step: int, heads: int, strided: BlockPlan) -> int:
     if strided.batch_rows > 1:
         return 1
     scores = heads * min(TILE[0], strided.q_len) * min(TILE[1], strided.kv_len)
-    return max((f for f in range(1, step + 1) if step % f == 0 and f * scores <= AT_ONCE), default=1)
+    return max((f for f in range(1, step + 1) if step % f == 0 and f * scores <= MAX_SCORES), default=1)

@@ -13,51 +13,53 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...plan.hash_order import Group, HashedPlan
-from ..dropout import kept_at
-from . import chunks_on_triton as chunk_kernels
+from ...plan.tile_lists import TileLists, chunk_lists
+from ..backend import AttentionCall, Backend, Given, Gradients, Results
+from ..dropout import Dropout, kept_at
+from . import kernels
 
 # scores that exist at once
-BUDGET = 1 << 20
+MAX_SCORES = 1 << 20
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: HashedPlan, scale: float, dropout: float = 0.0, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Out `[B, H, N, D]` in the dtype of q and lse `[B, H, N]` in float32 (float64 for float64), differentiable.
+class HashOrder(Backend):
+    """Tiles of a `HashedPlan`. Plans of chunks have kernels on a GPU.
 
-    A key that a query meets several times counts several times. A query that meets none has out 0 and lse -inf. Plans of chunks
-    have a kernel on a GPU.
+    A key that a query meets several times counts several times. A query that meets none has out 0 and lse -inf.
     """
-    return _Hashed.apply(q, k, v, plan, scale, dropout, seed)
+
+    name = "hash_order"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return None if call.scoring.is_plain else "tokens in hash order have no soft cap and no relative bias"
+
+    def tables(self, call: AttentionCall) -> TileLists:
+        return chunk_lists(call.plan)
+
+    def forward(self, call: AttentionCall) -> Results:
+        if kernels.can_run(call.q, call.v, call.plan):
+            return kernels.forward(call)
+        return _forward(call)
+
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        if kernels.can_run(call.q, call.v, call.plan):
+            return kernels.backward(call, given)
+        return _backward(call, given)
 
 
-def look(q: Tensor, k: Tensor, v: Tensor, plan: HashedPlan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification: out and lse as of `attend`, and the weights `[B, H, Q, K]`. O(N^2)."""
+def with_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification: out, lse, and the weights `[B, H, Q, K]`. O(N^2)."""
+    q, k, v, plan = call.q, call.k, call.v, call.plan
     work = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(work).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     counts = plan.counts(q.shape[2], k.shape[2]).view(*q.shape[:3], k.shape[2])
-    scores = q.to(work) @ k.mT * scale + counts.to(work).log()
+    scores = q.to(work) @ k.mT * call.scoring.scale + counts.to(work).log()
     sees = (counts > 0).any(-1, keepdim=True)
     lse = torch.where(sees, scores, 0).logsumexp(-1)
     weights = torch.where(sees, (scores - lse[..., None]).exp(), 0)
     return (weights @ v).to(q.dtype), lse.masked_fill(~sees.squeeze(-1), -torch.inf), weights
-
-
-class _Hashed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, *rest):
-        out, lse = forward(q, k, v, *rest)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = rest
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        return *backward(*ctx.saved_tensors, grad_out, grad_lse, *ctx.rest), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class _Slab:
         allowed = self.group.allows(self.group.x[:, None, None], q.clamp(min=0), k.clamp(min=0))
         return ~(allowed & (q >= 0) & (k >= 0))
 
-    def drop(self, q: Tensor, k: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    def drop(self, q: Tensor, k: Tensor, dropout: Dropout) -> Tensor:
         """What dropout multiplies weights by, `[T, m, n]`."""
+        assert dropout.seed is not None
         x = self.group.x[:, None, None]
         if self.plan.heads is not None:
             pair = x // self.plan.heads, x % self.plan.heads, q[:, :, None], k[:, None, :]
@@ -89,13 +92,13 @@ class _Slab:
             q = self.group.i[:, None] * size + place
             k = (self.group.columns[:, :, None] * size + place).flatten(1)
             pair = x, torch.tensor(self.number, device=x.device), q[:, :, None], k[:, None, :]
-        return kept_at(seed.to(x.device), *pair, dropout) / (1 - dropout)
+        return kept_at(dropout.seed.to(x.device), *pair, dropout.p) / (1 - dropout.p)
 
 
 def _slabs(plan: HashedPlan) -> Iterator[tuple[_Slab, Tensor, Tensor]]:
     """Slabs with their queries `[T, m]` and keys `[T, n]`: tokens, -1 for none."""
     for number, group in enumerate(plan.groups):
-        step = max(1, BUDGET // (plan.size * plan.size * max(1, group.columns.shape[1])))
+        step = max(1, MAX_SCORES // (plan.size * plan.size * max(1, group.columns.shape[1])))
         for part in group.split(step):
             yield _Slab(part, number, plan), plan.queries(part), plan.keys(part)
 
@@ -105,10 +108,8 @@ def _with_spare(t: Tensor) -> Tensor:
     return torch.cat([t.flatten(0, 2), t.new_zeros(1, *t.shape[3:])])
 
 
-def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:
-    """Out `[B, H, N, Dv]` and lse `[B, H, N]`."""
-    if chunk_kernels.suit(q, v, plan):
-        return chunk_kernels.forward(q, k, v, plan, scale, dropout, seed)
+def _forward(call: AttentionCall) -> Results:
+    q, k, v, plan, scale, dropout = call.q, call.k, call.v, call.plan, call.scoring.scale, call.dropout
     work = torch.promote_types(q.dtype, torch.float32)
     rows, keys = q.shape[:3].numel(), k.shape[:3].numel()
     out = torch.zeros(rows + 1, v.shape[-1], dtype=work, device=q.device)
@@ -126,18 +127,15 @@ def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tu
         finite = after.where(after > -torch.inf, 0)
         weights = scores.sub_(finite[..., None]).exp_()
         if dropout:
-            weights = weights * slab.drop(tokens, seen, seed, dropout)
+            weights = weights * slab.drop(tokens, seen, dropout)
         merged = torch.baddbmm(out[q_rows] * (before - finite).exp()[..., None], weights, flat_v[k_rows].to(work))
         out[q_rows], lse[q_rows] = merged, after
     return out[:-1].to(q.dtype).view(*q.shape[:3], -1), lse[:-1].view(q.shape[:3])
 
 
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: HashedPlan, scale: float, dropout: float, seed
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given those of out and lse."""
-    if chunk_kernels.suit(q, v, plan):
-        return chunk_kernels.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
+def _backward(call: AttentionCall, given: Given) -> Gradients:
+    q, k, v, plan, scale, dropout = call.q, call.k, call.v, call.plan, call.scoring.scale, call.dropout
+    out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.grad_lse
     work = lse.dtype
     rows, keys = q.shape[:3].numel(), k.shape[:3].numel()
     # d loss / d score = weight * (d loss / d weight - delta)
@@ -156,10 +154,11 @@ def backward(
         slope = grad @ flat_v[k_rows].to(work).mT  # d loss / d weight
         kept = weights
         if dropout:
-            factor = slab.drop(tokens, seen, seed, dropout)
+            factor = slab.drop(tokens, seen, dropout)
             kept, slope = weights * factor, slope * factor
         grad_v.index_add_(0, k_rows.flatten(), (kept.mT @ grad).flatten(0, 1))
         slope = slope.sub_(delta[q_rows][..., None]).mul_(weights)
         grad_k.index_add_(0, k_rows.flatten(), (slope.mT @ query).flatten(0, 1))
         grad_q.index_add_(0, q_rows.flatten(), (slope @ key).flatten(0, 1), alpha=scale)
-    return tuple(g[:-1].view(t.shape).to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    grad_q, grad_k, grad_v = (g[:-1].view(t.shape).to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    return grad_q, grad_k, grad_v, None

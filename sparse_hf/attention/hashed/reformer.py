@@ -5,28 +5,20 @@ Legend: B batch, H heads, R rounds, N tokens, D head dim.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from ...plan import made_apart
-from ...plan.hash_order import Chunking, HashedPlan, plan_chunks
-from ...plan.tile_lists import TileLists, chunk_lists
-from ..dropout import draw_seed
-from ..strides import heads_last, like
-from . import chunks_on_triton as chunk_kernels
-from . import hash_order as hashed
+from ...plan.hash_order import Chunking, plan_chunks
+from ..autograd import AutogradBackend, attend
+from ..backend import AttentionCall, Backend, Results
+from ..dropout import Dropout
+from ..operator import register
+from ..scoring import Scoring
+from . import hash_order, kernels
 
 BACKENDS = ("auto", "blockwise", "reference")
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? buckets, Tensor? real, Tensor? seed, SymInt size, SymInt left, SymInt right, "
-    "SymInt multiple, SymInt least, bool is_causal, bool sees_itself, float scale, float dropout, bool is_reference"
-)
-# arguments that are tensors come first
-TENSORS = 6
-# recorded graphs read these tables for as long as they live
-_RECORDED: set[TileLists] = set()
+# what a query may see of its neighbours in the ring: its past only, and itself
+Sees = tuple[bool, bool]
 
 
 def chunked_attention(
@@ -67,113 +59,72 @@ def chunked_attention(
         raise NotImplementedError(
             f"backend {backend!r} cannot run chunks of hashed or ring order; 'sparse' and 'sparse_blockwise' can"
         )
-    seed = draw_seed() if dropout else None
+    drop = Dropout.draw(dropout)
+    is_reference = backend == "reference"
     if torch.compiler.is_compiling():
         sizes = chunking.size, chunking.left, chunking.right, chunking.multiple, chunking.least
-        is_reference = backend == "reference"
         # kernels alone look at the buckets; padding and dropout are looked at by the host
         is_plain = real is None and not dropout and not is_reference
-        by_kernels = is_plain and chunk_kernels.fit(q, v, chunking.side(q.shape[2]))
-        operator = _recorded if by_kernels else _unrecorded
-        return operator(q, k, v, buckets, real, seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference)
-    plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-    return _attend(q, k, v, plan, scale, dropout, seed, backend == "reference")
+        by_kernels = is_plain and kernels.take_tensors(q, v, chunking.side(q.shape[2]))
+        operator = _between_graphs, _recorded
+        return operator[by_kernels](
+            q, k, v, buckets, real, drop.seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference
+        )
+    call = _call(q, k, v, buckets, real, chunking, (is_causal, sees_itself))
+    call.scoring, call.dropout = Scoring(scale), drop
+    return attend(call, _backend(call, is_reference))
 
 
 def chunked_weights(
     q: Tensor, k: Tensor, chunking: Chunking, *, buckets, real, is_causal, sees_itself, scale
 ) -> Tensor:
     """The weights `[B, H, N, N]` of `chunked_attention`, all rounds together. O(N^2)."""
-    plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-    return hashed.look(q, k, k, plan, scale)[2]
+    call = _call(q, k, k, buckets, real, chunking, (is_causal, sees_itself))
+    call.scoring = Scoring(scale)
+    return hash_order.with_weights(call)[2]
 
 
-def _plan(q: Tensor, buckets, real, chunking: Chunking, is_causal: bool, sees_itself: bool) -> HashedPlan:
-    shape = tuple(q.shape[:3])
-    return plan_chunks(buckets, real, shape, chunking, is_causal=is_causal, sees_itself=sees_itself, device=q.device)
+class Reference(AutogradBackend):
+    """The specification: counts of how often a query meets a key. O(N^2)."""
+
+    name = "reference"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return "it drops no weights in hash order; use 'sparse' for training" if call.dropout else None
+
+    def forward(self, call: AttentionCall) -> Results:
+        out, lse, _ = hash_order.with_weights(call)
+        return out, lse
 
 
-def _attend(q, k, v, plan, scale, dropout, seed, is_reference):
-    if not is_reference:
-        return hashed.attend(q, k, v, plan, scale, dropout, seed)
-    if dropout:
-        raise NotImplementedError("backend 'reference' drops no weights in hash order; use 'sparse' for training")
-    return hashed.look(q, k, v, plan, scale)[:2]
+def _call(q: Tensor, k: Tensor, v: Tensor, buckets, real, chunking: Chunking, sees: Sees) -> AttentionCall:
+    """A call over the plan of these chunks."""
+    shape = q.shape[0], q.shape[1], q.shape[2]
+    plan = plan_chunks(
+        buckets, real, shape, chunking, is_causal=sees[0], sees_itself=sees[1], device=q.device
+    )  # fmt: skip
+    return AttentionCall(q, k, v, None, 0, Scoring(1.0), chosen_plan=plan)
 
 
-def _unpack(arguments: tuple):
-    buckets, real, seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference = arguments
-    return buckets, real, seed, Chunking(*sizes), is_causal, sees_itself, scale, dropout, is_reference
+def _backend(call: AttentionCall, is_reference: bool) -> Backend:
+    backend = Reference() if is_reference else hash_order.HashOrder()
+    reason = backend.why_not(call)
+    if reason:
+        raise NotImplementedError(f"backend {backend.name!r} cannot run this call: {reason}")
+    return backend
 
 
-def _forward(q, k, v, *rest, recorded: bool):
-    buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, is_reference = _unpack(rest)
-    with made_apart(recorded):
-        plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-        out, lse = _attend(q, k, v, plan, scale, dropout, seed, is_reference)
-    _keep(q, plan)
-    return heads_last(out), lse.contiguous()
+def _prepare(recorded: bool, q, k, v, buckets, real, seed, *values) -> tuple[AttentionCall, Backend]:
+    *sizes, is_causal, sees_itself, scale, dropout, is_reference = values
+    call = _call(q, k, v, buckets, real, Chunking(*sizes), (is_causal, sees_itself))
+    call.scoring, call.dropout, call.recorded = Scoring(scale), Dropout(dropout, seed), recorded
+    return call, _backend(call, is_reference)
 
 
-def _gradients(q, k, v, *rest, recorded: bool):
-    *rest, out, lse, grad_out, grad_lse = rest
-    buckets, real, seed, chunking, is_causal, sees_itself, scale, dropout, _ = _unpack(tuple(rest))
-    with made_apart(recorded):
-        plan = _plan(q, buckets, real, chunking, is_causal, sees_itself)
-        grads = hashed.backward(q, k, v, out, lse, grad_out, grad_lse, plan, scale, dropout, seed)
-    _keep(q, plan)
-    return tuple(map(heads_last, grads))
-
-
-def _keep(q: Tensor, plan: HashedPlan) -> None:
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        _RECORDED.add(chunk_lists(plan))
-
-
-def _fake_forward(q, k, v, *rest):
-    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return like(q, v.shape[-1]), lse
-
-
-def _fake_gradients(q, k, v, *rest):
-    return tuple(map(like, (q, k, v)))
-
-
-def _operator(name: str, recorded: bool):
-    """Register the operator `sparse_hf::{name}`, and its gradient as one of its own.
-
-    The host looks at buckets and padding of one that is not `recorded`, which a CUDA graph cannot hold.
-    """
-    tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
-    forward = torch.library.custom_op(
-        f"sparse_hf::{name}",
-        partial(_forward, recorded=recorded),
-        mutates_args=(),
-        schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-        tags=tags,
-    )
-    gradients = torch.library.custom_op(
-        f"sparse_hf::{name}_backward",
-        partial(_gradients, recorded=recorded),
-        mutates_args=(),
-        schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)",
-        tags=tags,
-    )
-    forward.register_fake(_fake_forward)
-    gradients.register_fake(_fake_gradients)
-
-    def remember(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.rest = inputs[TENSORS:]
-
-    def backward(ctx, grad_out, grad_lse):
-        saved = ctx.saved_tensors
-        grads = gradients(*saved[:TENSORS], *ctx.rest, *saved[TENSORS:], grad_out, grad_lse)
-        return *grads, None, None, None, *(None,) * len(ctx.rest)
-
-    forward.register_autograd(backward, setup_context=remember)
-    return forward
-
-
-_unrecorded = _operator("chunked_attention", False)
-_recorded = _operator("chunked_attention_recorded", True)
+_between_graphs, _recorded = register(
+    "chunked_attention",
+    _prepare,
+    "Tensor q, Tensor k, Tensor v, Tensor? buckets, Tensor? real, Tensor? seed",
+    "SymInt size, SymInt left, SymInt right, SymInt multiple, SymInt least, bool is_causal, bool sees_itself, float scale, "
+    "float dropout, bool is_reference",
+)

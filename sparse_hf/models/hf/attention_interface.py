@@ -10,7 +10,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from ...attention import sparse_attention
-from ...attention.backends import reference
-from ...attention.composite import lsh as content
-from ...attention.composite.lsh import uses_content
-from ...attention.dropout import draw_seed
+from ...attention import attend, attention, hashed_weights, route, uses_hashes, with_weights
+from ...attention.backend import AttentionCall
+from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
-from ...plan import build_plan
+from ...pattern import Pattern
+from ...plan import BatchInfo, BlockPlan, build_plan, of_batch
 from .config import IMPLEMENTATIONS
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -33,16 +32,31 @@ from .tensor_parallel import own_heads
 UNSUPPORTED = ("s_aux",)
 
 
-@dataclass
+@dataclass(eq=False)
 class MaskRequest:
-    """What the model asked its mask function for."""
+    """What the model asked its mask function for, once for all layers of a forward pass.
+
+    Layers find here what they share: `memo` holds the batch data in the form that plans want.
+    """
 
     attention_mask: Tensor | None  # [B, K] bool, true on real tokens
-    mask_function: Callable
+    mask_function: Callable | None
     q_offset: int | Tensor
+    memo: dict = field(default_factory=dict)
 
     def to(self, device) -> MaskRequest:
-        return replace(self, attention_mask=None if self.attention_mask is None else self.attention_mask.to(device))
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return MaskRequest(mask, self.mask_function, self.q_offset)
+
+    def batch(self, position_ids: Tensor | None, marks: Tensor | None, query: Tensor, key: Tensor) -> BatchInfo:
+        """Padding, documents and marks, made once for layers that hand over the same tensors."""
+        own = id(position_ids), id(marks), query.shape[2], key.shape[2], query.device
+        if own not in self.memo:
+            documents = _documents(position_ids, self.attention_mask, query, key)
+            found = of_batch(self.attention_mask, documents, _marks(marks, query, key))
+            # the tensors are kept, so that no other gets their numbers
+            self.memo[own] = found, position_ids, marks
+        return self.memo[own][0]
 
 
 def sparse_mask(
@@ -104,24 +118,26 @@ def sparse_attention_forward(
         _check_streaming(kwargs["streaming_cache"], module.layer_idx, pattern, opaque)
         request = _of_held(request, kwargs["streaming_cache"], query, key)
     pattern = own_heads(pattern, module, query.shape[1], module.config.heads_of(stack))
-    batch = {
-        "key_padding_mask": request.attention_mask,
-        "segment_ids": _documents(kwargs.get("position_ids"), request.attention_mask, query, key),
-        # of an encoder-decoder, the encoder's tokens are marked
-        "marks": None if stack == "decoder" else _marks(kwargs.get("global_attention_mask"), query, key),
-        "q_offset": int(request.q_offset),
-    }
-    scores = {"scale": scaling, "softcap": kwargs.get("softcap"), "relative_bias": bias}
-    if wants_weights and uses_content(pattern) and opaque is None:
-        out, weights = _content_weights(query, key, value, pattern, batch, dropout, scores)
-        return out.transpose(1, 2).contiguous(), weights
-    if wants_weights:
-        plan = _plan(pattern, batch, opaque, query, key)
-        out, weights = attention_with_weights(query, key, value, plan, dropout, **scores)
-        return out.transpose(1, 2).contiguous(), weights
-    if opaque is not None:
-        pattern, batch = _plan(pattern, batch, opaque, query, key), {}
-    out = sparse_attention(query, key, value, pattern, **batch, **scores, dropout=dropout, backend=backend)
+    # of an encoder-decoder, the encoder's tokens are marked
+    marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
+    batch = request.batch(kwargs.get("position_ids"), marks, query, key)
+    q_offset = int(request.q_offset)
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
+    if wants_weights or opaque is not None:
+        call = AttentionCall(
+            query, key, value, Pattern.parse(pattern), q_offset, scoring, Dropout.draw(dropout), batch, wants_lse=False
+        )
+        if opaque is not None:
+            call.chosen_plan = _opaque_plan(call, opaque)
+        if wants_weights:
+            out, _, weights = hashed_weights(call) if uses_hashes(pattern) and opaque is None else with_weights(call)
+            return out.transpose(1, 2).contiguous(), weights
+        out, _ = attend(call, route(call, backend))
+        return out.transpose(1, 2).contiguous(), None
+    scoring.check(query.shape[1], q_offset + query.shape[2] - 1, key.shape[2])
+    out, _ = attention(
+        query, key, value, pattern, q_offset=q_offset, batch=batch, scoring=scoring, dropout=dropout, backend=backend
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -135,22 +151,12 @@ def _of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def attention_with_weights(
-    q, k, v, plan, dropout, scale=None, softcap=None, relative_bias=None
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, dropout: float, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the weights `[B, H, Q, K]` on the way to it."""
-    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, softcap, relative_bias)
-    out, _, weights = reference.look(q, k, v, plan, scoring, dropout, draw_seed() if dropout else None)
-    return out, weights
-
-
-def _content_weights(q, k, v, pattern: str, batch: dict, dropout: float, scores: dict) -> tuple[Tensor, Tensor]:
-    """As `attention_with_weights`, of a pattern that chooses pairs from queries and keys."""
-    scoring = Scoring(
-        q.shape[-1] ** -0.5 if scores["scale"] is None else scores["scale"], scores["softcap"], scores["relative_bias"]
-    )
-    told = batch["key_padding_mask"], batch["segment_ids"], batch["marks"]
-    seed = draw_seed() if dropout else None
-    out, _, weights = content.look(q, k, v, pattern, batch["q_offset"], told, scoring, dropout, seed)
+    """The output `[B, H, Q, D]` of a plan, and the weights `[B, H, Q, K]` on the way to it. O(n^2)."""
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale)
+    call = AttentionCall(q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), chosen_plan=plan)
+    out, _, weights = with_weights(call)
     return out, weights
 
 
@@ -166,16 +172,22 @@ def _crosses(module, stack: str) -> bool:
     return stack == "decoder" and not module.is_causal
 
 
-def _plan(pattern: str, batch: dict, opaque: Callable | None, query: Tensor, key: Tensor):
+def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
+    """The plan of a mask that can only be evaluated element by element."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             "a mask function that sparse_hf does not know, or a 4-D attention mask, cannot be compiled; "
             "pass a 2-D attention mask, or run without torch.compile"
         )
-    if opaque is not None and batch["key_padding_mask"] is None:
+    padding, segments, marks = call.batch.tensors
+    if padding is None:
         # an opaque mask may differ from row to row, which the plan learns from the batch size of its data
-        batch["key_padding_mask"] = torch.ones(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return build_plan(pattern, query.shape[2], key.shape[2], mask_function=opaque, device=key.device, **batch)
+        padding = torch.ones(call.q.shape[0], call.k.shape[2], dtype=torch.bool, device=call.k.device)
+    assert call.pattern is not None
+    return build_plan(
+        call.pattern, call.q.shape[2], call.k.shape[2], q_offset=call.q_offset, key_padding_mask=padding,
+        segment_ids=segments, marks=marks, mask_function=mask_function, device=call.k.device,
+    )  # fmt: skip
 
 
 def _as_request(attention_mask, query: Tensor, key: Tensor) -> MaskRequest:
@@ -190,7 +202,7 @@ def _as_request(attention_mask, query: Tensor, key: Tensor) -> MaskRequest:
 def _of_held(request: MaskRequest, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
     """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
     held = key.shape[2]
-    return replace(request, attention_mask=cache.real(held, key.device), q_offset=held - query.shape[2])
+    return MaskRequest(cache.real(held, key.device), request.mask_function, held - query.shape[2])
 
 
 def _check_streaming(cache: StreamingCache, layer: int, pattern: str, opaque: Callable | None) -> None:

@@ -11,46 +11,86 @@ is a loop: slices of K and V are then operands of a product as they are.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ....plan import BlockPlan, calls
-from ...scoring import Scoring
+from ....plan import calls
+from ...backend import AttentionCall, Backend, Given, Gradients, Results
 from ...strides import like
-from . import cpu_sdpa as fused
-from .tiles import Change, Tile, keys_of, parts, put_at, take
+from . import cpu_sdpa
+from .tiles import AnyTile, Change, Piece, Source, keys_index, keys_of, put_at, shares, take
 
 
-def refuses(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float) -> str | None:
-    return None
+class Blockwise(Backend):
+    """Query block by query block, on any device and in any dtype."""
 
+    name = "blockwise"
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring, dropout: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Out `[B, H, Q, D]` in the dtype of q and lse `[B, H, Q]` in float32 (float64 for float64), differentiable."""
-    return _Blockwise.apply(q, k, v, scoring.bias, plan, scoring, dropout, seed)
+    def why_not(self, call: AttentionCall) -> str | None:
+        return None
 
-
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, bias, plan, scoring, dropout, seed):
-        out, lse = forward(q, k, v, plan, scoring, dropout, seed)
-        ctx.save_for_backward(q, k, v, out, lse, bias)
-        # the bias is kept above, where autograd watches it
-        ctx.rest = plan, replace(scoring, bias=None), dropout, seed
+    def forward(self, call: AttentionCall) -> Results:
+        q = call.q
+        first, *others = calls(call.blocks)
+        out, lse = _forward(call, q, first.pieces)
+        for of_rows in others:
+            assert of_rows.queries is not None
+            row_out, row_lse = _forward(call, take(q, of_rows.queries), of_rows.pieces)
+            put_at(out, of_rows.queries, row_out)
+            put_at(lse, of_rows.queries, row_lse)
         return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        *tensors, bias = ctx.saved_tensors
-        plan, scoring, *rest = ctx.rest
-        grads = backward(*tensors, grad_out, grad_lse, plan, replace(scoring, bias=bias), *rest)
-        return *grads, None, None, None, None
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.some_grad_lse
+        q, k, v, bias = call.q, call.k, call.v, call.scoring.bias
+        grads = Totals(
+            *(torch.zeros_like(t, dtype=lse.dtype, memory_format=torch.contiguous_format) for t in (q, k, v))
+        )
+        grads.bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
+        first, *others = calls(call.blocks)
+        # what the first call found for the queries of another came to nothing
+        own = grad_out, grad_lse
+        for of_rows in others:
+            own = tuple(t.clone() for t in own)
+            for t in own:
+                put_at(t, of_rows.queries, torch.zeros_like(take(t, of_rows.queries)))
+        _backward(call, _Queries(q, out, lse, *own), first.pieces, grads)
+        for of_rows in others:
+            taken = [take(t, of_rows.queries) for t in (q, out, lse, grad_out, grad_lse)]
+            exists = (of_rows.queries >= 0)[:, None]
+            taken[3:] = taken[3].where(exists[..., None], 0), taken[4].where(exists, 0)
+            row_grads = replace(grads, q=torch.zeros_like(taken[0], dtype=lse.dtype))
+            _backward(call, _Queries(*taken), of_rows.pieces, row_grads)
+            put_at(grads.q, of_rows.queries, row_grads.q)
+        of_bias = None if bias is None or grads.bias is None else grads.bias.to(bias.dtype)
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), of_bias
+
+
+@dataclass
+class Totals:
+    """Gradients that are summed up, in the dtype of lse."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Queries:
+    """What the backward pass starts from, for some queries `[B, H, Q, ...]`."""
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return self.q, self.out, self.lse, self.grad_out, self.grad_lse
 
 
 class _Scratch:
@@ -68,52 +108,42 @@ class _Scratch:
         return torch.bmm(rows, columns, out=self.held[name][:size].view(shape))
 
 
-def forward(q, k, v, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> tuple[Tensor, Tensor]:
-    """Out `[B, H, Q, Dv]` and lse `[B, H, Q]`."""
-    work = torch.promote_types(q.dtype, torch.float32)
-    out = lse = None
-    for call in calls(plan):
-        call_q = q if call.queries is None else take(q, call.queries)
-        call_out = like(call_q, v.shape[-1]).zero_()
-        call_lse = torch.full(call_q.shape[:-1], -torch.inf, dtype=work, device=q.device)
-        sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in call.pieces]
-        _forward(call_q, sources, call.pieces, call_out, call_lse, plan, scoring, dropout, seed)
-        if call.queries is None:
-            out, lse = call_out, call_lse
-        else:
-            put_at(out, call.queries, call_out)
-            put_at(lse, call.queries, call_lse)
+def _forward(call: AttentionCall, q: Tensor, pieces: tuple[Piece, ...]) -> Results:
+    """Out and lse of the queries `q` of a call over some pieces of its plan."""
+    plan, scoring, dropout = call.blocks, call.scoring, call.dropout
+    out = like(q, call.v.shape[-1]).zero_()
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    sources = [(keys_of(piece, call.k), keys_of(piece, call.v)) for piece in pieces]
+    scratch, on_sdpa = _Scratch(), cpu_sdpa.can_run(q, sources[0][1], scoring, dropout)
+    for share in shares(plan, pieces, q, sources[0][0].shape[1], scoring):
+        share_q = share.queries(q)
+        share_sources = [(share.keys(keys), share.keys(values)) for keys, values in sources]
+        for rows, tiles in share.rows(pieces):
+            if on_sdpa:
+                found = cpu_sdpa.attend_rows(share_q[..., rows, :], tiles, share_sources, scoring.scale)
+                if found is not None:
+                    share.put(out, rows, found[0])
+                    share.put(lse, rows, found[1])
+                continue
+            query = share_q[..., rows, :].to(lse.dtype) * scoring.scale  # [G, R, m, D]
+            state = None
+            for tile in tiles:
+                keys, values = (tile.of_keys(t).to(lse.dtype) for t in share_sources[tile.piece])
+                change = Change(scoring, plan, share, pieces[tile.piece], rows, tile)
+                factor = change.drop(dropout) if dropout else None
+                state = _absorb(state, tile, query, (keys, values), change, factor, scratch)
+            if state is not None:
+                top, total, weighted = state
+                share.put(out, rows, weighted / total.where(total > 0, 1))
+                share.put(lse, rows, (top + total.log()).squeeze(-1))
     return out, lse
 
 
-def _forward(q, sources, pieces, out, lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed) -> None:
-    """Fill `out` and `lse` of the queries of a call; `sources` holds keys and values for each of its pieces."""
-    scratch, is_fused = _Scratch(), fused.suits(q, sources[0][1], scoring, dropout)
-    for part in parts(plan, pieces, q, sources[0][0].shape[1], scoring):
-        part_q = part.queries(q)
-        part_sources = [tuple(map(part.keys, source)) for source in sources]
-        for rows, tiles in part.rows(pieces):
-            if is_fused:
-                found = fused.attend_rows(part_q[..., rows, :], tiles, part_sources, scoring.scale)
-                if found is not None:
-                    part.put(out, rows, found[0])
-                    part.put(lse, rows, found[1])
-                continue
-            query = part_q[..., rows, :].to(lse.dtype) * scoring.scale  # [G, R, m, D]
-            state = None
-            for tile in tiles:
-                keys, values = (tile.of_keys(t).to(lse.dtype) for t in part_sources[tile.piece])
-                factor = part.drop(seed, pieces[tile.piece], rows, tile, dropout) if dropout else None
-                change = Change(scoring, plan, part, pieces[tile.piece], rows, tile)
-                state = _absorb(state, tile, query, keys, values, change, factor, scratch)
-            if state is not None:
-                top, total, weighted = state
-                part.put(out, rows, weighted / total.where(total > 0, 1))
-                part.put(lse, rows, (top + total.log()).squeeze(-1))
-
-
-def _absorb(state, tile: Tile, query, keys: Tensor, values: Tensor, change: Change, factor, scratch: _Scratch):
+def _absorb(
+    state, tile: AnyTile, query: Tensor, source: Source, change: Change, factor: Tensor | None, scratch: _Scratch
+):
     """Merge one tile into the running (top `[G, R, m, 1]`, total alike, weighted `[G, R, m, Dv]`)."""
+    keys, values = source
     tile_q = query[..., tile.queries, :]
     shape = *tile_q.shape[:-1], keys.shape[1]
     scores = tile.cover(change.apply(scratch.product("scores", tile_q.flatten(1, 2), keys.mT).view(shape)))
@@ -135,90 +165,84 @@ def _absorb(state, tile: Tile, query, keys: Tensor, values: Tensor, change: Chan
     return state
 
 
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring, dropout: float, seed
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the bias (None without one), given those of out and lse."""
-    work = lse.dtype
-    totals = [torch.zeros_like(t, dtype=work, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    grad_bias = None if scoring.bias is None else torch.zeros_like(scoring.bias, dtype=work)
-    rest = grad_bias, plan, scoring, dropout, seed
-    first, *others = calls(plan)
-    # what the first call found for the queries of another came to nothing
-    heard = [grad_out, grad_lse]
-    for call in others:
-        heard = [t.clone() for t in heard]
-        for t in heard:
-            put_at(t, call.queries, torch.zeros_like(take(t, call.queries)))
-    _backward(q, k, v, out, lse, *heard, first.pieces, totals, *rest)
-    for call in others:
-        taken = [take(t, call.queries) for t in (q, out, lse, grad_out, grad_lse)]
-        exists = (call.queries >= 0)[:, None]
-        taken[3:] = taken[3].where(exists[..., None], 0), taken[4].where(exists, 0)
-        grad_q = torch.zeros_like(taken[0], dtype=work)
-        _backward(taken[0], k, v, *taken[1:], call.pieces, (grad_q, *totals[1:]), *rest)
-        put_at(totals[0], call.queries, grad_q)
-    grad_bias = None if grad_bias is None else grad_bias.to(scoring.bias.dtype)
-    return *(total.to(t.dtype) for total, t in zip(totals, (q, k, v), strict=True)), grad_bias
-
-
-def _backward(q, k, v, out, lse, grad_out, grad_lse, pieces, totals, grad_bias, plan, scoring, dropout, seed) -> None:
-    """Write the gradient of a call's queries to the first of `totals`, and add those of keys and values to the others."""
-    work, scratch = lse.dtype, _Scratch()
-    sources = [(keys_of(piece, k), keys_of(piece, v)) for piece in pieces]
-    sums = [totals[1:] if source[0] is k else [torch.zeros_like(t, dtype=work) for t in source] for source in sources]
-    for part in parts(plan, pieces, q, k.shape[1], scoring):
-        part_q, part_out, part_grad, part_lse, part_grad_lse = (
-            part.queries(t) for t in (q, out, grad_out, lse, grad_lse)
-        )
-        part_sources = [tuple(map(part.keys, source)) for source in sources]
-        for rows, tiles in part.rows(pieces):
-            query = part_q[..., rows, :].to(work) * scoring.scale  # [G, R, m, D]
-            grad = part_grad[..., rows, :].to(work)
-            # d loss / d score = weight * (d loss / d weight - delta)
-            delta = (grad * part_out[..., rows, :]).sum(-1, keepdim=True) - part_grad_lse[..., rows, None].to(work)
-            row_lse = part_lse[..., rows, None]
-            sees = row_lse > -torch.inf
-            row_lse, delta = row_lse.where(sees, 0), delta.where(sees, 0)
-            grad_query = torch.zeros_like(query)
+def _backward(call: AttentionCall, of_queries: _Queries, pieces: tuple[Piece, ...], grads: Totals) -> None:
+    """Write the gradient of these queries to `grads.q`, and add to the others."""
+    plan, scoring, dropout, work, scratch = call.blocks, call.scoring, call.dropout, of_queries.lse.dtype, _Scratch()
+    sources = [(keys_of(piece, call.k), keys_of(piece, call.v)) for piece in pieces]
+    sums = [
+        (grads.k, grads.v) if source[0] is call.k else tuple(torch.zeros_like(t, dtype=work) for t in source)
+        for source in sources
+    ]
+    for share in shares(plan, pieces, of_queries.q, call.k.shape[1], scoring):
+        own = _Queries(*(share.queries(t) for t in of_queries.tensors()))
+        share_sources = [(share.keys(keys), share.keys(values)) for keys, values in sources]
+        for rows, tiles in share.rows(pieces):
+            of_rows = _row_state(own, rows, scoring.scale, work)
+            grad_query = torch.zeros_like(of_rows.query)
             for tile in tiles:
-                piece = pieces[tile.piece]
-                keys, values = (tile.of_keys(t).to(work) for t in part_sources[tile.piece])
-                factor = part.drop(seed, piece, rows, tile, dropout) if dropout else None
-                of_rows = (t[..., tile.queries, :] for t in (query, grad, row_lse, delta))
-                change = Change(scoring, plan, part, piece, rows, tile)
-                tile_q, *tile_kv = _tile_gradients(tile, *of_rows, keys, values, change, grad_bias, factor, scratch)
+                keys, values = (tile.of_keys(t).to(work) for t in share_sources[tile.piece])
+                change = Change(scoring, plan, share, pieces[tile.piece], rows, tile)
+                factor = change.drop(dropout) if dropout else None
+                tile_q, *tile_kv = _tile_gradients(
+                    tile, of_rows.cut(tile), (keys, values), change, grads.bias, factor, scratch
+                )
                 into = grad_query[..., tile.queries, :]
                 into.add_(tile_q.view(into.shape))
                 for total, of_tile in zip(sums[tile.piece], tile_kv, strict=True):
-                    tile.add(total[part.b], part.chosen, of_tile)
-            part.put(totals[0], rows, grad_query.mul_(scoring.scale))
+                    tile.add(total[share.b], share.chosen, of_tile)
+            share.put(grads.q, rows, grad_query.mul_(scoring.scale))
     for piece, of_piece in zip(pieces, sums, strict=True):
-        for total, gathered in zip(totals[1:], of_piece, strict=True):
+        for total, gathered in zip((grads.k, grads.v), of_piece, strict=True):
             if gathered is not total:
-                put_at(total, piece.keys, gathered, add=True)
+                put_at(total, keys_index(piece), gathered, add=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowState:
+    """Of a query block `[G, R, m, ...]`: scaled queries, gradient of out, lse, and delta."""
+
+    query: Tensor
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def cut(self, tile: AnyTile) -> _RowState:
+        """The share of a tile's queries."""
+        return _RowState(*(t[..., tile.queries, :] for t in (self.query, self.grad, self.lse, self.delta)))
+
+
+def _row_state(own: _Queries, rows: slice, scale: float, work: torch.dtype) -> _RowState:
+    query = own.q[..., rows, :].to(work) * scale
+    grad = own.grad_out[..., rows, :].to(work)
+    # d loss / d score = weight * (d loss / d weight - delta)
+    delta = (grad * own.out[..., rows, :]).sum(-1, keepdim=True) - own.grad_lse[..., rows, None].to(work)
+    lse = own.lse[..., rows, None]
+    # a row with infinite lse has weights of 0: it sees nothing, or another part of a whole counts it
+    counts = lse.isfinite()
+    return _RowState(query, grad, lse.where(counts, torch.inf), delta.where(counts, 0))
 
 
 def _tile_gradients(
-    tile: Tile, query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor, change, grad_bias,
-    factor, scratch,
+    tile: AnyTile, of_rows: _RowState, source: Source, change: Change, grad_bias: Tensor | None, factor: Tensor | None,
+    scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What a tile adds to the gradients of its queries `[G, R * m, D]` and of its keys and values `[G, n, D]`.
 
     What it adds to the gradient of the bias is added to `grad_bias`.
     """
-    shape = *query.shape[:-1], keys.shape[1]
-    query, grad = query.flatten(1, 2), grad.flatten(1, 2)
+    keys, values = source
+    shape = *of_rows.query.shape[:-1], keys.shape[1]
+    query, grad = of_rows.query.flatten(1, 2), of_rows.grad.flatten(1, 2)
     scores = change.apply(scratch.product("scores", query, keys.mT).view(shape))
     slope = change.slope(scores)
-    weights = tile.cover(scores).sub_(lse).exp_()
+    weights = tile.cover(scores).sub_(of_rows.lse).exp_()
     grad_weights = scratch.product("grad_weights", grad, values.mT).view(shape)
     dropped = weights
     if factor is not None:
         dropped = weights * factor
         grad_weights.mul_(factor)
     grad_values = scratch.product("grad_values", dropped.flatten(1, 2).mT, grad)
-    grad_scores = grad_weights.sub_(delta).mul_(weights)
+    grad_scores = grad_weights.sub_(of_rows.delta).mul_(weights)
     change.add_gradient(grad_bias, grad_scores)
     if slope is not None:
         grad_scores.mul_(slope)

@@ -12,21 +12,22 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ...dropout import Dropout
 from ...merge import merge
 from ...scoring import Scoring
-from .tiles import JoinedTile, Tile
+from .tiles import AnyTile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def suits(q: Tensor, v: Tensor, scoring: Scoring, dropout: float) -> bool:
+def can_run(q: Tensor, v: Tensor, scoring: Scoring, dropout: Dropout) -> bool:
     """Can the kernel compute this?"""
     plain = not dropout and scoring.is_plain
     return plain and q.device.type == "cpu" and q.dtype in DTYPES and q.shape[-1] == v.shape[-1]
 
 
 def attend_rows(
-    query: Tensor, tiles: Iterable[Tile | JoinedTile], sources: Sequence[tuple[Tensor, Tensor]], scale: float
+    query: Tensor, tiles: Iterable[AnyTile], sources: Sequence[tuple[Tensor, Tensor]], scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """Out `[G, R, m, D]` and lse `[G, R, m]` of a query block, or None if it has no tile.
 
@@ -51,9 +52,7 @@ def attend_rows(
     return None if out is None else (out, lse)
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, tile: Tile | JoinedTile, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, tile: AnyTile, scale: float) -> tuple[Tensor, Tensor]:
     mask, sees = tile.additive(query)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.flatten(1, 2)[None], keys[None], values[None], attn_mask=mask, scale=scale

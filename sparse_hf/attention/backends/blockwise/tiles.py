@@ -1,4 +1,4 @@
-"""What `blockwise` walks: the parts of a call, their tiles, and what happens to the scores of a tile.
+"""What `blockwise` walks: the shares of a call, their tiles, and what happens to the scores of a tile.
 
 Legend: B batch, H query heads, G key heads, R query heads per key head, Q queries, K keys, D head dim; m queries and n keys of
 a tile; M tokens that are gathered.
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ....plan import BlockPlan, Gathered, Run, joined_rows, remembered
 from ....plan.tile_lists import examples
-from ...dropout import kept_at
+from ...dropout import Dropout, kept_at
 from ...scoring import Scoring
 
 # tables of tiles: of a plan, or of what is gathered from it
 Piece = BlockPlan | Gathered
+# keys and values
+Source = tuple[Tensor, Tensor]
 # keys per tile: bounds the scores that exist at once, also for rows that see the whole sequence
 MAX_KEYS = 2048
 # masks of a plan that are kept: few differ, and where many do, documents cut them, memory must not grow with the text
@@ -111,8 +113,11 @@ class JoinedTile:
         return mask[None, :, None].expand(-1, -1, rows, -1), self.exists.any(-1)[:, None, None]
 
 
+AnyTile = Tile | JoinedTile
+
+
 @dataclass(frozen=True)
-class Part:
+class Share:
     """One batch row and the heads that share a part of the plan's table."""
 
     b: int
@@ -185,12 +190,6 @@ class Part:
             kept[key] = piece.mask(row, self.p, q_range, k_range)
         return kept[key]
 
-    def drop(self, seed: Tensor, piece: Piece, rows: slice, tile: Tile, dropout: float) -> Tensor:
-        """What dropout multiplies the weights of a tile by, `[G, R, m, n]`: 0 or 1 / (1 - dropout)."""
-        q, k = self.places(piece, rows, tile)
-        b = torch.tensor(self.b, device=q.device)
-        return kept_at(seed.to(q.device), b, self.heads[..., None, None], q[:, None], k, dropout) / (1 - dropout)
-
     def places(self, piece: Piece, rows: slice, tile: Tile) -> tuple[Tensor, Tensor]:
         """Indices of a tile's queries, counted from the plan's first, and of its keys."""
         row = self.row(piece)
@@ -199,7 +198,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinedPart(Part):
+class JoinedShare(Share):
     """Heads with patterns of their own that compute some query blocks together."""
 
     blocks: dict[int, Tensor]  # query block -> key blocks [G, L], -1 beyond their number
@@ -232,8 +231,8 @@ def neighbours(index: Tensor) -> slice | Tensor:
     return slice(first, last + 1) if torch.equal(index, torch.arange(first, last + 1, device=index.device)) else index
 
 
-def parts(plan: BlockPlan, pieces: tuple[Piece, ...], q: Tensor, groups: int, scoring: Scoring) -> Iterator[Part]:
-    """The parts of a call; with patterns per head, those query blocks first that all heads compute together."""
+def shares(plan: BlockPlan, pieces: tuple[Piece, ...], q: Tensor, groups: int, scoring: Scoring) -> Iterator[Share]:
+    """The shares of a call; with patterns per head, those query blocks first that all heads compute together."""
     batch, num_heads = q.shape[:2]
     everything = torch.arange(num_heads, device=q.device)
     # a bias is read off as slices
@@ -241,13 +240,13 @@ def parts(plan: BlockPlan, pieces: tuple[Piece, ...], q: Tensor, groups: int, sc
     for b in range(batch):
         blocks = joined_rows(pieces[0])[b if pieces[0].batch_rows > 1 else 0] if joins else {}
         if blocks:
-            yield JoinedPart(b, 0, everything[:, None], everything // (num_heads // groups), blocks=blocks)
+            yield JoinedShare(b, 0, everything[:, None], everything // (num_heads // groups), blocks=blocks)
         for p in range(len(plan.patterns)):
             if plan.heads:
                 heads = everything[[h for h, pattern in enumerate(plan.heads) if pattern == p]]
-                yield Part(b, p, heads[:, None], heads // (num_heads // groups), frozenset(blocks))
+                yield Share(b, p, heads[:, None], heads // (num_heads // groups), frozenset(blocks))
             else:
-                yield Part(b, p, everything.view(groups, -1), None)
+                yield Share(b, p, everything.view(groups, -1), None)
 
 
 def _trimmed(number: int, k0: int, mask: Tensor) -> Iterator[Tile]:
@@ -258,9 +257,15 @@ def _trimmed(number: int, k0: int, mask: Tensor) -> Iterator[Tile]:
         yield Tile(number, q0, q1, k0 + first, k0 + last, ((0, last - first, mask[q0:q1, first:last]),))
 
 
+def keys_index(piece: Piece) -> Tensor | None:
+    """The keys that a piece speaks of, `[B or 1, M]`; None: all."""
+    return None if isinstance(piece, BlockPlan) else piece.keys
+
+
 def keys_of(piece: Piece, t: Tensor) -> Tensor:
     """The keys of `[B, G, K, D]` that a piece speaks of."""
-    return t if isinstance(piece, BlockPlan) or piece.keys is None else take(t, piece.keys)
+    index = keys_index(piece)
+    return t if index is None else take(t, index)
 
 
 def take(t: Tensor, index: Tensor) -> Tensor:
@@ -284,7 +289,7 @@ class Change:
 
     scoring: Scoring
     plan: BlockPlan
-    part: Part
+    share: Share
     piece: Piece
     rows: slice
     tile: Tile
@@ -298,11 +303,11 @@ class Change:
     @property
     def _index(self) -> Tensor:
         """`[m, n]`: where the bias has the pairs of gathered tokens; those beyond their number count nothing."""
-        q, k = self.part.places(self.piece, self.rows, self.tile)
+        q, k = self.share.places(self.piece, self.rows, self.tile)
         return (k - q[:, None] + self.plan.q_len - 1).clamp(0, self.scoring.bias.shape[1] - 1)
 
     def _bias(self, scores: Tensor) -> Tensor:
-        heads = self.part.heads
+        heads = self.share.heads
         if isinstance(self.piece, Gathered):
             return self.scoring.tile_at(heads, self._index).to(scores.dtype)
         q, k, last = self._place
@@ -326,10 +331,18 @@ class Change:
             scores = scores - self._bias(scores)
         return 1 - (scores / cap).square()
 
+    def drop(self, dropout: Dropout) -> Tensor:
+        """What dropout multiplies the weights of the tile by, `[G, R, m, n]`: 0 or 1 / (1 - p)."""
+        assert dropout.seed is not None
+        q, k = self.share.places(self.piece, self.rows, self.tile)
+        b = torch.tensor(self.share.b, device=q.device)
+        kept = kept_at(dropout.seed.to(q.device), b, self.share.heads[..., None, None], q[:, None], k, dropout.p)
+        return kept / (1 - dropout.p)
+
     def add_gradient(self, total: Tensor | None, grad: Tensor) -> None:
         if total is None:
             return
         if isinstance(self.piece, Gathered):
-            self.scoring.add_gradient_at(total, self.part.heads, grad, self._index)
+            self.scoring.add_gradient_at(total, self.share.heads, grad, self._index)
         else:
-            self.scoring.add_gradient(total, self.part.heads, grad, *self._place)
+            self.scoring.add_gradient(total, self.share.heads, grad, *self._place)

@@ -16,6 +16,8 @@ from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from flash_attn.cute.utils import scalar_to_ssa
 from torch import Tensor
 
+from ...backend import Given
+
 
 @cute.jit
 def _bit(b, h, line, other, q, k, tables):
@@ -55,8 +57,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk, scale: float) -> tuple[Tensor
     )  # fmt: skip
 
 
-def backward(grad_out, q, k, v, out, lse, grad_lse, walk, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(q: Tensor, k: Tensor, v: Tensor, given: Given, walk, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
     return _flash_attn_bwd(
-        q, k, v, out, grad_out, lse, softmax_scale=scale, dlse=grad_lse, mask_mod=by_key,
+        q, k, v, given.out, given.grad_out, given.lse, softmax_scale=scale, dlse=given.grad_lse, mask_mod=by_key,
         block_sparse_tensors=_lists(walk), aux_tensors=walk.masks,
     )  # fmt: skip

@@ -18,24 +18,26 @@ from torch import Tensor
 
 from ....plan import BlockPlan, remembered
 from ....plan.tile_lists import Lists, tile_lists
-from ...scoring import Scoring
+from ...backend import AttentionCall, Given, Gradients, Results
+from ...devices import generation
+from ...strides import as_tokens_first
 from . import window_kernels as flash
 
 SIZE = 128
 # blocks of a plan, over all its batch rows and patterns; tables take some tens of bytes for each
 MAX_BLOCKS = 1 << 21
-# blocks without a mask, of all, and numbers in q from which the kernels overtake `triton`: masks are looked up pair by pair
-MOSTLY, FROM = 7 / 8, 1 << 26
+# share of blocks without a mask, and numbers in q, from which the kernels overtake `triton`: masks are looked up pair by pair
+MIN_FULL_SHARE, MIN_ELEMENTS = 7 / 8, 1 << 26
 # factors that are tried before a line gets more slots
-TRIES = 16
+FACTOR_TRIES = 16
 
 
-def refuses(q: Tensor, plan: BlockPlan) -> str | None:
+def why_not(q: Tensor, plan: BlockPlan) -> str | None:
     """Why these kernels cannot run the call, besides what `fa` refuses anyway."""
     reason = flash.FA4.refuses(q)
     if reason or flash.kernels(q) is not flash.FA4:
         return reason or "lists of blocks need the kernels 'fa4'"
-    if flash.generation(q.device) != 9:
+    if generation(q.device) != 9:
         return f"lists of blocks are for compute capability 9, and {torch.cuda.get_device_name(q.device)} has another"
     if q.shape[-1] > 128 or q.shape[-1] % 32:
         # at 80 its gradients are wrong
@@ -51,7 +53,7 @@ def refuses(q: Tensor, plan: BlockPlan) -> str | None:
 
 def are_fastest(q: Tensor, plan: BlockPlan) -> bool:
     """Are these kernels faster than `triton`? Measured on an H200: with wide heads, on long texts and where few blocks need masks."""
-    return q.shape[-1] > 64 and q.numel() > FROM and _share_of_full(plan) > MOSTLY
+    return q.shape[-1] > 64 and q.numel() > MIN_ELEMENTS and _share_of_full(plan) > MIN_FULL_SHARE
 
 
 @remembered
@@ -61,34 +63,34 @@ def _share_of_full(plan: BlockPlan) -> float:
 
 def kernels() -> ModuleType:
     """`forward` and `backward` of block lists. CuTe is imported when it is first needed."""
-    from . import block_list_kernels as fa_blocks_kernels
+    from . import block_list_kernels
 
-    return fa_blocks_kernels
+    return block_list_kernels
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> Results:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]` in float32."""
-    walk = _walk(plan, True, *q.shape[:2])
-    q, k, v = (flash.heads_last(t) for t in (q, k, v))
-    out, lse = kernels().forward(walk.lengthened(q), k, v, walk, scoring.scale)
+    plan = call.blocks
+    walk = _walk(plan, True, *call.q.shape[:2])
+    q, k, v = (as_tokens_first(t) for t in (call.q, call.k, call.v))
+    out, lse = kernels().forward(walk.lengthened(q), k, v, walk, call.scoring.scale)
     out, lse = walk.merged(out, lse)
     return out[:, : plan.q_len].transpose(1, 2), lse[..., : plan.q_len].contiguous()
 
 
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: BlockPlan, scoring: Scoring
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Gradients of q, k, v and no bias, given those of out and lse (None: zero)."""
-    walk = _walk(plan, False, *q.shape[:2])
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    q, k, v, out, grad_out = (flash.heads_last(t) for t in (q, k, v, out, grad_out))
+def backward(call: AttentionCall, given: Given) -> Gradients:
+    """Gradients of q, k, v and no bias."""
+    plan, lse, grad_lse = call.blocks, given.lse, given.grad_lse
+    walk = _walk(plan, False, *call.q.shape[:2])
+    q, k, v, out, grad_out = (as_tokens_first(t) for t in (call.q, call.k, call.v, given.out, given.some_grad_out))
     seen = lse > -torch.inf
     if grad_lse is not None:
         grad_lse = grad_lse.where(seen, 0).contiguous()
     # a row that sees nothing has weights exp(score - inf) = 0
-    given = grad_out, q, walk.lengthened(k), walk.lengthened(v), out, lse.where(seen, torch.inf).contiguous(), grad_lse
-    grad_q, *others = kernels().backward(*given, walk, scoring.scale)
-    return *(g.transpose(1, 2) for g in (grad_q, *(walk.summed(g)[:, : plan.kv_len] for g in others))), None
+    own = Given(out, lse.where(seen, torch.inf).contiguous(), grad_out, grad_lse)
+    grad_q, *of_keys = kernels().backward(q, walk.lengthened(k), walk.lengthened(v), own, walk, call.scoring.scale)
+    grad_k, grad_v = (walk.summed(g)[:, : plan.kv_len].transpose(1, 2) for g in of_keys)
+    return grad_q.transpose(1, 2), grad_k, grad_v, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,7 @@ def _hashed(line: Tensor, other: Tensor, value: Tensor, lines: int, others: int)
     enough = max(1, (others - 1).bit_length())
     bits = (counts.square() / 8).clamp(min=2).log2().ceil().long().clamp(max=enough)
     factors, mine, into = 1 << 32 - bits, line, other
-    drawn = torch.randint(1 << 32, (TRIES,), generator=torch.Generator().manual_seed(0)) | 1
+    drawn = torch.randint(1 << 32, (FACTOR_TRIES,), generator=torch.Generator().manual_seed(0)) | 1
     while len(mine):
         for factor in (0, *drawn.tolist()):
             factors[mine] = factor or 1 << 32 - bits[mine]

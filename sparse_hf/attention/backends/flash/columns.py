@@ -9,58 +9,59 @@ Tensors are `[B, Q, H, D]` and `[B, K, G, D]`, lse `[B, H, Q]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ....plan import Split
+from ...backend import Given
+from .column_reach import reach
 
 
 def absorb(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, split: Split, scale: float) -> None:
     """Merge the columns into `out` and `lse`, in place."""
     if q.is_cuda:
-        from .columns_kernels import absorb_on_gpu
+        from .column_kernels import absorb_on_gpu
 
         absorb_on_gpu(q, k, v, out, lse, split, scale)
         return
-    for part in _parts(q, k, split):
-        scores = part.scores(q, k, scale)  # [m, G, R, C]
-        old_out, old_lse = part.queries(out), part.queries(lse.mT)
+    for own in _by_sequence(q, k, split):
+        scores = own.scores(q, k, scale)  # [m, G, R, C]
+        old_out, old_lse = own.queries(out), own.queries(lse.mT)
         new_lse = torch.cat((old_lse[..., None], scores), -1).logsumexp(-1)
         finite = new_lse.where(new_lse > -torch.inf, 0)
-        weighted = torch.einsum("mgrc,cgd->mgrd", (scores - finite[..., None]).exp(), part.columns(v).to(scores))
+        weighted = torch.einsum("mgrc,cgd->mgrd", (scores - finite[..., None]).exp(), own.columns(v).to(scores))
         new_out = old_out * (old_lse - finite).exp()[..., None] + weighted
-        part.put(out, new_out)
-        part.put(lse.mT, new_lse)
+        own.put(out, new_out)
+        own.put(lse.mT, new_lse)
 
 
-def add_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, split: Split, scale: float,
-) -> None:  # fmt: skip
-    """Add to the gradients of q, k and v, in place, given the merged `out` and `lse` (infinite: a row that counts nothing)."""
+def add_gradients(inputs: Sequence[Tensor], given: Given, grads: Sequence[Tensor], split: Split, scale: float) -> None:
+    """Add to the gradients of q, k and v, in place; `given` is of the whole (infinite lse: a row that counts nothing)."""
+    (q, k, v), (grad_q, grad_k, grad_v) = inputs, grads
+    out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.grad_lse
     if q.is_cuda:
-        from .columns_kernels import add_gradients_on_gpu
+        from .column_kernels import add_gradients_on_gpu
 
-        add_gradients_on_gpu(grad_out, q, k, v, out, lse, grad_lse, grad_q, grad_k, grad_v, split, scale)
+        add_gradients_on_gpu(inputs, given, grads, split, scale)
         return
-    for part in _parts(q, k, split):
-        scores = part.scores(q, k, scale)
-        weights = (scores - part.queries(lse.mT)[..., None]).exp()
-        grad = part.queries(grad_out).to(scores)  # [m, G, R, D]
-        delta = (grad * part.queries(out)).sum(-1)
+    for own in _by_sequence(q, k, split):
+        scores = own.scores(q, k, scale)
+        weights = (scores - own.queries(lse.mT)[..., None]).exp()
+        grad = own.queries(grad_out).to(scores)  # [m, G, R, D]
+        delta = (grad * own.queries(out)).sum(-1)
         if grad_lse is not None:
-            delta = delta - part.queries(grad_lse.mT)
-        change = torch.einsum("mgrd,cgd->mgrc", grad, part.columns(v).to(scores)) - delta[..., None]
+            delta = delta - own.queries(grad_lse.mT)
+        change = torch.einsum("mgrd,cgd->mgrc", grad, own.columns(v).to(scores)) - delta[..., None]
         change = weights * change * scale
-        query, keys = part.queries(q).to(scores), part.columns(k).to(scores)
-        part.put(grad_q, part.queries(grad_q) + torch.einsum("mgrc,cgd->mgrd", change, keys))
-        grad_k[part.b].index_add_(0, part.keys, torch.einsum("mgrc,mgrd->cgd", change, query).to(grad_k.dtype))
-        grad_v[part.b].index_add_(0, part.keys, torch.einsum("mgrc,mgrd->cgd", weights, grad).to(grad_v.dtype))
+        query, keys = own.queries(q).to(scores), own.columns(k).to(scores)
+        own.put(grad_q, own.queries(grad_q) + torch.einsum("mgrc,cgd->mgrd", change, keys))
+        grad_k[own.b].index_add_(0, own.keys, torch.einsum("mgrc,mgrd->cgd", change, query).to(grad_k.dtype))
+        grad_v[own.b].index_add_(0, own.keys, torch.einsum("mgrc,mgrd->cgd", weights, grad).to(grad_v.dtype))
 
 
-class _Part:
+class _SequenceColumns:
     """The columns of one sequence."""
 
     def __init__(self, split: Split, row: list[int], keys: Tensor, groups: int):
@@ -89,17 +90,6 @@ class _Part:
         return scores.masked_fill(~seen[:, None, None], -torch.inf)
 
 
-def reach(split: Split) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(left, right) of the window, which holds nothing if there is none, and of what limits the columns."""
-    window, clip = split.shape.window, split.shape.clip
-    far = split.kv_len
-
-    def sides(w):
-        return tuple(far if side is None else min(side, far) for side in (w.left, w.right))
-
-    return (-1, -1) if window is None else sides(window), sides(clip)
-
-
-def _parts(q: Tensor, k: Tensor, split: Split) -> Iterator[_Part]:
+def _by_sequence(q: Tensor, k: Tensor, split: Split) -> Iterator[_SequenceColumns]:
     for row, keys in zip(split.sequences.tolist(), split.columns, strict=True):
-        yield _Part(split, row, keys, k.shape[2])
+        yield _SequenceColumns(split, row, keys, k.shape[2])

@@ -17,9 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ...backend import Given
+from ...devices import generation
 
 logger = logging.getLogger(__name__)
 
@@ -59,62 +63,73 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
     return Packed(*(c.contiguous().to(device) for c in cu.unbind(1)), max_q, max_k)
 
 
-# asked with every call, and torch is slow to tell
-@lru_cache
-def generation(device: torch.device) -> int:
-    """The first number of the compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0]
+class WindowKernels(Protocol):
+    """FlashAttention with a window, forward and backward."""
+
+    name: str
+
+    def refuses(self, q: Tensor) -> str | None:
+        """Why the kernels cannot run here, or None."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Out shaped like q, and lse."""
+        ...
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, given: Given, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
 
 
-def heads_last(t: Tensor) -> Tensor:
-    """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded, as the kernels want it."""
-    t = t.transpose(1, 2)
-    return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
-
-
-class FA2:
+class _FA2:
     """The FlashAttention-2 kernels that torch carries, those under `torch.nn.attention.varlen`."""
 
     name = "fa2"
 
-    @staticmethod
-    def refuses(q: Tensor) -> str | None:
+    def refuses(self, q: Tensor) -> str | None:
         if generation(q.device) < 8:
             return f"it needs compute capability 8.0 or higher, and {torch.cuda.get_device_name(q.device)} has less"
         return None
 
-    @staticmethod
-    def forward(q, k, v, packed: Packed | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_lengths(q, k, packed), 0.0, window == CAUSAL, False, scale=scale, **_sides(window)
         )
         return out, lse
 
-    @classmethod
     def backward(
-        cls, grad_out, q, k, v, out, lse, grad_lse, packed: Packed | None, window: Window, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, given: Given, packed: Packed | None, window: Window, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = cls._backward(grad_out, q, k, v, out, lse, packed, window, scale)
+        how, grad_lse = (packed, window, scale), given.grad_lse
+        grads = self._backward(q, k, v, given, *how)
         if grad_lse is None:
             return grads
         # these kernels know no gradient of lse. d score = weight * (grad_out @ v - sum(grad_out * out)), so that v = 0 and a
         # product sum(grad_out * out) of -grad_lse leave weight * grad_lse; three halves hold a float32 number
-        fake_out, ones = torch.zeros_like(out), torch.zeros_like(out)
+        fake_out, ones = torch.zeros_like(given.out), torch.zeros_like(given.out)
         rest = -(grad_lse.transpose(-1, -2)).float()
         for column in range(3):
-            fake_out[..., column] = rest.to(out.dtype)
+            fake_out[..., column] = rest.to(fake_out.dtype)
             rest = rest - fake_out[..., column].float()
         ones[..., :3] = 1
-        more = cls._backward(ones, q, k, torch.zeros_like(v), fake_out, lse, packed, window, scale)
+        more = self._backward(q, k, torch.zeros_like(v), Given(fake_out, given.lse, ones, None), *how)
         return grads[0].add_(more[0]), grads[1].add_(more[1]), grads[2]
 
     @staticmethod
-    def _backward(grad_out, q, k, v, out, lse, packed, window, scale) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        q: Tensor, k: Tensor, v: Tensor, given: Given, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # random state of a dropout that there is none of
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         rest = (*_lengths(q, k, packed), 0.0, window == CAUSAL, state, unused)
         return torch.ops.aten._flash_attention_backward(
-            grad_out, q, k, v, out, lse, *rest, scale=scale, **_sides(window)
+            given.grad_out, q, k, v, given.out, given.lse, *rest, scale=scale, **_sides(window)
         )
 
 
@@ -130,13 +145,12 @@ def _sides(window: Window) -> dict[str, int]:
     return {"window_size_left": left, "window_size_right": right}
 
 
-class FA4:
+class _FA4:
     """FlashAttention-4, the CuTe kernels of the package `flash-attn-4`."""
 
     name = "fa4"
 
-    @staticmethod
-    def refuses(q: Tensor) -> str | None:
+    def refuses(self, q: Tensor) -> str | None:
         broken = _fa4_broken()
         if broken:
             return broken
@@ -145,22 +159,26 @@ class FA4:
             return f"flash-attn-4 has no backward for head dim {q.shape[-1]} on {torch.cuda.get_device_name(q.device)}"
         return None
 
-    @staticmethod
-    def forward(q, k, v, packed: Packed | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, window: Window, scale: float
+    ) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         return _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **_fa4_arguments(packed, window))[:2]
 
-    @staticmethod
     def backward(
-        grad_out, q, k, v, out, lse, grad_lse, packed: Packed | None, window: Window, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, given: Given, packed: Packed | None, window: Window, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         return _flash_attn_bwd(
-            q, k, v, out, grad_out, lse, softmax_scale=scale, dlse=grad_lse,
+            q, k, v, given.out, given.grad_out, given.lse, softmax_scale=scale, dlse=given.grad_lse,
             deterministic=torch.are_deterministic_algorithms_enabled(), **_fa4_arguments(packed, window),
         )  # fmt: skip
+
+
+FA2: WindowKernels = _FA2()
+FA4: WindowKernels = _FA4()
 
 
 def _fa4_arguments(packed: Packed | None, window: Window) -> dict:
@@ -200,7 +218,7 @@ def _fa4_broken() -> str | None:
     return None
 
 
-KERNELS = {"fa4": FA4, "fa2": FA2}
+KERNELS: dict[str, WindowKernels] = {"fa4": FA4, "fa2": FA2}
 # not a context variable: the backward pass runs on threads of its own
 _only: list[str] = []
 
@@ -215,7 +233,12 @@ def only(name: str) -> Iterator[None]:
         _only.pop()
 
 
-def kernels(q: Tensor):
+def forced_kernels() -> str | None:
+    """The kernels that `only` names, within it."""
+    return _only[-1] if _only else None
+
+
+def kernels(q: Tensor) -> WindowKernels:
     """The fastest kernels that run here."""
     if _only:
         kind = KERNELS[_only[-1]]
@@ -227,7 +250,7 @@ def kernels(q: Tensor):
 
 
 @lru_cache
-def _fastest(device: torch.device, head_dim: int):
+def _fastest(device: torch.device, head_dim: int) -> WindowKernels:
     q = torch.empty(0, head_dim, device=device)
     found = next((kind for kind in KERNELS.values() if kind.refuses(q) is None), FA2)
     logger.info("windows of head dim %d run on the kernels %r", head_dim, found.name)

@@ -1,57 +1,65 @@
 """Patterns that leave nothing out of a text this short: PyTorch's own dense attention, which is faster where it is the same.
 
-A window spares nothing until the text is longer than it, which is the crossover; from there on dense attention computes other pairs.
+A window spares nothing until the text is longer than it, which is the crossover; from there on dense attention computes
+other pairs.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-from torch import Tensor
 
+from ....pattern import Pattern
 from ....pattern.forms import read_window
-from ....plan import AnyPlan, BlockPlan, remembered
-from ...scoring import Scoring
+from ...autograd import AutogradBackend
+from ...backend import AttentionCall, Results
+from ...merge import NO_LSE
 
-# head dims that kernels without n x n scores have
-WIDEST = 256
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def suits(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, dropout: float, wants_lse: bool
-) -> bool:  # fmt: skip
-    """May a call be computed here, if its pattern allows it? Only "auto" may choose."""
-    is_plain = scoring.is_plain and not dropout and not wants_lse
-    # other head dims or, on a GPU, dtypes have kernels that make n x n scores
-    if backend != "auto" or not is_plain or q.shape[-1] != v.shape[-1] or q.shape[-1] > WIDEST:
-        return False
-    if q.is_cuda:
-        return q.dtype in HALVES
-    # the CPU's backward kernel takes 4 times as long as `blockwise` in 16 bits
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return q.device.type == "cpu" and not (learns and q.dtype in HALVES)
+# head dims that have kernels without n x n scores
+MAX_HEAD_DIM = 256
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, scale: float) -> Tensor | None:
-    """Out `[B, H, Q, D]`, differentiable; None where the plan leaves pairs out."""
-    is_causal = holds(plan) if isinstance(plan, BlockPlan) and q.numel() else None
-    if is_causal is None:
+class Dense(AutogradBackend):
+    """PyTorch's `scaled_dot_product_attention` of all pairs, or of the causal ones."""
+
+    name = "sdpa"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        q = call.q
+        if call.wants_lse or call.dropout or not call.scoring.is_plain:
+            return "PyTorch's attention gives no lse, and knows no soft cap, bias or dropout of ours"
+        if q.shape[-1] != call.v.shape[-1] or q.shape[-1] > MAX_HEAD_DIM:
+            return "PyTorch's kernels for these head dims make n x n scores"
+        if not (q.dtype in HALF_TYPES if q.is_cuda else q.device.type == "cpu"):
+            return f"PyTorch's kernels for {q.dtype} on {q.device.type} make n x n scores"
+        if not q.is_cuda and q.dtype in HALF_TYPES and call.trains:
+            return "the backward kernel of the CPU takes 4 times as long as `blockwise` in 16 bits"
+        pattern = call.lone_pattern
+        if pattern is None or not q.numel() or is_causal(pattern, q.shape[2], call.k.shape[2], call.q_offset) is None:
+            return "the pattern or the batch leaves pairs out"
         return None
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+
+    def forward(self, call: AttentionCall) -> Results:
+        q, k, v = call.q, call.k, call.v
+        pattern = call.lone_pattern
+        assert pattern is not None
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=bool(is_causal(pattern, q.shape[2], k.shape[2], call.q_offset)), scale=call.scoring.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out, NO_LSE
 
 
-@remembered
-def holds(plan: BlockPlan) -> bool | None:
-    """False if a plan holds all pairs of its queries and keys, true if it holds the causal ones of a whole text, else None."""
-    if not plan.is_bare:
+@lru_cache(maxsize=256)
+def is_causal(pattern: Pattern, q_len: int, kv_len: int, q_offset: int) -> bool | None:
+    """False if all pairs are held, true if the causal ones of a whole text are, else None."""
+    form = read_window(pattern, kv_len)
+    if isinstance(form, str) or form.has_globals or form.window is None:
         return None
-    shape = read_window(plan.patterns[0], plan.kv_len)
-    if isinstance(shape, str) or shape.has_globals:
-        return None
-    left, right = shape.window.left, shape.window.right
+    left, right = form.window.left, form.window.right
     if left is not None or right not in (None, 0):
         return None
     # PyTorch counts a causal mask from the first key
-    return None if right == 0 and plan.q_len != plan.kv_len else right == 0
+    return None if right == 0 and (q_len != kv_len or q_offset) else right == 0

@@ -6,6 +6,7 @@ which the backward kernel takes `BC` in a launch. A program has one span of one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ....plan import Split, remembered
-from ..triton.launch import launch, strides_of
-from .columns import reach
+from ...backend import Given
+from ...launch import launch, strides_of
+from .column_reach import reach
 
 LOG2_E = 1.4426950408889634
 # columns of one launch, and programs that keep a GPU busy in the backward pass
@@ -94,8 +96,11 @@ def absorb_columns(
 
 
 def add_gradients_on_gpu(
-    grad_out, q, k, v, out, lse, grad_lse, grad_q, grad_k, grad_v, split: Split, scale: float
+    inputs: Sequence[Tensor], given: Given, grads: Sequence[Tensor], split: Split, scale: float
 ) -> None:
+    """Add to the gradients of q, k and v, in place."""
+    (q, k, v), (grad_q, grad_k, grad_v) = inputs, grads
+    out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.grad_lse
     sequences, heads = split.sequences_there, q.shape[2]
     # it waits for memory: many small programs, with nothing fetched ahead, keep more of it busy. Measured on an H200
     tile, small = 32 if q.shape[3] <= 128 else 16, {"num_warps": 2, "num_stages": 1}

@@ -1,4 +1,4 @@
-"""Triton kernels over lists of tiles (`plan/lists.py`): attention forward and backward, each pair computed once.
+"""Triton kernels over lists of tiles (`plan/tile_lists.py`): attention forward and backward, each pair computed once.
 
 One kernel serves all patterns, since a pattern is data here: lists, and masks of the tiles that it cuts. Nothing is compiled per
 pattern or length, no sum is made by atomics, and weights are recomputed from lse in the backward pass (Dao et al.,

@@ -1,4 +1,4 @@
-"""Attention over chunks in hash order by the kernels of `tile_kernels.py`, which read and write tokens where they are.
+"""Attention over chunks in hash order by the kernels of `triton`, which read and write tokens where they are.
 
 Legend: B batch, H heads, X = B * H rows, N tokens, W places of all R rounds, D head dim.
 """
@@ -10,33 +10,33 @@ from torch import Tensor
 
 from ...plan.hash_order import HashedPlan
 from ...plan.tile_lists import chunk_lists
-from ..backends.triton import backend as triton
-from ..scoring import Scoring
+from ..backend import AttentionCall, Given, Gradients, Results
+from ..backends.triton.walk import Walk, why_unfit
 from ..strides import like, readable
 
 # sides of a chunk that the matrix units take
-SIZES = (16, 32, 64, 128)
+CHUNK_SIZES = (16, 32, 64, 128)
 
 
-def suit(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
+def can_run(q: Tensor, v: Tensor, plan: HashedPlan) -> bool:
     """May the kernels compute this?"""
-    return plan.chunks is not None and fit(q, v, plan.size)
+    return plan.chunks is not None and take_tensors(q, v, plan.size)
 
 
-def fit(q: Tensor, v: Tensor, size: int) -> bool:
+def take_tensors(q: Tensor, v: Tensor, size: int) -> bool:
     """Do the kernels take such tensors, in chunks of `size` tokens?"""
-    return size in SIZES and triton.unfit(q, v) is None
+    return size in CHUNK_SIZES and why_unfit(q, v) is None
 
 
-def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> Results:
     """Out `[B, H, N, D]` and lse `[B, H, N]`."""
-    q, k, v = map(readable, (q, k, v))
-    call = _call(plan, scale, dropout, seed)
-    by_place = call.rounds > 1
+    q, k, v, plan = readable(call.q), readable(call.k), readable(call.v), call.plan
+    walk = _walk(call)
+    by_place = walk.rounds > 1
     # tokens that stand nowhere (padding) are written by nobody
     out = q.new_empty(*q.shape[:2], plan.q_index.shape[1], q.shape[3]) if by_place else like(q).zero_()
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    call.forward(q, k, v, out, lse)
+    walk.forward(q, k, v, out, lse)
     if not by_place:
         return out, lse
     # the rounds of each token, merged by log-sum-exp
@@ -48,33 +48,33 @@ def forward(q, k, v, plan: HashedPlan, scale: float, dropout: float, seed) -> tu
     return (found * share[..., None]).sum(2).to(q.dtype), total
 
 
-def backward(
-    q, k, v, out, lse, grad_out, grad_lse, plan: HashedPlan, scale: float, dropout: float, seed
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given those of out and lse."""
-    q, k, v, out, grad_out = map(readable, (q, k, v, out, grad_out))
-    call = _call(plan, scale, dropout, seed)
-    if call.rounds > 1:
+def backward(call: AttentionCall, given: Given) -> Gradients:
+    """Gradients of q, k and v."""
+    q, k, v, plan = readable(call.q), readable(call.k), readable(call.v), call.plan
+    walk = _walk(call)
+    if walk.rounds > 1:
         # float32, since rounds are added
         grads = [torch.empty(*t.shape[:2], plan.q_index.shape[1], t.shape[3], device=t.device) for t in (q, k, v)]
     else:
         grads = [like(t).zero_() for t in (q, k, v)]
-    call.backward(q, k, v, out, lse, grad_out, grad_lse, grads)
-    if call.rounds == 1:
-        return tuple(grads)
+    results, grad_out = (readable(given.out), given.lse), readable(given.some_grad_out)
+    walk.backward((q, k, v), results, (grad_out, given.grad_lse), grads)
+    if walk.rounds == 1:
+        return grads[0], grads[1], grads[2], None
     places = _places(plan, q.shape[2])
     there = (places >= 0).view(*q.shape[:2], *places.shape[1:])[..., None]
-    return tuple(_take(g, places).where(there, 0).sum(2).to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
-
-
-def _call(plan: HashedPlan, scale: float, dropout: float, seed) -> triton.Call:
-    from ..backends.triton.tile_kernels import ALL, OTHERS, PAST, PAST_AND_SELF
-
-    chunks = plan.chunks
-    relation = ((OTHERS, ALL), (PAST, PAST_AND_SELF))[chunks.is_causal][chunks.sees_itself].value
-    return triton.Call(
-        chunk_lists(plan), Scoring(scale), dropout, seed, index=plan.q_index, rounds=chunks.rounds, relation=relation
+    grad_q, grad_k, grad_v = (
+        _take(g, places).where(there, 0).sum(2).to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True)
     )
+    return grad_q, grad_k, grad_v, None
+
+
+def _walk(call: AttentionCall) -> Walk:
+    from ..backends.triton.kernels import ALL, OTHERS, PAST, PAST_AND_SELF
+
+    plan, chunks = call.plan, call.plan.chunks
+    relation = ((OTHERS, ALL), (PAST, PAST_AND_SELF))[chunks.is_causal][chunks.sees_itself].value
+    return Walk(chunk_lists(plan), call.scoring, call.dropout, plan.q_index, chunks.rounds, relation)
 
 
 def _places(plan: HashedPlan, length: int) -> Tensor:

@@ -10,8 +10,8 @@ of a batch row and head, of which `BP` are added up at a time, for `BA` marked k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan.cache import made
-from ..backends.flash.columns_kernels import (
+from ..backend import Given
+from ..backends.flash.column_kernels import (
     LOG2_E,
     MOST_COLUMNS,
     absorb_columns,
@@ -28,10 +29,8 @@ from ..backends.flash.columns_kernels import (
     seen_columns,
     tile_of,
 )
-from ..backends.triton.launch import launch, strides_of
-
-if TYPE_CHECKING:
-    from .global_tokens import Places
+from ..launch import launch, strides_of
+from .marked_places import Places
 
 # programs that keep a GPU busy, and marked keys that a program adds up
 PROGRAMS, ADDED = 512, 8
@@ -59,10 +58,12 @@ def _make_whole_rows(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def add_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, places: Places, limits: tuple[int, int, int, int], scale: float,
+    inputs: Sequence[Tensor], given: Given, grads: Sequence[Tensor], places: Places, limits: tuple[int, int, int, int],
+    scale: float,
 ) -> None:  # fmt: skip
-    """Add to the gradients of q, k and v `[B, heads, N, D]`, in place, given the merged `out` and `lse`."""
+    """Add to the gradients of q, k and v `[B, heads, N, D]`, in place; `given` is of the whole."""
+    (q, k, v), (grad_q, grad_k, grad_v) = inputs, grads
+    out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.grad_lse
     batch, heads, length, dim = q.shape
     tile, groups = tile_of(q), k.shape[1]
     count = MOST_COLUMNS if dim <= 128 else MOST_COLUMNS // 2

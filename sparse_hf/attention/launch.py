@@ -1,20 +1,22 @@
 """Launching a Triton kernel again with little work for the host.
 
-To find what was compiled, Triton looks at each of sixty arguments, which takes a host longer than a GPU takes for texts of some
-thousand tokens. Of the kernels here, only what is in the key below compiles another one.
+To find what was compiled, Triton looks at each of sixty arguments, which takes a host longer than a GPU takes for texts of
+some thousand tokens. Of the kernels here, only what is in the key below compiles another one. Tensors are handed over as
+addresses: of an address Triton asks neither Python nor the driver what it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 # compiled kernels by what they were compiled for; so many that nothing real is forgotten
 _compiled: dict[tuple, object] = {}
-MOST = 4096
-# addresses that are multiples of it are what kernels are compiled for; others are left to Triton
-ALIGNED = 16
+MAX_COMPILED = 4096
+# addresses that are multiples of so many bytes are what kernels are compiled for; others are left to Triton
+ALIGNMENT_BYTES = 16
 
 
 class Launch:
@@ -30,29 +32,40 @@ class Launch:
     ):  # fmt: skip
         self.kernel, self.grid, self.options, self.constants = kernel, grid, options, constants
         self.fixed, self.strides, self.values = tuple(fixed), tuple(strides), tuple(constants.values())
+        # tensors of `fixed` live as long as this, and so do their addresses
+        self._addresses = tuple(t.data_ptr() for t in self.fixed)
+        self._is_aligned = not any(address % ALIGNMENT_BYTES for address in self._addresses)
         self._run: Callable | None = None
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
-        aligned = _are_aligned(tensors)
-        run = self._run or self._found(tensors)
-        if run is not None and aligned:
-            run(*tensors, *self.fixed, *self.strides, *numbers, *self.values)
+        addresses, bits = [], 0
+        # in every call: a generator would take the host longer
+        for t in tensors:
+            address = t.data_ptr()
+            bits |= address
+            addresses.append(address)
+        is_aligned = self._is_aligned and not bits % ALIGNMENT_BYTES
+        if is_aligned and (self._run is not None or self._find(tensors)):
+            assert self._run is not None
+            index = tensors[0].device.index
+            stream = None if index is None else torch._C._cuda_getCurrentRawStream(index)
+            self._run(*addresses, *self._addresses, *self.strides, *numbers, *self.values, stream=stream)
             return
         compiled = self.kernel[self.grid](
             *tensors, *self.fixed, *self.strides, *numbers, **self.constants, **self.options
         )
         # None from Triton's interpreter
-        if compiled is not None and aligned and _are_aligned(self.fixed):
-            if len(_compiled) >= MOST:
+        if compiled is not None and is_aligned:
+            if len(_compiled) >= MAX_COMPILED:
                 _compiled.clear()
             _compiled[self._key(tensors)] = compiled
 
-    def _found(self, tensors: Sequence[Tensor]) -> Callable | None:
-        """What runs the kernel that was compiled for such tensors, if it was."""
-        compiled = _compiled.get(self._key(tensors)) if _are_aligned(self.fixed) else None
+    def _find(self, tensors: Sequence[Tensor]) -> bool:
+        """Find what runs the kernel that was compiled for such tensors, if it was."""
+        compiled = _compiled.get(self._key(tensors))
         if compiled is not None:
-            self._run = compiled[(*self.grid, 1)]
-        return self._run
+            self._run = compiled[(*self.grid, 1)]  # pyright: ignore[reportIndexIssue]
+        return self._run is not None
 
     def _key(self, tensors: Sequence[Tensor]) -> tuple:
         dtypes = tuple([t.dtype for t in (*tensors, *self.fixed)])
@@ -71,11 +84,3 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     """The first three of each, of tensors of four dimensions whose last has stride 1."""
     # in every call: a generator would take the host longer
     return tuple([stride for t in tensors for stride in t.stride()[:3]])
-
-
-def _are_aligned(tensors: Sequence[Tensor]) -> bool:
-    # in every call: a generator would take the host longer
-    for t in tensors:  # noqa: SIM110
-        if t.data_ptr() % ALIGNED:
-            return False
-    return True

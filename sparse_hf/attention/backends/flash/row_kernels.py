@@ -8,22 +8,27 @@ launch takes `BC`. A program has one tile of keys of one sequence and key head, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....plan import Split
-from ..triton.launch import launch, strides_of
-from .columns_kernels import LOG2_E, options, padded, portions
+from ...backend import Given
+from ...launch import launch, strides_of
+from .column_kernels import LOG2_E, options, padded, portions
 
 TILE = 64
 
 
 def add_rows_on_gpu(
-    grad_out, q, k, v, out, lse, grad_lse, grad_k, grad_v, split: Split, scale: float
-) -> Tensor:  # fmt: skip
+    inputs: Sequence[Tensor], given: Given, grad_k: Tensor, grad_v: Tensor, split: Split, scale: float
+) -> Tensor:
     """Add to the gradients of k and v, in place; gives those of the global queries, `[T, H, D]` in the order of `split.rows`."""
+    q, k, v = inputs
+    out, lse, grad_out, grad_lse = given.out, given.lse, given.some_grad_out, given.grad_lse
     heads, dim = q.shape[2:]
     longest = int((split.sequences[:, 4] - split.sequences[:, 3]).max())
     # wider heads fill shared memory

@@ -1,0 +1,219 @@
+"""One attention call of the Triton kernels over lists of tiles, prepared once for all calls that are alike.
+
+Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; W places of all rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ....plan.tile_lists import Lists, TileLists
+from ...dropout import NO_DROPOUT, Dropout, threshold
+from ...launch import Launch, strides_of
+from ...scoring import Scoring
+
+IS_INSTALLED = find_spec("triton") is not None
+# set by tests, which run the kernels in Triton's interpreter
+DEVICES = {"cuda"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# head dims; products in float32 are unrolled, which takes minutes to compile for wider ones
+MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32 = 256, 128
+# kinds of calls that are prepared for lists; more are as good as none
+MAX_PREPARED = 4096
+
+
+def why_unfit(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot compute these tensors, or None."""
+    if q.device.type not in DEVICES:
+        return f"it needs a GPU and q is on {q.device}"
+    if not IS_INSTALLED:
+        return "it needs the package triton, which torch brings for GPUs on Linux"
+    if q.dtype not in DTYPES:
+        return f"its kernels compute in 16 or 32 bits and q is {q.dtype}; use backend='blockwise'"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dims of q and v are {q.shape[-1]} and {v.shape[-1]}; they must be one number up to {MAX_HEAD_DIM}"
+    if q.dtype == torch.float32 and q.shape[-1] > MAX_HEAD_DIM_FLOAT32:
+        return (
+            f"in float32 its kernels take head dims up to {MAX_HEAD_DIM_FLOAT32} and q has {q.shape[-1]}; use "
+            "backend='blockwise'"
+        )
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A launch of a kernel over lists, and the numbers that it is given before and after the dropout's seed."""
+
+    launch: Launch
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    def __call__(self, tensors: Sequence[Tensor], seed: int) -> None:
+        self.launch(tensors, (*self.before, seed, *self.after))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One call of the kernels, which write to the tensors that they are given.
+
+    `index` `[B * H, W]` says which token stands at each place, of `rounds` rounds; None: places are tokens. Of several rounds
+    results are written by place, `[B, H, W, D]`, and have no segments. `relation` says which tokens of another order may see
+    each other.
+    """
+
+    tiles: TileLists
+    scoring: Scoring
+    dropout: Dropout = NO_DROPOUT
+    index: Tensor | None = None
+    rounds: int = 1
+    relation: int = 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write to `out` and `lse`."""
+        lists = self.tiles.by_query
+        segments = self._segments(lists, out, lse)
+        key = "forward", q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, *self._how
+        step = self._prepared(key, lambda: self._step("forward", q, k, (*strides_of(q, k, v, out), lse.shape[2])))
+        step((q, k, v, out, lse, *segments, *self._indices), self._seed)
+        if lists.cut:
+            self._join("merge_segments", lists, (*segments, lists.long, out, lse), (*strides_of(out), lse.shape[2]))
+
+    def backward(
+        self, inputs: Sequence[Tensor], results: Sequence[Tensor], given: tuple[Tensor, Tensor | None],
+        grads: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Write the gradients of q, k and v to `grads`.
+
+        Args:
+            inputs: q, k and v.
+            results: out and lse.
+            given: the gradients of these; of lse None is zero.
+        """
+        (q, k, v), (out, lse), (grad_out, grad_lse), (grad_q, *of_keys) = inputs, results, given, grads
+        lse = lse.contiguous()
+        # anything will do where it is not read
+        given_lse = lse if grad_lse is None else grad_lse.contiguous()
+        places = q.shape[2] if self.index is None else self.index.shape[1]
+        delta = torch.empty((q.shape[0], q.shape[1], places), dtype=torch.float32, device=q.device)
+        like = q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), grad_out.stride(), q.dtype, q.device
+
+        segments = self._segments(self.tiles.by_query, grad_q)
+        step = self._prepared(
+            ("queries", grad_lse is None, *like, *self._how),
+            lambda: self._step(
+                "gradients_of_queries", q, k, (*strides_of(grad_out, q, k, v, out, grad_q), lse.shape[2], places),
+                HAS_GRAD_LSE=grad_lse is not None,
+            ),
+        )  # fmt: skip
+        step((grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *segments, *self._indices), self._seed)
+        self._add(segments, self.tiles.by_query, (grad_q,))
+
+        segments = self._segments(self.tiles.by_key, *of_keys)
+        step = self._prepared(
+            ("keys", *like, *self._how),
+            lambda: self._step(
+                "gradients_of_keys", q, k, (*strides_of(grad_out, q, k, v, *of_keys), lse.shape[2], places)
+            ),
+        )  # fmt: skip
+        step((grad_out, q, k, v, lse, delta, *of_keys, *segments, *self._indices), self._seed)
+        self._add(segments, self.tiles.by_key, of_keys)
+
+    @property
+    def _how(self) -> tuple:
+        return self.scoring, self.dropout.p, self.relation, self.rounds, self.index is None
+
+    @property
+    def _seed(self) -> int:
+        return 0 if self.dropout.seed is None else _word(int(self.dropout.seed))
+
+    @property
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        # where places are tokens no index is read, and anything will do
+        index = self.tiles.group_of if self.index is None else self.index
+        return index, index
+
+    def _prepared(self, key: tuple, prepare: Callable):
+        """What `prepare` gives, found once for calls over these lists that are alike."""
+        known = self.tiles.__dict__.setdefault("_prepared", {})
+        found = known.get(key)
+        if found is None:
+            if len(known) >= MAX_PREPARED:
+                known.clear()
+            found = known[key] = prepare()
+        return found
+
+    def _step(self, name: str, q: Tensor, k: Tensor, strides: tuple[int, ...], **flags: bool) -> Step:
+        """The launch of a kernel that walks lists: those of the queries, or of the keys."""
+        from . import kernels
+
+        of_keys = name == "gradients_of_keys"
+        lists, heads = (self.tiles.by_key, k) if of_keys else (self.tiles.by_query, q)
+        masks = self.tiles.masks_by_key if of_keys else self.tiles.masks
+        of_lists = lists.offsets, lists.masked, lists.others, lists.masks
+        fixed = self.tiles.group_of, *of_lists, masks, lists.segments
+        constants = {
+            **flags, "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
+            "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,
+            "DROPOUT": self.dropout.p > 0, **self._shape(q), "PRECISION": "ieee",
+        }  # fmt: skip
+        grid, options = (lists.items, heads.shape[0] * heads.shape[1]), launch_options(q)[name != "forward"]
+        width = 0 if self.index is None else self.index.shape[1]
+        of_seed = _word(threshold(self.dropout.p)), 1 / (1 - self.dropout.p)
+        sizes = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
+        return Step(
+            Launch(getattr(kernels, name), grid, fixed, strides, constants, **options),
+            (self.scoring.scale, float(self.scoring.softcap or 1)),
+            (*of_seed, q.shape[2], k.shape[2], *sizes),
+        )
+
+    def _join(self, name: str, lists: Lists, tensors: Sequence[Tensor], strides: tuple, **flags: bool) -> None:
+        """Run a kernel that adds what segments found to results `[B, heads, length, D]`, the fourth of `tensors`."""
+        total = tensors[3]
+        batch, heads, length, _ = total.shape
+
+        def joiner() -> Launch:
+            from . import kernels
+
+            constants = {"H": heads, **flags, **self._shape(total)}
+            return Launch(getattr(kernels, name), (len(lists.long), batch * heads), (), strides, constants)
+
+        alike = name, len(lists.long), strides, total.shape, total.dtype, total.device, *flags.values()
+        self._prepared(alike, joiner)(tensors, (length,))
+
+    def _shape(self, q: Tensor) -> dict[str, int]:
+        """The sides of what the kernels hold; the matrix units take powers of two from 16."""
+        return {"S": self.tiles.size, "D": q.shape[3], "BD": max(16, 1 << (q.shape[3] - 1).bit_length())}
+
+    def _segments(self, lists: Lists, *results: Tensor) -> list[Tensor]:
+        """What the segments find of each of `results` `[B, heads, length, ...]`, in float32; without any, anything will do."""
+        if not lists.cut:
+            return list(results)
+        return [
+            t.new_empty((lists.cut, t.shape[0] * t.shape[1], self.tiles.size, *t.shape[3:]), dtype=torch.float32)
+            for t in results
+        ]
+
+    def _add(self, segments: Sequence[Tensor], lists: Lists, grads: Sequence[Tensor]) -> None:
+        """Add what segments found to one or two gradients `[B, heads, length, D]`."""
+        if lists.cut:
+            # of a single one both are the same, and the second is left alone
+            tensors = segments[0], segments[-1], lists.long, grads[0], grads[-1]
+            self._join("add_segments", lists, tensors, strides_of(grads[0], grads[-1]), TWO=len(grads) > 1)
+
+
+def _word(number: int) -> int:
+    """The same 32 bits with a sign, so that all seeds are of one type."""
+    return number - (1 << 32) if number >= 1 << 31 else number
+
+
+def launch_options(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Warps and stages of the forward and of the backward kernels."""
+    # measured on an H200; more stages than these do not fit its shared memory
+    size = q.shape[3] * q.element_size()
+    stages = (3, 3) if size <= 128 else (3, 2) if size <= 256 else (2, 1)
+    return {"num_warps": 4, "num_stages": stages[0]}, {"num_warps": 4, "num_stages": stages[1]}

@@ -1,0 +1,14 @@
+"""What a GPU can do."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+# asked with every call, and torch is slow to answer
+@lru_cache
+def generation(device: torch.device) -> int:
+    """The first number of the compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)[0]

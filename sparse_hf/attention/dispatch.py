@@ -1,0 +1,158 @@
+"""What runs a call: the ladder that "auto" goes down, and backends by name.
+
+`route` reads top to bottom as what "auto" does. It decides before it plans: a backend that needs no plan makes none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache, partial
+
+import torch
+
+from ..plan import find_strided_plan
+from .backend import AttentionCall, Backend
+from .backends.blockwise.backend import Blockwise
+from .backends.flash.backend import Flash
+from .backends.flash.window_kernels import forced_kernels
+from .backends.flex import Flex
+from .backends.reference import Reference
+from .backends.sdpa.decode import MAX_QUERIES, Decode
+from .backends.sdpa.dense import Dense
+from .backends.triton.backend import Triton
+from .composite.global_tokens import GlobalTokens
+from .composite.lsh import DenseHashedPairs, HashedPairs
+from .composite.strided import Strided
+
+logger = logging.getLogger(__name__)
+
+# those that a user may ask for by name
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Reference(), Blockwise(), Flex(), Flash(), Triton())
+}  # fmt: skip
+# what "auto" tries for a plan in blocks, in this order; of fewer queries than MAX_QUERIES a GPU would wait for the host
+FOR_BLOCKS, FOR_FEW_BLOCKS = ("fa", "triton", "flex", "blockwise"), ("blockwise",)
+# backends that can compute in hash order
+FOR_HASHES = ("auto", "blockwise", "reference")
+DENSE, DECODE = Dense(), Decode()
+
+
+def route(call: AttentionCall, name: str) -> Backend:
+    """The backend that runs a call. Only "auto" may choose, and it says what it chose, once.
+
+    Decisions are remembered for as long as the batch lives: layers of one forward pass ask the same.
+
+    Raises:
+        NotImplementedError: a backend that was asked for by name cannot run here; the message says why.
+    """
+    key = _key(call, name)
+    known = call.batch.memo.get(key) if call.chosen_plan is None else None
+    if known is not None:
+        backend, call.chosen_plan = known
+        return backend
+    is_ours = call.chosen_plan is None
+    backend = _decided(call, name)
+    if is_ours:
+        # what depends on queries and keys themselves is planned anew in every call
+        plan = None if isinstance(backend, HashedPairs) else call.chosen_plan
+        call.batch.remember(key, (backend, plan))
+    return backend
+
+
+def _decided(call: AttentionCall, name: str) -> Backend:
+    """The ladder."""
+    if name == "auto":
+        # 1. nothing is left out of a text this short: dense attention
+        if DENSE.why_not(call) is None:
+            return _said(DENSE, call, "by a pattern that leaves out no pair of a text this short", "")
+        # 2. a few queries, as in decoding: slices of the keys that they see
+        if DECODE.why_not(call) is None:
+            return _said(DECODE, call, f"of fewer than {MAX_QUERIES} queries", " over the keys that they see")
+    # 3. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
+    if call.pattern is not None and call.pattern.uses_content:
+        return _for_hashes(call, name)
+    # 4. marks that only kernels look at, so that a CUDA graph may record the call
+    if name == "auto" and call.recorded:
+        recorded = GlobalTokens(partial(_for_blocks, name))
+        if recorded.why_not(call) is None:
+            return recorded
+    # 5. strides, regrouped so that they are windows, on a backend for each of their plans
+    if name != "reference" and call.chosen_plan is None:
+        strided = Strided(partial(_for_blocks, name, regrouped=True))
+        if strided.why_not(call) is None and (plan := find_strided_plan(call.plan_key, call.batch)) is not None:
+            call.chosen_plan = plan
+            return strided
+    # 6. blocks
+    return _for_blocks(name, call)
+
+
+def _for_blocks(name: str, call: AttentionCall, regrouped: bool = False) -> Backend:
+    """The backend of a call whose plan is one of blocks."""
+    if name != "auto":
+        reason = BACKENDS[name].why_not(call)
+        if reason:
+            raise NotImplementedError(f"backend {name!r} cannot run this call: {reason}")
+        return BACKENDS[name]
+    # whether it is worth it is asked first, since it may take tables to say whether it can
+    found = next(b for b in _candidates(call, regrouped) if b.is_fastest(call) and b.why_not(call) is None)
+    _say(found.name, call.q.device.type, str(call.q.dtype), bool(call.dropout), regrouped)
+    return found
+
+
+def _candidates(call: AttentionCall, regrouped: bool) -> Iterator[Backend]:
+    # regrouped texts may be short, but there are many of them; and a CUDA graph holds kernels, and none of the steps by
+    # which `blockwise` walks a few queries
+    many = call.q.shape[2] >= MAX_QUERIES or regrouped or (call.recorded and call.q.is_cuda)
+    return (BACKENDS[name] for name in (FOR_BLOCKS if many else FOR_FEW_BLOCKS))
+
+
+def _for_hashes(call: AttentionCall, name: str) -> Backend:
+    if name not in FOR_HASHES:
+        raise NotImplementedError(
+            f"backend {name!r} cannot run lsh(...), whose pairs are known at run time only; 'auto', 'blockwise' and "
+            "'reference' can"
+        )
+    pick = partial(_for_blocks, name)
+    backend = DenseHashedPairs(pick) if name == "reference" else HashedPairs(pick)
+    reason = backend.why_not(call)
+    if reason:
+        raise NotImplementedError(reason)
+    return backend
+
+
+def _key(call: AttentionCall, name: str) -> tuple:
+    """All that a decision depends on beside the batch."""
+    q, k, v = call.q, call.k, call.v
+    how = call.scoring.softcap is None, call.scoring.bias is None, call.dropout.p > 0, call.wants_lse, call.recorded
+    process = torch.are_deterministic_algorithms_enabled(), forced_kernels()
+    return (
+        name,
+        call.pattern,
+        call.q_offset,
+        q.shape,
+        k.shape,
+        v.shape[-1],
+        q.dtype,
+        q.device,
+        call.trains,
+        how,
+        process,
+    )
+
+
+def _said(backend: Backend, call: AttentionCall, which: str, over: str) -> Backend:
+    _say_torch(which, over, call.q.device.type, call.q.dtype)
+    return backend
+
+
+@lru_cache
+def _say(name: str, device: str, dtype: str, dropout: bool, regrouped: bool) -> None:
+    how = " with dropout" * dropout + ", tokens of a stride side by side," * regrouped
+    logger.info("attention on %s in %s%s runs on backend %r", device, dtype, how, name)
+
+
+@lru_cache
+def _say_torch(which: str, over: str, device: str, dtype: torch.dtype) -> None:
+    what = "PyTorch's scaled_dot_product_attention"
+    logger.info("attention %s on %s in %s runs on %s%s", which, device, dtype, what, over)
