@@ -1,30 +1,40 @@
 """Sparse models: derived from Transformers' own classes, registered with its Auto classes.
 
-A family's configuration and heads are here under their names, and derived when one of them is first asked for.
+What is public is imported, and a family derived, when it is first asked for; `__init__.pyi` lists the names.
 """
 
 from importlib import import_module
 
-from ..registry import ENTRIES, MODELS, entry_of_class
-from .bigbird.block_sparse import transformers_random_blocks
-from .hf import attention_interface  # registers our attention with Transformers
-from .hf.config import SparseConfigMixin
-from .hf.layer_spec import parse_layers
-from .hf.model_mixin import SparseMixin
-from .hf.positions import Positions
-from .hf.register import FAMILIES, Family, dense_class, family_of, register_family
-from .hf.streaming_cache import StreamingCache
-from .sparsify import sparsify
+from .. import registry
+from . import dense_families  # enters the families
+
+# public names beside the classes of the families -> the module that defines them
+PUBLIC = {
+    "FAMILIES": "hf.register",
+    "Family": "hf.register",
+    "Positions": "hf.positions",
+    "SparseConfigMixin": "hf.config",
+    "SparseMixin": "hf.model_mixin",
+    "StreamingCache": "hf.streaming_cache",
+    "dense_class": "hf.register",
+    "family_of": "hf.register",
+    "parse_layers": "hf.layer_spec",
+    "register_family": "hf.register",
+    "sparsify": "hf.sparsify",
+    "transformers_random_blocks": "bigbird.block_sparse",
+}
 
 
 def __getattr__(name: str):
     if name == "__all__":
-        return [*MODELS, *(name for entry in ENTRIES for name in import_module(entry.module_name).__all__)]
-    entry = entry_of_class(name)
-    if entry is None:
+        families = import_module(".hf.register", __name__).FAMILIES
+        return [*PUBLIC, *(name for family in families.values() for name in family.names)]
+    if name in PUBLIC:
+        return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+    if registry.entry_of_class(name) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(entry.module_name), name)
+    return registry.sparse_class(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted(__getattr__("__all__"))

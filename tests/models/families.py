@@ -106,17 +106,9 @@ def sparse_class(head: str) -> type:
 
 
 def _is_encoder(head: str) -> bool:
-    return HEADS[head] in (
-        "albert",
-        "bert",
-        "big_bird",
-        "camembert",
-        "distilbert",
-        "electra",
-        "modernbert",
-        "roberta",
-        "xlm-roberta",
-    )
+    """Does it belong to a family that is trained by masking?"""
+    classes = sparse_hf.FAMILIES[HEADS[head]].classes
+    return any(c.__name__.endswith("ForMaskedLM") for c in classes) and not has_two_stacks(head)
 
 
 def is_decoder(head: str) -> bool:

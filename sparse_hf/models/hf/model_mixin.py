@@ -77,6 +77,16 @@ class SparseMixin(_Model):
         return super()._check_and_adjust_attn_implementation(own_implementation(attn_implementation), *args, **kwargs)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers searches the source of the class's module for it, which is not where the dense code is
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        dense = next(c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, SparseMixin))
+        return dense._can_set_experts_implementation()
+
+    @classmethod
     def maybe_distribute_model(cls, model, *args, **kwargs):
         model = super().maybe_distribute_model(model, *args, **kwargs)
         check_division(model)

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
+from . import attention_interface  # noqa: F401  # registers our attention with Transformers
 from .auto_classes import auto_classes, known_names
 from .config import SparseConfigMixin
 from .counterparts import COUNTERPARTS
@@ -48,13 +50,18 @@ class Family:
         return self.config_class.__bases__[1]
 
     @property
+    def names(self) -> list[str]:
+        """Names of the sparse configuration and classes."""
+        return [self.config_class.__name__, *(c.__name__ for c in self.classes)]
+
+    @property
     def architectures(self) -> dict[str, str]:
         """Dense class name -> sparse class name."""
         return {dense_class(c).__name__: c.__name__ for c in self.classes}
 
 
 # dense model type -> family, which is derived when it is first looked at
-FAMILIES = LazyTable({entry.dense_type: entry.module_name for entry in ENTRIES})
+FAMILIES = LazyTable({entry.dense_type: entry for entry in ENTRIES})
 
 
 def dense_class(sparse_class: type) -> type:
@@ -104,7 +111,6 @@ def register_family(
         family.dense_type, family.sparse_type, config_class.__name__, family.architectures
     )
     FAMILIES[family.dense_type] = family
-    module.__all__ = [config_class.__name__, *(c.__name__ for c in classes)]
     return family
 
 
@@ -116,9 +122,14 @@ def _rename_alike(dense_type: str, sparse_type: str, classes: list[type]) -> Non
             register_checkpoint_conversion_mapping(sparse, mapping)
 
 
+def modeling_module(dense_config: type) -> ModuleType:
+    """The module of Transformers with the model classes of a dense configuration."""
+    return importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
+
+
 def _heads(dense_config: type) -> dict[type, list[type]]:
     """Every model class that an Auto class knows for a dense configuration -> those Auto classes."""
-    module = importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
+    module = modeling_module(dense_config)
     found: dict[type, list[type]] = {}
     for auto in auto_classes():
         for name in known_names(auto, dense_config.model_type):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from .hf.counterparts import COUNTERPARTS, adopt
-from .hf.register import dense_class, family_of
+from .counterparts import COUNTERPARTS, adopt
+from .register import dense_class, family_of
 
 
 def sparsify(

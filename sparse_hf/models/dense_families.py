@@ -1,0 +1,86 @@
+"""The table of families: one row a family.
+
+A row is all that it takes where a family is on Transformers' attention interface and its parent's configuration says the
+rest. Its classes (`SparseLlamaConfig`, `SparseLlamaForCausalLM`, one for each head that an Auto class knows) are attributes of this
+module, made when one of them is first asked for. Families that need code have a module each, listed below the rows. Nothing here
+imports torch or Transformers.
+
+To add a family: a row here, and its tiny configuration in `tests/models/families.py`.
+"""
+
+from __future__ import annotations
+
+from .. import registry
+from .hf.dense_family import DenseFamily, OtherFamily
+from .hf.positions import ROTARY, Positions
+
+# a table of positions in the embeddings, as BERT has it
+EMBEDDED = Positions(
+    "learned", ("embeddings.position_embeddings.weight",), ("embeddings.position_ids", "embeddings.token_type_ids")
+)
+# positions begin behind the padding id, and `max_position_embeddings` counts all rows (514 for 512 tokens)
+BEHIND_PADDING_ID = Positions(
+    EMBEDDED.scheme, EMBEDDED.tables, EMBEDDED.buffers, offset=2, counted=True, skips_padding=True
+)
+# two more rows than `max_position_embeddings` says
+TWO_MORE_ROWS = Positions("learned", ("embed_positions.weight",), offset=2)
+OPT_TABLE = Positions("learned", ("embed_positions.weight",), offset=2, skips_padding=True)
+GPT2_TABLE = Positions("learned", ("wpe.weight",))
+SINUSOIDAL = Positions("sinusoidal", ("embed_positions.weight",))
+
+
+def _dense(prefix: str, dense_type: str, positions: Positions, source: str, **more: str) -> DenseFamily:
+    return DenseFamily(prefix=prefix, dense_type=dense_type, positions=positions, source=source, **more)
+
+
+def _other(module: str, prefix: str, dense_type: str, sparse_type: str = "") -> OtherFamily:
+    return OtherFamily(f"{__package__}.{module}", prefix, dense_type, sparse_type or f"sparse_{dense_type}")
+
+
+DENSE_FAMILIES = (
+    _dense("Bart", "bart", TWO_MORE_ROWS, "arXiv:1910.13461", encoder="BartEncoder"),
+    _dense("Bert", "bert", EMBEDDED, "arXiv:1810.04805"),
+    _dense("Camembert", "camembert", BEHIND_PADDING_ID, "arXiv:1911.03894"),
+    _dense("Electra", "electra", EMBEDDED, "arXiv:2003.10555"),
+    _dense("GPT2", "gpt2", GPT2_TABLE, "Radford et al., 2019, Language Models are Unsupervised Multitask Learners"),
+    _dense("GPTNeoX", "gpt_neox", ROTARY, "arXiv:2204.06745"),
+    _dense("Gemma2", "gemma2", ROTARY, "arXiv:2408.00118"),
+    # of text alone
+    _dense("Gemma3", "gemma3_text", ROTARY, "arXiv:2503.19786", config="Gemma3TextConfig"),
+    _dense("Llama", "llama", ROTARY, "arXiv:2302.13971, arXiv:2407.21783"),
+    _dense("MBart", "mbart", TWO_MORE_ROWS, "arXiv:2001.08210", encoder="MBartEncoder"),
+    _dense("Mistral", "mistral", ROTARY, "arXiv:2310.06825"),
+    _dense("Mixtral", "mixtral", ROTARY, "arXiv:2401.04088"),
+    _dense("OPT", "opt", OPT_TABLE, "arXiv:2205.01068"),
+    _dense("Pegasus", "pegasus", SINUSOIDAL, "arXiv:1912.08777", encoder="PegasusEncoder"),
+    _dense("Phi3", "phi3", ROTARY, "arXiv:2404.14219"),
+    _dense("Qwen2", "qwen2", ROTARY, "arXiv:2407.10671"),
+    _dense("Qwen3", "qwen3", ROTARY, "arXiv:2505.09388"),
+    _dense("Qwen3Moe", "qwen3_moe", ROTARY, "arXiv:2505.09388"),
+    _dense("Roberta", "roberta", BEHIND_PADDING_ID, "arXiv:1907.11692"),
+    _dense("SmolLM3", "smollm3", ROTARY, "Hugging Face, 2025, SmolLM3"),
+    _dense("XLMRoberta", "xlm-roberta", BEHIND_PADDING_ID, "arXiv:1911.02116"),
+)
+OTHER_FAMILIES = (
+    _other("albert", "Albert", "albert"),
+    _other("bigbird.modeling", "BigBird", "big_bird"),
+    _other("bigbird.pegasus", "BigBirdPegasus", "bigbird_pegasus", "sparse_big_bird_pegasus"),
+    _other("distilbert", "DistilBert", "distilbert"),
+    _other("longformer.led", "LED", "led"),
+    _other("longformer.modeling", "Longformer", "longformer"),
+    _other("modernbert", "ModernBert", "modernbert"),
+    _other("perceiver.modeling", "Perceiver", "perceiver"),
+    _other("reformer.modeling", "Reformer", "reformer"),
+    _other("t5", "T5", "t5"),
+)
+
+registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES))
+
+
+def __getattr__(name: str):
+    entry = registry.entry_of_class(name)
+    if isinstance(entry, DenseFamily):
+        registry.derive(entry)
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
