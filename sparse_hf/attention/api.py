@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..pattern import Pattern
 from ..pattern.forms import read_hashes, read_marked
+from ..pattern.like import PatternLike
 from ..plan import BatchInfo, BlockPlan, of_batch
 from ..plan.api import as_pattern
 from .autograd import attend
@@ -23,7 +23,6 @@ from .dropout import Dropout
 from .operator import register
 from .scoring import Scoring
 
-PatternLike = Pattern | str
 BackendName = Literal["auto", "reference", "blockwise", "flex", "fa", "triton"]
 
 
@@ -85,33 +84,32 @@ def sparse_attention(
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
-    out, lse = attention(
-        q, k, v, pattern, q_offset=q_offset, batch=of_batch(*batch), scoring=scoring, dropout=dropout, backend=backend,
-        wants_lse=return_lse,
+    call = AttentionCall(
+        q, k, v, pattern, q_offset, scoring, Dropout.draw(dropout), of_batch(*batch), wants_lse=return_lse
     )  # fmt: skip
+    out, lse = attention(call, backend)
     return (out, lse) if return_lse else out
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: PatternLike, *, q_offset: int, batch: BatchInfo, scoring: Scoring,
-    dropout: float, backend: str, wants_lse: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """`sparse_attention` for models: arguments are known to fit, and layers of a forward pass share a `BatchInfo`.
 
     Returns:
-        out `[B, H, Q, D]` and lse, which is nothing to read unless it is wanted.
+        out `[B, H, Q, D]` and lse, which is nothing to read unless the call wants it.
     """
-    drop = Dropout.draw(dropout)
+    q = call.q
     if torch.compiler.is_compiling() or q.is_meta or isinstance(q, FakeTensor):
-        values = str(pattern), q_offset, scoring.scale, scoring.softcap, dropout, backend
+        text, scoring, dropout = str(call.pattern), call.scoring, call.dropout
         # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
-        operator = _recorded if _may_record(q, str(pattern), batch, drop) else _between_graphs
-        return operator(q, k, v, *batch.tensors, drop.seed, scoring.bias, *values)
-    call = AttentionCall(q, k, v, as_pattern(pattern), q_offset, scoring, drop, batch, wants_lse)
-    backend_of_call = route(call, backend)
+        operator = _recorded if _may_record(q, text, call.batch, dropout) else _between_graphs
+        values = text, call.q_offset, scoring.scale, scoring.softcap, dropout.p, backend
+        return operator(q, call.k, call.v, *call.batch.tensors, dropout.seed, scoring.bias, *values)
+    assert call.pattern is not None
+    call.pattern = as_pattern(call.pattern)
+    chosen = route(call, backend)
     if call.chosen_plan is not None:
         check_plan(call.chosen_plan, q)
-    return attend(call, backend_of_call)
+    return attend(call, chosen)
 
 
 def _may_record(q: Tensor, pattern: str, batch: BatchInfo, dropout: Dropout) -> bool:
@@ -135,12 +133,11 @@ def _is_marked_window(pattern: str, device: torch.device) -> bool:
     return read_marked(pattern) is not None and generation(device) >= 8
 
 
-def _prepare(recorded: bool, q, k, v, padding, segments, marks, seed, bias, *values) -> tuple[AttentionCall, Backend]:
-    pattern, q_offset, scale, softcap, dropout, backend = values
+def _prepare(recorded: bool, q, k, v, *rest) -> tuple[AttentionCall, Backend]:
+    padding, segments, marks, seed, bias, pattern, q_offset, scale, softcap, dropout, backend = rest
     scoring, batch = Scoring(scale, softcap, bias), of_batch(padding, segments, marks)
-    call = AttentionCall(
-        q, k, v, as_pattern(pattern), q_offset, scoring, Dropout(dropout, seed), batch, recorded=recorded
-    )  # fmt: skip
+    call = AttentionCall(q, k, v, as_pattern(pattern), q_offset, scoring, Dropout(dropout, seed), batch)
+    call.recorded = recorded
     return call, route(call, backend)
 
 

@@ -22,9 +22,12 @@ class AutogradBackend(Backend):
         out, lse = given.out, given.lse
         with recording():
             bias = call.scoring.bias
-            leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v, *(() if bias is None else (bias,)))]
-            again = call.on(*leaves[:3], leaves[3] if len(leaves) > 3 else None)
-            part_out, part_lse = results = self.forward(again)
+            q, k, v = (t.detach().requires_grad_() for t in (call.q, call.k, call.v))
+            leaves = [q, k, v]
+            if bias is not None:
+                bias = bias.detach().requires_grad_()
+                leaves.append(bias)
+            part_out, part_lse = results = self.forward(call.on(q, k, v, bias))
         # what `forward` gave is a part of the whole: d out / d part_out is its share, and a change of part_lse moves the
         # share. Of a whole that is one part the share is 1
         share = (part_lse.detach() - lse.where(lse > -torch.inf, 0)).exp()

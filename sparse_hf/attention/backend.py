@@ -67,7 +67,7 @@ class AttentionCall:
     Args:
         q: `[B, H, Q, D]`.
         k, v: `[B, G, K, D]`; v may have another head dim.
-        pattern: the pairs; None where only a plan says them.
+        pattern: the pairs, as text until they are asked for; None where only a plan says them.
         q_offset: key index of the first query.
         scoring: what happens to a score.
         dropout: of attention weights.
@@ -80,7 +80,7 @@ class AttentionCall:
     q: Tensor
     k: Tensor
     v: Tensor
-    pattern: Pattern | None
+    pattern: Pattern | str | None
     q_offset: int
     scoring: Scoring
     dropout: Dropout = NO_DROPOUT
@@ -104,7 +104,7 @@ class AttentionCall:
     @property
     def plan_key(self) -> PlanKey:
         """What a plan of this call depends on beside the batch."""
-        assert self.pattern is not None
+        assert isinstance(self.pattern, Pattern)
         return PlanKey(self.pattern, self.q.shape[2], self.k.shape[2], self.q_offset, self.q.device)
 
     @property
@@ -114,7 +114,7 @@ class AttentionCall:
             return self.chosen_plan.patterns[0] if self.chosen_plan.is_bare else None
         pattern, batch = self.pattern, self.batch
         if (
-            pattern is None
+            not isinstance(pattern, Pattern)
             or not batch.is_empty
             and (batch.segments is not None or batch.without_ones().padding is not None)
         ):
@@ -133,7 +133,7 @@ class AttentionCall:
             bias is not None and bias.requires_grad
         )  # fmt: skip
 
-    def part(self, q: Tensor, k: Tensor, v: Tensor, plan: PlanLike, dropout: Dropout = NO_DROPOUT) -> AttentionCall:
+    def part(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, dropout: Dropout = NO_DROPOUT) -> AttentionCall:
         """A call over a plan of its own, of which this one is made."""
         return AttentionCall(
             q, k, v, None, self.q_offset, self.scoring, dropout, self.batch, recorded=self.recorded, chosen_plan=plan

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from ..pattern import Pattern
 from ..plan import find_strided_plan
 from .backend import AttentionCall, Backend
 from .backends.blockwise.backend import Blockwise
@@ -70,7 +71,7 @@ def _decided(call: AttentionCall, name: str) -> Backend:
         if DECODE.why_not(call) is None:
             return _said(DECODE, call, f"of fewer than {MAX_QUERIES} queries", " over the keys that they see")
     # 3. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
-    if call.pattern is not None and call.pattern.uses_content:
+    if isinstance(call.pattern, Pattern) and call.pattern.uses_content:
         return _for_hashes(call, name)
     # 4. marks that only kernels look at, so that a CUDA graph may record the call
     if name == "auto" and call.recorded:

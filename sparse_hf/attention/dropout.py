@@ -39,8 +39,9 @@ def draw_seed() -> Tensor:
     return torch.randint(0, _WORD, (), dtype=torch.int64)
 
 
-def kept(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout: float, device) -> Tensor:
-    """Which weights survive, `[batch, heads, queries, keys]` bool."""
+def kept(seed: Tensor, weights: Tensor, dropout: float) -> Tensor:
+    """Which of `weights` `[batch, heads, queries, keys]` survive, bool."""
+    (batch, heads, queries, keys), device = weights.shape, weights.device
     return kept_at(
         seed.to(device),
         torch.arange(batch, device=device)[:, None, None, None],

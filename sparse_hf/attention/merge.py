@@ -5,6 +5,8 @@ Global rows, sinks, LSH rounds and remote shards are all this merge (Rabe and St
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -21,5 +23,6 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = torch.stack(weights).sum(0)
     seen = total > 0
     total = total.where(seen, 1)
-    out = sum(part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights, strict=True))
+    shares = [part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights, strict=True)]
+    out = reduce(torch.add, shares)
     return out.to(parts[0][0].dtype), (finite + total.log()).where(seen, -torch.inf)

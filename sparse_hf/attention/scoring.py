@@ -38,6 +38,7 @@ class Scoring:
 
     def tile(self, heads: Tensor, q: int, m: int, k: int, n: int, last_query: int) -> Tensor:
         """The bias `[*heads, m, n]` of queries q .. q + m - 1 and keys k .. k + n - 1, in key coordinates."""
+        assert self.bias is not None
         first = k - q - (m - 1) + last_query
         # a row of the tile is the row below it, one distance further
         return self.bias[heads, first : first + m + n - 1].unfold(-1, n, 1).flip(-2)
@@ -53,6 +54,7 @@ class Scoring:
 
     def tile_at(self, heads: Tensor, index: Tensor) -> Tensor:
         """The bias `[*heads, m, n]` of pairs whose entries in it are `index` `[m, n]`."""
+        assert self.bias is not None
         return self.bias[heads[..., None, None], index]
 
     def add_gradient_at(self, total: Tensor, heads: Tensor, grad: Tensor, index: Tensor) -> None:

@@ -20,7 +20,8 @@ from .api import BLOCK_SIZE, build_plan
 from .batch import NOTHING, BatchInfo, PlanCache
 from .block_plan import BlockPlan
 from .cache import made
-from .strided import AnyPlan, ByHeads, Regrouped, is_worth_regrouping, regrouped
+from .per_head import AnyPlan, ByHeads
+from .strided import Regrouped, is_worth_regrouping, regrouped
 
 # tokens of a block below which blocks cost more than the masks that they save
 SMALLEST_BLOCK = 32
@@ -41,7 +42,9 @@ class PlanKey:
 
 def find_plan(key: PlanKey, batch: BatchInfo) -> BlockPlan:
     """The plan in blocks of a pattern, for these lengths and this batch."""
-    return _found("blocks", _build, key, batch)
+    plan = _found("blocks", _build, key, batch)
+    assert isinstance(plan, BlockPlan)
+    return plan
 
 
 def find_strided_plan(key: PlanKey, batch: BatchInfo) -> Regrouped | ByHeads | None:
@@ -49,10 +52,12 @@ def find_strided_plan(key: PlanKey, batch: BatchInfo) -> Regrouped | ByHeads | N
     # queries that are not all the tokens are few as a rule, and see what they see as blocks
     if key.q_len != key.kv_len or key.q_offset or not _may_have_strides(key.pattern, key.kv_len):
         return None
-    return _found("strided", _regroup, key, batch)
+    plan = _found("strided", _regroup, key, batch)
+    assert not isinstance(plan, BlockPlan)
+    return plan
 
 
-def _found(kind: str, build: Callable, key: PlanKey, batch: BatchInfo):
+def _found(kind: str, build: Callable, key: PlanKey, batch: BatchInfo) -> AnyPlan | None:
     batch = batch if batch.is_empty else batch.without_ones()
     if batch.is_empty:
         return _of_lengths(build, key)
@@ -118,11 +123,11 @@ def _regroup(key: PlanKey, batch: BatchInfo) -> Regrouped | ByHeads | None:
     if not any(worth):
         return None
     with torch.inference_mode(False):
-        told = tuple(None if t is None else _ordinary(t) for t in batch.tensors)
+        padding, segments, marks = (None if t is None else _ordinary(t) for t in batch.tensors)
         plans = tuple(
             _build(PlanKey(one, key.q_len, key.kv_len, 0, key.device), batch)
             if form is None
-            else regrouped(form, key.kv_len, told, key.device)
+            else regrouped(form, key.kv_len, (padding, segments, marks), key.device)
             for one, form in zip(patterns, worth, strict=True)
         )
     if key.pattern.heads:

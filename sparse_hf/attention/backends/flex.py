@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Flex(AutogradBackend):
 def _call(inputs: tuple[Tensor, ...], piece: Piece, scale: float, score_mod) -> Results:
     q, k, v = inputs
     # past its limit of recompilations torch would run FlexAttention uncompiled, which is O(n^2); fullgraph makes that an error
-    limits = {"recompile_limit": MAX_KERNELS, "accumulated_recompile_limit": 4 * MAX_KERNELS}
+    limits: dict[str, Any] = {"recompile_limit": MAX_KERNELS, "accumulated_recompile_limit": 4 * MAX_KERNELS}
     # the numbers of a pattern would otherwise be taken for such as change
     with torch._dynamo.config.patch(**limits, specialize_int=True, specialize_float=True):
         return _compiled()((q, k, v), piece.tables, piece.block_size, (piece.mask_mod, score_mod), scale, _options(q))
@@ -111,6 +112,7 @@ def _flex(inputs: tuple[Tensor, ...], tables, block_size: int, mods: tuple, scal
         q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, kernel_options=options,
         enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    assert aux.lse is not None
     return out, aux.lse
 
 

@@ -55,6 +55,6 @@ def with_weights(call: AttentionCall, mask: Tensor | None = None) -> tuple[Tenso
     used = weights
     if dropout:
         assert dropout.seed is not None
-        used = weights * kept(dropout.seed, *weights.shape, dropout.p, weights.device) / (1 - dropout.p)
+        used = weights * kept(dropout.seed, weights, dropout.p) / (1 - dropout.p)
     out = (used @ v).to(q.dtype)
     return out, lse.masked_fill(~sees.squeeze(-1), -torch.inf), weights

@@ -65,14 +65,12 @@ class HashedPairs(Backend):
 
     def forward(self, call: AttentionCall) -> Results:
         plan = _planned(call)
-        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
-        hashed = call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
+        positions, hashed = _calls(call, plan)
         return merge([self.pick(positions).forward(positions), HASH_ORDER.forward(hashed)])
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
         plan = _planned(call)
-        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
-        hashed = call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
+        positions, hashed = _calls(call, plan)
         one = self.pick(positions).backward(positions, given)
         other = HASH_ORDER.backward(hashed, given)
         return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
@@ -103,6 +101,12 @@ class _OfMask(Reference):
 def hashed_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
     return with_weights(call, _planned(call).to_dense(call))
+
+
+def _calls(call: AttentionCall, plan: LSHPlan) -> tuple[AttentionCall, AttentionCall]:
+    """The calls over pairs of positions and over pairs of hashes."""
+    positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
+    return positions, call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
 
 
 def _planned(call: AttentionCall) -> LSHPlan:

@@ -47,7 +47,7 @@ class Strided(Backend):
         for heads in _head_groups(call.plan, q, k):
             own, found = (heads.queries(q), heads.keys(k), heads.keys(v)), []
             for tokens in heads.orders:
-                part = call.part(*map(tokens.take, own), tokens.plan)
+                part = call.part(tokens.take(own[0]), tokens.take(own[1]), tokens.take(own[2]), tokens.plan)
                 found.append(tuple(tokens.put(t, own[0]) for t in self.pick(part).forward(part)))
             merged = found[0] if len(found) == 1 else merge(found)
             out[:, heads.heads], lse[:, heads.heads] = merged
@@ -58,20 +58,20 @@ class Strided(Backend):
         totals = [torch.zeros_like(t, dtype=given.lse.dtype) for t in (q, k, v)]
         for heads in _head_groups(call.plan, q, k):
             own = heads.queries(q), heads.keys(k), heads.keys(v)
-            results = [None if t is None else heads.queries(t) for t in _tensors(given)]
+            out, lse, grad_out = (heads.queries(t) for t in (given.out, given.lse, given.some_grad_out))
+            grad_lse = None if given.grad_lse is None else heads.queries(given.grad_lse)
             for tokens in heads.orders:
-                part = call.part(*map(tokens.take, own), tokens.plan)
-                of_part = Given(*(None if t is None else tokens.take(t) for t in results))
+                part = call.part(tokens.take(own[0]), tokens.take(own[1]), tokens.take(own[2]), tokens.plan)
+                of_part = Given(
+                    tokens.take(out), tokens.take(lse), tokens.take(grad_out),
+                    None if grad_lse is None else tokens.take(grad_lse),
+                )  # fmt: skip
                 grads = self.pick(part).backward(part, of_part)[:3]
                 adders = heads.add_queries, heads.add_keys, heads.add_keys
                 for add, total, grad, like in zip(adders, totals, grads, own, strict=True):
                     add(total, tokens.put(grad, like))
         grad_q, grad_k, grad_v = (total.to(t.dtype) for total, t in zip(totals, (q, k, v), strict=True))
         return grad_q, grad_k, grad_v, None
-
-
-def _tensors(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return given.out, given.lse, given.some_grad_out, given.grad_lse
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def _walk(call: AttentionCall) -> Walk:
 
 def _places(plan: HashedPlan, length: int) -> Tensor:
     """Where each token stands in each round, `[X, R, N]`, -1 for none."""
+    assert plan.chunks is not None
     tokens = plan.q_index.unflatten(1, (plan.chunks.rounds, -1))
     numbers = torch.arange(plan.q_index.shape[1], device=tokens.device).view(1, *tokens.shape[1:])
     found = torch.full((*tokens.shape[:2], length + 1), -1, device=tokens.device)

@@ -50,6 +50,9 @@ class MaskRequest:
 
     def batch(self, position_ids: Tensor | None, marks: Tensor | None, query: Tensor, key: Tensor) -> BatchInfo:
         """Padding, documents and marks, made once for layers that hand over the same tensors."""
+        if torch.compiler.is_compiling():
+            documents = _documents(position_ids, self.attention_mask, query, key)
+            return of_batch(self.attention_mask, documents, _marks(marks, query, key))
         own = id(position_ids), id(marks), query.shape[2], key.shape[2], query.device
         if own not in self.memo:
             documents = _documents(position_ids, self.attention_mask, query, key)
@@ -123,22 +126,22 @@ def sparse_attention_forward(
     batch = request.batch(kwargs.get("position_ids"), marks, query, key)
     q_offset = int(request.q_offset)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
+    call = AttentionCall(query, key, value, pattern, q_offset, scoring, Dropout.draw(dropout), batch, wants_lse=False)
+    weights = None
     if wants_weights or opaque is not None:
-        call = AttentionCall(
-            query, key, value, Pattern.parse(pattern), q_offset, scoring, Dropout.draw(dropout), batch, wants_lse=False
-        )
+        call.pattern = Pattern.parse(pattern)
         if opaque is not None:
             call.chosen_plan = _opaque_plan(call, opaque)
-        if wants_weights:
-            out, _, weights = hashed_weights(call) if uses_hashes(pattern) and opaque is None else with_weights(call)
-            return out.transpose(1, 2).contiguous(), weights
-        out, _ = attend(call, route(call, backend))
-        return out.transpose(1, 2).contiguous(), None
-    scoring.check(query.shape[1], q_offset + query.shape[2] - 1, key.shape[2])
-    out, _ = attention(
-        query, key, value, pattern, q_offset=q_offset, batch=batch, scoring=scoring, dropout=dropout, backend=backend
-    )
-    return out.transpose(1, 2).contiguous(), None
+        if not wants_weights:
+            out, _ = attend(call, route(call, backend))
+        elif uses_hashes(pattern) and opaque is None:
+            out, _, weights = hashed_weights(call)
+        else:
+            out, _, weights = with_weights(call)
+    else:
+        scoring.check(query.shape[1], q_offset + query.shape[2] - 1, key.shape[2])
+        out, _ = attention(call, backend)
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def _of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -183,7 +186,7 @@ def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
     if padding is None:
         # an opaque mask may differ from row to row, which the plan learns from the batch size of its data
         padding = torch.ones(call.q.shape[0], call.k.shape[2], dtype=torch.bool, device=call.k.device)
-    assert call.pattern is not None
+    assert isinstance(call.pattern, Pattern)
     return build_plan(
         call.pattern, call.q.shape[2], call.k.shape[2], q_offset=call.q_offset, key_padding_mask=padding,
         segment_ids=segments, marks=marks, mask_function=mask_function, device=call.k.device,
@@ -270,7 +273,7 @@ def _leaves(mask_function: Callable) -> Iterator[Callable]:
     if getattr(mask_function, "__qualname__", "") not in COMBINATORS:
         yield mask_function
         return
-    for cell in mask_function.__closure__:
+    for cell in mask_function.__closure__ or ():
         inner = cell.cell_contents
         for part in inner if isinstance(inner, tuple) else (inner,):
             if callable(part):

@@ -53,11 +53,13 @@ class Blockwise(Backend):
         # what the first call found for the queries of another came to nothing
         own = grad_out, grad_lse
         for of_rows in others:
-            own = tuple(t.clone() for t in own)
+            assert of_rows.queries is not None
+            own = own[0].clone(), own[1].clone()
             for t in own:
                 put_at(t, of_rows.queries, torch.zeros_like(take(t, of_rows.queries)))
         _backward(call, _Queries(q, out, lse, *own), first.pieces, grads)
         for of_rows in others:
+            assert of_rows.queries is not None
             taken = [take(t, of_rows.queries) for t in (q, out, lse, grad_out, grad_lse)]
             exists = (of_rows.queries >= 0)[:, None]
             taken[3:] = taken[3].where(exists[..., None], 0), taken[4].where(exists, 0)
@@ -193,8 +195,9 @@ def _backward(call: AttentionCall, of_queries: _Queries, pieces: tuple[Piece, ..
             share.put(grads.q, rows, grad_query.mul_(scoring.scale))
     for piece, of_piece in zip(pieces, sums, strict=True):
         for total, gathered in zip((grads.k, grads.v), of_piece, strict=True):
-            if gathered is not total:
-                put_at(total, keys_index(piece), gathered, add=True)
+            index = keys_index(piece)
+            if index is not None:
+                put_at(total, index, gathered, add=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,21 +35,22 @@ def attend_rows(
         query: `[G, R, m, D]`.
         sources: keys and values `[G, K, D]` of each piece that tiles speak of.
     """
-    out = lse = None
+    found: tuple[Tensor, Tensor] | None = None
     for tile in tiles:
-        tile_q = query[..., tile.queries, :]
-        part = _attend(tile_q, *(tile.of_keys(t) for t in sources[tile.piece]), tile, scale)
-        if out is None and tile_q.shape == query.shape:
-            out, lse = part
+        tile_q, (keys, values) = query[..., tile.queries, :], sources[tile.piece]
+        of_tile = _attend(tile_q, tile.of_keys(keys), tile.of_keys(values), tile, scale)
+        if found is None and tile_q.shape == query.shape:
+            found = of_tile
             continue
-        if out is None:
-            out, lse = torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+        out, lse = found or (
+            torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+        )  # fmt: skip
         # what is merged again and again is not rounded in between
-        out = out.float()
-        of_rows = out[..., tile.queries, :], lse[..., tile.queries]
-        for into, merged in zip(of_rows, merge([of_rows, part]), strict=True):
+        found = out.float(), lse
+        of_rows = found[0][..., tile.queries, :], lse[..., tile.queries]
+        for into, merged in zip(of_rows, merge([of_rows, of_tile]), strict=True):
             into.copy_(merged)
-    return None if out is None else (out, lse)
+    return found
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, tile: AnyTile, scale: float) -> tuple[Tensor, Tensor]:

@@ -236,9 +236,10 @@ def shares(plan: BlockPlan, pieces: tuple[Piece, ...], q: Tensor, groups: int, s
     batch, num_heads = q.shape[:2]
     everything = torch.arange(num_heads, device=q.device)
     # a bias is read off as slices
-    joins = plan.heads and len(pieces) == 1 and isinstance(pieces[0], BlockPlan) and scoring.bias is None
+    alone = pieces[0] if plan.heads and len(pieces) == 1 and scoring.bias is None else None
+    joined = joined_rows(alone) if isinstance(alone, BlockPlan) else None
     for b in range(batch):
-        blocks = joined_rows(pieces[0])[b if pieces[0].batch_rows > 1 else 0] if joins else {}
+        blocks = {} if joined is None else joined[b if len(joined) > 1 else 0]
         if blocks:
             yield JoinedShare(b, 0, everything[:, None], everything // (num_heads // groups), blocks=blocks)
         for p in range(len(plan.patterns)):
@@ -304,6 +305,7 @@ class Change:
     def _index(self) -> Tensor:
         """`[m, n]`: where the bias has the pairs of gathered tokens; those beyond their number count nothing."""
         q, k = self.share.places(self.piece, self.rows, self.tile)
+        assert self.scoring.bias is not None
         return (k - q[:, None] + self.plan.q_len - 1).clamp(0, self.scoring.bias.shape[1] - 1)
 
     def _bias(self, scores: Tensor) -> Tensor:

@@ -181,8 +181,8 @@ class _Call:
 
     def forward(self, kernels: WindowKernels, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Out shaped like q; lse `[B, H, Q]`, or `[H, T]` for a q `[T, H, D]`."""
-        inputs = self._inputs([q, k, v], [False, True, True])
-        out, lse = kernels.forward(*inputs, self.packed, self.window, scale)
+        own_q, own_k, own_v = self._inputs([q, k, v], [False, True, True])
+        out, lse = kernels.forward(own_q, own_k, own_v, self.packed, self.window, scale)
         if self.packed is not None and q.ndim == 4:
             return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
         return out, lse

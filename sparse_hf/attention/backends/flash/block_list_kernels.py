@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import cutlass.cute as cute
-from cutlass import Int32, Uint32
-from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-from flash_attn.cute.utils import scalar_to_ssa
+import cutlass.cute as cute  # pyright: ignore[reportMissingImports]
+from cutlass import Int32, Uint32  # pyright: ignore[reportMissingImports]
+from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch  # pyright: ignore[reportMissingImports]
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore[reportMissingImports]
+from flash_attn.cute.utils import scalar_to_ssa  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ...backend import Given

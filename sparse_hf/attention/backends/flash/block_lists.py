@@ -175,13 +175,21 @@ def _made(
     lines, starts = _hashed(line, lists.others[entry], starts, begin.numel(), others)
     sizes = torch.tensor((num_heads, len(tile)))
     heads = list(plan.heads) or [0]
-    listed = (t.unflatten(0, (plan.batch_rows, -1))[:, heads] for t in (masked, partial, counts - masked, full))
     sizes, lines, starts = (t.int().to(plan.device) for t in (sizes, lines, starts))
-    return Walk(
+
+    def listed(t: Tensor) -> Tensor:
+        t = t.unflatten(0, (plan.batch_rows, -1))[:, heads]
         # kernels are compiled apart for dimensions without a stride: batch rows always have one
-        tuple(t.expand(batch, *t.shape[1:]).int().contiguous().to(plan.device) for t in listed),
+        return t.expand(batch, *t.shape[1:]).int().contiguous().to(plan.device)
+
+    repeated, tiles, segments, exists = _long(lists, length)
+    return Walk(
+        (listed(masked), listed(partial), listed(counts - masked), listed(full)),
         [sizes, shared[0], lines, starts, shared[1]],
-        *(None if t is None else t.to(plan.device) for t in _long(lists, length)),
+        None if repeated is None else repeated.to(plan.device),
+        tiles.to(plan.device),
+        segments.to(plan.device),
+        exists.to(plan.device),
     )
 
 

@@ -88,7 +88,7 @@ def absorb_columns(
     """
     tile, many = tile_of(q), counts is not None
     spans, count = -(-longest // tile), columns.shape[1]
-    tensors = q, k, v, out, lse, sequences, columns, counts if many else columns
+    tensors = q, k, v, out, lse, sequences, columns, columns if counts is None else counts
     strides = (*strides_of(q, out), *lse.stride(), *strides_of(k, v))
     numbers = scale * LOG2_E, *limits, q_offset, spans, count
     constants = {"MANY": many, **constants_of(q.shape[2] // k.shape[2], q.shape[3], min(count, MOST_COLUMNS), tile)}
@@ -151,7 +151,7 @@ def tile_of(q: Tensor) -> int:
 
 def padded(n: int) -> int:
     # the matrix units take no side below 16
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 @triton.jit

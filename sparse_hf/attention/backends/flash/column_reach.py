@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ....pattern import Window
 from ....plan import Split
 
 
@@ -10,7 +11,8 @@ def reach(split: Split) -> tuple[tuple[int, int], tuple[int, int]]:
     window, clip = split.shape.window, split.shape.clip
     far = split.kv_len
 
-    def sides(w):
-        return tuple(far if side is None else min(side, far) for side in (w.left, w.right))
+    def sides(w: Window) -> tuple[int, int]:
+        left, right = (far if side is None else min(side, far) for side in (w.left, w.right))
+        return left, right
 
     return (-1, -1) if window is None else sides(window), sides(clip)

@@ -60,7 +60,8 @@ def pack(q_ranges: Tensor, k_ranges: Tensor, total_q: int, total_k: int, device)
     lengths = lengths[lengths.any(1)]
     cu = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).int()
     max_q, max_k = lengths.amax(0).tolist()
-    return Packed(*(c.contiguous().to(device) for c in cu.unbind(1)), max_q, max_k)
+    cu_q, cu_k = (c.contiguous().to(device) for c in cu.unbind(1))
+    return Packed(cu_q, cu_k, max_q, max_k)
 
 
 class WindowKernels(Protocol):
@@ -162,14 +163,14 @@ class _FA4:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, window: Window, scale: float
     ) -> tuple[Tensor, Tensor]:
-        from flash_attn.cute.interface import _flash_attn_fwd
+        from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
 
         return _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **_fa4_arguments(packed, window))[:2]
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, given: Given, packed: Packed | None, window: Window, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from flash_attn.cute.interface import _flash_attn_bwd
+        from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
         return _flash_attn_bwd(
             q, k, v, given.out, given.grad_out, given.lse, softmax_scale=scale, dlse=given.grad_lse,
@@ -199,7 +200,10 @@ def _fa4_broken() -> str | None:
         return "flash-attn-4 is not installed"
     version = importlib.metadata.version("flash-attn-4")
     try:
-        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+        from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
+            _flash_attn_bwd,
+            _flash_attn_fwd,
+        )
     except ImportError as error:
         reason = f"flash-attn-4 {version} is installed and does not import: {error}"
         logger.warning("%s; windows run on torch's FlashAttention-2", reason)

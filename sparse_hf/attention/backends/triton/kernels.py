@@ -8,6 +8,9 @@ Legend: B batch, H query heads, G key heads, R = H / G, D head dim; S places of 
 (`by_query`) or a key tile (`by_key`), and an entry one of its tiles. Scores are powers of two.
 """
 
+# Triton's types say that a kernel's helper never returns
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
