@@ -3,37 +3,43 @@
 from .api import build_plan
 from .batch import NOTHING, BatchInfo, of_batch
 from .block_plan import BlockPlan, MaskFunction, Run
-from .cache import made_apart, remembered
-from .gathered import Call, Gathered, calls
+from .cache import kept, made, made_apart, remembered
+from .gathered import Call, Gathered, Stage, calls, stages
 from .lookup import PlanKey, find_plan, find_strided_plan
-from .per_head import joined_rows
-from .sequences import make_layout
-from .strided import AnyPlan, ByHeads, Regrouped, regrouped, strided_plan
+from .per_head import AnyPlan, ByHeads, joined_rows
+from .sequences import Sequences, find_sequences, make_layout
+from .strided import Regrouped, regrouped, strided_plan
 from .window_tables import Split, split
 
 __all__ = [
     "NOTHING",
     "AnyPlan",
-    "of_batch",
+    "BatchInfo",
     "BlockPlan",
     "ByHeads",
     "Call",
     "Gathered",
     "MaskFunction",
+    "PlanKey",
     "Regrouped",
     "Run",
+    "Sequences",
     "Split",
+    "Stage",
     "build_plan",
-    "BatchInfo",
-    "PlanKey",
-    "find_plan",
-    "find_strided_plan",
     "calls",
+    "find_plan",
+    "find_sequences",
+    "find_strided_plan",
     "joined_rows",
+    "kept",
+    "made",
     "made_apart",
     "make_layout",
+    "of_batch",
     "regrouped",
     "remembered",
     "split",
+    "stages",
     "strided_plan",
 ]

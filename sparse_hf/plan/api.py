@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from ..pattern.base import as_pattern
+from ..pattern.lasting import lasting
 from .block_plan import BlockPlan, MaskFunction
-from .sequences import make_layout
+from .sequences import find_sequences
 
 BLOCK_SIZE = 128
 
@@ -24,7 +25,7 @@ def build_plan(
     marks: Tensor | None = None,
     mask_function: MaskFunction | None = None,
     block_size: int = BLOCK_SIZE,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> BlockPlan:
     """List the non-empty blocks of `pattern` for these lengths and this batch.
 
@@ -59,25 +60,26 @@ def build_plan(
             "pattern itself, and a 2-D attention mask"
         )
     asked_marks = marks if any(p.uses_marks for p in patterns) else None
-    layout = make_layout(kv_len, key_padding_mask, segment_ids, asked_marks)
     given = next((t for t in (key_padding_mask, segment_ids, marks) if t is not None), None)
     device = torch.device(device or (given.device if given is not None else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    # a mask function may look at the batch row, so that rows alike in every other respect may still differ
-    batch_rows = given.shape[0] if mask_function is not None and given is not None else layout.rows
-    return BlockPlan(
-        patterns=patterns,
-        heads=tuple(patterns.index(p) for p in heads) if pattern.heads else (),
-        q_len=q_len,
-        kv_len=kv_len,
-        q_offset=q_offset,
-        block_size=block_size,
-        batch_rows=batch_rows,
-        layout=layout.to(device),
-        mask_function=mask_function,
-        device=device,
-    )
+    with lasting():
+        sequences = find_sequences(kv_len, key_padding_mask, segment_ids, asked_marks)
+        # a mask function may look at the batch row, so that rows alike in every other respect may still differ
+        batch_rows = given.shape[0] if mask_function is not None and given is not None else sequences.rows
+        return BlockPlan(
+            patterns=patterns,
+            heads=tuple(patterns.index(p) for p in heads) if pattern.heads else (),
+            q_len=q_len,
+            kv_len=kv_len,
+            q_offset=q_offset,
+            block_size=block_size,
+            batch_rows=batch_rows,
+            sequences=sequences.to(device),
+            mask_function=mask_function,
+            device=device,
+        )
 
 
 def _checked_offset(q_len: int, kv_len: int, q_offset: int | None) -> int:

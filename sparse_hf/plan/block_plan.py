@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..pattern import Pattern
 from ..pattern.base import Marks
+from .cache import kept
 from .classify import Grid, list_tables
-from .sequences import Layout
+from .sequences import Sequences
 
-# blocks of queries and of keys, of all batch rows, from which a GPU lists them sooner than a CPU
-MANY = 1 << 12
+# blocks of queries and of keys, of all batch rows, beyond which a GPU lists them sooner than a CPU
+MAX_BLOCKS_LISTED_BY_CPU = 1 << 12
 # a mask function of Transformers: (batch, head, query, key) index tensors -> bool tensor
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -41,8 +41,8 @@ class BlockPlan:
 
     They are listed when they are first asked for, since not every backend asks. `row_offsets` is `[B * P * Nq + 1]` int64,
     `columns` `[N]` int32 and `full` `[N]` bool: query block i of batch row b under pattern p owns the entries
-    `row_offsets[r] : row_offsets[r + 1]` with `r = (b * P + p) * Nq + i`, in ascending order of key block. Partial blocks are
-    evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when all heads share one.
+    `row_offsets[r] : row_offsets[r + 1]` with table row `r = (b * P + p) * Nq + i`, in ascending order of key block. Partial
+    blocks are evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when all heads share one.
     """
 
     patterns: tuple[Pattern, ...]
@@ -52,7 +52,7 @@ class BlockPlan:
     q_offset: int
     block_size: int
     batch_rows: int
-    layout: Layout
+    sequences: Sequences
     mask_function: MaskFunction | None = None
     device: torch.device = torch.device("cpu")
 
@@ -70,18 +70,25 @@ class BlockPlan:
     @property
     def is_bare(self) -> bool:
         """Do all heads share one pattern, and is nothing said of the batch but perhaps which tokens are marked?"""
-        said = self.layout.start, self.layout.real, self.mask_function
-        return len(self.patterns) == 1 and all(part is None for part in said)
+        said = self.sequences.start, self.sequences.real, self.mask_function
+        return len(self.patterns) == 1 and all(one is None for one in said)
 
-    @cached_property
+    @property
+    def layout(self) -> Sequences:
+        # name until its last user has moved
+        return self.sequences
+
+    @kept
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         # their making is many steps, which take a GPU as long for a short text as for a long one
-        is_much = self.layout.rows * (self.q_blocks + self.kv_blocks) > MANY
-        place = self.device if is_much else torch.device("cpu")
-        patterns = tuple(p.on(place) for p in self.patterns)
-        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size, place)
-        found = list_tables(patterns, grid, self.layout.to(place), self.batch_rows, self.mask_function is not None)
-        return tuple(t.to(self.device) for t in found)
+        is_much = self.sequences.rows * (self.q_blocks + self.kv_blocks) > MAX_BLOCKS_LISTED_BY_CPU
+        device = self.device if is_much else torch.device("cpu")
+        patterns = tuple(p.on(device) for p in self.patterns)
+        grid = Grid(self.q_len, self.kv_len, self.q_offset, self.block_size, device)
+        offsets, columns, full = list_tables(
+            patterns, grid, self.sequences.to(device), self.batch_rows, self.mask_function is not None
+        )
+        return offsets.to(self.device), columns.to(self.device), full.to(self.device)
 
     @property
     def row_offsets(self) -> Tensor:
@@ -95,9 +102,9 @@ class BlockPlan:
     def full(self) -> Tensor:
         return self._tables[2]
 
-    def to(self, device) -> BlockPlan:
+    def to(self, device: torch.device | str) -> BlockPlan:
         device = torch.device(device)
-        return self if device == self.device else replace(self, layout=self.layout.to(device), device=device)
+        return self if device == self.device else replace(self, sequences=self.sequences.to(device), device=device)
 
     def allows(self, b: Tensor, p: int, q: Tensor, k: Tensor) -> Tensor:
         """Element by element: may query q see key k? Indices (not positions) that broadcast; `b` is the batch row.
@@ -105,57 +112,65 @@ class BlockPlan:
         Nothing here depends on tensor values, so that a compiled kernel can trace it.
         """
         x = q + self.q_offset
-        layout, pattern = self.layout, self.patterns[p]
-        row = b if layout.rows > 1 else torch.zeros_like(b)
+        sequences, pattern = self.sequences, self.patterns[p]
+        row = b if sequences.rows > 1 else torch.zeros_like(b)
         marks = Marks(length=self.kv_len)
-        if layout.marks is not None and pattern.uses_marks:
-            marks = marks._replace(q=layout.marks[row, x], k=layout.marks[row, k])
-        if layout.start is None:
+        if sequences.marks is not None and pattern.uses_marks:
+            marks = marks._replace(q=sequences.marks[row, x], k=sequences.marks[row, k])
+        if sequences.start is None or sequences.end is None:
             allowed = pattern.allows(x, k, marks)
         else:
-            origin, key_origin = layout.start[row, x], layout.start[row, k]
+            origin, key_origin = sequences.start[row, x], sequences.start[row, k]
             if pattern.uses_length:
-                marks = marks._replace(length=layout.end[row, x] + 1 - origin)
+                marks = marks._replace(length=sequences.end[row, x] + 1 - origin)
             allowed = (origin == key_origin) & (origin >= 0)
             # outside a shared sequence positions mean nothing, but they stay non-negative
             allowed = allowed & pattern.allows(x - origin, k - key_origin, marks)
-        if layout.real is not None:
-            allowed = allowed & layout.real[row, x] & layout.real[row, k]
+        if sequences.real is not None:
+            allowed = allowed & sequences.real[row, x] & sequences.real[row, k]
         if self.mask_function is not None:
             allowed = allowed & self.mask_function(b, torch.zeros_like(b), x, k)
         return allowed
 
-    def query_places(self, b: int, first: int, last: int) -> Tensor:
+    def query_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""
         return torch.arange(first, last, device=self.device)
 
-    def key_places(self, b: int, first: int, last: int) -> Tensor:
+    def key_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the keys `first..last` (end exclusive)."""
         return torch.arange(first, last, device=self.device)
+
+    # names until their last user has moved
+    query_places, key_places = query_index, key_index
 
     def mask(self, b: int, p: int, q_range: tuple[int, int], k_range: tuple[int, int]) -> Tensor:
         """`allows` on a rectangle of indices (ends exclusive): `[queries, keys]` bool."""
         q = torch.arange(*q_range, device=self.device)[:, None]
         k = torch.arange(*k_range, device=self.device)[None, :]
-        b = torch.full((1, 1), b, device=self.device)
-        return self.allows(b, p, q, k).expand(q.shape[0], k.shape[1])
+        row = torch.full((1, 1), b, device=self.device)
+        return self.allows(row, p, q, k).expand(q.shape[0], k.shape[1])
 
     def block_range(self, first: int, last: int, length: int) -> tuple[int, int]:
         """Indices (end exclusive) that the blocks `first..last` cover."""
         return first * self.block_size, min((last + 1) * self.block_size, length)
 
-    @cached_property
+    @kept
     def runs(self) -> list[list[Run]]:
-        """Per row of the table, its key blocks as runs of neighbours: what a backend that takes slices loops over."""
+        """Per table row, its key blocks as runs of neighbours: what a backend that takes slices loops over."""
         columns, offsets = self.columns.tolist(), self.row_offsets.tolist()
         full = self.full.tolist()
         return [list(as_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
-    def row_counts(self) -> Tensor:
-        """Keys per query, `[B, P, Q]` int64: exact, block by block."""
-        counts = torch.zeros(self.batch_rows, len(self.patterns), self.q_len, dtype=torch.int64)
+    def _table_rows(self) -> Iterator[tuple[int, int, int, list[Run]]]:
+        """Batch row, pattern, query block and runs of every table row."""
         for row, runs in enumerate(self.runs):
             (b, p), i = divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
+            yield b, p, i, runs
+
+    def row_counts(self) -> Tensor:
+        """Keys per query, `[B, P, Q]` int64: exact, block by block."""
+        counts = torch.zeros(self.batch_rows, len(self.patterns), self.q_len, dtype=torch.int64, device="cpu")
+        for b, p, i, runs in self._table_rows():
             q_range = self.block_range(i, i, self.q_len)
             into = counts[b, p, slice(*q_range)]
             for run in runs:
@@ -165,7 +180,7 @@ class BlockPlan:
                     into += self.mask(b, p, q_range, k_range).sum(1).cpu() - _length(k_range)
         return counts
 
-    @cached_property
+    @kept
     def pairs(self) -> int:
         """Number of (query, key) pairs over all batch rows and distinct patterns of the plan."""
         return int(self.row_counts().sum())
@@ -181,8 +196,7 @@ class BlockPlan:
         dense = torch.zeros(
             self.batch_rows, len(self.patterns), self.q_len, self.kv_len, dtype=torch.bool, device=self.device
         )
-        for row, runs in enumerate(self.runs):
-            (b, p), i = divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
+        for b, p, i, runs in self._table_rows():
             q_range = self.block_range(i, i, self.q_len)
             for run in runs:
                 dense[b, p, slice(*q_range), slice(*self.block_range(run.first, run.last, self.kv_len))] = True
@@ -197,7 +211,7 @@ def _length(bounds: tuple[int, int]) -> int:
 
 
 def as_runs(columns: list[int], full: list[bool]) -> Iterator[Run]:
-    """Listed key blocks of a row, in ascending order, as runs of neighbours."""
+    """Listed key blocks of a table row, in ascending order, as runs of neighbours."""
     begin = 0
     for at in range(1, len(columns) + 1):
         if at == len(columns) or columns[at] != columns[at - 1] + 1:

@@ -1,4 +1,8 @@
-"""What is computed from a plan once, and lives and dies with it."""
+"""What is computed from a plan once, and lives and dies with it.
+
+Threads may compute the same thing twice, and all of them get the one that was kept first. What is kept is ordinary, whatever mode
+the call that asked for it ran in (`lasting`).
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,53 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
+from ..pattern.lasting import lasting
+
+P = ParamSpec("P")
+T = TypeVar("T")
 _thread = threading.local()
 
 
-def remembered(function: Callable) -> Callable:
+def remembered(function: Callable[P, T]) -> Callable[P, T]:
     """Remember what `function` gives for an object (a plan, a split) and further hashable arguments, on that object.
 
     A cache apart would hold tables of plans that are gone, or drop those that a recorded CUDA graph still reads.
     """
 
     @functools.wraps(function)
-    def remembering(owner, *rest):
-        memo = owner.__dict__.setdefault("_memo", {})
-        key = (function, *rest)
-        if key not in memo:
-            memo[key] = made(function, owner, *rest)
-        return memo[key]
+    def remembering(*arguments: P.args, **named: P.kwargs) -> T:
+        owner, *rest = arguments
+        results: dict[Any, T] = owner.__dict__.setdefault("_remembered", {})
+        key = (function, *rest, *named.items())
+        if key in results:
+            return results[key]
+        return results.setdefault(key, made(function, *arguments, **named))
 
     return remembering
 
 
-class kept(functools.cached_property):  # noqa: N801 - used as a decorator
-    """A `cached_property` that another thread makes within `made_apart`."""
+class kept(Generic[T]):  # noqa: N801 - used as a decorator
+    """A property that is computed when it is first asked for, by another thread within `made_apart`."""
 
-    def __init__(self, function: Callable):
-        super().__init__(lambda owner: made(function, owner))
-        self.__doc__ = function.__doc__
+    def __init__(self, function: Callable[[Any], T]):
+        self.function, self.name, self.__doc__ = function, "", function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> kept[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance, owner):
+        if instance is None:
+            return self
+        # what stands there is found without coming here again
+        return instance.__dict__.setdefault(self.name, made(self.function, instance))
 
 
 @contextmanager
@@ -51,17 +73,21 @@ def made_apart(apart: bool) -> Iterator[None]:
         _thread.apart = before
 
 
-def made(function: Callable, *arguments):
-    """What `function` gives, made by another thread within `made_apart`."""
+def made(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What `function` gives, as tensors that outlive the call; made by another thread within `made_apart`."""
     if not getattr(_thread, "apart", False):
-        return function(*arguments)
+        with lasting():
+            return function(*arguments, **named)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_finished, function, arguments).result()
+        return thread.submit(_finished, device, function, *arguments, **named).result()
 
 
-def _finished(function: Callable, arguments: tuple):
-    found = function(*arguments)
-    if torch.cuda.is_available():
-        # the caller goes on in a stream of its own
+def _finished(device: int | None, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    if device is None:
+        return function(*arguments, **named)
+    # a new thread begins on the first device; the caller goes on in a stream of its own
+    with torch.cuda.device(device):
+        found = function(*arguments, **named)
         torch.cuda.current_stream().synchronize()
     return found

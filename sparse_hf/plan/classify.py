@@ -21,10 +21,17 @@ from torch import Tensor
 
 from ..pattern import EMPTY, FULL, PARTIAL, Pattern, RandomBlocks, full
 from ..pattern.base import Marks, written_out
-from .sequences import Layout
+from .sequences import Sequences
 
-# squares to begin with at most, how many a larger one is cut into a side, and how many are classified together
-FEW, CUT, SWEEP = 1 << 12, 4, 1 << 19
+# squares to begin with, at most
+MAX_FIRST_SQUARES = 1 << 12
+# squares that a larger one is cut into, a side
+CUTS_A_SIDE = 4
+# squares that are classified together, at most
+MAX_SQUARES_AT_ONCE = 1 << 19
+
+# first and last tokens of ranges
+Range = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,24 @@ class Grid:
 class Classifier:
     """The state of any rectangle of one batch: the pattern's own, cut down by padding, packing and marks."""
 
-    def __init__(self, pattern: Pattern, layout: Layout, kv_len: int):
-        self.pattern, self.layout, self.kv_len = pattern, layout, kv_len
-        self.real = _running_count(layout.real)
+    def __init__(self, pattern: Pattern, sequences: Sequences, kv_len: int):
+        self.pattern, self.sequences, self.kv_len = pattern, sequences, kv_len
+        self.real = None if sequences.real is None else _running_count(sequences.real)
         # marks only matter to a pattern that asks for them
-        self.marks = _running_count(layout.marks) if pattern.uses_marks else None
+        asked = sequences.marks if pattern.uses_marks else None
+        self.marks = None if asked is None else _running_count(asked)
 
     def __call__(self, b: Tensor, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-        if self.layout.start is None:
+        """EMPTY, PARTIAL or FULL of the rectangles with these corners in batch rows `b`, int8."""
+        if self.sequences.start is None or self.sequences.end is None:
             return self.pattern.blocks(q0, q1, k0, k1, self._marks(b, (q0, q1), (k0, k1), self.kv_len))
         # two ranges that do not overlap share at most one sequence, the one that runs from the earlier into the later;
         # two that overlap are told apart only if one sequence holds both
         disjoint = torch.minimum(q1, k1) < torch.maximum(q0, k0)
         first = torch.where(disjoint, torch.minimum(q1, k1), torch.minimum(q0, k0))
         last = torch.where(disjoint, torch.maximum(q0, k0), torch.maximum(q1, k1))
-        start, end = self.layout.start[b, last].long(), self.layout.end[b, last].long()
-        shared = (start >= 0) & (self.layout.start[b, first] == start)
+        start, end = self.sequences.start[b, last].long(), self.sequences.end[b, last].long()
+        shared = (start >= 0) & (self.sequences.start[b, first] == start)
         mixed = ~disjoint & ~shared & (start >= 0)
         inside = [torch.maximum(q0, start), torch.minimum(q1, end), torch.maximum(k0, start), torch.minimum(k1, end)]
         empty = ~shared | (inside[0] > inside[1]) | (inside[2] > inside[3])
@@ -101,13 +110,13 @@ class Classifier:
         state = torch.where(whole, state, state.clamp(max=PARTIAL))
         return torch.where(mixed, PARTIAL, torch.where(empty, EMPTY, state)).to(torch.int8)
 
-    def _marks(self, b: Tensor, queries: tuple, keys: tuple, length) -> Marks:
+    def _marks(self, b: Tensor, queries: Range, keys: Range, length: Tensor | int) -> Marks:
         if self.marks is None:
             return Marks(length=length)
-        return Marks(self._mark_state(b, *queries), self._mark_state(b, *keys), length)
+        return Marks(self._mark_state(self.marks, b, *queries), self._mark_state(self.marks, b, *keys), length)
 
-    def _mark_state(self, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        found = self._count(self.marks, b, x0, x1)
+    def _mark_state(self, running: Tensor, b: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        found = self._count(running, b, x0, x1)
         return ((found > 0).to(torch.int8) + (found == x1 - x0 + 1)).to(torch.int8)
 
     @staticmethod
@@ -115,27 +124,26 @@ class Classifier:
         return running[b, x1 + 1] - running[b, x0]
 
 
-def _running_count(flags: Tensor | None) -> Tensor | None:
-    if flags is None:
-        return None
+def _running_count(flags: Tensor) -> Tensor:
+    """Flags before each token, `[B, K + 1]`."""
     return torch.nn.functional.pad(flags.long().cumsum(1), (1, 0))
 
 
 def list_tables(
-    patterns: tuple[Pattern, ...], grid: Grid, layout: Layout, batch_rows: int, cap_at_partial: bool
+    patterns: tuple[Pattern, ...], grid: Grid, sequences: Sequences, batch_rows: int, cap_at_partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of a `BlockPlan`, made on the device of the grid, where patterns and layout are: row offsets, columns, full."""
-    swept = cache(partial(_swept, grid=grid, layout=layout))
+    """The tables of a `BlockPlan`, made on the device of the grid, where patterns and sequences are: row offsets, columns, full."""
+    swept = cache(partial(_swept, grid=grid, sequences=sequences))
     rows, columns = batch_rows * len(patterns) * grid.q_blocks, max(1, grid.kv_blocks)
     plane = max(1, grid.q_blocks) * columns * 2
     # rows of the batch that are alike, but for a mask function, are listed once
-    copies = torch.arange(batch_rows // layout.rows, device=grid.device)[:, None]
+    copies = torch.arange(batch_rows // sequences.rows, device=grid.device)[:, None]
 
     def in_tables(code: Tensor, p: int) -> Tensor:
         b = code // plane
         return (code + ((b + copies) * len(patterns) + p - b) * plane).flatten()
 
-    found = ((code, p) for p, pattern in enumerate(patterns) for code in list_blocks(pattern, grid, layout, swept))
+    found = ((code, p) for p, pattern in enumerate(patterns) for code in list_blocks(pattern, grid, sequences, swept))
     code = torch.cat([in_tables(*one) for one in found]).unique()
     # of a block that is listed as partial and as full the last is the full one
     code = code[(code >> 1).diff(append=code.new_full((1,), -1)) != 0]
@@ -143,28 +151,30 @@ def list_tables(
     return offsets, (code // 2 % columns).int(), (code & 1).bool() & (not cap_at_partial)
 
 
-def list_blocks(pattern: Pattern, grid: Grid, layout: Layout, swept: Callable[[Pattern], Tensor]) -> Iterator[Tensor]:
+def list_blocks(
+    pattern: Pattern, grid: Grid, sequences: Sequences, swept: Callable[[Pattern], Tensor]
+) -> Iterator[Tensor]:
     """The codes of the non-empty blocks, `[N]` each, in any order, some of them several times; `swept` is `_swept`."""
     rest = []
     for term in written_out(pattern) or [(pattern,)]:
-        random = next((part for part in term if isinstance(part, RandomBlocks)), None)
+        random = next((part for part in term if type(part) is RandomBlocks), None)
         if random is None:
             rest.append(reduce(and_, term))
         else:
-            yield _drawn(random, [part for part in term if part is not random], grid, layout)
+            yield _drawn(random, [part for part in term if part is not random], grid, sequences)
     if rest:
         yield swept(reduce(or_, rest))
 
 
-def _swept(pattern: Pattern, grid: Grid, layout: Layout) -> Tensor:
+def _swept(pattern: Pattern, grid: Grid, sequences: Sequences) -> Tensor:
     """The blocks that are not empty, found by refinement."""
-    size, axes = 1, (layout.rows, grid.q_blocks, grid.kv_blocks)
+    size, axes = 1, (sequences.rows, grid.q_blocks, grid.kv_blocks)
     # a batch of many rows has many squares even if each row is one
-    while prod(axes) > max(FEW, layout.rows):
-        size *= CUT
-        axes = layout.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
+    while prod(axes) > max(MAX_FIRST_SQUARES, sequences.rows):
+        size *= CUTS_A_SIDE
+        axes = sequences.rows, -(-grid.q_blocks // size), -(-grid.kv_blocks // size)
     squares = torch.cartesian_prod(*(torch.arange(n, device=grid.device) for n in axes)).T
-    return _not_empty(squares, size, Classifier(pattern, layout, grid.kv_len), grid)
+    return _not_empty(squares, size, Classifier(pattern, sequences, grid.kv_len), grid)
 
 
 def _not_empty(squares: Tensor, size: int, classify: Classifier, grid: Grid) -> Tensor:
@@ -173,35 +183,35 @@ def _not_empty(squares: Tensor, size: int, classify: Classifier, grid: Grid) -> 
     kept = (state > EMPTY) & grid.holds(squares, size)
     if size == 1:
         return grid.codes(squares, state == FULL)[kept]
-    pieces = squares[:, kept].split(max(1, SWEEP // CUT**2), 1)
-    return torch.cat([_not_empty(_cut(piece), size // CUT, classify, grid) for piece in pieces])
+    found = squares[:, kept].split(max(1, MAX_SQUARES_AT_ONCE // CUTS_A_SIDE**2), 1)
+    return torch.cat([_not_empty(_cut(some), size // CUTS_A_SIDE, classify, grid) for some in found])
 
 
 def _cut(squares: Tensor) -> Tensor:
-    step = torch.arange(CUT, device=squares.device)
+    step = torch.arange(CUTS_A_SIDE, device=squares.device)
     b, i, j = squares[:, :, None, None]
-    return torch.stack(torch.broadcast_tensors(b, i * CUT + step[:, None], j * CUT + step)).flatten(1)
+    return torch.stack(torch.broadcast_tensors(b, i * CUTS_A_SIDE + step[:, None], j * CUTS_A_SIDE + step)).flatten(1)
 
 
-def _drawn(random: RandomBlocks, others: list[Pattern], grid: Grid, layout: Layout) -> Tensor:
+def _drawn(random: RandomBlocks, others: list[Pattern], grid: Grid, sequences: Sequences) -> Tensor:
     """The blocks of pairs that the draws and the `others` hold."""
     size = grid.block_size
-    aligned = layout.start is None and random.size % size == 0 == grid.q_offset % size
+    aligned = sequences.start is None and random.size % size == 0 == grid.q_offset % size
     # a block that lies in a drawn one is full of its pairs
     pattern = reduce(and_, others, full() if aligned else random)
-    return _not_empty(_touched(random, grid, layout, aligned), 1, Classifier(pattern, layout, grid.kv_len), grid)
+    return _not_empty(_touched(random, grid, sequences, aligned), 1, Classifier(pattern, sequences, grid.kv_len), grid)
 
 
-def _touched(random: RandomBlocks, grid: Grid, layout: Layout, aligned: bool) -> Tensor:
+def _touched(random: RandomBlocks, grid: Grid, sequences: Sequences, aligned: bool) -> Tensor:
     """The blocks that the draws touch, some of them several times."""
-    if layout.start is None:
+    if sequences.start is None:
         first = torch.arange(0, grid.kv_len, random.size, device=grid.device)
-        b, x = torch.cartesian_prod(torch.arange(layout.rows, device=grid.device), first).unbind(1)
+        b, x = torch.cartesian_prod(torch.arange(sequences.rows, device=grid.device), first).unbind(1)
         origin = torch.zeros_like(x)
     else:
-        place = torch.arange(grid.kv_len, device=grid.device) - layout.start
-        b, x = ((layout.start >= 0) & (place % random.size == 0)).nonzero(as_tuple=True)
-        origin = layout.start[b, x].long()
+        position = torch.arange(grid.kv_len, device=grid.device) - sequences.start
+        b, x = ((sequences.start >= 0) & (position % random.size == 0)).nonzero(as_tuple=True)
+        origin = sequences.start[b, x].long()
     draw, exists = random.draws((x - origin) // random.size)  # [T, count]
     # first query and first key of each draw, [T, count, 1, 1]
     q = (x - grid.q_offset)[:, None, None, None]

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from .cache import kept
+
 # numbers that hashing makes at once, on a CPU and elsewhere: with many buckets it would make tokens x buckets of them
-PIECE, LARGE_PIECE = 1 << 22, 1 << 26
+HASH_NUMBERS_ON_CPU, HASH_NUMBERS_ON_GPU = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class TileSet:
     """Tiles of queries of which none holds a query twice, and the tiles of keys that each sees."""
 
     x: Tensor  # [T] int64: the row
@@ -26,10 +28,10 @@ class Group:
     # may query q of row x see key k? Tokens, not places, that broadcast
     allows: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def split(self, size: int) -> Iterator[Group]:
+    def split(self, size: int) -> Iterator[TileSet]:
         """The same tiles, at most `size` at a time."""
-        for part in zip(*(t.split(size) for t in (self.x, self.i, self.columns)), strict=True):
-            yield Group(*part, self.allows)
+        for x, i, columns in zip(self.x.split(size), self.i.split(size), self.columns.split(size), strict=True):
+            yield TileSet(x, i, columns, self.allows)
 
 
 @dataclass(frozen=True)
@@ -63,40 +65,49 @@ class HashedPlan:
     size: int  # m
     q_index: Tensor  # [X, tiles * m] int64: the token at each place, -1 for none
     k_index: Tensor  # [Y, tiles * m]
-    list_groups: Callable[[], tuple[Group, ...]]  # not called where a kernel knows them by `chunks`
+    list_tiles: Callable[[], tuple[TileSet, ...]]  # not called where a kernel knows them by `chunks`
     # H where no query meets a key twice, so that the pair is known by its tokens; None where it may
     heads: int | None = None
     chunks: Chunks | None = None
 
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        return self.list_groups()
+    @kept
+    def tile_sets(self) -> tuple[TileSet, ...]:
+        return self.list_tiles()
+
+    @property
+    def groups(self) -> tuple[TileSet, ...]:
+        # name until its last user has moved
+        return self.tile_sets
+
+    @property
+    def device(self) -> torch.device:
+        return self.q_index.device
 
     @property
     def repeats(self) -> int:
         """Query rows per key row."""
         return self.q_index.shape[0] // self.k_index.shape[0]
 
-    def queries(self, group: Group) -> Tensor:
-        """The tokens of a group's tiles, `[T, m]`, -1 for none."""
-        return self.q_index.unflatten(1, (-1, self.size))[group.x, group.i]
+    def queries(self, tiles: TileSet) -> Tensor:
+        """The tokens of a set's tiles, `[T, m]`, -1 for none."""
+        return self.q_index.unflatten(1, (-1, self.size))[tiles.x, tiles.i]
 
-    def keys(self, group: Group) -> Tensor:
+    def keys(self, tiles: TileSet) -> Tensor:
         """The tokens that each tile sees, `[T, w * m]`, -1 for none."""
         found = self.k_index.unflatten(1, (-1, self.size))[
-            (group.x // self.repeats)[:, None], group.columns.clamp(min=0)
+            (tiles.x // self.repeats)[:, None], tiles.columns.clamp(min=0)
         ]
-        return torch.where(group.columns[..., None] >= 0, found, -1).flatten(1)
+        return torch.where(tiles.columns[..., None] >= 0, found, -1).flatten(1)
 
     def counts(self, q_len: int, kv_len: int) -> Tensor:
         """How often each query meets each key, `[X, Q, K]`. O(N^2): for the reference and for tests."""
         rows = self.q_index.shape[0]
-        total = torch.zeros(rows * q_len * kv_len, dtype=torch.int64, device=self.q_index.device)
-        for group in self.groups:
-            x, q, k = group.x[:, None, None], self.queries(group)[:, :, None], self.keys(group)[:, None, :]
-            held = (q >= 0) & (k >= 0) & group.allows(x, q.clamp(min=0), k.clamp(min=0))
-            place = ((x * q_len + q) * kv_len + k).expand_as(held)
-            total.index_add_(0, place[held], torch.ones_like(place[held]))
+        total = torch.zeros(rows * q_len * kv_len, dtype=torch.int64, device=self.device)
+        for tiles in self.tile_sets:
+            x, q, k = tiles.x[:, None, None], self.queries(tiles)[:, :, None], self.keys(tiles)[:, None, :]
+            held = (q >= 0) & (k >= 0) & tiles.allows(x, q.clamp(min=0), k.clamp(min=0))
+            pair = ((x * q_len + q) * kv_len + k).expand_as(held)[held]
+            total.index_add_(0, pair, torch.ones_like(pair))
         return total.view(rows, q_len, kv_len)
 
 
@@ -117,16 +128,19 @@ def hash_vectors(vectors: Tensor, rotations: Tensor, buckets: int | tuple[int, .
     per_token = vectors.shape[0] * rotations.shape[0] * rotations.shape[2] * 2 * rotations.shape[3]
     if torch.compiler.is_compiling():
         return _hash(vectors, rotations, factors)
-    step = max(1, (PIECE if vectors.device.type == "cpu" else LARGE_PIECE) // per_token)
-    return torch.cat([_hash(piece, rotations, factors) for piece in vectors.split(step, dim=2)], dim=-1)
+    at_once = HASH_NUMBERS_ON_CPU if vectors.device.type == "cpu" else HASH_NUMBERS_ON_GPU
+    some = vectors.split(max(1, at_once // per_token), dim=2)
+    return torch.cat([_hash(of_some, rotations, factors) for of_some in some], dim=-1)
 
 
 def _hash(vectors: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     rotated = torch.einsum("bhnd,hdrs->bhrns", vectors, rotations)
-    found, product = 0, 1
-    for factor, part in zip(factors, rotated.split([f // 2 for f in factors], dim=-1), strict=True):
-        found = found + product * torch.cat([part, -part], dim=-1).argmax(-1)
+    found, product = None, 1
+    for factor, own in zip(factors, rotated.split([f // 2 for f in factors], dim=-1), strict=True):
+        bucket = product * torch.cat([own, -own], dim=-1).argmax(-1)
+        found = bucket if found is None else found + bucket
         product *= factor
+    assert found is not None
     return found
 
 
@@ -144,7 +158,11 @@ class Chunking:
     multiple: int
     least: int
 
-    def tiles(self, length):
+    @overload
+    def tiles(self, length: int) -> int: ...
+    @overload
+    def tiles(self, length: Tensor) -> Tensor: ...
+    def tiles(self, length: int | Tensor) -> int | Tensor:
         """Chunks of a text of `length` tokens: a number for a number, a tensor for a tensor."""
         padded = (length + self.multiple - 1) // self.multiple * self.multiple // self.size
         if isinstance(length, Tensor):
@@ -191,10 +209,10 @@ def plan_chunks(
 
     chunks = Chunks(rounds, tiles, chunking.left, chunking.right, is_causal, sees_itself, alike=real is None)
 
-    def list_groups() -> tuple[Group, ...]:
-        return tuple(Group(*_drop_empty(found, places, size), allows) for found in ring_tiles(own, *chunks.ring))
+    def list_tiles() -> tuple[TileSet, ...]:
+        return tuple(TileSet(*_drop_empty(found, places, size), allows) for found in ring_tiles(own, *chunks.ring))
 
-    return HashedPlan(size, places, places, list_groups, chunks=chunks)
+    return HashedPlan(size, places, places, list_tiles, chunks=chunks)
 
 
 def _places(buckets: Tensor | None, real: Tensor | None, shape: tuple[int, int, int], width: int, device) -> Tensor:
@@ -215,7 +233,7 @@ def _places(buckets: Tensor | None, real: Tensor | None, shape: tuple[int, int, 
     return torch.nn.functional.pad(order, (0, width - length), value=-1).flatten(2).flatten(0, 1)
 
 
-def ring_tiles(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> Iterator[tuple[Tensor, ...]]:
+def ring_tiles(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tiles of each round, and their neighbours in the ring of the `own` `[X]` first tiles of all rounds."""
     rows, device = len(own), own.device
     x = torch.arange(rows, device=device).repeat_interleave(tiles)
@@ -232,7 +250,12 @@ def ring_tiles(own: Tensor, rounds: int, tiles: int, left: int, right: int) -> I
         yield x, r * tiles + c, columns
 
 
-def _drop_empty(found: tuple[Tensor, ...], places: Tensor, size: int) -> Iterator[Tensor]:
+def _drop_empty(found: tuple[Tensor, Tensor, Tensor], places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Without the tiles that hold padding only."""
-    holds = (places.unflatten(1, (-1, size)) >= 0).any(-1)[found[0], found[1]]
-    return (t[holds] for t in found)
+    x, i, columns = found
+    holds = (places.unflatten(1, (-1, size)) >= 0).any(-1)[x, i]
+    return x[holds], i[holds], columns[holds]
+
+
+# name until its last user has moved
+Group = TileSet

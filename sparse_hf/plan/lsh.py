@@ -5,21 +5,22 @@ Legend: B batch, H query heads, G key heads (G divides H), X = B * H, Y = B * G,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..pattern import LSH, Pattern, Window
+from ..pattern.base import Intersection
+from ..pattern.forms import CutHash
 from .block_plan import BlockPlan
-from .hash_order import Group, HashedPlan, hash_vectors
+from .hash_order import HashedPlan, TileSet, hash_vectors
 
 # queries and keys of a tile
 TILE = 64
+# does it hold the pair of query q and key k of row x?
 Held = Callable[[Tensor, Tensor, Tensor], Tensor]
-# a hash, and the pattern of positions to which its pairs are cut
-Hashes = list[tuple[LSH, Pattern | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Buckets:
     In round r query q sees key k if `low[r, q] <= rank[r, k] < high[r, q]`.
     """
 
-    rank: Tensor  # [Y, R, K] int64: the place of each key
+    rank: Tensor  # [Y, R, K] int64: the place of each key in the hash order
     order: Tensor  # [Y, R, K] int64: the key at each place
     q_order: Tensor  # [X, R, Q] int64: the query at each place of their own order
     low: Tensor  # [X, R, Q] int64
@@ -46,8 +47,9 @@ def sort_buckets(q: Tensor, k: Tensor, lsh: LSH, plan: BlockPlan, is_causal: boo
 
     `plan` is of any pattern of positions: it tells where sequences start and end, and what is padding.
     """
-    start, end, real = _sequences(plan, k.shape[0], k.device)
-    with torch.no_grad():
+    start, end, real = _bounds(plan, k.shape[0], k.device)
+    # autocast would hash by rounded products
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         q_bucket, k_bucket = _hash(q.float(), k.float(), lsh, start)
     keys = k.shape[2]
     index = torch.arange(keys, device=k.device)
@@ -73,14 +75,15 @@ def sort_buckets(q: Tensor, k: Tensor, lsh: LSH, plan: BlockPlan, is_causal: boo
     return Buckets(rank, order, base.flatten(0, 1).sort(dim=-1, stable=True).indices, low, high)
 
 
-def _sequences(plan: BlockPlan, batch: int, device) -> tuple[Tensor, Tensor, Tensor]:
+def _bounds(plan: BlockPlan, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where the sequence of each token starts and ends, and whether it is real: `[B, K]` each."""
-    layout, shape = plan.layout, (batch, plan.kv_len)
-    real = torch.ones(shape, dtype=torch.bool, device=device) if layout.real is None else layout.real.expand(shape)
-    if layout.start is None:
+    sequences, shape = plan.sequences, (batch, plan.kv_len)
+    real = sequences.real
+    real = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real.expand(shape)
+    if sequences.start is None or sequences.end is None:
         start = torch.zeros(shape, dtype=torch.int64, device=device)
         return start, start + plan.kv_len - 1, real
-    start, end = (t.long().expand(shape) for t in (layout.start, layout.end))
+    start, end = (t.long().expand(shape) for t in (sequences.start, sequences.end))
     return start.clamp(min=0), end, real & (start >= 0)
 
 
@@ -93,9 +96,9 @@ def _hash(q: Tensor, k: Tensor, lsh: LSH, start: Tensor) -> tuple[Tensor, Tensor
     queries = torch.nn.functional.pad(q, (0, 1))
     factors = (lsh.buckets,) if isinstance(lsh.buckets, int) else lsh.buckets
     # made on the CPU, so that every device has the same
-    generator = torch.Generator().manual_seed(lsh.seed)
+    generator = torch.Generator("cpu").manual_seed(lsh.seed)
     shape = k.shape[1], keys.shape[-1], lsh.rounds, sum(factors) // 2
-    rotations = torch.randn(shape, generator=generator, dtype=torch.float32).to(k)
+    rotations = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(k)
     repeated = rotations.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
     return hash_vectors(queries, repeated, lsh.buckets), hash_vectors(keys, rotations, lsh.buckets)
 
@@ -110,7 +113,7 @@ def _longest_so_far(length: Tensor, start: Tensor) -> Tensor:
     return length
 
 
-def hashed_plan(q: Tensor, k: Tensor, hashes: Hashes, positions: BlockPlan) -> tuple[HashedPlan, Held]:
+def hashed_plan(q: Tensor, k: Tensor, hashes: Sequence[CutHash], positions: BlockPlan) -> tuple[HashedPlan, Held]:
     """The pairs of hashes, cut to patterns of positions, that `positions` does not hold: each pair once.
 
     Returns:
@@ -118,7 +121,9 @@ def hashed_plan(q: Tensor, k: Tensor, hashes: Hashes, positions: BlockPlan) -> t
     """
     heads = q.shape[1]
     held: list[Held] = [lambda x, q, k: positions.allows(x // heads, 0, q, k)]
-    groups, q_index, k_index = [], [], []
+    tile_sets: list[TileSet] = []
+    q_index: list[Tensor] = []
+    k_index: list[Tensor] = []
     for lsh, cut in hashes:
         within = None if cut is None else replace(positions, patterns=(cut,))
         buckets = sort_buckets(q, k, lsh, positions, _is_causal(cut))
@@ -128,15 +133,17 @@ def hashed_plan(q: Tensor, k: Tensor, hashes: Hashes, positions: BlockPlan) -> t
             tiles = sum(t.shape[-1] for t in q_index) // TILE, sum(t.shape[-1] for t in k_index) // TILE
             q_index.append(_padded(buckets.q_order[:, r]))
             k_index.append(_padded(buckets.order[:, r]))
-            groups += [Group(*found, allows) for found in _tiles(buckets, r, q_index[-1], *tiles)]
+            tile_sets += [TileSet(*found, allows) for found in _tiles(buckets, r, q_index[-1], *tiles)]
             held.append(holds)
-    plan = HashedPlan(TILE, torch.cat(q_index, 1), torch.cat(k_index, 1), lambda: tuple(groups), heads=heads)
+    plan = HashedPlan(TILE, torch.cat(q_index, 1), torch.cat(k_index, 1), lambda: tuple(tile_sets), heads=heads)
     return plan, lambda x, q, k: torch.stack([one(x, q, k) for one in held[1:]]).any(0)
 
 
 def _is_causal(cut: Pattern | None) -> bool:
-    parts = getattr(cut, "parts", (cut,))
-    return any(isinstance(part, Window) and part.right == 0 for part in parts)
+    """Does a cut surely leave out the future? Then no key of it has to be found."""
+    parts = cut.parts if isinstance(cut, Intersection) else (cut,)
+    # a subclass of a window may hold other pairs
+    return any(type(part) is Window and part.right == 0 for part in parts)
 
 
 def _within(buckets: Buckets, r: int, within: BlockPlan | None, heads: int) -> Held:
@@ -161,7 +168,9 @@ def _padded(order: Tensor) -> Tensor:
     return torch.nn.functional.pad(order, (0, -order.shape[-1] % TILE), value=-1)
 
 
-def _tiles(buckets: Buckets, r: int, places: Tensor, q_tiles: int, k_tiles: int) -> Iterator[tuple[Tensor, ...]]:
+def _tiles(
+    buckets: Buckets, r: int, places: Tensor, q_tiles: int, k_tiles: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tiles of queries with the tiles of keys between their lowest and highest, those with about as many together."""
     tokens = places.unflatten(1, (-1, TILE))  # [X, tiles, m]
     low, high = (t[:, r].gather(1, places.clamp(min=0)).view_as(tokens) for t in (buckets.low, buckets.high))

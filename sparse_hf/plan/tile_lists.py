@@ -3,7 +3,7 @@
 Tiles that the pattern fills are told apart from those that need a mask. Masks are few, since a pattern's edges look alike all
 along a text: each distinct one is kept once.
 
-Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query tiles, N listed tiles, S places of a tile.
+Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query tiles, N listed tiles, S tokens of a tile.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pattern.base import Marks
 from .block_plan import BlockPlan
-from .cache import made, remembered
+from .cache import kept, made, remembered
 from .hash_order import HashedPlan, ring_tiles
 
-# A program walks up to LIMIT tiles of a line, or LONGER times what lines have on the average; what is beyond becomes segments,
+# A program walks up to so many tiles of a line, or so many times what lines have on the average; what is beyond becomes segments,
 # of which each has a program of its own, so that the few lines of global tokens keep nobody waiting. As they are merged one
-# after the other, segments are no shorter than SQUARE times the root of the longest line.
-LIMIT, LONGER, SQUARE = 16, 2, 2
-# Up to so many tiles of all heads a GPU waits for the host, to whom further kernels cost more than long lines cost the GPU (on an H200).
-QUICK, LIMIT_OF_QUICK = 1 << 12, 64
-UNCUT = 1 << 30
+# after the other, segments are no shorter than so many times the root of the longest line.
+PROGRAM_TILES, PROGRAM_TILES_OVER_MEAN, SEGMENT_TILES_OVER_ROOT = 16, 2, 2
+# Up to so many tiles of all heads a GPU waits for the host, to whom further kernels cost more than long lines cost the GPU (on an
+# H200): a program then walks this many tiles at least.
+HOST_BOUND_TILES, HOST_BOUND_PROGRAM_TILES = 1 << 12, 64
+# tiles that a program walks where lines are not cut
+UNLIMITED = 1 << 30
 # mask bits that are evaluated at once
-EVALUATED = 1 << 22
+MASK_BITS_AT_ONCE = 1 << 22
 # numbers from 0 that are told apart in 64 bits
-MOST = 1 << 62
+MAX_NUMBERS = 1 << 62
+# lists of rings that are kept
+RINGS_KEPT = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +53,12 @@ class Lists:
     segments: Tensor
     long: Tensor  # [L, 3] int32: such a tile, its first row in `segments`, and how many there are
 
-    @cached_property
+    @kept
     def cut(self) -> int:
         """Segments of all tiles."""
         return len(self.segments)
 
-    @cached_property
+    @kept
     def items(self) -> int:
         """Programs of one head of a batch row."""
         return self.cut + self.lines
@@ -82,50 +87,59 @@ def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLi
     heads = torch.tensor(plan.heads or [0] * num_heads, device=plan.device)
     first = torch.arange(batch, device=plan.device) * patterns if plan.batch_rows > 1 else heads.new_zeros(batch)
     groups = plan.batch_rows * patterns
-    least = LIMIT_OF_QUICK if batch * num_heads * plan.q_blocks <= QUICK else LIMIT
+    is_host_bound = batch * num_heads * plan.q_blocks <= HOST_BOUND_TILES
+    least = HOST_BOUND_PROGRAM_TILES if is_host_bound else PROGRAM_TILES
+    of_keys = row // q_tiles * plan.kv_blocks + j
     return TileLists(
         size,
         (first[:, None] + heads).flatten().int(),
-        make_lists(groups, plan.q_blocks, row, j, full, mask, least),
-        make_lists(groups, plan.kv_blocks, row // q_tiles * plan.kv_blocks + j, row % q_tiles, full, mask, least),
+        make_lists(groups, plan.q_blocks, Entries(row, j, full, mask), least),
+        make_lists(groups, plan.kv_blocks, Entries(of_keys, row % q_tiles, full, mask), least),
         masks,
         masks.transpose(1, 2).contiguous(),
     )
 
 
-def make_lists(
-    groups: int, lines: int, line: Tensor, other: Tensor, full: Tensor, mask: Tensor, least: int | None
-) -> Lists:
+class Entries(NamedTuple):
+    """Tiles to be listed, `[N]` each: line (counted through all groups), tile on the other side, is it full, its mask."""
+
+    line: Tensor
+    other: Tensor
+    full: Tensor
+    mask: Tensor
+
+
+def make_lists(groups: int, lines: int, entries: Entries, least: int | None) -> Lists:
     """Sort entries by line, those with a mask first; otherwise they stay in order.
 
-    `line`, `other`, `full` and `mask` are `[N]`, lines are counted through all groups. Lines of up to `least` entries are not cut;
-    None: no line is.
+    Lines of up to `least` entries are not cut; None: no line is.
     """
-    found, order = (line.int() * 2 + full).sort(stable=True)
+    device = entries.line.device
+    found, order = (entries.line.int() * 2 + entries.full).sort(stable=True)
     # where the entries of each line begin, and those of them that are full
-    places = torch.arange(2 * groups * lines + 1, dtype=torch.int32, device=line.device)
-    begin = torch.searchsorted(found, places, out_int32=True)
+    bounds = torch.arange(2 * groups * lines + 1, dtype=torch.int32, device=device)
+    begin = torch.searchsorted(found, bounds, out_int32=True)
     offsets = begin[::2].contiguous()
-    limit, segments, long = UNCUT, line.new_zeros(0, 2), line.new_zeros(0, 3)
-    if least is not None and len(line):
+    limit, segments, long = UNLIMITED, entries.line.new_zeros(0, 2), entries.line.new_zeros(0, 3)
+    if least is not None and len(entries.line):
         # many small steps, for each of which a GPU would have to be waited for
         limit, segments, long = _segments(offsets.diff().view(groups, lines).amax(0).cpu(), least)
     return Lists(
         offsets,
         begin[1::2] - offsets[:-1],
-        other[order].int(),
-        mask[order].int(),
+        entries.other[order].int(),
+        entries.mask[order].int(),
         lines,
         limit,
-        segments.int().to(line.device),
-        long.int().to(line.device),
+        segments.int().to(device),
+        long.int().to(device),
     )
 
 
 def _segments(entries: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
     """`limit`, `segments` and `long` of lines that have up to so many `entries` in a group."""
     mean = int(entries.sum()) / int(entries.count_nonzero())
-    limit = max(least, int(LONGER * mean), SQUARE * math.isqrt(int(entries.max())))
+    limit = max(least, int(PROGRAM_TILES_OVER_MEAN * mean), SEGMENT_TILES_OVER_ROOT * math.isqrt(int(entries.max())))
     long = (entries > limit).nonzero().flatten()
     more = (entries[long] - 1) // limit
     first = more.cumsum(0) - more
@@ -134,7 +148,7 @@ def _segments(entries: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
 
 
 def _rows(plan: BlockPlan) -> Tensor:
-    """The row of each block of the plan's table, `[N]` int32."""
+    """The table row of each block of the plan, `[N]` int32."""
     counts = plan.row_offsets.diff()
     row = torch.arange(len(counts), dtype=torch.int32, device=plan.device)
     return row.repeat_interleave(counts, output_size=len(plan.columns))
@@ -152,8 +166,10 @@ def _masks(plan: BlockPlan, row: Tensor, j: Tensor, full: Tensor) -> tuple[Tenso
     # an example is its own
     own = found == torch.arange(len(found), device=plan.device)
     examples, which = own.nonzero().flatten(), (own.cumsum(0) - 1)[found]
-    pieces = zip(*(t[examples].split(max(1, EVALUATED // size**2)) for t in tiles), strict=True)
-    words = torch.cat([_packed(_evaluated(plan, *piece).flatten(1)).view(torch.int64) for piece in pieces])
+    at_once = max(1, MASK_BITS_AT_ONCE // size**2)
+    some_tiles = zip(*(t[examples].split(at_once) for t in tiles), strict=True)
+    evaluated = (_evaluated(plan, group, i, j).flatten(1) for group, i, j in some_tiles)
+    words = torch.cat([_packed(bits).view(torch.int64) for bits in evaluated])
     words, mask = words.unique(dim=0, return_inverse=True)
     number[wanted] = mask[which].int()
     return _unpacked(words.view(torch.uint8)).view(-1, size, size), number
@@ -161,7 +177,7 @@ def _masks(plan: BlockPlan, row: Tensor, j: Tensor, full: Tensor) -> tuple[Tenso
 
 @remembered
 def examples(plan: BlockPlan) -> dict[tuple[int, int], int]:
-    """For each partial block of the plan's table, by its row and column: the number of one that holds the same pairs."""
+    """For each partial block of a plan, by its table row and column: the number of one that holds the same pairs."""
     partial = ~plan.full
     row, column, lines = _rows(plan)[partial].long(), plan.columns[partial].long(), max(1, plan.q_blocks)
     found = _alike(plan, row // lines, row % lines, column)
@@ -170,22 +186,22 @@ def examples(plan: BlockPlan) -> dict[tuple[int, int], int]:
 
 def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """For each tile one that holds the same pairs, `[T]`: by the pattern's signature, itself where that does not tell."""
-    size, layout, found = plan.block_size, plan.layout, torch.arange(len(i), device=plan.device)
+    size, sequences, found = plan.block_size, plan.sequences, torch.arange(len(i), device=plan.device)
     if plan.mask_function is not None:
         return found
     b, p = group // len(plan.patterns), group % len(plan.patterns)
-    b = b if layout.rows > 1 else torch.zeros_like(b)
+    b = b if sequences.rows > 1 else torch.zeros_like(b)
     q, k = i * size + plan.q_offset, j * size
     # tiles that hang over the last query or key
     numbers = [(plan.q_offset + plan.q_len - q).clamp(max=size), (plan.kv_len - k).clamp(max=size)]
     whole, length = torch.ones_like(found, dtype=torch.bool), None
-    if layout.start is not None:
-        origin = layout.start[b, q]
-        whole = (layout.start[b, k] == origin) & _is_whole(plan, True)[b, i] & _is_whole(plan, False)[b, j]
-        length = layout.end[b, q] + 1 - origin
+    if sequences.start is not None and sequences.end is not None:
+        origin = sequences.start[b, q]
+        whole = (sequences.start[b, k] == origin) & _is_whole(plan, True)[b, i] & _is_whole(plan, False)[b, j]
+        length = sequences.end[b, q] + 1 - origin
         q, k = q - origin, k - origin
-    if layout.marks is not None:
-        numbers += [_marked(plan, True)[b, i], _marked(plan, False)[b, j]]
+    if sequences.marks is not None:
+        numbers += [_marked(plan, sequences.marks, True)[b, i], _marked(plan, sequences.marks, False)[b, j]]
     for index, pattern in enumerate(plan.patterns):
         own = (whole & (p == index)).nonzero().flatten()
         marks = Marks(length=plan.kv_len if length is None else length[own])
@@ -202,7 +218,7 @@ def _numbered(columns: list[Tensor]) -> Tensor:
     table = table - table.amin(1, keepdim=True)
     number, count = table.new_zeros(table.shape[1]), 1
     for column, most in zip(table, table.amax(1).tolist(), strict=True):
-        if count * (most + 1) > MOST:
+        if count * (most + 1) > MAX_NUMBERS:
             _, number = number.unique(return_inverse=True)
             count = len(number)
         number, count = number * (most + 1) + column, count * (most + 1)
@@ -214,23 +230,24 @@ def _tokens(plan: BlockPlan, of_queries: bool) -> Tensor:
     first, lines, length = (
         (plan.q_offset, plan.q_blocks, plan.q_len) if of_queries else (0, plan.kv_blocks, plan.kv_len)
     )
-    place = torch.arange(lines * plan.block_size, device=plan.device).clamp(max=length - 1)
-    return (first + place).view(lines, plan.block_size)
+    token = torch.arange(lines * plan.block_size, device=plan.device).clamp(max=length - 1)
+    return (first + token).view(lines, plan.block_size)
 
 
 def _is_whole(plan: BlockPlan, of_queries: bool) -> Tensor:
     """Which tiles hold tokens of one sequence only, `[B or 1, Nq or Nk]`."""
-    layout, tokens = plan.layout, _tokens(plan, of_queries)
-    start = layout.start[:, tokens]
+    sequences, tokens = plan.sequences, _tokens(plan, of_queries)
+    assert sequences.start is not None
+    start = sequences.start[:, tokens]
     whole = (start == start[..., :1]).all(-1)
-    return whole if layout.real is None else whole & layout.real[:, tokens].all(-1)
+    return whole if sequences.real is None else whole & sequences.real[:, tokens].all(-1)
 
 
-def _marked(plan: BlockPlan, of_queries: bool) -> Tensor:
+def _marked(plan: BlockPlan, marks: Tensor, of_queries: bool) -> Tensor:
     """Which tokens of each tile are marked, as a number, `[B or 1, Nq or Nk]`."""
-    marks = plan.layout.marks[:, _tokens(plan, of_queries)]
-    number = _packed(marks.flatten(0, 1)).unique(dim=0, return_inverse=True)[1]
-    return number.view(marks.shape[:2])
+    of_tiles = marks[:, _tokens(plan, of_queries)]
+    number = _packed(of_tiles.flatten(0, 1)).unique(dim=0, return_inverse=True)[1]
+    return number.view(of_tiles.shape[:2])
 
 
 def _packed(flags: Tensor) -> Tensor:
@@ -246,8 +263,8 @@ def _unpacked(packed: Tensor) -> Tensor:
 
 def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Tiles pair by pair, `[T, S, S]` bool."""
-    place = torch.arange(plan.block_size, device=plan.device)
-    q, k = (i[:, None] * plan.block_size + place)[:, :, None], (j[:, None] * plan.block_size + place)[:, None, :]
+    step = torch.arange(plan.block_size, device=plan.device)
+    q, k = (i[:, None] * plan.block_size + step)[:, :, None], (j[:, None] * plan.block_size + step)[:, None, :]
     b = (group // len(plan.patterns))[:, None, None]
     exists = (q < plan.q_len) & (k < plan.kv_len)
     q, k = q.clamp(max=plan.q_len - 1), k.clamp(max=plan.kv_len - 1)
@@ -263,12 +280,13 @@ def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 def chunk_lists(plan: HashedPlan) -> TileLists:
     """The lists of a plan of chunks. Every tile is masked, by comparing tokens."""
+    assert plan.chunks is not None
     if plan.chunks.alike:
-        return _ring_lists(plan.size, plan.q_index.shape[0], plan.chunks.ring, plan.q_index.device)
+        return _ring_lists(plan.size, plan.q_index.shape[0], plan.chunks.ring, plan.device)
     return _padded_lists(plan)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=RINGS_KEPT)
 def _ring_lists(size: int, rows: int, ring: tuple[int, int, int, int], device: torch.device) -> TileLists:
     """Those of all plans whose rows are such rings: nothing in them depends on which tokens stand where."""
     return made(_make_ring_lists, size, rows, ring, device)
@@ -278,27 +296,29 @@ def _make_ring_lists(size: int, rows: int, ring: tuple[int, int, int, int], devi
     rounds, tiles, *_ = ring
     group_of = torch.zeros(rows, dtype=torch.int32, device=device)
     found = ring_tiles(torch.tensor([tiles], device=device), *ring)
-    return _lists_without_masks(size, group_of, _masked_lists(1, rounds * tiles, found))
+    return _lists_without_masks(size, group_of, *_masked_lists(1, rounds * tiles, found))
 
 
 @remembered
 def _padded_lists(plan: HashedPlan) -> TileLists:
     rows = plan.q_index.shape[0]
-    group_of = torch.arange(rows, dtype=torch.int32, device=plan.q_index.device)
-    found = ((g.x, g.i, g.columns) for g in plan.groups)
-    return _lists_without_masks(plan.size, group_of, _masked_lists(rows, plan.q_index.shape[1] // plan.size, found))
+    group_of = torch.arange(rows, dtype=torch.int32, device=plan.device)
+    found = ((tiles.x, tiles.i, tiles.columns) for tiles in plan.tile_sets)
+    lines = plan.q_index.shape[1] // plan.size
+    return _lists_without_masks(plan.size, group_of, *_masked_lists(rows, lines, found))
 
 
-def _lists_without_masks(size: int, group_of: Tensor, both: tuple[Lists, Lists]) -> TileLists:
+def _lists_without_masks(size: int, group_of: Tensor, by_query: Lists, by_key: Lists) -> TileLists:
     none = torch.zeros(0, dtype=torch.uint8, device=group_of.device)
-    return TileLists(size, group_of, *both, none, none)
+    return TileLists(size, group_of, by_query, by_key, none, none)
 
 
-def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, ...]]) -> tuple[Lists, Lists]:
+def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Lists, Lists]:
     """By query and by key, of tiles of queries and those that each sees: rows `[T]`, tiles `[T]` and columns `[T, w]`."""
-    x, i, columns = (torch.cat(part) for part in zip(*found, strict=True))
+    x, i, columns = (torch.cat(some) for some in zip(*found, strict=True))
     exists = columns >= 0
     group, i, j = (t.expand_as(columns)[exists] for t in (x[:, None], i[:, None], columns))
-    rest = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group), None
-    pairs = (i, j), (j, i)
-    return tuple(make_lists(groups, lines, group * lines + line, other, *rest) for line, other in pairs)
+    full, mask = torch.zeros_like(group, dtype=torch.bool), torch.zeros_like(group)
+    by_query = make_lists(groups, lines, Entries(group * lines + i, j, full, mask), None)
+    by_key = make_lists(groups, lines, Entries(group * lines + j, i, full, mask), None)
+    return by_query, by_key
