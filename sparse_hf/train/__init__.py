@@ -4,10 +4,11 @@ Imported only when asked: `from sparse_hf.train import MarkHeaders`.
 """
 
 from .checked import CheckedCollator
-from .collators import MarkHeaders, MarkQuestion, MarkTokens
-from .distillation import Distillation
+from .collators import MarkHeaders, MarkQuestion, Marks, MarkTokens
+from .columns import tokens
+from .distillation import Distillation, labelled
 from .failures import TellAll
-from .heal import Healed, HealingTrainer, heal
+from .heal import Healed, HealingTrainer, heal, without_repeated
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
@@ -20,6 +21,7 @@ __all__ = [
     "MarkHeaders",
     "MarkQuestion",
     "MarkTokens",
+    "Marks",
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",
@@ -27,5 +29,8 @@ __all__ = [
     "add_lora",
     "first_position",
     "heal",
+    "labelled",
     "lora_config",
+    "tokens",
+    "without_repeated",
 ]

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from ..models.hf.input_checks import Limits
 from .columns import Collator, Feature
-from .distillation import plain
+from .distillation import unwrapped
 
 
 @dataclass
 class CheckedCollator:
-    """What `inner` makes, if the model can take it. On a GPU, a label or a position out of range ends the process instead.
+    """What `inner` makes, if the model can take it.
+
+    On a GPU, a label or a position out of range ends the process instead.
 
     Args:
         inner: the outermost of the other collators.
@@ -31,7 +33,7 @@ class CheckedCollator:
     limits: Limits = field(init=False)
 
     def __post_init__(self, model):
-        self.limits = Limits.of(plain(model))
+        self.limits = Limits.of(unwrapped(model))
 
     def __call__(self, features: Sequence[Feature]) -> Mapping[str, Any]:
         batch = self.inner(features)

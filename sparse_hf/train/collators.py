@@ -1,4 +1,4 @@
-"""Collators that add `global_attention_mask`, which the pattern's `marked()` speaks of, to what another collator makes.
+"""Collators that add `global_attention_mask`, the marks of `marked()`, to what another collator makes.
 
 Each wraps any collator of Transformers (padding, masked language modelling, seq2seq) or another one of these, whose marks
 it adds to. Marks are found before the inner collator runs, so that masking tokens hides none:
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .columns import Collator, Feature, as_features, beside, real_tokens, tokens
+from .columns import Collator, Feature, as_features, padded_like, real_tokens, tokens
 
 # columns that only we read, and that no collator of Transformers can pad
 TEXT_COLUMNS = ("text", "offset_mapping")
@@ -45,11 +45,11 @@ class Marks:
         found = [self.marks(feature) & real_tokens(feature) for feature in features]
         given = [feature.pop("global_attention_mask", None) for feature in features]
         found = [f if g is None else f | torch.as_tensor(g).bool() for f, g in zip(found, given, strict=True)]
-        passed = features
+        passed: list[Feature] = features
         if not isinstance(self.inner, Marks):
             passed = [{k: v for k, v in feature.items() if k not in TEXT_COLUMNS} for feature in features]
         batch = dict(self.inner(passed))
-        mask = beside(batch, features, found)
+        mask = padded_like(batch, features, found)
         before = batch.get("global_attention_mask")
         batch["global_attention_mask"] = mask if before is None else mask | before.long()
         return batch
@@ -113,7 +113,7 @@ class MarkQuestion(Marks):
 class MarkHeaders(Marks):
     """Marks the tokens of section headers: those that share a character with a match of a regular expression.
 
-    The text and the place of each token in it are read from the columns `text` and `offset_mapping`, which a fast tokenizer
+    The text and the offsets of each token in it are read from the columns `text` and `offset_mapping`, which a fast tokenizer
     gives with `return_offsets_mapping=True`; both come to the collator only with `remove_unused_columns=False`. Without
     them, the tokens are decoded with `tokenizer`, if decoding and tokenizing again gives the same tokens and keeps lines.
     In `dataset.map`, `{"global_attention_mask": headers.marks(example).long()}` makes a column that Trainer keeps.
@@ -146,7 +146,7 @@ class MarkHeaders(Marks):
             raise ValueError(
                 f"offset_mapping has shape {tuple(offsets.shape)} for {len(tokens(feature))} tokens; want [n, 2]"
             )
-        # matched characters up to each place, so that a token has some if the count grows over it
+        # matched characters up to each one, so that a token has some if the count grows over it
         inside = torch.zeros(len(text) + 1, dtype=torch.long)
         for match in self._regex.finditer(text):
             inside[match.start() + 1 : match.end() + 1] = 1
@@ -165,7 +165,7 @@ class MarkHeaders(Marks):
         if not self.tokenizer.is_fast:
             raise ValueError(f"{type(self.tokenizer).__name__} is no fast tokenizer and gives no offsets; {remedy}")
         if "\n" not in self.tokenizer.decode(self.tokenizer("a\nb", add_special_tokens=False).input_ids):
-            raise ValueError(f"this tokenizer drops line breaks, so headers cannot be told in decoded text; {remedy}")
+            raise ValueError(f"this tokenizer drops line breaks, so headers cannot be found in decoded text; {remedy}")
         text, offsets, special = "", [], set(self.tokenizer.all_special_ids)
         # special tokens are no text: what stands between them begins a line
         for is_special, run in itertools.groupby(tokens(feature).tolist(), special.__contains__):
@@ -173,10 +173,12 @@ class MarkHeaders(Marks):
             if is_special:
                 offsets += [(0, 0)] * len(ids)
                 continue
-            part = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            again = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+            decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            # one row of ids gives one text
+            assert isinstance(decoded, str)
+            again = self.tokenizer(decoded, add_special_tokens=False, return_offsets_mapping=True)
             if again.input_ids != ids:
                 raise ValueError(f"decoding and tokenizing again gives other tokens for a text of {len(ids)}; {remedy}")
             offsets += [(start + len(text), end + len(text)) for start, end in again.offset_mapping]
-            text += part + "\n"
+            text += decoded + "\n"
         return text, torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""What collators share: features as dictionaries, and columns of one value per token laid beside a padded batch."""
+"""What collators share: features as dictionaries, and per-token columns padded like a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 # B rows, L tokens of the longest row, n tokens of one
 
 Feature = dict[str, Any]
-Collator = Callable[[list[Feature]], Mapping[str, Any]]
+Collator = Callable[[Any], Mapping[str, Any]]
+"""Features -> batch. Transformers' collators take lists, others any sequence, so that the argument is not spelled out."""
 
 
 def as_features(features: Sequence[Mapping[str, Any]]) -> list[Feature]:
@@ -38,11 +39,13 @@ def real_tokens(feature: Feature) -> Tensor:
     return torch.as_tensor(feature["attention_mask"]).bool()
 
 
-def beside(batch: Mapping[str, Any], features: Sequence[Feature], columns: Sequence[Tensor], fill: int = 0) -> Tensor:
+def padded_like(
+    batch: Mapping[str, Any], features: Sequence[Feature], columns: Sequence[Tensor], fill: int = 0
+) -> Tensor:
     """Columns of `[n]`, one a feature, as `[B, L]`: padded where the inner collator padded.
 
     Raises:
-        ValueError: the batch has other rows than the features, or padding that no attention_mask tells the side of.
+        ValueError: the batch has other rows than the features, or padding whose side no attention_mask shows.
     """
     rows, length = batch["input_ids"].shape
     if rows != len(features):
@@ -57,9 +60,11 @@ def beside(batch: Mapping[str, Any], features: Sequence[Feature], columns: Seque
             raise ValueError(
                 f"the inner collator cut a row of {len(column)} tokens to {length}; truncate when tokenizing"
             )
-        if len(column) < length and mask is None:
-            raise ValueError("the inner collator pads without an attention_mask, so the side of the padding is unknown")
-        # the side of the padding is where the first real token went
-        shift = 0 if len(column) == length else int(mask[row].argmax()) - int(real_tokens(feature).int().argmax())
+        shift = 0
+        if len(column) < length:
+            if mask is None:
+                raise ValueError("the inner collator pads without an attention_mask: on which side it does is unknown")
+            # the first real token shows the side of the padding
+            shift = int(mask[row].argmax()) - int(real_tokens(feature).int().argmax())
         out[row, shift : shift + len(column)] = column
     return out

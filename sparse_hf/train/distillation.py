@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+# a label that no loss counts
 IGNORED = -100
 # answers of teacher and student are compared for this many tokens at a time: T x V is large
-CHUNK = 1024
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Distillation:
             raise ValueError(f"layers is {list(self.layers)}; weights of layers are numbers from 0, and not all 0")
 
 
-def plain(model):
+def unwrapped(model):
     """The model inside wrappers of torch, accelerate and peft."""
     while hasattr(model, "module"):
         model = model.module
@@ -59,8 +60,8 @@ def plain(model):
 
 
 def shifts(model) -> bool:
-    """Does a token's answer belong to the next label (a decoder), rather than to its own?"""
-    model = plain(model)
+    """Does a token's answer belong to the next label, as in a decoder, rather than to its own?"""
+    model = unwrapped(model)
     return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
 
 
@@ -79,36 +80,37 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx, student: Tensor, teacher: Tensor, keep: Tensor, temperature: float) -> Tensor:
         """Answers `[T, V]` of both, and `[T]` bool."""
         total, grad = student.new_zeros((), dtype=torch.float32), torch.zeros_like(student)
-        for some, *answers, part in zip(*(t.split(CHUNK) for t in (keep, student, teacher, grad)), strict=True):
+        for some, *answers, piece in zip(*(t.split(CHUNK_TOKENS) for t in (keep, student, teacher, grad)), strict=True):
             if not some.any():
                 continue
             ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in answers)
             wanted = theirs.exp()
             kl = (wanted * (theirs - ours)).sum(-1)
             total += kl.masked_fill(~some, 0).sum()
-            part.copy_(ours.exp_().sub_(wanted).div_(temperature).masked_fill_(~some[:, None], 0))
+            piece.copy_(ours.exp_().sub_(wanted).div_(temperature).masked_fill_(~some[:, None], 0))
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, given):
+    def backward(ctx, grad_total):
         (grad,) = ctx.saved_tensors
-        return grad * given.to(grad.dtype), None, None, None
+        return grad * grad_total.to(grad.dtype), None, None, None
 
 
-def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillation) -> Tensor:
+def distillation_loss(model, outputs, teacher_outputs, labels: Tensor, weights: Distillation) -> Tensor:
     """The teacher's terms, summed over labelled tokens."""
     keep = labelled(model, labels)
     total = outputs["logits"].new_zeros((), dtype=torch.float32)
     if weights.logits:
         # a decoder's last answer has no label
         kept = F.pad(keep, (0, labels.shape[1] - keep.shape[1])).flatten()
-        answers = (o["logits"].flatten(0, 1) for o in (outputs, taught))
+        answers = (o["logits"].flatten(0, 1) for o in (outputs, teacher_outputs))
         total = total + weights.logits * weights.temperature**2 * _Divergence.apply(*answers, kept, weights.temperature)
     if weights.hidden:
+        both = (o["hidden_states"] for o in (outputs, teacher_outputs))
         # the first states are the embeddings
-        states = [[s[:, : keep.shape[1]][keep] for s in o["hidden_states"][1:]] for o in (outputs, taught)]  # [T, D]
+        states = [[s[:, : keep.shape[1]][keep] for s in layers[1:]] for layers in both]  # [T, D]
         layers = weights.layers or [1.0] * len(states[0])
         for weight, student, teacher in zip(layers, *states, strict=True):
             square = F.mse_loss(student.float(), teacher.float(), reduction="none").mean(-1).sum()
@@ -118,7 +120,7 @@ def distillation_loss(model, outputs, taught, labels: Tensor, weights: Distillat
 
 def check_teacher(student, teacher: PreTrainedModel, weights: Distillation) -> None:
     """Refuse a teacher that the student cannot be compared with."""
-    ours, theirs = plain(student).config, teacher.config
+    ours, theirs = unwrapped(student).config, teacher.config
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(
             f"the teacher has {theirs.vocab_size} tokens and the model {ours.vocab_size}; they must share them"

@@ -1,7 +1,7 @@
-"""An error in one of several processes is said by all, where the others would only wait, or end without a word.
+"""An error in one of several processes becomes known to all, where the others would only wait, or end in silence.
 
 Whoever fails leaves a message in the store that the processes met through and waits until the others have read it: each has a
-thread that looks once a second. No step costs anything, and no collective is added.
+thread that polls the store. No step costs anything, and no collective is added.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# seconds between looks, that whoever fails waits for the others, and that those have to get out of what they wait in
-LOOK, HEAR, LEAVE = 1.0, 10.0, 30.0
+POLL_INTERVAL_S = 1.0
+# how long whoever fails waits for the others to have read its message
+READ_TIMEOUT_S = 10.0
+# how long the others have to get out of what they wait in, before SIGTERM ends them
+EXIT_TIMEOUT_S = 30.0
+FIRST, FAILURES, READ = "first", "failures", "read by {}"
 # blocks are entered by all processes in one order, so that their numbers agree
 _numbers = itertools.count()
 
@@ -35,55 +39,68 @@ class TellAll(AbstractContextManager):
     """
 
     def __enter__(self):
-        self._store = self._heard = None
+        self._board = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            self._rank, self._size = distributed.get_rank(), distributed.get_world_size()
-            store = distributed.distributed_c10d._get_default_store()
-            self._store = distributed.PrefixStore(f"sparse_hf/failures/{next(_numbers)}", store)
-            self._left = threading.Event()
-            threading.Thread(target=self._listen, name="TellAll", daemon=True).start()
+            self._board = _Board(next(_numbers), distributed.get_rank(), distributed.get_world_size())
+            self._board.start()
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self._store is None:
+        if self._board is None:
             return
-        self._left.set()
+        self._board.left.set()
         if not isinstance(error, Exception):
             return
         try:
             # the store may be gone with the process that failed
-            told = self._heard or self._told()
+            message = self._board.seen or self._board.message()
             # a collective that lost a process is no failure of its own
-            if told is None or not isinstance(error, RuntimeError):
-                self._tell(error)
+            if message is None or not isinstance(error, RuntimeError):
+                self._board.post(error)
                 return
         except distributed.DistError:
             return
-        raise RuntimeError(told) from error
+        raise RuntimeError(message) from error
 
-    def _told(self) -> str | None:
+
+class _Board:
+    """The store's messages of one block, and the thread that polls them; all processes share it."""
+
+    def __init__(self, number: int, rank: int, size: int):
+        self.rank, self.size = rank, size
+        # what another process said, as soon as the thread has read it
+        self.seen: str | None = None
+        self.left = threading.Event()
+        store = distributed.distributed_c10d._get_default_store()
+        self._store = distributed.distributed_c10d.PrefixStore(f"sparse_hf/failures/{number}", store)
+
+    def start(self) -> None:
+        threading.Thread(target=self._poll, name="TellAll", daemon=True).start()
+
+    def message(self) -> str | None:
         """What the first process that failed says."""
-        return self._store.get("first").decode() if self._store.check(["first"]) else None
+        return self._store.get(FIRST).decode() if self._store.check([FIRST]) else None
 
-    def _tell(self, error: Exception) -> None:
-        self._store.set(f"heard by {self._rank}", "")
-        if self._store.add("failures", 1) == 1:
-            self._store.set("first", f"process {self._rank} of {self._size} failed: {type(error).__name__}: {error}")
-        everyone = [f"heard by {rank}" for rank in range(self._size)]
-        end = time.monotonic() + HEAR
+    def post(self, error: Exception) -> None:
+        """Say what went wrong here, unless another process was first, and wait until all have read it."""
+        self._store.set(READ.format(self.rank), "")
+        if self._store.add(FAILURES, 1) == 1:
+            self._store.set(FIRST, f"process {self.rank} of {self.size} failed: {type(error).__name__}: {error}")
+        everyone = [READ.format(rank) for rank in range(self.size)]
+        end = time.monotonic() + READ_TIMEOUT_S
         while not self._store.check(everyone) and time.monotonic() < end:
-            time.sleep(LOOK / 10)
+            time.sleep(POLL_INTERVAL_S / 10)
 
-    def _listen(self) -> None:
-        while not self._left.wait(LOOK):
+    def _poll(self) -> None:
+        while not self.left.wait(POLL_INTERVAL_S):
             try:
-                self._heard = self._told()
-                if self._heard is None:
+                self.seen = self.message()
+                if self.seen is None:
                     continue
-                logger.error(self._heard)
-                self._store.set(f"heard by {self._rank}", "")
+                logger.error(self.seen)
+                self._store.set(READ.format(self.rank), "")
             except distributed.DistError:
                 return
-            if not self._left.wait(LEAVE):
+            if not self.left.wait(EXIT_TIMEOUT_S):
                 os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -1,4 +1,4 @@
-"""Healing: a converted model learns to live with its pattern, by more pre-training or from the dense teacher.
+"""Healing: a converted model gets used to its pattern, by more pre-training or from the dense teacher.
 
 Legend: B batch, L tokens of a row, T tokens that have a label.
 """
@@ -6,8 +6,9 @@ Legend: B batch, L tokens of a row, T tokens that have a label.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class HealingTrainer(Trainer):
     Args:
         teacher: a model with the same tokens; None trains on labels alone.
         distillation: the weights of the loss.
-        edges: positions at which perplexity is told apart: `(512, 2048)` gives 0-511, 512-2047 and 2048-.
+        edges: positions at which perplexity is split: `(512, 2048)` gives 0-511, 512-2047 and 2048-.
 
     Raises:
         ValueError: a teacher of another vocabulary or depth, one whose weights would be trained too, or one that ZeRO-3 spread.
@@ -57,32 +58,32 @@ class HealingTrainer(Trainer):
         check_teacher(student, teacher, self.distillation)
         if _is_partitioned(teacher):
             raise ValueError(
-                "DeepSpeed's ZeRO-3 left each process a part of the teacher, which nothing puts together; load the teacher before "
+                "DeepSpeed's ZeRO-3 left each process a part of the teacher, which nothing gathers; load the teacher before "
                 "TrainingArguments are made, or use FSDP2"
             )
         if not isinstance(teacher, SparseMixin):
             # with a pattern of all pairs it computes what it did, and keeps packed documents apart as the student does
             teacher = sparsify(teacher, Window(None, None))
-        return teacher.requires_grad_(False).eval().to(self.args.device)
+        teacher.requires_grad_(False).eval()
+        teacher.to(self.args.device)  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+        return teacher
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
             raise ValueError(f"a batch has {sorted(inputs)}, but no labels, which say what tokens are learned from")
-        wanted = self.distillation.hidden > 0
-        asked = {**inputs, "output_hidden_states": True} if wanted else inputs
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        told = {k: v for k, v in asked.items() if k not in ("labels", "global_attention_mask")}
-        if "global_attention_mask" in inputs and self.teacher.config.uses_marks:
-            told["global_attention_mask"] = inputs["global_attention_mask"]
+        # a copy: Trainer takes labels out of what it is given where it computes the loss itself, as for label smoothing
+        asked = {**inputs, "output_hidden_states": True} if self.distillation.hidden > 0 else dict(inputs)
+        loss, outputs = super().compute_loss(model, dict(asked), True, num_items_in_batch)
+        left_out = {"labels"} if self.teacher.config.uses_marks else {"labels", "global_attention_mask"}
         # autocast is around the student's forward only
         with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(**told)
+            teacher_outputs = self.teacher(**{name: value for name, value in asked.items() if name not in left_out})
         count, processes = num_items_in_batch, self._processes()
         if count is None:
             count, processes = labelled(model, inputs["labels"]).sum().clamp(min=1), 1
-        added = distillation_loss(model, outputs, taught, inputs["labels"], self.distillation) / count
+        added = distillation_loss(model, outputs, teacher_outputs, inputs["labels"], self.distillation) / count
         loss = self.distillation.labels * loss + added * processes
         return (loss, outputs) if return_outputs else loss
 
@@ -98,7 +99,9 @@ class HealingTrainer(Trainer):
         self._sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # summed on the device, which all back ends can do in single precision
-        nll, count = self.accelerator.reduce(self._sums.float().to(self.args.device), "sum").double().cpu()
+        totals = self.accelerator.reduce(self._sums.float().to(self.args.device), "sum")
+        assert isinstance(totals, Tensor)
+        nll, count = totals.double().cpu()
         self._sums = None
         found = {"perplexity": _perplexity(nll.sum(), count.sum())}
         starts = (0, *self.edges)
@@ -114,10 +117,12 @@ class HealingTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         first = logits[0] if isinstance(logits, tuple) else logits
-        self._count(model, first, self._prepare_inputs(inputs))
+        assert first is not None
+        self._sums += self._losses_by_position(model, first, self._prepare_inputs(inputs))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def _count(self, model, logits: Tensor, inputs) -> None:
+    def _losses_by_position(self, model, logits: Tensor, inputs) -> Tensor:
+        """Sums of losses and numbers of labels, `[2, number of edges + 1]`."""
         labels = without_repeated(self.accelerator, inputs["labels"])
         keep = labelled(model, labels)
         positions = inputs.get("position_ids")
@@ -125,17 +130,18 @@ class HealingTrainer(Trainer):
             real = inputs.get("attention_mask", torch.ones_like(labels))
             positions = (real.cumsum(1) - 1).clamp(min=0) if real.shape == labels.shape else torch.zeros_like(labels)
         targets = labels[:, 1:][keep] if shifts(model) else labels[keep]
-        places = positions.expand_as(labels)[:, : keep.shape[1]][keep]
+        positions = positions.expand_as(labels)[:, : keep.shape[1]][keep]
         nll = F.cross_entropy(logits[:, : keep.shape[1]][keep].float(), targets, reduction="none")  # [T]
-        bucket = torch.bucketize(places, torch.tensor(self.edges, device=places.device), right=True)
-        for row, values in enumerate((nll, torch.ones_like(nll))):
-            self._sums[row] += torch.zeros(len(self.edges) + 1, dtype=torch.float64).index_add_(
-                0, bucket.cpu(), values.double().cpu()
-            )
+        bucket = torch.bucketize(positions, torch.tensor(self.edges, device=positions.device), right=True)
+        values = torch.stack([nll, torch.ones_like(nll)]).double().cpu()
+        return torch.zeros(2, len(self.edges) + 1, dtype=torch.float64).index_add_(1, bucket.cpu(), values)
 
 
 def without_repeated(accelerator, labels: Tensor) -> Tensor:
-    """`[B, L]` labels without those of rows that fill up the last batches of several processes, and were seen before."""
+    """`[B, L]` labels without those of rows that were seen before.
+
+    Such rows fill up the last batches of several processes.
+    """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return labels
@@ -150,7 +156,7 @@ def _perplexity(nll: Tensor, count: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Healed:
-    """The model, with LoRA merged into it, and what evaluation said before and after (empty without evaluation data).
+    """The model, with LoRA merged into it, and metrics before and after (empty without evaluation data).
 
     FSDP and DeepSpeed's ZeRO-3 leave each process a part of the model: `state_dict` is then the whole on the main process, and
     `model.save_pretrained(folder, state_dict=state_dict)` saves it in any case.
@@ -159,7 +165,7 @@ class Healed:
     model: PreTrainedModel
     before: dict[str, float]
     after: dict[str, float]
-    state_dict: dict[str, Tensor] | None = None
+    state_dict: Mapping[str, Any] | None = None
 
 
 def heal(
@@ -175,7 +181,7 @@ def heal(
     resume_from_checkpoint: str | bool | None = None,
     **trainer_options,
 ) -> Healed:
-    """Train a converted model until it is at home in its pattern.
+    """Train a converted model until it is used to its pattern.
 
     Args:
         model: a sparse model with labels for its tokens (a causal or a masked language model).
@@ -184,7 +190,7 @@ def heal(
         distillation: what is learned from the teacher, by default labels and logits alike.
         lora: None trains all weights; a `peft.LoraConfig` trains what it says, see `lora_config`. Weights are merged at the end.
         eval_dataset: what perplexity is measured on, before and after, also by position.
-        edges: positions at which perplexity is told apart.
+        edges: positions at which perplexity is split.
         resume_from_checkpoint: as of `Trainer.train`.
         trainer_options: what else Trainer takes: data_collator, processing_class, callbacks, ...
 
@@ -207,7 +213,7 @@ def heal(
         raise ValueError(
             "LoRA is merged at the end, and FSDP or ZeRO-3 leave each process a part of the weights; use DDP, or train all weights"
         )
-    first = _First(trainer)
+    first = _EvaluateFirst(trainer)
     with TellAll():
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
@@ -217,14 +223,15 @@ def heal(
     return Healed(healed.merge_and_unload() if lora is not None else healed, first.metrics, after, whole)
 
 
-class _First(TrainerCallback):
-    """Evaluates when training begins: before, FSDP and ZeRO-3 have not spread the model yet and cannot evaluate it.
+class _EvaluateFirst(TrainerCallback):
+    """Evaluates when training begins; before that, FSDP and ZeRO-3 have not spread the model and cannot evaluate it.
 
-    A run that goes on from a checkpoint takes what it said then.
+    A run that goes on from a checkpoint takes what was logged then.
     """
 
     def __init__(self, trainer: HealingTrainer):
-        self.trainer, self.metrics = trainer, {}
+        self.trainer = trainer
+        self.metrics: dict[str, float] = {}
         if trainer.eval_dataset is not None:
             trainer.add_callback(self)
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **options):
-    """LoRA on every linear layer, with norms and embeddings trained whole, as long contexts want (LongLoRA, arXiv:2309.12307).
+    """LoRA on every linear layer, with norms and embeddings trained whole (LongLoRA, arXiv:2309.12307).
 
     Args:
         model: the model that it is for, whose norms and embeddings are named.
@@ -25,7 +25,7 @@ def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **option
 
 
 def add_lora(model: PreTrainedModel, config):
-    """`peft.get_peft_model`, and an output layer that is tied to the embeddings stays tied to those that are trained.
+    """`peft.get_peft_model`, with an output layer that stays tied to the embeddings that are trained.
 
     peft trains a copy of the embeddings, which leaves BERT's output layer behind, on the old ones.
     """

@@ -1,7 +1,9 @@
 """Rows of several whole documents that do not see each other.
 
-Positions start anew at each document, which is how sparse models tell documents apart: a packed row gives what its
-documents give by themselves, with every pattern, sinks and marks included.
+Positions start anew at each document, which is where sparse models see it begin: a packed row gives what its documents
+give by themselves, with every pattern, sinks and marks included.
+
+Legend: B rows, L tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -9,18 +11,18 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
 from ..models.hf.register import find_family
-from .columns import Collator, Feature, as_features, beside
+from .columns import Collator, as_features, padded_like
 
 # columns with one value per token; what else a data set holds does not fit a row of several documents
 TOKEN_COLUMNS = ("input_ids", "token_type_ids", "special_tokens_mask", "labels", "global_attention_mask")
-# columns that our collator pads, since a tokenizer does not; padding stands at the position of a first token
-PADDED = ("position_ids", "global_attention_mask")
+# columns that our collator pads, since a tokenizer does not; the position of padding is that of a first token
+PADDED_COLUMNS = ("position_ids", "global_attention_mask")
 IGNORED = -100
 
 
@@ -30,13 +32,25 @@ def first_position(config: PreTrainedConfig) -> int:
     return config.pad_token_id + 1 if family is not None and family.positions.counted else 0
 
 
+class Piece(NamedTuple):
+    """Tokens `start` to `end` of a document."""
+
+    document: int
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
 @dataclass(frozen=True)
 class PackDocuments:
     """Tokenized documents -> rows of at most `length` tokens, for `dataset.map`, streamed or not:
 
         rows = documents.map(PackDocuments(4096), batched=True, remove_columns=documents.column_names)
 
-    Documents of one batch of `map` go to the fullest row that they fit in, the longest first. One that is longer than
+    Documents of one batch of `map` go to the fullest row that has room for them, the longest first. One that is longer than
     `length` is cut into pieces of `length`, each a document of its own with positions from the beginning, so that later
     pieces do not see earlier ones. Columns other than `input_ids`, `token_type_ids`, `special_tokens_mask`, `labels` and
     `global_attention_mask` are left out; `position_ids` are added. Batches are made with `PackedCollator`.
@@ -60,15 +74,15 @@ class PackDocuments:
         columns = self._columns(documents)
         sizes = [len(ids) for ids in documents["input_ids"]]
         pieces = [
-            (document, at, min(at + self.length, size))
+            Piece(document, start, min(start + self.length, size))
             for document, size in enumerate(sizes)
-            for at in range(0, size, self.length)
+            for start in range(0, size, self.length)
         ]
         packed: dict[str, list[list[int]]] = {name: [] for name in (*columns, "position_ids")}
         for row in _rows(pieces, self.length):
             for name, column in columns.items():
-                packed[name].append([value for document, at, end in row for value in column[document][at:end]])
-            packed["position_ids"].append([self.first_position + i for _, at, end in row for i in range(end - at)])
+                packed[name].append([value for p in row for value in column[p.document][p.start : p.end]])
+            packed["position_ids"].append([self.first_position + i for piece in row for i in range(piece.size)])
         return packed
 
     def _columns(self, documents: Mapping[str, Any]) -> dict[str, Sequence]:
@@ -88,15 +102,15 @@ class PackDocuments:
         return columns
 
 
-def _rows(pieces: list[tuple[int, int, int]], length: int) -> list[list[tuple[int, int, int]]]:
+def _rows(pieces: list[Piece], length: int) -> list[list[Piece]]:
     """Best fit, the longest first; rows and what they hold in the order of the documents."""
-    rows: list[list[tuple[int, int, int]]] = []
+    rows: list[list[Piece]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for piece in sorted(pieces, key=lambda p: p[1] - p[2]):
-        size = piece[2] - piece[1]
-        place = bisect.bisect_left(free, (size, -1))
-        if place < len(free):
-            left, row = free.pop(place)
+    for piece in sorted(pieces, key=lambda p: -p.size):
+        size = piece.size
+        fullest = bisect.bisect_left(free, (size, -1))
+        if fullest < len(free):
+            left, row = free.pop(fullest)
         else:
             left, row = length, len(rows)
             rows.append([])
@@ -122,7 +136,7 @@ class PackedCollator:
     inner: Collator
     causal: bool = False
 
-    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         features = as_features(features)
         if any("position_ids" not in feature for feature in features):
             raise ValueError(
@@ -130,7 +144,9 @@ class PackedCollator:
                 "Trainer takes them out if the model's forward knows none: such a model cannot be trained on packed rows"
             )
         columns = {
-            name: [torch.as_tensor(feature.pop(name)) for feature in features] for name in PADDED if name in features[0]
+            name: [torch.as_tensor(feature.pop(name)) for feature in features]
+            for name in PADDED_COLUMNS
+            if name in features[0]
         }
         batch = dict(self.inner(features))
         positions = columns["position_ids"]
@@ -138,9 +154,9 @@ class PackedCollator:
         starts = [torch.cat([torch.ones(1, dtype=torch.bool), p[1:] <= p[:-1]]) for p in positions]
         for name, column in columns.items():
             fill = int(positions[0].min()) if name == "position_ids" else 0
-            padded = beside(batch, features, column, fill)
+            padded = padded_like(batch, features, column, fill)
             batch[name] = padded if batch.get(name) is None else padded | batch[name].long()
         if self.causal and "labels" in batch:
-            first = beside(batch, features, [s.long() for s in starts]).bool()
+            first = padded_like(batch, features, [s.long() for s in starts]).bool()
             batch["labels"] = batch["labels"].masked_fill(first, IGNORED)
         return batch

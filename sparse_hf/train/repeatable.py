@@ -15,11 +15,12 @@ from .columns import Collator, Feature, tokens
 
 @dataclass
 class RepeatableCollator(TrainerCallback):
-    """What `inner` makes, its random draws (masks of `DataCollatorForLanguageModeling`) being those of the batch and the epoch.
+    """What `inner` makes, with random draws that depend on the batch and the epoch alone.
 
-    Without it they depend on all that was drawn before, loaders fetch ahead, and a run that goes on from a checkpoint masks
-    other tokens. Trainer tells the epoch to a callback, so it is handed over twice: `Trainer(data_collator=c, callbacks=[c])`; a
-    loop by hand sets `epoch`. Workers that outlive an epoch (`dataloader_persistent_workers`) do not hear of it.
+    Without it draws (masks of `DataCollatorForLanguageModeling`) depend on all that was drawn before, loaders fetch ahead, and
+    a run that goes on from a checkpoint masks other tokens. Trainer gives the epoch to callbacks only, so pass it twice:
+    `Trainer(data_collator=c, callbacks=[c])`; a loop by hand sets `epoch`. Workers that outlive an epoch
+    (`dataloader_persistent_workers`) keep the epoch that they began with.
 
     Args:
         inner: a collator that draws from torch's generator.

@@ -101,7 +101,7 @@ def by_hand(accident: str, folder: str, resume: bool) -> None:
 
 def asleep(accident: str, folder: str, resume: bool) -> None:
     """As over NCCL, the other process waits in what no lost process wakes it from."""
-    failures.LEAVE = 3
+    failures.EXIT_TIMEOUT_S = 3
     torch.distributed.init_process_group("gloo")
     with TellAll():
         if torch.distributed.get_rank() == 0:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from sparse_hf.models.hf.tensor_parallel import own_heads
 from sparse_hf.train import CheckedCollator
 from tests.models.families import dense_model
 from tests.models.longformers import stock_model
-from tests.processes import TORCHRUN, finished
+from tests.processes import HANG_S, TORCHRUN, finished
 from tests.train import broken_run
 from tests.transformers.standins import run_distributed
 
@@ -210,14 +209,10 @@ def test_heads_that_nobody_says_the_place_of_are_told():
 # --- accidents in one of two processes
 
 
-def launch(accident: str, folder: Path, resume: str = "from the start") -> tuple[int, str, float]:
-    """Exit status, what was said, and seconds."""
-    start = time.monotonic()
-    # three times what it may take, to tell a hang from a slow machine
-    status, said = finished(
-        *TORCHRUN, "--nproc_per_node=2", broken_run.__file__, "Trainer", accident, str(folder), resume
-    )
-    return status, said, time.monotonic() - start
+def launch(accident: str, folder: Path, resume: str = "from the start") -> tuple[int, str]:
+    """Exit status, and what was said."""
+    arguments = ("--nproc_per_node=2", broken_run.__file__, "Trainer", accident, str(folder), resume)
+    return finished(*TORCHRUN, *arguments)
 
 
 def losses(folder: Path) -> list[float]:
@@ -249,10 +244,9 @@ MESSAGES = {
     "accident", ["killed", *(pytest.param(a, marks=pytest.mark.slow) for a in MESSAGES if a != "killed")]
 )
 def test_an_accident_in_one_process_ends_all(accident, tmp_path):
-    status, said, seconds = launch(accident, tmp_path)
+    status, said = launch(accident, tmp_path)
     assert status != 0 and MESSAGES[accident] in said, said[-3000:]
     assert accident == "killed" or f"process 1 of 2 failed: {MESSAGES[accident]}" in said, said[-3000:]
-    assert seconds < 60
     check_checkpoint(tmp_path, broken_run.HEADS[accident])
 
 
@@ -266,13 +260,11 @@ def test_all_processes_raise_what_one_met_with(way, tmp_path):
     # the store is here, so that no port need be guessed
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     command = [sys.executable, "-W", "ignore", broken_run.__file__, way, "label of a causal model", str(tmp_path), ""]
-    start = time.monotonic()
     ranks = []
     for rank in ("0", "1"):
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert time.monotonic() - start < 60
+    said = [rank.communicate(timeout=HANG_S)[1] for rank in ranks]
     head = "SparseLlamaForCausalLM"
     message = f"ValueError: labels hold 1000; those of {head} are 0 to "
     assert message in said[1]
@@ -285,7 +277,7 @@ def test_all_processes_raise_what_one_met_with(way, tmp_path):
 @pytest.mark.slow
 def test_what_was_killed_goes_on(tmp_path):
     assert launch("killed", tmp_path / "killed")[0] != 0
-    status, said, _ = launch("nothing", tmp_path / "killed", "resume")
+    status, said = launch("nothing", tmp_path / "killed", "resume")
     assert status == 0, said[-3000:]
     assert launch("nothing", tmp_path / "whole")[0] == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6

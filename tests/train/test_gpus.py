@@ -31,7 +31,7 @@ def run(name: str, out: Path, processes: int, config: str | None, *options: str)
     status, said = finished(
         *launch, "--num_processes", str(processes), str(FOLDER / f"{name}.py"), "--tiny", "--output_dir", str(out),
         "--per_device_train_batch_size", rows, "--max_steps", str(STEPS), "--logging_steps", "1", "--learning_rate", "1e-3",
-        "--disable_tqdm", "True", "--save_steps", "3", *options, seconds=300,
+        "--disable_tqdm", "True", "--save_steps", "3", *options,
     )  # fmt: skip
     assert status == 0, said[-6000:]
 

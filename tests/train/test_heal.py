@@ -96,14 +96,15 @@ def test_the_loss_is_the_formula(head, tmp_path):
 
 
 def test_the_gradient_of_the_divergence_is_autograds(monkeypatch):
-    monkeypatch.setattr(distillation, "CHUNK", 4)
+    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 4)
     student, teacher = torch.randn(2, 15, 11, generator=torch.Generator().manual_seed(0)).unbind()
     # one piece of four rows keeps none, the last is shorter
     keep = torch.tensor([True, False, True, True] + 4 * [False] + 7 * [True])
     p, q = ((x.double() / 3).softmax(-1) for x in (teacher, student.requires_grad_()))
     expected = (p * (p / q).log()).sum(-1)[keep].sum()
     got = distillation._Divergence.apply(student, teacher, keep, 3.0)
-    torch.testing.assert_close(got.double(), expected)
+    # sums of single precision
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
     grads = (torch.autograd.grad(5 * loss, student)[0] for loss in (got, expected))
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 

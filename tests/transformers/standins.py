@@ -17,8 +17,8 @@ import torch.distributed
 from torch.multiprocessing import start_processes
 from transformers import pipeline
 
-# a rank that fails leaves the others waiting; the slowest test takes a tenth of this
-SECONDS = 120
+from tests.processes import HANG_S
+
 # values of a configuration's common fields, each other than its default
 CONFIG_COMMON = {
     "return_dict": False,
@@ -40,13 +40,11 @@ def fork(function: Callable, args: tuple = (), nprocs: int = 1) -> None:
     """
     multiprocessing.set_forkserver_preload([__name__, "sparse_hf"])
     ranks = start_processes(function, args=args, nprocs=nprocs, start_method="forkserver", join=False)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_S
     try:
         while not ranks.join(timeout=1):
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the ranks took more than {SECONDS} s: one has failed, perhaps, and others wait for it"
-                )
+                raise TimeoutError(f"the ranks hung for {HANG_S} s: one has failed, perhaps, and others wait for it")
     finally:
         for process in ranks.processes:
             process.kill()
