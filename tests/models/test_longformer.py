@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.models.longformer.global_rows import GlobalRowsMixin, halves
+from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
+from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.longformers import (
     HEADS,

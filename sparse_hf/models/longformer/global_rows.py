@@ -9,177 +9,158 @@ Legend: B batch, N tokens, H heads, D head dim, E = H * D, M most marked tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from ...attention import sparse_attention
-from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
-from ...plan import build_plan
-from ..hf.attention_interface import attention_with_weights
-from ..hf.config import IMPLEMENTATIONS
+from ...attention import attention, with_weights
+from ...attention.backend import AttentionCall
+from ...attention.dropout import Dropout
+from ...attention.scoring import Scoring
+from ...pattern import Pattern
+from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
 from ..hf.tensor_parallel import own_heads
-from .unprojected import replace_rows, seen_keys, taken, with_rows
+from .halves import ALL_KEYS, halves
+from .projections import are_plain, is_host_bound, joined
+from .rows import marked_only, replaced_rows, taken, write_rows
+from .tokens import MarkedRows, Tokens
+from .unprojected import unprojected_rows
 
-# the rows of marked tokens that see everything
-ALL_KEYS = str(MarkedQueries())
-# longer than any text: what holds on a square of this size holds on all
-LONGEST = 1 << 30
+LOCAL, GLOBAL = ("query", "key", "value"), ("query_global", "key_global", "value_global")
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the layers are told of a batch, once per forward pass; None where there is nothing to say."""
-
-    real: Tensor | None = None  # [B, N] bool
-    marks: Tensor | None = None  # [B, N] bool, real tokens only
-    order: Tensor | None = None  # [B, N] int64: indices of marked tokens, then of other real ones, then of padding
-    most: int = 0  # M; a graph, which cannot look, takes N
-    alike: bool = False  # does each row have as many marked tokens?
-
-    def to(self, device) -> Tokens:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Tokens(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
-
-    def sorted(self) -> Tokens:
-        """The same tokens in `order`."""
-        real = None if self.real is None else self.real.gather(1, self.order)
-        return Tokens(real, self.marks.gather(1, self.order), None, self.most, self.alike)
+# the mixin stands before a dense class, whose attributes a type checker finds here
+_Module = nn.Module if TYPE_CHECKING else object
 
 
-def read_tokens(attention_mask: Tensor | None, global_attention_mask: Tensor | None) -> Tokens:
-    """Read the two masks of a forward pass, `[B, N]` each."""
-    given = {"attention_mask": attention_mask, "global_attention_mask": global_attention_mask}
-    for name, mask in given.items():
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be [batch, tokens]")
-    real = None if attention_mask is None else attention_mask.bool()
-    if global_attention_mask is None:
-        return Tokens(real)
-    marks = global_attention_mask.bool() if real is None else global_attention_mask.bool() & real
-    most, alike = marks.shape[1], False
-    if not torch.compiler.is_compiling():
-        least, most = torch.stack(marks.sum(1).aminmax()).tolist()
-        alike = least == most
-        if not most:
-            return Tokens(real)
-    rank = marks.int() if real is None else marks.int() + real
-    return Tokens(real, marks, rank.argsort(dim=1, descending=True, stable=True), most, alike)
-
-
-class GlobalRowsMixin:
+class GlobalRowsMixin(_Module):
     """For `LongformerSelfAttention` and its copy in LED: attention by pattern, any length, causal or dilated per head."""
 
+    config: SparseConfigMixin
+    layer_id: int
+    num_heads: int
+    head_dim: int
+    dropout: float
     # the stack of `sparse_attention.layers` that the module belongs to
     stack = ""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tokens | None = None, output_attentions=False, **_
-    ) -> tuple:
+    ) -> tuple[Tensor, ...]:
         """`[B, N, E]` in and out, and `[B, H, N, N]` weights if asked for.
 
         What Transformers passes as masks is one `Tokens` here. Its compact form of the weights (global keys first, then
         the window) is not made: "sparse_reference", the only one to show weights, has the whole square.
         """
         tokens = Tokens() if attention_mask is None else attention_mask
-        q, k, v = (self._heads(name, hidden_states) for name in ("query", "key", "value"))
         pattern = self.config.layer_pattern(self.layer_id, stack=self.stack)
-        local, rows = halves(own_heads(pattern, self, q.shape[1], self.num_heads))
-        out, weights = self._attend(q, k, v, local, tokens, output_attentions)
-        if rows is not None and tokens.marks is not None:
-            # a key's place means nothing to rows that see every key, so marked tokens can be brought side by side
-            if rows == ALL_KEYS and not output_attentions:
-                out = self._gathered_rows(hidden_states, out, tokens)
-            else:
-                q, k, v = (self._heads(f"{name}_global", hidden_states) for name in ("query", "key", "value"))
-                global_out, global_weights = self._attend(q, k, v, rows, tokens, output_attentions)
-                is_marked = tokens.marks[:, None, :, None]
-                out = torch.where(is_marked, global_out, out)
-                weights = torch.where(is_marked, global_weights, weights) if output_attentions else None
-        out = out.transpose(1, 2).flatten(2)
-        return (out, weights) if output_attentions else (out,)
-
-    def _gathered_rows(self, hidden_states: Tensor, out: Tensor, tokens: Tokens) -> Tensor:
-        """`out` `[B, H, N, D]` with the rows of marked tokens replaced: M * N work, wherever they stand."""
-        index = tokens.order[:, : tokens.most]
-        is_marked = None if tokens.alike else tokens.marks.gather(1, index)
-        # a graph has N rows here, most of which see nothing; and dropout is the same on every backend
-        as_pattern = torch.compiler.is_compiling() or (self.training and self.dropout)
-        if not as_pattern and self._is_cheaper_unprojected(tokens.most):
-            given = out, hidden_states, index, is_marked, tokens.real
-            return replace_rows(*given, self.query_global, self.key_global, self.value_global)
-        q = self._heads("query_global", taken(hidden_states, index))
-        if as_pattern:
-            states, tokens = taken(hidden_states, tokens.order), tokens.sorted()
-            k, v = (self._heads(name, states) for name in ("key_global", "value_global"))
-            rows, _ = self._attend(q, k, v, ALL_KEYS, tokens)  # [B, H, M, D]
+        joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
+        # marked tokens that see every key need no plan, unless weights are drawn or shown
+        sees_all = tokens.rows is not None and not (self.training and self.dropout) and not output_attentions
+        names = LOCAL + GLOBAL if joins and sees_all and halves(pattern)[1] == ALL_KEYS else LOCAL
+        q, k, v, *of_marked = self._project(names, hidden_states, joins)
+        local, rows = halves(own_heads(pattern, self, q.shape[2] // self.head_dim, self.num_heads))
+        out, weights = self._attend((q, k, v), local, tokens, output_attentions)
+        if rows is None or tokens.marks is None:
+            out = _by_token(out)
+            out = out if rows is None else self._keep_gradients(out, hidden_states)
+        elif rows == ALL_KEYS and sees_all:
+            assert tokens.rows is not None
+            out = self._full_rows(_by_token(out), hidden_states, tokens.rows, of_marked)
+        elif rows == ALL_KEYS and tokens.batch.segments is None and not output_attentions:
+            out = _by_token(self._sorted_rows(out, hidden_states, tokens))
         else:
-            k, v = (self._heads(name, hidden_states) for name in ("key_global", "value_global"))
-            rows = _see_all(q, k, v, tokens.real)
-        return with_rows(out, rows, index, is_marked)
+            q, k, v = self._project(GLOBAL, hidden_states)
+            global_out, global_weights = self._attend((q, k, v), rows, tokens, output_attentions)
+            is_marked = tokens.marks[:, None, :, None]
+            out = _by_token(torch.where(is_marked, global_out, out))
+            weights = None if weights is None else torch.where(is_marked, global_weights, weights)
+        return (out,) if weights is None else (out, weights)
 
-    def _is_cheaper_unprojected(self, most: int) -> bool:
-        """Are marked tokens so few that their queries are brought to the states rather than all states to them?
+    def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows, of_marked: Sequence[Tensor]) -> Tensor:
+        """`out` `[B, N, E]` with the rows of marked tokens replaced, which see every key: M * N work, wherever they are.
 
-        Weights are read for it, which must then be all that the projections do (no adapters, no hooks).
+        Args:
+            of_marked: queries, keys and values of all tokens, if they are there already.
         """
-        wide = 2 * most * self.num_heads > self.key_global.in_features
-        return not wide and all(map(_is_bare, (self.query_global, self.key_global, self.value_global)))
+        query, key, value = projections = self._projections(GLOBAL)
+        most = len(where.index) // len(states)
+        # few queries are brought to the states rather than all states to them. Weights are read for it
+        is_less_work = 2 * most * self.num_heads <= states.shape[2]
+        if not of_marked and is_less_work and are_plain(projections):
+            return unprojected_rows(out, states, where, self.head_dim, (query, key, value))
+        if of_marked:
+            q, k, v = of_marked
+            q = q.flatten(0, 1).index_select(0, where.index)
+        else:
+            q = query(states.flatten(0, 1).index_select(0, where.index))
+            k, v = key(states), value(states)
+        q = q.view(len(states), most, -1)  # [B, M, E]
+        mask = None if where.seen is None else where.seen[:, None]
+        rows = scaled_dot_product_attention(*map(self._heads, (q, k, v)), mask)
+        rows = rows.transpose(1, 2).reshape(-1, out.shape[-1])  # [B * M, E]
+        return write_rows(out, marked_only(rows, where), where.marked)
 
-    def _heads(self, name: str, states: Tensor) -> Tensor:
-        return getattr(self, name)(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _sorted_rows(self, out: Tensor, states: Tensor, tokens: Tokens) -> Tensor:
+        """`out` `[B, H, N, D]` with the rows of marked tokens replaced, computed by a plan of tokens in another order.
 
-    def _attend(self, q, k, v, pattern: str, tokens: Tokens, with_weights=False) -> tuple[Tensor, Tensor | None]:
-        batch = {"key_padding_mask": tokens.real, "marks": tokens.marks, "q_offset": 0}
-        dropout = self.dropout if self.training else 0.0
-        if with_weights:
-            plan = build_plan(pattern, q.shape[2], k.shape[2], device=q.device, **batch)
-            return attention_with_weights(q, k, v, plan, dropout)
-        backend = IMPLEMENTATIONS[self.config._attn_implementation]
-        return sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend), None
+        What sees every key does not ask where keys stand, so that marked tokens can be brought side by side. A graph
+        has N rows here, most of which see nothing; and dropout is the same on every backend.
+        """
+        assert tokens.order is not None and tokens.marks is not None
+        where = tokens.rows
+        index = tokens.order if where is None else tokens.order[:, : len(where.index) // len(states)]
+        is_marked = None if where is not None and where.slots is None else tokens.marks.gather(1, index)
+        q = self.query_global(taken(states, index))
+        k, v = self._project(GLOBAL[1:], taken(states, tokens.order))
+        rows, _ = self._attend((q, k, v), ALL_KEYS, tokens.sorted())  # [B, H, M, D]
+        return replaced_rows(out, rows, index, is_marked)
+
+    def _keep_gradients(self, out: Tensor, states: Tensor) -> Tensor:
+        """`out`, and gradients of 0 where several processes train: all wait for those of a batch without marks, too."""
+        if not (self.training and torch.is_grad_enabled() and _are_several_processes()):
+            return out
+        query, key, value = (projection(states[0, :0]) for projection in self._projections(GLOBAL))
+        nowhere = torch.empty(0, dtype=torch.int64, device=out.device)
+        return write_rows(out, (query + key + value).to(out.dtype), nowhere)
+
+    def _projections(self, names: Sequence[str]) -> list[nn.Linear]:
+        return [getattr(self, name) for name in names]
+
+    def _project(self, names: Sequence[str], states: Tensor, joins: bool = False) -> list[Tensor]:
+        """What the projections of these names make of `states`, `[B, N, E]` each."""
+        modules = self._projections(names)
+        return list(joined(states, modules)) if joins else [module(states) for module in modules]
+
+    def _heads(self, t: Tensor) -> Tensor:
+        """`[B, H, N, D]` of `[B, N, E]`."""
+        return t.view(*t.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _attend(
+        self, qkv: tuple[Tensor, Tensor, Tensor], pattern: str, tokens: Tokens, wants_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention `[B, H, N, D]` by a pattern, of queries, keys and values `[B, N, E]`, and the weights if asked for."""
+        dropout = Dropout.draw(self.dropout if self.training else 0.0)
+        scoring = Scoring(self.head_dim**-0.5)
+        q, k, v = map(self._heads, qkv)
+        call = AttentionCall(q, k, v, pattern, 0, scoring, dropout, tokens.batch, wants_lse=False)
+        if wants_weights:
+            call.pattern = Pattern.parse(pattern)
+            out, _, weights = with_weights(call)
+            return out, weights
+        return attention(call, IMPLEMENTATIONS[self.config._attn_implementation])[0], None
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """A linear layer whose weights say all."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooks and module.bias is not None
+def _by_token(t: Tensor) -> Tensor:
+    """`[B, N, E]` of `[B, H, N, D]`."""
+    return t.transpose(1, 2).flatten(2).contiguous()
 
 
-def _see_all(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-    """Dense attention of a few queries to all real keys: M * N work, and no M x N tensor."""
-    mask = None if real is None else seen_keys(real)[:, None, None, :]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-
-
-# a graph takes the answer as a constant instead of tracing the parser
-@torch.compiler.assume_constant_result
-def halves(text: str) -> tuple[str, str | None]:
-    """The pattern of the rows of tokens that are not marked, and of those that are (None: a layer that does not ask)."""
-    return _cached_halves(text)
-
-
-@lru_cache(maxsize=256)
-def _cached_halves(text: str) -> tuple[str, str | None]:
-    both, keys, queries, nothing = (str(p) for p in (Marked(), MarkedKeys(), MarkedQueries(), First(0)))
-    if both not in text and queries not in text:
-        return text, None
-    local = text.replace(both, keys).replace(queries, nothing)
-    pattern = Pattern.parse(text)
-    if all(_holds_everything(p) for p in pattern.heads or (pattern,)):
-        return local, ALL_KEYS
-    if pattern.heads:
-        return local, str(type(pattern)(*(p & MarkedQueries() for p in pattern.heads)))
-    return local, str(pattern & MarkedQueries())
-
-
-def _holds_everything(pattern: Pattern) -> bool:
-    """Does a marked query see every key?"""
-    first, last, all_marked, none_marked = map(torch.tensor, (0, LONGEST, 2, 0))
-    marks = all_marked.to(torch.int8), none_marked.to(torch.int8)
-    return pattern.blocks(first, last, first, last, marks).item() == FULL
+def _are_several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def run_layers(
@@ -201,14 +182,3 @@ def run_layers(
         if output_hidden_states:
             states.append(hidden_states)
     return hidden_states, tuple(states) if output_hidden_states else None, tuple(weights) if output_attentions else None
-
-
-def window_pattern(attention_window: int | list[int], layer: int) -> str:
-    """What `attention_window` means: the total width, so each side is half of it; and the global tokens."""
-    width = attention_window if isinstance(attention_window, int) else attention_window[layer]
-    return f"window({width // 2}, {width // 2}) | {Marked.word}()"
-
-
-def wished(config, **given) -> tuple[bool, ...]:
-    """What the caller said of the outputs, or else the configuration."""
-    return tuple(getattr(config, name) if value is None else value for name, value in given.items())

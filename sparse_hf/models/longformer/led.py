@@ -17,9 +17,12 @@ from transformers.models.led.modeling_led import (
 
 from ..hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
+from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
-from .global_rows import GlobalRowsMixin, read_tokens, run_layers, window_pattern, wished
+from .global_rows import GlobalRowsMixin, run_layers
+from .halves import window_pattern
+from .tokens import read_tokens
 
 
 class SparseLEDConfig(SparseEncoderDecoderConfigMixin, LEDConfig):
@@ -53,7 +56,7 @@ class SparseLEDEncoder(SparseEncoderMixin, LEDEncoder):
         **kwargs,
     ):
         """As [`LEDEncoder.forward`], without padding to the window."""
-        with_weights, with_states, as_dict = wished(
+        with_weights, with_states, as_dict = wanted_outputs(
             self.config,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -64,7 +67,9 @@ class SparseLEDEncoder(SparseEncoderMixin, LEDEncoder):
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states = self.layernorm_embedding(states + self.embed_positions(states.shape[:-1]))
         states = torch.nn.functional.dropout(states, p=self.dropout, training=self.training)
-        tokens = read_tokens(attention_mask, global_attention_mask)
+        tokens = read_tokens(states, attention_mask, global_attention_mask)
+        if tokens.marks is not None and not self.config.uses_marks:
+            raise ValueError(f"attention_mask marks global tokens, but {self.config.why_no_marks}")
         layerdrop = self.layerdrop if self.training else 0.0
         last, states, weights = run_layers(self.layers, states, tokens, with_weights, with_states, layerdrop)
         if not as_dict:

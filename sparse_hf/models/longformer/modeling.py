@@ -3,8 +3,10 @@
 Without `sparse_attention` a layer's pattern is the one of its `attention_window`. With it, windows may also be causal, or
 dilated head by head, as in the paper: `per_head(window(64, 64) | marked(), window(128, 128) & stride(2) | marked(), ...)`.
 Texts need no padding to the window. Attention weights come as whole squares and under "sparse_reference" only, not in the
-compact form of Transformers. Positions tell no packed documents apart: the family has one text to a row.
+compact form of Transformers. Packed documents are kept apart where `position_ids` tell them.
 """
+
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -19,15 +21,19 @@ from transformers import (
 from transformers import initialization as init
 from transformers.models.longformer.modeling_longformer import (
     LongformerBaseModelOutputWithPooling,
+    LongformerLayer,
     LongformerLMHead,
     LongformerSelfAttention,
 )
 
 from ..hf.config import SparseConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
+from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
-from .global_rows import GlobalRowsMixin, read_tokens, run_layers, window_pattern, wished
+from .global_rows import GlobalRowsMixin, run_layers
+from .halves import window_pattern
+from .tokens import read_tokens
 
 
 class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
@@ -40,6 +46,19 @@ class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
 
 class SparseLongformerSelfAttention(GlobalRowsMixin, LongformerSelfAttention):
     """Its windows and global tokens as plans."""
+
+
+class SparseLongformerLayer(LongformerLayer):
+    """A layer whose feed-forward takes `chunk_size_feed_forward` tokens at a time; the last ones may be fewer."""
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, output_attentions=False, **_) -> tuple[Tensor, ...]:
+        states, *weights = self.attention(
+            hidden_states, attention_mask=attention_mask, output_attentions=output_attentions
+        )
+        size = self.chunk_size_feed_forward
+        if not size:
+            return self.ff_chunk(states), *weights
+        return torch.cat([self.ff_chunk(chunk) for chunk in states.split(size, dim=1)], dim=1), *weights
 
 
 class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
@@ -62,7 +81,7 @@ class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
         **kwargs,
     ) -> tuple | LongformerBaseModelOutputWithPooling:
         """As [`LongformerModel.forward`], without padding to the window."""
-        with_weights, with_states, as_dict = wished(
+        with_weights, with_states, as_dict = wanted_outputs(
             self.config,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -75,7 +94,9 @@ class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
         states = self.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )
-        tokens = read_tokens(attention_mask, global_attention_mask)
+        tokens = read_tokens(states, attention_mask, global_attention_mask, position_ids)
+        if tokens.marks is not None and not self.config.uses_marks:
+            raise ValueError(f"attention_mask marks global tokens, but {self.config.why_no_marks}")
         last, states, weights = run_layers(self.encoder.layer, states, tokens, with_weights, with_states)
         pooled = None if self.pooler is None else self.pooler(last)
         if not as_dict:
@@ -105,7 +126,14 @@ class SparseLongformerForSequenceClassification(SparseMixin, LongformerForSequen
     config_class = SparseLongformerConfig
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
-        return (torch.arange(input_ids.shape[1], device=input_ids.device) == 0).expand_as(input_ids)
+        return _first_token(input_ids)
+
+    @wraps(LongformerForSequenceClassification.forward)
+    def forward(self, input_ids=None, attention_mask=None, global_attention_mask=None, **kwargs):
+        embeddings = kwargs.get("inputs_embeds")
+        if global_attention_mask is None and embeddings is not None:
+            global_attention_mask = _first_token(embeddings[..., 0])
+        return super().forward(input_ids, attention_mask, global_attention_mask, **kwargs)
 
 
 class SparseLongformerForQuestionAnswering(SparseMixin, LongformerForQuestionAnswering):
@@ -116,8 +144,8 @@ class SparseLongformerForQuestionAnswering(SparseMixin, LongformerForQuestionAns
     accepts_loss_kwargs = False
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
-        places, separator = _first_separator(input_ids, self.config.sep_token_id)
-        return places < separator
+        index, separator = _first_separator(input_ids, self.config.sep_token_id)
+        return index < separator
 
 
 class SparseLongformerForMultipleChoice(SparseMixin, LongformerForMultipleChoice):
@@ -127,20 +155,28 @@ class SparseLongformerForMultipleChoice(SparseMixin, LongformerForMultipleChoice
     config_class = SparseLongformerConfig
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
-        places, separator = _first_separator(input_ids, self.config.sep_token_id)
-        return places > separator + 1
+        index, separator = _first_separator(input_ids, self.config.sep_token_id)
+        return index > separator + 1
 
 
-def _first_separator(input_ids: Tensor, sep_token_id: int) -> tuple[Tensor, Tensor]:
+def _first_token(input_ids: Tensor) -> Tensor:
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) == 0).expand(input_ids.shape)
+
+
+def _first_separator(input_ids: Tensor, sep_token_id: int | None) -> tuple[Tensor, Tensor]:
     """The index of each token, `[..., N]`, and of the first separator in each row, `[..., 1]`."""
+    if sep_token_id is None:
+        raise ValueError(
+            "the configuration has no sep_token_id, by which a question is found; pass global_attention_mask"
+        )
     is_separator = input_ids == sep_token_id
     if not torch.compiler.is_compiling() and not is_separator.any(-1).all():
         raise ValueError(
             f"a row of input_ids has no separator (sep_token_id {sep_token_id}), which would tell its question from its text; "
             "pass global_attention_mask"
         )
-    places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
-    return places, is_separator.int().argmax(-1, keepdim=True)
+    index = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+    return index, is_separator.int().argmax(-1, keepdim=True)
 
 
 # positions begin behind the padding id, and `max_position_embeddings` counts all rows (4,098 for 4,096 tokens)
@@ -153,4 +189,8 @@ POSITIONS = Positions(
     skips_padding=True,
 )
 
-register_family(SparseLongformerConfig, POSITIONS, parts={LongformerSelfAttention: SparseLongformerSelfAttention})
+register_family(
+    SparseLongformerConfig,
+    POSITIONS,
+    parts={LongformerLayer: SparseLongformerLayer, LongformerSelfAttention: SparseLongformerSelfAttention},
+)

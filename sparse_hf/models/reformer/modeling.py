@@ -32,9 +32,9 @@ from transformers.models.reformer.modeling_reformer import (
 from ...pattern import LSHChunks, Pattern, Ring
 from ..hf.config import SparseConfigMixin
 from ..hf.model_mixin import SparseGenerationMixin, SparseMixin, adopt
+from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
-from ..longformer.global_rows import wished
 from .attention import (
     SparseAxialPositionEmbeddings,
     SparseLocalSelfAttention,
@@ -123,7 +123,7 @@ class SparseReformerModel(SparseMixin, ReformerModel):
         **kwargs,
     ) -> tuple | ReformerModelOutput:
         """As [`ReformerModel.forward`], at any length. A cache is made outside of training only."""
-        use_cache, with_weights, with_states, as_dict = wished(
+        use_cache, with_weights, with_states, as_dict = wanted_outputs(
             self.config,
             use_cache=use_cache,
             output_attentions=output_attentions,

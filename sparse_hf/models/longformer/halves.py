@@ -1,0 +1,49 @@
+"""A layer's pattern in two halves: the rows of all tokens, and the rows of marked ones, which have their own projections."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
+from ...pattern.base import Marks
+
+# the rows of marked tokens that see everything
+ALL_KEYS = str(MarkedQueries())
+# longer than any text: what holds on a square of this many tokens holds on all
+LONGEST_TEXT = 1 << 30
+
+
+def window_pattern(attention_window: int | list[int], layer: int) -> str:
+    """What `attention_window` means: the total width, so each side is half of it; and the global tokens."""
+    width = attention_window if isinstance(attention_window, int) else attention_window[layer]
+    return f"window({width // 2}, {width // 2}) | {Marked.word}()"
+
+
+# a graph takes the answer as a constant instead of tracing the parser
+@torch.compiler.assume_constant_result
+def halves(text: str) -> tuple[str, str | None]:
+    """The pattern of the rows of tokens that are not marked, and of those that are; None in a layer that asks for none."""
+    return _cached_halves(text)
+
+
+@lru_cache(maxsize=256)
+def _cached_halves(text: str) -> tuple[str, str | None]:
+    both, keys, queries, nothing = (str(p) for p in (Marked(), MarkedKeys(), MarkedQueries(), First(0)))
+    if both not in text and queries not in text:
+        return text, None
+    local = text.replace(both, keys).replace(queries, nothing)
+    pattern = Pattern.parse(text)
+    if all(_holds_everything(p) for p in pattern.heads or (pattern,)):
+        return local, ALL_KEYS
+    if pattern.heads:
+        return local, str(type(pattern)(*(p & MarkedQueries() for p in pattern.heads)))
+    return local, str(pattern & MarkedQueries())
+
+
+def _holds_everything(pattern: Pattern) -> bool:
+    """Does a marked query see every key?"""
+    first, last, all_marked, none_marked = map(torch.tensor, (0, LONGEST_TEXT, 2, 0))
+    marks = Marks(all_marked.to(torch.int8), none_marked.to(torch.int8))
+    return pattern.blocks(first, last, first, last, marks).item() == FULL
