@@ -17,3 +17,11 @@ logging.set_verbosity_error()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """Tests change what plans and decisions are made of; none goes on with those of another."""
+    from sparse_hf.plan.lookup import forget_plans
+
+    forget_plans()

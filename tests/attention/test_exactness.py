@@ -2,106 +2,205 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from sparse_hf import sparse_attention
+from sparse_hf.attention import BACKENDS, route
+from sparse_hf.attention.autograd import AutogradBackend
+from sparse_hf.attention.backends.sdpa.dense import is_causal
+from sparse_hf.attention.composite.lsh import DenseHashedPairs, HashedPairs
+from sparse_hf.attention.composite.strided import Strided
+from sparse_hf.attention.dispatch import DECODE, DENSE
+from sparse_hf.pattern import Pattern
+from sparse_hf.pattern.forms import StrideForm, read_stride
 from tests import oracle
-from tests.table import LENGTHS, PATTERNS, SCENARIOS, SHAPES, causal_form, scenario
-
-BATCH = 2
-# an implementation may err this many times as much as dense attention in the same dtype does, plus a few roundings
-SLACK = 4
-ROUNDINGS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
-NAMES = ("out", "lse", "grad q", "grad k", "grad v")
-
-ALL = list(itertools.product(PATTERNS, ("causal", "bidirectional"), LENGTHS, SCENARIOS))
-# every pattern meets every scenario both ways in the fast suite, at a length that walks through the table; all in the slow one
-FAST = {
-    i
-    for i, case in enumerate(ALL)
-    if LENGTHS.index(case[2]) == (i // len(SCENARIOS) // len(LENGTHS) + i) % len(LENGTHS)
-}
-
-
-def cases(step: int = 1, shift: int = 0):
-    return [
-        pytest.param(
-            causal_form(pattern) if causal == "causal" else pattern, length, name, SHAPES[i % len(SHAPES)],
-            id=f"{i}-{pattern[:20]}-{causal}-{length}-{name}", marks=() if i in FAST else pytest.mark.slow,
-        )
-        for i, (pattern, causal, length, name) in enumerate(ALL) if i % step == shift
-    ]  # fmt: skip
+from tests.attention import hashes
+from tests.attention.exactness import (
+    ALL,
+    BATCH,
+    BF16,
+    BLOCKS,
+    DRAWN,
+    FP32,
+    ON_GPU,
+    SHAPES,
+    TABLES,
+    batch_of,
+    call_of,
+    compare,
+    exact_cases,
+    tensors,
+    why_not,
+)
+from tests.table import PATTERNS, SCENARIOS, causal_form
 
 
-def tensors(shape, q_len: int, kv_len: int, dtype, device="cpu"):
-    heads, groups, dim = shape
-    generator = torch.Generator().manual_seed(kv_len)
-    sizes = ((heads, q_len), (groups, kv_len), (groups, kv_len))
-    drawn = (torch.randn(BATCH, h, n, dim, generator=generator, dtype=torch.float64) for h, n in sizes)
-    # all dtypes see the values that the coarsest can hold
-    return [t.to(torch.bfloat16).to(dtype).to(device) for t in drawn]
+@pytest.mark.parametrize(
+    ("backend", "pattern", "length", "case", "shape", "dtype", "device"),
+    [case for name in BACKENDS for case in exact_cases(name)],
+)
+def test_exact(backend, pattern, length, case, shape, dtype, device, request):
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    reason = refusal(backend, pattern, length, case, shape, dtype, device)
+    if reason:
+        pytest.skip(reason)
+    compare(backend, pattern, length, case, shape, dtype, device)
 
 
-def compare(backend: str, pattern: str, length: int, case: str, shape, dtype, device="cpu"):
-    batch = scenario(case, length, BATCH)
-    q_len = batch.pop("q_len")
-    mask = oracle.dense_mask(pattern, q_len, length, **batch)
-    exact = oracle.gradients(
-        lambda q, k, v: oracle.attention(q, k, v, mask), *tensors(shape, q_len, length, torch.float64)
-    )
-    plain = oracle.gradients(lambda q, k, v: oracle.attention(q, k, v, mask), *tensors(shape, q_len, length, dtype))
-    given = {"key_padding_mask": batch["real"], "segment_ids": batch["documents"], "marks": batch["marks"]}
-    given = {name: None if value is None else value.to(device) for name, value in given.items()}
-    ours = oracle.gradients(
-        lambda q, k, v: sparse_attention(q, k, v, pattern, **given, backend=backend, return_lse=True),
-        *tensors(shape, q_len, length, dtype, device),
-    )
-    check(exact, plain, ours, dtype)
+def refusal(backend: str, pattern, length, case, shape, dtype, device) -> str | None:
+    """Why a backend cannot run a case."""
+    q_len, given, _ = batch_of(case, length, device)
+    return why_not(backend, call_of(*tensors(shape, q_len, length, dtype, device), pattern, **given))
 
 
-def check(exact, plain, ours, dtype, where: str = "") -> None:
-    """Out, lse and gradients `ours` against those in float64, given what dense attention in the same dtype makes of them."""
-    for name, right, dense, got in zip(NAMES, exact, plain, ours, strict=True):
-        assert not got.isnan().any(), f"{name} has NaN{where}"
-        got = got.cpu().double()
-        empty = right == -torch.inf
-        assert torch.equal(got == -torch.inf, empty), f"{name}: other rows are empty{where}"
-        right, got, dense = (torch.where(empty, 0, t.double()) for t in (right, got, dense))
-        scale = right.abs().max().clamp(min=1)
-        error, allowed = (got - right).abs().max() / scale, (dense - right).abs().max() / scale
-        assert error <= SLACK * allowed + ROUNDINGS[dtype], (
-            f"{name} errs by {error:.1e}, dense attention by {allowed:.1e}{where}"
-        )
+def runs_some_case(backend: str, device: str) -> str | None:
+    """None if a backend runs one of its cases on a device, else the reasons."""
+    reasons = set()
+    for case in exact_cases(backend):
+        if case.values[-1] == device:
+            reason = refusal(*case.values)
+            if reason is None:
+                return None
+            reasons.add(reason)
+    return f"{backend} runs nothing on {device}: {reasons or 'it has no cases'}"
 
 
-@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases())
-def test_blockwise_is_exact(pattern, length, case, shape):
-    compare("blockwise", pattern, length, case, shape, torch.float32)
-
-
-@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(7))
-def test_blockwise_is_exact_in_bfloat16(pattern, length, case, shape):
-    compare("blockwise", pattern, length, case, shape, torch.bfloat16)
-
-
-@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(11))
-def test_reference_is_exact(pattern, length, case, shape):
-    compare("reference", pattern, length, case, shape, torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_compared_somewhere(backend, interpreted):
+    needs_gpu = backend in TABLES and not any(table.device == "cpu" for table in TABLES[backend])
+    if needs_gpu and not ON_GPU:
+        # a GPU is asked below
+        assert any(case.values[-1] == "cuda" for case in exact_cases(backend))
+    else:
+        assert runs_some_case(backend, "cuda" if needs_gpu or backend == "triton" and ON_GPU else "cpu") is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(29))
-def test_flex_is_exact(pattern, length, case, shape, dtype):
-    # TensorFloat-32 is on in no test: fp32 means fp32
-    compare("flex", pattern, length, case, shape, dtype, "cuda")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_compared_on_a_gpu(backend):
+    assert runs_some_case(backend, "cuda") is None
 
 
-BLOCKS = "chunk(64, 1, 1) | first(64) | last(1, 64)"
-DRAWN = f"per_head({', '.join(f'{BLOCKS} | random_blocks(2, 64, {seed})' for seed in range(4))})"
+class Toy(AutogradBackend):
+    """A backend that somebody adds: dense, and for no packed documents."""
+
+    name = "toy"
+    calls = 0
+
+    def why_not(self, call):
+        return "it knows no documents" if call.blocks.sequences.start is not None else None
+
+    def forward(self, call):
+        Toy.calls += 1
+        mask = call.blocks.to_dense()[:, list(call.blocks.heads) or [0]]
+        k, v = (t.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1) for t in (call.k, call.v))
+        scores = (call.q.float() @ k.float().mT * call.scoring.scale).masked_fill(~mask, -1e30)
+        sees = mask.any(-1)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp() * sees[..., None]
+        return (weights @ v.float()).to(call.q.dtype), lse.masked_fill(~sees, -torch.inf)
+
+
+def test_a_backend_that_is_added_is_compared_too(monkeypatch):
+    monkeypatch.setitem(BACKENDS, Toy.name, Toy())
+    cases = [case for name in BACKENDS for case in exact_cases(name) if name == Toy.name]
+    assert {case.values[1] for case in cases} >= {pattern for pattern in PATTERNS if "per_head" in pattern}
+    on_cpu = [case.values for case in cases if case.values[-1] == "cpu" and case.values[5] == FP32]
+    runs = [values for values in on_cpu if refusal(*values) is None]
+    assert {refusal(*values) for values in on_cpu} == {
+        None,
+        "backend 'toy' cannot run this call: it knows no documents",
+    }
+    for values in runs[::16]:
+        compare(*values)
+    assert runs_some_case(Toy.name, "cpu") is None and Toy.calls >= len(runs[::16])
+
+
+def test_a_backend_that_is_wrong_is_found(monkeypatch):
+    class Wrong(Toy):
+        def forward(self, call):
+            out, lse = super().forward(call)
+            return out * 1.001, lse
+
+    monkeypatch.setitem(BACKENDS, Toy.name, Wrong())
+    with pytest.raises(AssertionError, match="out errs by"):
+        compare(Toy.name, "window(20, 20)", 100, "plain", SHAPES[0], FP32)
+
+
+# calls that "auto" gives to others than those that have names
+def whole_texts():
+    """Cases of which the pattern leaves nothing out."""
+    for i, (pattern, causal, length, name) in enumerate(ALL):
+        text = causal_form(pattern) if causal == "causal" else pattern
+        parsed = Pattern.parse(text)
+        if name == "plain" and parsed.heads is None and is_causal(parsed, length, length, 0) is not None:
+            yield pytest.param(text, length, name, SHAPES[i % len(SHAPES)], id=f"{i}-{text[:30]}-{length}")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(("pattern", "length", "case", "shape"), list(whole_texts()))
+def test_dense_is_exact(pattern, length, case, shape, dtype):
+    if dtype == BF16:
+        q, k, v = tensors(shape, length, length, dtype)
+        assert "4 times as long" in DENSE.why_not(call_of(q.requires_grad_(), k, v, pattern, wants_lse=False))
+    compare(DENSE, pattern, length, case, shape, dtype, wants_lse=False)
+
+
+def some(step: int, *names: str, longest: int = 500):
+    """Every `step`-th case of up to so many tokens, in some scenarios."""
+    for i, (pattern, causal, length, name) in list(enumerate(ALL))[::step]:
+        if length <= longest and (not names or name in names):
+            text = causal_form(pattern) if causal == "causal" else pattern
+            yield pytest.param(text, length, name, SHAPES[i % len(SHAPES)], id=f"{i}-{text[:30]}-{length}-{name}")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("pattern", "length", "case", "shape"), list(some(17, longest=100)))
+def test_decode_is_exact(pattern, length, case, shape, dtype):
+    q_len, given, _ = batch_of(case, length)
+    call = call_of(*tensors(shape, q_len, length, dtype), pattern, **given, wants_lse=False)
+    reason = DECODE.why_not(call)
+    # where nothing is seen there is nothing to compute; several ranges are not sooner on a CPU, but as right
+    if reason and "nothing to see" in reason:
+        pytest.skip(reason)
+    compare(DECODE, pattern, length, case, shape, dtype, wants_lse=False)
+
+
+def strided_cases():
+    patterns = [p for p in PATTERNS if any(
+        isinstance(read_stride(one, 100), StrideForm) for one in Pattern.parse(p).heads or (Pattern.parse(p),)
+    )]  # fmt: skip
+    for i, pattern in enumerate(patterns):
+        for s, case in enumerate(SCENARIOS):
+            if case != "last_queries":
+                text = causal_form(pattern) if (i + s) % 2 else pattern
+                length = (63, 100, 257)[(i + s) % 3]
+                yield pytest.param(text, length, case, SHAPES[(i + s) % len(SHAPES)], id=f"{text[:30]}-{length}-{case}")
+
+
+@pytest.mark.parametrize(("pattern", "length", "case", "shape"), list(strided_cases()))
+def test_strided_is_exact(pattern, length, case, shape, monkeypatch):
+    # whatever can be regrouped is, however little that spares
+    monkeypatch.setattr("sparse_hf.plan.strided.MIN_GAIN", 0)
+    assert isinstance(chosen("blockwise", pattern, length, case, shape), Strided)
+    compare("blockwise", pattern, length, case, shape, FP32)
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("blockwise", HashedPairs), ("reference", DenseHashedPairs)])
+@pytest.mark.parametrize("case", SCENARIOS)
+@pytest.mark.parametrize("pattern", hashes.PATTERNS)
+def test_hashed_pairs_are_exact(pattern, case, backend, kind):
+    shape = (4, 2, 16)
+    assert type(chosen(backend, pattern, 50, case, shape)) is kind
+    compare(backend, pattern, 50, case, shape, FP32, mask_of=hashes.mask_of)
+
+
+def chosen(backend: str, pattern: str, length: int, case: str, shape):
+    """What runs a case."""
+    q_len, given, _ = batch_of(case, length)
+    return route(call_of(*tensors(shape, q_len, length, FP32), pattern, **given), backend)
 
 
 @pytest.mark.gpu
@@ -110,12 +209,6 @@ DRAWN = f"per_head({', '.join(f'{BLOCKS} | random_blocks(2, 64, {seed})' for see
 @pytest.mark.parametrize(("pattern", "length"), [(DRAWN, 700), (BLOCKS, 2000), (causal_form(BLOCKS), 1000)])
 def test_what_is_chosen_on_a_gpu_is_exact_on_bigbirds_blocks(pattern, length, case, dtype):
     compare("auto", pattern, length, case, (4, 2, 64), dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(41))
-def test_blockwise_is_exact_on_a_gpu(pattern, length, case, shape):
-    compare("blockwise", pattern, length, case, shape, torch.float32, "cuda")
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
