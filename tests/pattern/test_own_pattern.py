@@ -95,7 +95,7 @@ def runs():
                 yield pytest.param(pattern, backend, case, id=f"{pattern}-{backend}-{case}", marks=marks)
 
 
-@pytest.mark.parametrize(("pattern", "backend", "case"), runs())
+@pytest.mark.parametrize(("pattern", "backend", "case"), list(runs()))
 def test_exact_on_every_backend(pattern, backend, case, request):
     if backend == "triton":
         request.getfixturevalue("interpreted")
