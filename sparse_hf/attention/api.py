@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from ..pattern.forms import read_hashes, read_marked
 from ..pattern.like import PatternLike
@@ -20,7 +19,7 @@ from .backend import AttentionCall, Backend, PlanLike
 from .devices import generation
 from .dispatch import BACKENDS, route
 from .dropout import Dropout
-from .operator import register
+from .operator import has_no_content, register
 from .scoring import Scoring
 
 BackendName = Literal["auto", "reference", "blockwise", "flex", "fa", "triton"]
@@ -84,6 +83,7 @@ def sparse_attention(
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
+    _check_batch({"key_padding_mask": key_padding_mask, "segment_ids": segment_ids, "marks": marks}, k)
     call = AttentionCall(
         q, k, v, pattern, q_offset, scoring, Dropout.draw(dropout), of_batch(*batch), wants_lse=return_lse
     )  # fmt: skip
@@ -98,7 +98,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         out `[B, H, Q, D]` and lse, which is nothing to read unless the call wants it.
     """
     q = call.q
-    if torch.compiler.is_compiling() or q.is_meta or isinstance(q, FakeTensor):
+    if has_no_content(q):
         text, scoring, dropout = str(call.pattern), call.scoring, call.dropout
         # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
         operator = _recorded if _may_record(q, text, call.batch, dropout) else _between_graphs
@@ -167,6 +167,19 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
         raise ValueError(f"q, k and v are {q.dtype}; they must be floating point")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+
+
+def _check_batch(given: dict[str, Tensor | None], k: Tensor) -> None:
+    """Batch data that no plan is made of, such as a mask of ones, must fit too."""
+    for name, t in given.items():
+        if t is None:
+            continue
+        if t.ndim != 2 or t.shape[1] != k.shape[2]:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; it is in key coordinates and must be [batch, {k.shape[2]}]"
+            )
+        if t.shape[0] not in (1, k.shape[0]):
+            raise ValueError(f"the batch data has {t.shape[0]} rows; q has {k.shape[0]}")
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..plan import made_apart
 from .backend import AttentionCall, Backend, Given
@@ -27,6 +28,11 @@ _RECORDED: set[Any] = set()
 
 # from whether a graph may record it, and the arguments of an operator, to the call and what runs it
 Prepare = Callable[..., "tuple[AttentionCall, Backend]"]
+
+
+def has_no_content(q: Tensor) -> bool:
+    """Is a call traced, or made of shapes alone, so that only an operator can stand for it?"""
+    return torch.compiler.is_compiling() or q.is_meta or isinstance(q, FakeTensor)
 
 
 def register(name: str, prepare: Prepare, tensors: str, values: str) -> tuple[Callable, Callable]:

@@ -12,7 +12,7 @@ from ...plan.hash_order import Chunking, plan_chunks
 from ..autograd import AutogradBackend, attend
 from ..backend import AttentionCall, Backend, Results
 from ..dropout import Dropout
-from ..operator import register
+from ..operator import has_no_content, register
 from ..scoring import Scoring
 from . import hash_order, kernels
 
@@ -61,7 +61,7 @@ def chunked_attention(
         )
     drop = Dropout.draw(dropout)
     is_reference = backend == "reference"
-    if torch.compiler.is_compiling():
+    if has_no_content(q):
         sizes = chunking.size, chunking.left, chunking.right, chunking.multiple, chunking.least
         # kernels alone look at the buckets; padding and dropout are looked at by the host
         is_plain = real is None and not dropout and not is_reference
