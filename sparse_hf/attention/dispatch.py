@@ -97,6 +97,8 @@ def _for_blocks(name: str, call: AttentionCall, regrouped: bool = False) -> Back
         return BACKENDS[name]
     # whether it is worth it is asked first, since it may take tables to say whether it can
     found = next(b for b in _candidates(call, regrouped) if b.is_fastest(call) and b.why_not(call) is None)
+    # asked for here, so that it is remembered with the decision
+    _ = call.plan
     _say(found.name, call.q.device.type, str(call.q.dtype), bool(call.dropout), regrouped)
     return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,21 @@ from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
 from ...pattern import Pattern
 from ...plan import BatchInfo, BlockPlan, build_plan, of_batch
-from .config import IMPLEMENTATIONS
+from .config import IMPLEMENTATIONS, past
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
 # arguments of other models' attention that would change the scores: refused rather than ignored
 UNSUPPORTED = ("s_aux",)
+
+
+@dataclass(frozen=True)
+class StackFacts:
+    """What the layers of a stack share: its name, its heads, and the pattern of each layer before it is cut to the past."""
+
+    name: str
+    heads: int
+    patterns: list[str]
 
 
 @dataclass(eq=False)
@@ -47,6 +57,18 @@ class MaskRequest:
     def to(self, device) -> MaskRequest:
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         return MaskRequest(mask, self.mask_function, self.q_offset)
+
+    def stack(self, module: Any) -> StackFacts:
+        """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
+        config, is_decoder = module.config, module.__dict__.get("is_decoder", False)
+        own = id(config), is_decoder
+        found = self.memo.get(own)
+        if found is None:
+            name = _stack(module)
+            found = StackFacts(name, config.heads_of(name), config.layer_patterns(name))
+            if not torch.compiler.is_compiling():
+                self.memo[own] = found
+        return found
 
     def batch(self, position_ids: Tensor | None, marks: Tensor | None, query: Tensor, key: Tensor) -> BatchInfo:
         """Padding, documents and marks, made once for layers that hand over the same tensors."""
@@ -105,24 +127,31 @@ def sparse_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
         )
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] - documented there
+        raise NotImplementedError(
+            "torch.jit.trace would keep the mask of the example for every later text; use torch.compile or torch.export "
+            "(torch.onnx.export with dynamo=True)"
+        )
     query, key, value = _of_autocast(query, key, value)
-    stack = _stack(module)
+    request = _as_request(attention_mask, query, key)
+    stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
-    if kwargs.get("is_cross_attention", _crosses(module, stack)):
+    crosses = kwargs.get("is_cross_attention")
+    if _crosses(module, stack.name) if crosses is None else crosses:
         assert bias is None
         return _cross_attention(query, key, value, attention_mask, scaling, dropout, wants_weights)
-    request = _as_request(attention_mask, query, key)
     is_causal, opaque = _reading(request.mask_function, kwargs.get("is_causal", getattr(module, "is_causal", False)))
-    pattern = module.config.layer_pattern(getattr(module, "layer_idx", None), is_causal, stack)
+    pattern = _layer_pattern(module, stack, is_causal)
     if kwargs.get("streaming_cache") is not None:
         _check_streaming(kwargs["streaming_cache"], module.layer_idx, pattern, opaque)
         request = _of_held(request, kwargs["streaming_cache"], query, key)
-    pattern = own_heads(pattern, module, query.shape[1], module.config.heads_of(stack))
+    if query.shape[1] != stack.heads:
+        pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     # of an encoder-decoder, the encoder's tokens are marked
-    marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
+    marks = None if stack.name == "decoder" else kwargs.get("global_attention_mask")
     batch = request.batch(kwargs.get("position_ids"), marks, query, key)
     q_offset = int(request.q_offset)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
@@ -139,7 +168,8 @@ def sparse_attention_forward(
         else:
             out, _, weights = with_weights(call)
     else:
-        scoring.check(query.shape[1], q_offset + query.shape[2] - 1, key.shape[2])
+        if not scoring.is_plain:
+            scoring.check(query.shape[1], q_offset + query.shape[2] - 1, key.shape[2])
         out, _ = attention(call, backend)
     return out.transpose(1, 2).contiguous(), weights
 
@@ -168,9 +198,19 @@ def _stack(module) -> str:
     return "" if "" in module.config.stacks else "decoder" if module.is_decoder else "encoder"
 
 
+def _layer_pattern(module: Any, stack: StackFacts, is_causal: bool) -> str:
+    """The text of a layer's pattern, cut to the past if the model is causal."""
+    # layers that share their weights do not know which they are
+    layer = module.__dict__.get("layer_idx") or 0
+    if layer >= len(stack.patterns):
+        return module.config.layer_pattern(layer, is_causal, stack.name)
+    return past(stack.patterns[layer]) if is_causal else stack.patterns[layer]
+
+
 def _crosses(module, stack: str) -> bool:
     """Does a module attend to another sequence? Its cost is linear in that sequence, and it stays dense."""
-    if type(module).__name__.endswith("CrossAttention") or getattr(module, "is_cross_attention", False):
+    kind = type(module)
+    if kind.__name__.endswith("CrossAttention") or module.__dict__.get("is_cross_attention", False):
         return True
     return stack == "decoder" and not module.is_causal
 

@@ -7,30 +7,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...pattern import First, Marked, Pattern, Window, causal, full
-from .layer_spec import as_pattern, describe_layers, named_layers
+from ...pattern.like import PatternLike
+from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
 from .positions import Positions
 from .remote_code import RemoteCode
 
 logger = logging.get_logger(__name__)
 
-KEYS = ("patterns", "layers", "global_token_ids")
-# keys of a configuration that are not the dense model's
-NOT_DENSE = ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention")
-# the word of all patterns that speak of marked tokens
-MARKED = Marked.word
-# the attention implementations of a sparse model, and what stock names stand for: never silently dense
-IMPLEMENTATIONS = {
+# the attention implementations of a sparse model -> the backend that each takes
+Implementation = Literal["sparse", "sparse_reference", "sparse_blockwise", "sparse_flex", "sparse_fa", "sparse_triton"]
+IMPLEMENTATIONS: dict[str, str] = {
     "sparse": "auto",
     "sparse_reference": "reference",
     "sparse_blockwise": "blockwise",
@@ -38,7 +36,37 @@ IMPLEMENTATIONS = {
     "sparse_fa": "fa",
     "sparse_triton": "triton",
 }
-STOCK_NAMES = {None: "sparse", "eager": "sparse_reference", "sdpa": "sparse"}
+# what stock names stand for on a sparse model: never silently dense
+STOCK_NAMES: dict[str, Implementation] = {"eager": "sparse_reference", "sdpa": "sparse"}
+KEYS = ("patterns", "layers", "global_token_ids")
+# arguments of a sparse configuration that are written into `sparse_attention`
+ARGUMENTS = ("pattern", "layers", "global_token_ids")
+# keys of a configuration that are not the dense model's
+NOT_DENSE = ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention")
+# fields from which a pattern is made, and which change nothing once it is made
+SOURCES_OF_PATTERNS = (
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "local_attention", "attention_window",
+    "attention_type", "block_size", "num_random_blocks", "num_hashes", "hash_seed", "lsh_attn_chunk_length",
+    "local_attn_chunk_length", "lsh_num_chunks_before", "lsh_num_chunks_after", "local_num_chunks_before",
+    "local_num_chunks_after",
+)  # fmt: skip
+# the word of all patterns that speak of marked tokens
+MARKED = Marked.word
+
+# a mixin stands before a dense configuration, whose fields a type checker finds here
+if TYPE_CHECKING:
+
+    class _Config(PreTrainedConfig):
+        num_hidden_layers: int
+        num_attention_heads: int
+else:
+    _Config = object
+
+# properties of the dense configuration that a sparse one sets in its own way
+_DENSE_IMPLEMENTATION: Any = vars(PreTrainedConfig)["_attn_implementation"]
+_DENSE_OUTPUT: Any = vars(PreTrainedConfig)["output_attentions"]
+
+AnySparseConfig = TypeVar("AnySparseConfig", bound="SparseConfigMixin")
 
 
 def dense_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,13 +89,14 @@ def own_implementation(name: str | None) -> str:
     Raises:
         ValueError: a name that would make the model dense (flash, flex_attention) or is unknown.
     """
+    if name is None:
+        return "sparse"
     if name in IMPLEMENTATIONS:
         return name
     if name in STOCK_NAMES:
-        if name is not None:
-            logger.warning_once(
-                f"attn_implementation={name!r} on a sparse model means {STOCK_NAMES[name]!r}: its pattern still holds."
-            )
+        logger.warning_once(
+            f"attn_implementation={name!r} on a sparse model means {STOCK_NAMES[name]!r}: its pattern still holds."
+        )
         return STOCK_NAMES[name]
     raise ValueError(
         f"attn_implementation={name!r} would ignore the sparse pattern; the sparse ones are {', '.join(IMPLEMENTATIONS)}"
@@ -75,11 +104,17 @@ def own_implementation(name: str | None) -> str:
 
 
 @dataclass(kw_only=True)
-class SparseConfigMixin:
+class SparseConfigMixin(_Config):
     """Adds `sparse_attention` to a configuration of Transformers; without it every layer is as dense as the parent's.
 
     What `sparse_attention` says is all that makes attention sparse: a sliding window of the family's own is written into it
-    by `from_dense`, layer by layer, and not applied a second time.
+    when it is made, layer by layer, and not applied a second time. A layer's pattern goes by the layer's number, `layer_idx`.
+
+    Args:
+        pattern: a `Pattern` or its text, from which `sparse_attention` is made as `from_dense` makes it.
+        layers: which layers get another pattern, see `from_dense`.
+        global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        sparse_attention: in place of these three, what a `config.json` says.
     """
 
     sparse_attention: dict[str, Any] | None = None
@@ -90,27 +125,49 @@ class SparseConfigMixin:
     # how the family knows where a token stands, and its classes by name: both written by `register_family`
     positions: ClassVar[Positions | None] = None
     remote_code: ClassVar[RemoteCode | None] = None
-    # what is said to who gives marks to a model that does not ask for them
+    # the message for marks that no pattern of the model asks for
     why_no_marks: ClassVar[str] = "no pattern of this model has marked(); add `| marked()`"
 
     def __post_init__(self, **kwargs):
+        given = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
+        given = {name: value for name, value in given.items() if value is not None and value != []}
+        # fields that the parent settles change no pattern yet, see `__setattr__`
+        spec, self.sparse_attention = self.sparse_attention, None
         kwargs.setdefault("attn_implementation", "sparse")
         super().__post_init__(**kwargs)
+        if given and spec is not None:
+            raise ValueError(f"sparse_attention and {' and '.join(given)} are given; one says all that the other does")
+        self.sparse_attention = self.describe(**given) if given else spec
         self.validate_sparse_attention()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SOURCES_OF_PATTERNS and vars(self).get("sparse_attention") is not None:
+            before = getattr(self, name, None)
+            if value != before:
+                # what is set in vain is said each time
+                logger.warning(
+                    f"{type(self).__name__}.{name} was {before!r} when sparse_attention was made, which alone says what a layer "
+                    f"sees: {name}={value!r} changes no pattern; make the configuration anew with "
+                    f"{type(self).__name__}.from_dense(config, pattern)"
+                )
+        super().__setattr__(name, value)
 
     def _set_attn_implementation(self, value):
         # by whatever route it is set, a sparse configuration holds an implementation that honours its pattern
         value = value if isinstance(value, dict) else own_implementation(value)
-        PreTrainedConfig._attn_implementation.fset(self, value)
+        _DENSE_IMPLEMENTATION.fset(self, value)
 
-    _attn_implementation = property(PreTrainedConfig._attn_implementation.fget, _set_attn_implementation)
+    # Transformers annotates its own property as a field
+    _attn_implementation = property(  # pyright: ignore[reportAssignmentType]
+        _DENSE_IMPLEMENTATION.fget, _set_attn_implementation
+    )
 
     def _set_output_attentions(self, value):
         if value:
             check_weights(self._attn_implementation)
         self._output_attentions = value
 
-    output_attentions = property(PreTrainedConfig.output_attentions.fget, _set_output_attentions)
+    output_attentions = property(_DENSE_OUTPUT.fget, _set_output_attentions)
 
     def validate_output_attentions(self):
         if self.output_attentions:
@@ -126,10 +183,54 @@ class SparseConfigMixin:
             self.auto_map = self.remote_code.auto_map(self.architectures)
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.remote_code.write(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        with self.saved_as():
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @contextmanager
+    def saved_as(self, numbers: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
+        """Have `sparse_attention` name a pattern for each layer that is saved, as long as saving takes.
+
+        Args:
+            numbers: of the layers of each stack, the numbers by which they find their pattern in memory, see `layer_numbers`.
+        """
+        spec = self.sparse_attention
+        self.sparse_attention = self._fitted(numbers or {})
+        try:
+            yield
+        finally:
+            self.sparse_attention = spec
+
+    def _fitted(self, numbers: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+        """`sparse_attention` for the layers that there are, where some were dropped or repeated since it was made."""
+        if self.sparse_attention is None:
+            return None
+        layers = {
+            stack: fit_names(names, self.stacks[stack], numbers.get(stack), stack)
+            for stack, names in _by_stack(self.sparse_attention["layers"], self.stacks).items()
+        }
+        return {**self.sparse_attention, "layers": layers.get("", layers)}
 
     @classmethod
-    def from_dense(cls, dense, pattern=None, layers=None, global_token_ids: Sequence[int] = ()):
+    def from_dict(cls, config_dict, **kwargs):
+        """As Transformers'; `pattern`, `layers` and `global_token_ids` among `kwargs` replace `sparse_attention`."""
+        given = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
+        if given:
+            config_dict = {key: value for key, value in config_dict.items() if key != "sparse_attention"} | given
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        # other fields among `kwargs` were set without a check, the number of layers for one
+        config.sparse_attention = config._fitted({})
+        config.validate_sparse_attention()
+        return made
+
+    @classmethod
+    def from_dense(
+        cls: type[AnySparseConfig],
+        dense: PreTrainedConfig | Mapping[str, Any],
+        pattern: PatternLike | None = None,
+        layers: LayersLike = None,
+        global_token_ids: Sequence[int] = (),
+    ) -> AnySparseConfig:
         """The counterpart of a configuration of Transformers.
 
         Args:
@@ -140,17 +241,25 @@ class SparseConfigMixin:
             layers: see `parse_layers`; encoder-decoders say "encoder" or "decoder" before the range, as in
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
+
+        Raises:
+            ValueError: no pattern for a family that implies none, or one that does not fit the model.
         """
         values = dense_values(dense if isinstance(dense, Mapping) else dense.to_dict())
-        if pattern is None and not cls.implies_pattern:
-            raise ValueError(f"{cls.model_type} implies no pattern; give one, like 'window(255, 0) | first(4)'")
-        plain, pattern = cls(**values), None if pattern is None else as_pattern(pattern)
-        named = named_layers(layers, plain.stacks)
-        places = [(stack, layer) for stack, count in plain.stacks.items() for layer in range(count)]
-        chosen = {place: named[place] if place in named else plain.pattern_of(*place, pattern) for place in places}
-        most = chosen[places[0]] if pattern is None else pattern
-        values["sparse_attention"] = describe_layers(chosen, most, global_token_ids)
-        return cls(**values)
+        plain = cls(**values)
+        return cls(**values, sparse_attention=plain.describe(pattern, layers, global_token_ids))
+
+    def describe(
+        self, pattern: PatternLike | None = None, layers: LayersLike = None, global_token_ids: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """What `sparse_attention` says for these arguments of `from_dense`."""
+        if pattern is None and not self.implies_pattern:
+            raise ValueError(f"{self.model_type} implies no pattern; give one, like 'window(255, 0) | first(4)'")
+        wanted = None if pattern is None else as_pattern(pattern)
+        named = named_layers(layers, self.stacks)
+        every = [(stack, layer) for stack, count in self.stacks.items() for layer in range(count)]
+        chosen = {layer: named[layer] if layer in named else self.pattern_of(*layer, wanted) for layer in every}
+        return describe_layers(chosen, chosen[every[0]] if wanted is None else wanted, global_token_ids)
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -227,8 +336,16 @@ class SparseConfigMixin:
             text = self.implied_pattern(stack, layer)
         else:
             names = spec["layers"][stack] if stack else spec["layers"]
-            text = spec["patterns"][names[layer]]
-        return _past(text) if is_causal else text
+            text = spec["patterns"][name_of(names, layer, stack)]
+        return past(text) if is_causal else text
+
+    def layer_patterns(self, stack: str = "") -> list[str]:
+        """The text of the pattern of each layer of a stack, as of `layer_pattern` in a model that is not causal."""
+        spec, count = self.sparse_attention, self.stacks[stack]
+        if spec is None:
+            return [self.implied_pattern(stack, layer) for layer in range(count)]
+        names, patterns = (spec["layers"][stack] if stack else spec["layers"]), spec["patterns"]
+        return [patterns[name_of(names, layer, stack)] for layer in range(count)]
 
     @property
     def global_token_ids(self) -> list[int]:
@@ -261,7 +378,7 @@ def _cut(pattern: Pattern, window: Window | None) -> Pattern:
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
-def _past(text: str) -> str:
+def past(text: str) -> str:
     return _cached_past(text)
 
 
@@ -275,10 +392,11 @@ def _cached_past(text: str) -> str:
 
 def _past_of(pattern: Pattern) -> Pattern:
     # what is last would change with every token, and answers with a cache would not be those without
-    pattern = pattern.unending()
-    return First(0) if pattern is None else pattern & causal()
+    lasting = pattern.unending()
+    return First(0) if lasting is None else lasting & causal()
 
 
 def check_heads(pattern: Pattern, num_heads: int, where: str) -> None:
+    """Raise ValueError if a pattern names another number of heads."""
     if pattern.heads and len(pattern.heads) != num_heads:
         raise ValueError(f"{where}: per_head names {len(pattern.heads)} patterns; the model has {num_heads} heads")

@@ -23,6 +23,8 @@ DEVICES = {"cuda"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # head dims; products in float32 are unrolled, which takes minutes to compile for wider ones
 MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32 = 256, 128
+# what a segment writes to, in tensors of each kernel
+SEGMENT_TENSORS = {"forward": 2, "gradients_of_queries": 1, "gradients_of_keys": 2}
 # kinds of calls that are prepared for lists; more are as good as none
 MAX_PREPARED = 4096
 
@@ -79,7 +81,7 @@ class Walk:
         segments = self._segments(lists, out, lse)
         key = "forward", q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, *self._how
         step = self._prepared(key, lambda: self._step("forward", q, k, (*strides_of(q, k, v, out), lse.shape[2])))
-        step((q, k, v, out, lse, *segments, *self._indices), self._seed)
+        step((q, k, v, out, lse, *segments), self._seed)
         if lists.cut:
             self._join("merge_segments", lists, (*segments, lists.long, out, lse), (*strides_of(out), lse.shape[2]))
 
@@ -110,7 +112,7 @@ class Walk:
                 HAS_GRAD_LSE=grad_lse is not None,
             ),
         )  # fmt: skip
-        step((grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *segments, *self._indices), self._seed)
+        step((grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *segments), self._seed)
         self._add(segments, self.tiles.by_query, (grad_q,))
 
         segments = self._segments(self.tiles.by_key, *of_keys)
@@ -120,7 +122,7 @@ class Walk:
                 "gradients_of_keys", q, k, (*strides_of(grad_out, q, k, v, *of_keys), lse.shape[2], places)
             ),
         )  # fmt: skip
-        step((grad_out, q, k, v, lse, delta, *of_keys, *segments, *self._indices), self._seed)
+        step((grad_out, q, k, v, lse, delta, *of_keys, *segments), self._seed)
         self._add(segments, self.tiles.by_key, of_keys)
 
     @property
@@ -130,12 +132,6 @@ class Walk:
     @property
     def _seed(self) -> int:
         return 0 if self.dropout.seed is None else _word(int(self.dropout.seed))
-
-    @property
-    def _indices(self) -> tuple[Tensor, Tensor]:
-        # where places are tokens no index is read, and anything will do
-        index = self.tiles.group_of if self.index is None else self.index
-        return index, index
 
     def _prepared(self, key: tuple, prepare: Callable):
         """What `prepare` gives, found once for calls over these lists that are alike."""
@@ -155,7 +151,9 @@ class Walk:
         lists, heads = (self.tiles.by_key, k) if of_keys else (self.tiles.by_query, q)
         masks = self.tiles.masks_by_key if of_keys else self.tiles.masks
         of_lists = lists.offsets, lists.masked, lists.others, lists.masks
-        fixed = self.tiles.group_of, *of_lists, masks, lists.segments
+        # without segments none are written, and where places are tokens no index is read: anything will do
+        unread = 0 if self.index is not None else 2 if lists.cut else 2 + SEGMENT_TENSORS[name]
+        fixed = *(self.tiles.group_of,) * unread, self.tiles.group_of, *of_lists, masks, lists.segments
         constants = {
             **flags, "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
             "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,
@@ -190,9 +188,13 @@ class Walk:
         return {"S": self.tiles.size, "D": q.shape[3], "BD": max(16, 1 << (q.shape[3] - 1).bit_length())}
 
     def _segments(self, lists: Lists, *results: Tensor) -> list[Tensor]:
-        """What the segments find of each of `results` `[B, heads, length, ...]`, in float32; without any, anything will do."""
+        """What the segments find of each of `results` `[B, heads, length, ...]`, in float32, and the index of places, if any."""
+        if self.index is not None:
+            # the index stands behind segments, of which a walk of another order has none: anything will do
+            assert not lists.cut
+            return [self.index] * (len(results) + 2)
         if not lists.cut:
-            return list(results)
+            return []
         return [
             t.new_empty((lists.cut, t.shape[0] * t.shape[1], self.tiles.size, *t.shape[3:]), dtype=torch.float32)
             for t in results
