@@ -86,12 +86,17 @@ def test_plans_hold_its_pairs(pattern, case):
     assert torch.equal(found.expand_as(expected), expected)
 
 
+# those that run on no CPU
+NEED_GPU = ("fa", "flex")
+
+
 def runs():
     """Every own pattern on every backend; Triton's interpreter takes a second for each."""
     for i, pattern in enumerate([*OWN, HEADS]):
         for backend in ("auto", *BACKENDS):
             for j, case in enumerate(("plain", "last_queries", "packed_and_padded")):
-                marks = pytest.mark.slow if backend == "triton" and i % 3 != j else ()
+                marks = [pytest.mark.slow] if backend == "triton" and i % 3 != j else []
+                marks += [pytest.mark.gpu] if backend in NEED_GPU else []
                 yield pytest.param(pattern, backend, case, id=f"{pattern}-{backend}-{case}", marks=marks)
 
 

@@ -8,17 +8,6 @@ import torch
 from sparse_hf import build_plan
 
 
-def test_rows_that_are_alike_share_one_plan():
-    alike = torch.ones(8, 300, dtype=torch.bool)
-    alike[:, 200:] = False
-    assert build_plan("window(9, 9)", 300, key_padding_mask=alike).batch_rows == 1
-    assert build_plan("window(9, 9)", 300, key_padding_mask=torch.ones(8, 300)).sequences.real is None
-    alike[3, 150:] = False
-    assert build_plan("window(9, 9)", 300, key_padding_mask=alike).batch_rows == 8
-    marks = torch.rand(8, 300) < 0.1
-    assert build_plan("window(9, 9)", 300, marks=marks).batch_rows == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
