@@ -1,4 +1,4 @@
-"""Who has heard of whom after some layers: sets of tokens as bits, never a float per pair.
+"""Which tokens a token reaches through some layers: sets of tokens as bits, never a float per pair.
 
 Legend: n tokens, B block size, W words of 64 bits that hold a set of tokens, n / 64.
 """
@@ -14,20 +14,22 @@ import torch
 from ..plan.block_plan import BlockPlan
 
 # unions of words that an exact answer may cost, a few seconds
-WORK = 2_000_000_000
+MAX_UNIONS = 2_000_000_000
 # tokens whose sets are kept, 32 MiB
-LONGEST = 16_384
+MAX_EXACT_TOKENS = 16_384
 # layers beyond which nobody asks
-DEEPEST = 1000
-# blocks per side of the matrix on which long sequences are looked at
-FIELD_BLOCKS = 2048
+MAX_LAYERS = 1000
+# blocks per side of the matrix of longer sequences
+MAX_MATRIX_BLOCKS = 2048
+# rows of sets that are packed at once
+PACKED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Reach:
-    """`layers` until every token has heard of all it may hear of; None: never, or `is_beyond` `DEEPEST`.
+    """`layers` until every token reaches all that it may reach; None: never, or `is_beyond` `MAX_LAYERS`.
 
-    All are the earlier ones if nothing `looks_ahead`. `unit` tokens are told apart as little as those of a block.
+    All are the earlier ones if nothing `looks_ahead`. Where `unit` is more than 1, blocks of so many tokens are counted.
     """
 
     layers: int | None
@@ -37,16 +39,16 @@ class Reach:
 
 
 def reach(plans: Sequence[BlockPlan]) -> Reach:
-    """After how many layers every token has heard of every other, if layers have these plans in turn, over and over.
+    """After how many layers every token reaches every other, if layers have these plans in turn, over and over.
 
-    A token keeps what it has heard (residual connections), and heads are taken together. Exact up to 16,384 tokens where
+    A token keeps what it has reached (residual connections), and heads are taken together. Exact up to 16,384 tokens where
     sets can be joined in some seconds, else on blocks.
 
     Args:
         plans: of whole sequences of one length, batch row 0.
     """
     length = plans[0].q_len
-    if length <= LONGEST:
+    if length <= MAX_EXACT_TOKENS:
         found = _exact([_Layer(plan) for plan in plans], length)
         if found is not None:
             return found
@@ -69,7 +71,7 @@ class _Layer:
                     self._add(plan, p, i, first, last)
             ahead = any(c > i or (c == i and plan.q_len > i * self.size + 1) for c in self.full[i])
             self.looks_ahead = self.looks_ahead or ahead
-        self.pairs = sum(len(q) for parts in self.keys for q, _ in parts) + sum(map(len, self.full))
+        self.pairs = sum(len(q) for pairs in self.keys for q, _ in pairs) + sum(map(len, self.full))
 
     def _add(self, plan: BlockPlan, p: int, i: int, first: int, last: int) -> None:
         q_range, k_range = plan.block_range(i, i, plan.q_len), plan.block_range(first, last, plan.kv_len)
@@ -80,84 +82,84 @@ class _Layer:
             self.keys[i].append((q, k))
 
     def alone(self, length: int) -> np.ndarray:
-        """What each token hears in this layer, and itself: `[n, W]`."""
+        """What each token sees in this layer, and itself: `[n, W]`."""
         packed = np.empty((length, -(-length // 64)), dtype=np.uint64)
-        for i, (full, parts) in enumerate(zip(self.full, self.keys, strict=True)):
+        for i, (full, pairs) in enumerate(zip(self.full, self.keys, strict=True)):
             first, last = i * self.size, min((i + 1) * self.size, length)
-            heard = np.zeros((last - first, packed.shape[1] * 64), dtype=bool)
-            heard[np.arange(last - first), np.arange(first, last)] = True
+            reached = np.zeros((last - first, packed.shape[1] * 64), dtype=bool)
+            reached[np.arange(last - first), np.arange(first, last)] = True
             for block in full:
-                heard[:, block * self.size : min((block + 1) * self.size, length)] = True
-            for q, k in parts:
-                heard[q - first, k] = True
-            packed[first:last] = np.packbits(heard, axis=1, bitorder="little").view(np.uint64)
+                reached[:, block * self.size : min((block + 1) * self.size, length)] = True
+            for q, k in pairs:
+                reached[q - first, k] = True
+            packed[first:last] = np.packbits(reached, axis=1, bitorder="little").view(np.uint64)
         return packed
 
-    def after(self, heard: np.ndarray) -> np.ndarray:
-        """What each token has heard after this layer, `[n, W]`."""
-        now = heard.copy()
-        blocks = np.bitwise_or.reduceat(heard, np.arange(0, len(heard), self.size), axis=0)
-        for i, (full, parts) in enumerate(zip(self.full, self.keys, strict=True)):
+    def after(self, reached: np.ndarray) -> np.ndarray:
+        """What each token reaches after this layer, given what it has reached before: `[n, W]`."""
+        now = reached.copy()
+        blocks = np.bitwise_or.reduceat(reached, np.arange(0, len(reached), self.size), axis=0)
+        for i, (full, pairs) in enumerate(zip(self.full, self.keys, strict=True)):
             if full:
                 now[i * self.size : (i + 1) * self.size] |= np.bitwise_or.reduce(blocks[sorted(full)], axis=0)
-            for q, k in parts:
+            for q, k in pairs:
                 begins = np.flatnonzero(np.diff(q, prepend=-1))
-                now[q[begins]] |= np.bitwise_or.reduceat(heard[k], begins, axis=0)
+                now[q[begins]] |= np.bitwise_or.reduceat(reached[k], begins, axis=0)
         return now
 
 
 def _exact(layers: list[_Layer], length: int) -> Reach | None:
     looks_ahead = any(layer.looks_ahead for layer in layers)
-    wanted, heard = _wanted(length, looks_ahead), layers[0].alone(length)
+    wanted, reached = _wanted(length, looks_ahead), layers[0].alone(length)
     work = still = 0
-    for number in range(1, DEEPEST + 1):
-        if np.array_equal(heard & wanted, wanted):
+    for number in range(1, MAX_LAYERS + 1):
+        if np.array_equal(reached & wanted, wanted):
             return Reach(number, looks_ahead)
         layer = layers[number % len(layers)]
-        work += layer.pairs * heard.shape[1]
-        if work > WORK:
+        work += layer.pairs * reached.shape[1]
+        if work > MAX_UNIONS:
             return None
-        now = layer.after(heard)
-        still = still + 1 if np.array_equal(now, heard) else 0
+        now = layer.after(reached)
+        still = still + 1 if np.array_equal(now, reached) else 0
         if still == len(layers):
             return Reach(None, looks_ahead)
-        heard = now
+        reached = now
     return Reach(None, looks_ahead, is_beyond=True)
 
 
 def _wanted(length: int, looks_ahead: bool) -> np.ndarray:
-    """What each token may hear of, `[n, W]`: every token, or those up to itself."""
+    """What each token may reach, `[n, W]`: every token, or those up to itself."""
     packed = np.empty((length, -(-length // 64)), dtype=np.uint64)
-    place, rows = np.arange(packed.shape[1] * 64), 1024
-    for first in range(0, length, rows):
-        token = np.arange(first, min(first + rows, length))[:, None]
-        kept = (place < length) & (looks_ahead | (place <= token))
-        packed[first : first + rows] = np.packbits(kept, axis=1, bitorder="little").view(np.uint64)
+    key = np.arange(packed.shape[1] * 64)
+    for first in range(0, length, PACKED_AT_ONCE):
+        token = np.arange(first, min(first + PACKED_AT_ONCE, length))[:, None]
+        kept = (key < length) & (looks_ahead | (key <= token))
+        packed[first : first + PACKED_AT_ONCE] = np.packbits(kept, axis=1, bitorder="little").view(np.uint64)
     return packed
 
 
 def _on_blocks(plans: Sequence[BlockPlan]) -> Reach:
     # blocks of the plan, joined until the matrix is small
-    join = -(-plans[0].q_blocks // FIELD_BLOCKS)
+    join = -(-plans[0].q_blocks // MAX_MATRIX_BLOCKS)
     steps = [_adjacency(plan, join) for plan in plans]
     side, unit = steps[0].shape[0], join * plans[0].block_size
     looks_ahead = any(bool(step.triu(1).any()) for step in steps)
     wanted = torch.ones(side, side, dtype=torch.bool)
     wanted = wanted if looks_ahead else wanted.tril()
-    heard, still = torch.eye(side, dtype=torch.bool), 0
-    for number in range(DEEPEST):
-        now = heard | ((steps[number % len(steps)].float() @ heard.float()) > 0)
+    reached, still = torch.eye(side, dtype=torch.bool), 0
+    for number in range(MAX_LAYERS):
+        now = reached | ((steps[number % len(steps)].float() @ reached.float()) > 0)
         if bool((now | ~wanted).all()):
             return Reach(number + 1, looks_ahead, unit)
-        still = still + 1 if bool((now == heard).all()) else 0
+        still = still + 1 if bool((now == reached).all()) else 0
         if still == len(steps):
             return Reach(None, looks_ahead, unit)
-        heard = now
+        reached = now
     return Reach(None, looks_ahead, unit, is_beyond=True)
 
 
 def _adjacency(plan: BlockPlan, join: int) -> torch.Tensor:
-    """Who hears whom in one layer, block by block, heads together."""
+    """Which blocks see which in one layer, heads together."""
     side = -(-plan.q_blocks // join)
     counts = plan.row_offsets.diff()
     row = torch.repeat_interleave(torch.arange(len(counts)), counts) % plan.q_blocks

@@ -1,4 +1,4 @@
-"""Look at a pattern: as a picture, and in numbers beside dense attention.
+"""A pattern as a picture, and in numbers beside dense attention.
 
 Legend: n length, B block size, H heads, D head dim.
 """
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..pattern import EMPTY, FULL, PARTIAL, First, Pattern
-from ..pattern.base import Marks
+from ..pattern.base import Marks, as_pattern
 from ..pattern.forms import StrideForm, read_stride
 from ..plan import BlockPlan, build_plan
 from ..plan.strided import is_worth_regrouping
@@ -47,7 +47,13 @@ class Description:
 
 
 def describe(
-    pattern: Pattern | str, length: int, *, num_heads: int = 12, head_dim: int = 64, block_size: int = 128, marked=()
+    pattern: Pattern | str,
+    length: int,
+    *,
+    num_heads: int = 12,
+    head_dim: int = 64,
+    block_size: int = 128,
+    marked: Sequence[int] = (),
 ) -> Description:
     """Count what a pattern holds at a length.
 
@@ -62,14 +68,14 @@ def describe(
         ValueError: a bad pattern, or a length below 1.
     """
     plan = _plan(pattern, length, block_size, marked)
-    chosen = _parsed(pattern).most_keys
+    chosen = as_pattern(pattern).most_keys
     counts = (plan.row_counts() + chosen).clamp(max=length)
     pairs = int(counts.sum() // counts.shape[1])
     full = int(plan.full.sum())
     partial = len(plan.full) - full
     found = None if chosen else reach([plan])
     return Description(
-        pattern=str(_parsed(pattern)),
+        pattern=str(as_pattern(pattern)),
         length=length,
         pairs=pairs,
         density=float(counts.double().mean()) / length,
@@ -85,15 +91,17 @@ def describe(
     )
 
 
-def describe_stack(patterns: Sequence[Pattern | str], length: int, *, block_size: int = 128, marked=()) -> Reach:
-    """After how many layers every token has heard of every other, if layers have these patterns in turn, over and over.
+def describe_stack(
+    patterns: Sequence[Pattern | str], length: int, *, block_size: int = 128, marked: Sequence[int] = ()
+) -> Reach:
+    """After how many layers every token reaches every other, if layers have these patterns in turn, over and over.
 
     The receptive field of a stack, for patterns that are meant to work together: the two halves of Sparse Transformer
     (arXiv:1904.10509, section 4.2) reach every earlier token in two layers, and one of them alone does not.
 
     Args:
         patterns: a pattern or its text for each layer; where a model has more layers, they begin anew.
-        length: tokens n; exact up to 16,384, see `sparse_hf.plan.reach`.
+        length: tokens n; exact up to 16,384, see `sparse_hf.analysis.reach`.
         block_size, marked: as in `describe`.
 
     Raises:
@@ -110,7 +118,7 @@ def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> G
     found = describe_stack(
         patterns, length, block_size=options.get("block_size", 128), marked=options.get("marked", ())
     )
-    names = ", then ".join(str(_parsed(pattern)) for pattern in patterns)
+    names = ", then ".join(str(as_pattern(pattern)) for pattern in patterns)
     return Group(*parts, Text(f"layers with {names}, in turn: {_reach_note(found)}", style="bold"))
 
 
@@ -131,7 +139,7 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
     )
     parts.append(_numbers(facts))
-    chosen = _parsed(pattern).most_keys
+    chosen = as_pattern(pattern).most_keys
     if chosen:
         parts.append(Text(f"up to {chosen:,} keys per query are chosen from queries and keys; numbers count them all"))
     if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
@@ -139,7 +147,15 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
     return Group(*parts)
 
 
-def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_size: int = 128, marked=(), **_) -> Path:
+def save_png(
+    pattern: Pattern | str,
+    length: int,
+    path: str | Path,
+    *,
+    block_size: int = 128,
+    marked: Sequence[int] = (),
+    **_,
+) -> Path:
     """Draw the blocks of the pattern, empty, partial and full, to a PNG file.
 
     Raises:
@@ -174,7 +190,7 @@ def save_png(pattern: Pattern | str, length: int, path: str | Path, *, block_siz
     handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     side = -(-length // cells)
-    density = min(1.0, plan.density + _parsed(pattern).most_keys / length)
+    density = min(1.0, plan.density + as_pattern(pattern).most_keys / length)
     figure.suptitle(f"{length:,} tokens, {density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -191,24 +207,20 @@ def _reach_note(found: Reach) -> str:
     return f"never reaches {whom}{unit}" if found.layers is None else f"{found.layers}, to {whom}{unit}"
 
 
-def _parsed(pattern: Pattern | str) -> Pattern:
-    return pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
-
-
 def _drawn(pattern: Pattern | str, plan: BlockPlan) -> tuple[Pattern, ...]:
     """What is drawn: pairs that are chosen from queries and keys may be anywhere."""
-    return (_parsed(pattern),) if _parsed(pattern).uses_content else plan.patterns
+    return (as_pattern(pattern),) if as_pattern(pattern).uses_content else plan.patterns
 
 
 def _plan(pattern: Pattern | str, length: int, block_size: int, marked) -> BlockPlan:
     if length < 1:
         raise ValueError(f"length is {length}; it must be at least 1 token")
-    known = _parsed(pattern).without_content()
+    known = as_pattern(pattern).without_content()
     known = First(0) if known is None else known
     return build_plan(known, length, marks=_marks(length, marked), block_size=block_size)
 
 
-def _marks(length: int, marked) -> torch.Tensor | None:
+def _marks(length: int, marked: Sequence[int]) -> torch.Tensor | None:
     outside = [x for x in marked if not 0 <= x < length]
     if outside:
         raise ValueError(f"marked positions {outside} lie outside the {length} tokens")
@@ -219,22 +231,23 @@ def _marks(length: int, marked) -> torch.Tensor | None:
     return marks
 
 
-def _grid(pattern: Pattern, length: int, cells: int, marked) -> torch.Tensor:
+def _grid(pattern: Pattern, length: int, cells: int, marked: Sequence[int]) -> torch.Tensor:
     """States of `cells` x `cells` rectangles that tile the plane, by the closed form."""
-    edges = torch.linspace(0, length, cells + 1).long()
+    edges = torch.arange(cells + 1) * length // cells
     first, last = edges[:-1], edges[1:] - 1
-    marks = _marks(length, marked)
-    states = ()
-    if marks is not None:
-        sums = torch.nn.functional.pad(marks[0].long().cumsum(0), (1, 0))
+    about = Marks(length=length)
+    flags = _marks(length, marked)
+    if flags is not None:
+        sums = torch.nn.functional.pad(flags[0].long().cumsum(0), (1, 0))
         found = sums[last + 1] - sums[first]
         state = ((found > 0).to(torch.int8) + (found == last - first + 1)).to(torch.int8)
-        states = tuple(torch.broadcast_tensors(state[:, None], state[None, :]))
-    corners = torch.broadcast_tensors(first[:, None], last[:, None], first[None, :], last[None, :])
-    return pattern.blocks(*corners, Marks(*states, length=length))
+        q_state, k_state = torch.broadcast_tensors(state[:, None], state[None, :])
+        about = Marks(q_state, k_state, length)
+    q0, q1, k0, k1 = torch.broadcast_tensors(first[:, None], last[:, None], first[None, :], last[None, :])
+    return pattern.blocks(q0, q1, k0, k1, about)
 
 
-def _picture(pattern: Pattern, length: int, cells: int, marked) -> Text:
+def _picture(pattern: Pattern, length: int, cells: int, marked: Sequence[int]) -> Text:
     # a character is about twice as high as wide: two columns for one row
     rows = max(1, cells // 2)
     wide = _grid(pattern, length, 2 * rows, marked).view(rows, 2, 2 * rows)
@@ -269,8 +282,11 @@ def _numbers(facts: Description) -> Table:
 
 
 def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    if count < 1024:
+        return f"{count:,} B"
+    size = float(count)
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+    return f"{size / 1024:,.1f} GiB"
