@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# decisions about calls without batch data that are remembered; more are as good as none
-MAX_DECISIONS = 1024
+# decisions about calls without batch data that are remembered: each holds its plan, and as many plans of lengths are kept
+MAX_DECISIONS = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,7 +54,8 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     walk = _walk(call)
     if walk.rounds > 1:
         # float32, since rounds are added
-        grads = [torch.empty(*t.shape[:2], plan.q_index.shape[1], t.shape[3], device=t.device) for t in (q, k, v)]
+        shapes = [(*t.shape[:2], plan.q_index.shape[1], t.shape[3]) for t in (q, k, v)]
+        grads = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
     else:
         grads = [like(t).zero_() for t in (q, k, v)]
     results, grad_out = (readable(given.out), given.lse), readable(given.some_grad_out)

@@ -56,6 +56,8 @@ class Decode(AutogradBackend):
             return f"there are {call.q.shape[2]} queries; it is for 1 to {MAX_QUERIES - 1}"
         if call.wants_lse or call.dropout or not call.scoring.is_plain:
             return "PyTorch's attention gives no lse, and knows no soft cap, bias or dropout of ours"
+        if isinstance(call.pattern, Pattern) and call.pattern.uses_content:
+            return "pairs that are chosen from queries and keys are in no plan of positions"
         seen = _seen(call)
         if seen is None:
             return "there is nothing to see, or too much for a mask"
