@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Sparse attention for Transformers: look at patterns, convert checkpoints, measure.",
+    help="Sparse attention for Transformers: draw patterns, convert checkpoints, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +22,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Is it fast? Peers beside ours in one run, correctness checked first.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+OUT_HELP = "Write the figures to this JSON file; in a folder, to MACHINE/DATE-BENCHMARK.json."
 PATTERN_HELP = "A pattern, like 'window(256, 256) | first(1)', or a recipe, like 'longformer(attention_window=512)'."
 
 
@@ -56,8 +57,11 @@ def show(
     marked: Annotated[str, typer.Option(help="Positions that marked() speaks of, like '0,17'.")] = "",
     png: Annotated[Path | None, typer.Option(help="Also draw the pattern to this file.")] = None,
 ) -> None:
-    """Print a pattern as a picture, and its costs beside dense attention; of several, also what layers reach together."""
-    from .analysis.show import render, render_stack, save_png
+    """Print a pattern as a picture, and its costs beside dense attention.
+
+    Of several patterns, print also what layers reach together.
+    """
+    from .analysis import render, render_stack, save_png
 
     if png and len(patterns) > 1:
         raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
@@ -66,7 +70,7 @@ def show(
         "num_heads": num_heads,
         "head_dim": head_dim,
         "block_size": block_size,
-        "marked": tuple(_number(part) for part in marked.split(",") if part.strip()),
+        "marked": tuple(_numbers(marked)),
     }
     several = len(patterns) > 1
     Console().print(render_stack(patterns, length, **options) if several else render(patterns[0], length, **options))
@@ -110,7 +114,7 @@ def convert(
         "max_length": max_length,
         "positions": positions,
         "rope": rope,
-        "global_token_ids": [_number(part) for part in global_token_ids.split(",") if part.strip()],
+        "global_token_ids": _numbers(global_token_ids),
     }
     if dry_run:
         typer.echo(report_text(describe_conversion(source, pattern, **options)), nl=False)
@@ -145,7 +149,10 @@ def card(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a README.md that is there.")] = False,
 ) -> None:
-    """Write the README.md of a sparse checkpoint, with its pattern drawn, its costs, and results.json if it is there."""
+    """Write the README.md of a sparse checkpoint.
+
+    It shows the pattern as a picture, its costs, and the figures of results.json if that is there.
+    """
     from .conversion.card import write_card
 
     typer.echo(f"written to {write_card(folder, base=base, overwrite=overwrite)}")
@@ -181,7 +188,7 @@ def list_families(
 
 
 def _short(heads: list[str]) -> str:
-    """SparseBertModel, SparseBertForMaskedLM -> "Model, MaskedLM"."""
+    """Names without what they share: Model, MaskedLM of SparseBertModel, SparseBertForMaskedLM."""
     common = len(os.path.commonprefix(heads))
     return ", ".join(name[common:].replace("For", "") for name in heads)
 
@@ -199,21 +206,24 @@ def bench_attention(
     budget: Annotated[
         float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """One attention layer, ours beside dense SDPA and the window kernels of others, forward and backward, length by length."""
+    """Time one attention layer, forward and backward, length by length.
+
+    Beside it run dense SDPA, the window kernels of others, and the sparse attention of other packages that are installed.
+    """
     from .bench import run_attention
 
     run_attention(
-        [_number(part) for part in lengths.split(",")],
+        _lengths(lengths),
         pattern,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=dtype,
         device=device,
-        backends=[name.strip() for name in backends.split(",") if name.strip()] or None,
+        backends=_words(backends) or None,
         budget=budget,
         out=out,
         plot=plot,
@@ -248,18 +258,18 @@ def bench_models(
     budget: Annotated[
         float, typer.Option(help="Seconds per figure; a model that took longer is not run on longer texts.")
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """Whole models with random weights, ours beside Transformers' class, forward and training step, length by length.
+    """Time whole models with random weights beside Transformers' classes.
 
-    modernbert and mistral stand beside Transformers' sliding windows on sdpa and on flex_attention.
+    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding windows on sdpa and on flex_attention.
     """
     from .bench import run_models
 
     run_models(
-        [name.strip() for name in models.split(",") if name.strip()],
-        [_number(part) for part in lengths.split(",")],
+        _words(models),
+        _lengths(lengths),
         layers=layers,
         batch=batch,
         dtype=dtype,
@@ -281,20 +291,21 @@ def bench_plan(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "16384,65536,262144,1048576",
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda, where the tables lie; by default the GPU if there is one.")
+        str | None, typer.Option(help="cpu or cuda, which is to hold the tables; by default the GPU if there is one.")
     ] = None,
     budget: Annotated[
         float, typer.Option(help="Seconds; a pattern that took longer is not planned for longer texts.")
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """What the tables of patterns take to build and to keep, length by length, compared with the patterns first."""
-    from .bench import run_plan
-    from .bench.plan import PATTERNS
+    """Measure what the tables of patterns take to build and to keep, length by length.
 
-    numbers = [_number(part) for part in lengths.split(",")]
-    run_plan(patterns or PATTERNS, numbers, device=device, budget=budget, out=out, plot=plot)
+    The tables are compared with the patterns first.
+    """
+    from .bench import PLAN_PATTERNS, run_plan
+
+    run_plan(patterns or PLAN_PATTERNS, _lengths(lengths), device=device, budget=budget, out=out, plot=plot)
 
 
 @bench.command("decode")
@@ -321,17 +332,18 @@ def bench_decode(
     budget: Annotated[
         float, typer.Option(help="Seconds; a model that took longer to read a context is not run on longer ones.")
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
 ) -> None:
-    """Tokens one at a time with a cache, a sparse decoder beside the dense one with the same weights, context by context.
+    """Time tokens one at a time with a cache, context by context.
 
-    A dynamic or static cache keeps all keys: a sparse decoder reads less of it, and holds as much. A streaming one stays as it is.
+    A sparse decoder runs beside the dense one with the same weights. A dynamic or static cache keeps all keys: a sparse decoder
+    reads less of it, and holds as much. A streaming one keeps its size.
     """
     from .bench import run_decode
 
     run_decode(
-        [_number(part) for part in lengths.split(",")],
+        _lengths(lengths),
         pattern,
         layers=layers,
         hidden_size=hidden_size,
@@ -348,11 +360,27 @@ def bench_decode(
     )
 
 
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(word) for word in _words(text)]
+
+
+def _lengths(text: str) -> list[int]:
+    numbers = _numbers(text)
+    if not numbers:
+        raise ValueError("--lengths is empty; give numbers of tokens, like '4096,16384'")
+    return numbers
+
+
 def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text.strip()!r} is not a whole number") from None
+        raise ValueError(f"{text!r} is not a whole number") from None
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparse_hf
-from sparse_hf.analysis.show import describe, save_png
+from sparse_hf.analysis import describe, save_png
 from sparse_hf.cli import app, main
 from tests.models.families import dense_model
 
@@ -249,6 +249,12 @@ def test_bench_refuses_before_any_work(arguments, message):
         (["export", "/nowhere", "out", "--to", "gguf"], "to is 'gguf'; it must be 'dense' or 'native'"),
         (["card", "/nowhere"], "/nowhere has no config.json"),
         (["bench", "attention", "--dtype", "fp8"], "dtype is 'fp8'"),
+        (["bench", "plan", "--lengths", ","], "--lengths is empty"),
+        (["bench", "models", "--lengths", "64,x"], "'x' is not a whole number"),
+        (["bench", "attention", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
+        (["bench", "models", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
+        (["bench", "plan", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
+        (["bench", "decode", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
         (["bench", "models", "--models", "gpt5"], r"unknown models ['gpt5']; the known ones are bert, longformer"),
         (["bench", "attention", "--backends", "x"], r"unknown backends ['x']"),
     ],

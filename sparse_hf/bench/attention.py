@@ -109,7 +109,7 @@ def run_attention(
             sparse, reasons = sparse_peers(asked, *tensors[:2])
             left_out.update(reasons)
             beside = chain(peers(asked, *tensors, list(backends) if backends else None), sparse)
-            rows += [_figures(p, shape, tensors, timer) for p in beside if not _takes_too_long(p, n, rows, budget)]
+            rows += [_timed(p, shape, tensors, timer) for p in beside if not _takes_too_long(p, n, rows, budget)]
         _add_ratios(rows)
         result["slopes"] = slopes(rows, ("forward_s", "step_s", "peak_bytes"))
         if out:
@@ -130,6 +130,12 @@ def _takes_too_long(peer: Peer, n: int, earlier: Sequence[Row], budget_s: float)
         return False
     before = next((r for r in reversed(earlier) if r["name"] == peer.name), None)
     return before is None or before["step_s"] * (n / before["n"]) ** 2 >= budget_s
+
+
+def _timed(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], timer: Timer) -> Row:
+    # the backward pass chooses kernels too
+    with peer.context():
+        return _figures(peer, shape, tensors, timer)
 
 
 def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], timer: Timer) -> Row:

@@ -1,4 +1,4 @@
-"""What attention of ours is timed beside, and ours on each of its kernels: one table of names.
+"""Attention that ours is timed beside, and ours on each of its kernels.
 
 Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q.
 """
@@ -6,36 +6,45 @@ Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import BACKENDS, sparse_attention
-from ..attention.backends.flash import backend as fa
-from ..attention.backends.flash import window_kernels as flash
+from ..attention.api import BackendName
+from ..attention.backend import AttentionCall
+from ..attention.backends.flash.window_kernels import FA4, KERNELS, only
 from ..attention.scoring import Scoring
 from ..pattern import Pattern, Window, causal, full
 from ..pattern.forms import read_window
-from ..plan import BlockPlan, build_plan
 
-# torch looks at all pairs to make a mask for FlexAttention
-LONGEST_FLEX = 16384
+# torch evaluates all pairs to make a mask for FlexAttention
+MAX_FLEX_TOKENS = 16384
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`call` computes attention over the pairs of `pattern`, which for a peer may be others than those asked for."""
+    """One row of the benchmark.
+
+    Attributes:
+        pattern: the pairs that `call` computes, which may be others than those asked for.
+        kind: "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window alone) or "dense".
+        context: what the call and its backward pass run under.
+    """
 
     name: str
     pattern: Pattern
     call: Attention
-    # "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window alone) or "dense"
-    kind: str
+    kind: Literal["ours", "blocks", "window", "dense"]
     has_backward: bool = True
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
@@ -45,30 +54,26 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
     is_causal = n > 1 and not bool(pattern.allows(far[:1], far[:1] + 1).any())
     gqa = q.shape[1] != k.shape[1]
     dense = causal() if is_causal else full()
-    for name, kernel in _dense_kernels(q.device):
 
-        def call(q, k, v, kernel=kernel):
-            from torch.nn.attention import sdpa_kernel
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
 
-            with nullcontext() if kernel is None else sdpa_kernel(kernel):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
-
-        yield Peer(name, dense, call, "dense")
-    shape = read_window(pattern, n)
-    window = None if isinstance(shape, str) else shape.window
+    for name, context in _dense_kernels(q.device).items():
+        yield Peer(name, dense, sdpa, "dense", context=context)
+    form = read_window(pattern, n)
+    window = None if isinstance(form, str) else form.window
     if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         yield from _window_kernels(q, window)
-    if window is not None and q.device.type == "cpu" and n <= LONGEST_FLEX and _has_compiler():
+    if window is not None and q.device.type == "cpu" and n <= MAX_FLEX_TOKENS and _has_compiler():
         yield _flex_on_cpu(window, n, gqa)
-    yield from _ours(pattern, q, v, backends)
+    yield from _ours(pattern, q, k, v, backends)
 
 
-def _dense_kernels(device: torch.device):
+def _dense_kernels(device: torch.device) -> dict[str, Callable[[], AbstractContextManager[object]]]:
     if device.type != "cuda":
-        return [("sdpa_dense", None)]
-    from torch.nn.attention import SDPBackend
-
-    return [("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)]
+        return {"sdpa_dense": nullcontext}
+    kernels = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {name: partial(sdpa_kernel, kernel) for name, kernel in kernels.items()}
 
 
 def _has_compiler() -> bool:
@@ -102,48 +107,54 @@ def _flex_on_cpu(window: Window, n: int, gqa: bool) -> Peer:
 def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:
     from torch.nn.attention.varlen import varlen_attn
 
-    sides = tuple(-1 if side is None else side for side in (window.left, window.right))
-    gqa = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__annotations__ else {}
+    sides = (-1 if window.left is None else window.left, -1 if window.right is None else window.right)
+    gqa: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__annotations__ else {}
 
-    def varlen(q, k, v):
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
         cu = torch.tensor([0, n], dtype=torch.int32, device=q.device)
-        flat = (t[0].transpose(0, 1) for t in (q, k, v))
-        return varlen_attn(*flat, cu, cu, n, n, window_size=sides, **gqa).transpose(0, 1)[None]
+        flat_q, flat_k, flat_v = (t[0].transpose(0, 1) for t in (q, k, v))
+        out = varlen_attn(flat_q, flat_k, flat_v, cu, cu, n, n, window_size=sides, **gqa)
+        assert isinstance(out, Tensor)
+        return out.transpose(0, 1)[None]
 
     yield Peer("varlen_fa2", window, varlen, "window")
-    if flash.FA4.refuses(q) is None:
-        from flash_attn.cute import flash_attn_func
+    if FA4.refuses(q) is None:
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # an extra
 
-        def fa4(q, k, v):
-            heads_last = (t.transpose(1, 2) for t in (q, k, v))
-            return flash_attn_func(*heads_last, window_size=(window.left, window.right))[0].transpose(1, 2)
+        def fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            tokens_first = (t.transpose(1, 2) for t in (q, k, v))
+            return flash_attn_func(*tokens_first, window_size=(window.left, window.right))[0].transpose(1, 2)
 
         yield Peer("flash_attn_4", window, fa4, "window")
 
 
-def _ours(pattern: Pattern, q: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
-    plan = build_plan(pattern, q.shape[2], device=q.device)
-    scoring = Scoring(q.shape[-1] ** -0.5)
+def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
+    """Ours on the backends that were asked for, by default on all that can run the call, each on all of its kernels."""
+    call = AttentionCall(q, k, v, pattern, 0, Scoring(q.shape[-1] ** -0.5))
     for name in backends or [name for name in BACKENDS if name != "reference"]:
-        if BACKENDS[name].refuses(q, v, plan, scoring, 0.0) is not None and not backends:
+        if not backends and (BACKENDS[name].why_not(call) is not None or (name == "blockwise" and q.is_cuda)):
             continue
-        if not backends and name == "blockwise" and q.is_cuda:
-            continue
-        for kind in _kinds(q, v, plan, scoring) if name == "fa" else [None]:
-
-            def call(q, k, v, name=name, kind=kind):
-                with nullcontext() if kind is None else flash.only(kind.name):
-                    return sparse_attention(q, k, v, pattern, backend=name)
-
-            yield Peer(name if kind is None else f"{name} ({kind.name})", pattern, call, "ours")
+        run = partial(_run, pattern, cast(BackendName, name))
+        kernels = _kernels(call) if name == "fa" else []
+        if not kernels:
+            # of a backend that was asked for, the call says why it cannot
+            yield Peer(name, pattern, run, "ours")
+        for kind in kernels:
+            yield Peer(f"{name} ({kind})", pattern, run, "ours", context=partial(only, kind))
 
 
-def _kinds(q: Tensor, v: Tensor, plan: BlockPlan, scoring: Scoring) -> list:
-    """The kernels with which `fa` can run this call; None, which says why it cannot, if there are none."""
+def _run(pattern: Pattern, backend: BackendName, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = sparse_attention(q, k, v, pattern, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _kernels(call: AttentionCall) -> list[str]:
+    """The kernels with which `fa` can run a call."""
     able = []
-    for kind in flash.KERNELS.values():
-        if kind.refuses(q) is None:
-            with flash.only(kind.name):
-                able += [kind] if fa.refuses(q, v, plan, scoring, 0.0) is None else []
-    return able or [None]
+    for name, kernels in KERNELS.items():
+        if kernels.refuses(call.q) is None:
+            with only(name):
+                able += [name] if BACKENDS["fa"].why_not(call) is None else []
+    return able

@@ -33,7 +33,7 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sparse_peers, "_gpu_only", lambda q: None)
     # FlexAttention is compiled for half a minute, and all that a session holds is swept before memory is measured
-    monkeypatch.setattr("sparse_hf.bench.peers.LONGEST_FLEX", 0)
+    monkeypatch.setattr("sparse_hf.bench.peers.MAX_FLEX_TOKENS", 0)
     monkeypatch.setattr("sparse_hf.bench.measure.gc.collect", lambda: 0)
 
 
