@@ -152,7 +152,8 @@ def sparse_attention_forward(
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     # of an encoder-decoder, the encoder's tokens are marked
     marks = None if stack.name == "decoder" else kwargs.get("global_attention_mask")
-    batch = request.batch(kwargs.get("position_ids"), marks, query, key)
+    positions = kwargs.get("document_positions", kwargs.get("position_ids"))
+    batch = request.batch(positions, marks, query, key)
     q_offset = int(request.q_offset)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     call = AttentionCall(query, key, value, pattern, q_offset, scoring, Dropout.draw(dropout), batch, wants_lse=False)

@@ -1,7 +1,7 @@
-"""What a batch may hold: ids of the vocabulary, labels of the head, positions of the table. Told before torch stumbles over it.
+"""Checks of what a batch may hold: ids of the vocabulary, labels of the head, positions of the table.
 
-Values are looked at on the CPU only, since looking at a GPU's means waiting for it: there they are found out before the batch
-leaves the CPU, by `sparse_hf.train.CheckedCollator`.
+They come before torch fails over it. Values are read on the CPU only, since to read a GPU's is to wait for it: those are
+checked before the batch leaves the CPU, by `sparse_hf.train.CheckedCollator`.
 
 Rotary positions end nowhere, and Transformers lets them go on beyond `max_position_embeddings`. So does `forward` here, with one
 warning; to train there unasked would be a mistake, so that the collator refuses such rows.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from transformers.utils import logging
@@ -36,7 +36,7 @@ class Limits:
 
     @classmethod
     def of(cls, model) -> Limits:
-        # a stack inside a model does not hear of it in its configuration if embeddings are resized
+        # if embeddings are resized, the configuration of a stack inside a model does not say so
         scheme = model.config.positions
         embeddings = None if scheme is None or scheme.checked_by_model else model.get_input_embeddings()
         return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
@@ -61,10 +61,26 @@ class Limits:
             _check_rotary(self.config, batch, beyond)
 
 
+def check_no_positions(config: Any, head: str) -> None:
+    """Refuse `position_ids` for a class whose forward has none: its tokens would stay where they are in the row.
+
+    Of relative positions (T5's encoder) nothing stays, and documents are kept apart.
+
+    Raises:
+        ValueError: positions that a table would not follow, or of an encoder-decoder, whose two texts they would both be.
+    """
+    scheme = config.positions
+    if config.is_encoder_decoder or scheme is None or scheme.has_table:
+        raise ValueError(
+            f"position_ids were given, and {head} takes none: its positions count from the beginning of a row, so that packed "
+            "documents cannot begin anew; give it one text to a row"
+        )
+
+
 def _check_labels(config, head: str, labels: Tensor | None) -> None:
     count = next((getattr(config, field) for ends, field in ANSWERS.items() if head.endswith(ends)), None)
     # one label is a number to be met, and floating ones are several at a time
-    if count is None or count == 1 or not _can_look_at(labels):
+    if count is None or count == 1 or not _is_readable(labels):
         return
     wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORED)]
     if wrong.numel():
@@ -75,7 +91,7 @@ def _check_labels(config, head: str, labels: Tensor | None) -> None:
 
 
 def _check_ids(vocabulary: int, ids: Tensor | None) -> None:
-    if not _can_look_at(ids):
+    if not _is_readable(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocabulary:
@@ -101,7 +117,7 @@ def _check_positions(config, batch: Mapping[str, Any]) -> None:
                 f"checkpoint with max_length={length}"
             )
     rows = getattr(config, scheme.limit)
-    if _can_look_at(positions) and int(positions.max()) >= rows:
+    if _is_readable(positions) and int(positions.max()) >= rows:
         raise ValueError(
             f"position_ids hold {int(positions.max())}; {config.model_type} has a table of {rows}: truncate, or convert the "
             "dense checkpoint with a greater max_length"
@@ -113,7 +129,7 @@ def _check_rotary(config, batch: Mapping[str, Any], beyond: bool) -> None:
     if positions is None:
         found = _tokens(config, batch.get("input_ids"), None)
     else:
-        found = int(positions.max()) + 1 if _can_look_at(positions) else 0
+        found = int(positions.max()) + 1 if _is_readable(positions) else 0
     if most is None or found <= most:
         return
     limit = f"{config.model_type} is configured for {most} (max_position_embeddings)"
@@ -137,10 +153,11 @@ def _tokens(config, ids: Tensor | None, real: Tensor | None) -> int:
     real = ids != config.pad_token_id if scheme.counted else real
     if not scheme.skips_padding or real is None or ids.shape[-1] <= scheme.length_of(config):
         return ids.shape[-1]
-    return int(real.sum(-1).max()) if _can_look_at(real) and real.shape == ids.shape else 0
+    return int(real.sum(-1).max()) if _is_readable(real) and real.shape == ids.shape else 0
 
 
-def _can_look_at(values) -> bool:
+def _is_readable(values: Any) -> TypeGuard[Tensor]:
+    """Are these whole numbers that can be read without waiting for a device?"""
     return (
         isinstance(values, Tensor)
         and values.device.type == "cpu"

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.utils import logging
 
 from .cache import CACHE_NAMES, begin_streaming, given_cache, keep_all, makes_sliding_cache
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
-from .input_checks import Limits
+from .input_checks import Limits, check_no_positions
+from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import forward_marks, generation_marks
 from .tensor_parallel import check_division
+
+logger = logging.get_logger(__name__)
 
 # mixins stand before a dense class, whose methods a type checker finds here
 if TYPE_CHECKING:
@@ -58,6 +62,16 @@ class SparseMixin(_Model):
     def post_init(self):
         super().post_init()
         adopt(self)
+        if self.config.sparse_attention is None and not self.config.implies_pattern:
+            logger.warning_once(
+                f"this {self.config.model_type} model has no pattern, and each of its layers sees what the dense model's sees; give one "
+                f"to the configuration, {type(self.config).__name__}(pattern='window(255, 255) | first(1)'), or to sparse_hf.sparsify"
+            )
+
+    def save_pretrained(self, *args, **kwargs):
+        """As Transformers'; `sparse_attention` names a pattern for each layer that there is by then."""
+        with self.config.saved_as(layer_numbers(self, self.config.stacks)):
+            super().save_pretrained(*args, **kwargs)
 
     def default_marks(self, input_ids: Tensor) -> Tensor | None:
         """What a head marks by itself where no `global_attention_mask` is given."""
@@ -114,17 +128,22 @@ class SparseEncoderMixin(SparseMixin):
 
 
 class SparseGenerationMixin(SparseMixin, _GeneratingModel):
-    """For heads that generate."""
+    """For heads that generate.
+
+    Transformers' protocol of what generates asks for attributes that no class of its own declares, which a type checker minds.
+    """
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length, *args)
+        parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         for name in CACHE_NAMES:
             if isinstance(model_kwargs.get(name), (DynamicCache, StaticCache)):
                 keep_all(model_kwargs[name], max_length)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        parent = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = parent(input_ids, *args, **kwargs)
         marks = generation_marks(self.config, input_ids, kwargs.get("global_attention_mask"))
         if marks is not None:
             inputs["global_attention_mask"] = marks
@@ -137,6 +156,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     names = list(signature.parameters)[1:]
     has_marks = "global_attention_mask" in names
     cache_name = next((name for name in CACHE_NAMES if name in names), None)
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(parent)
     def forward(self, *args, global_attention_mask=None, num_items_in_batch=None, **kwargs):
@@ -148,6 +168,12 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             num_items_in_batch = at_least_one(num_items_in_batch)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("position_ids") is not None:
+            if "position_ids" not in names:
+                check_no_positions(self.config, type(self).__name__)
+            elif takes_more and given["position_ids"].ndim == 2:
+                # where documents begin; some dense classes keep `position_ids` from their layers
+                kwargs.setdefault("document_positions", given["position_ids"])
         kwargs |= _own_arguments(self, given, global_attention_mask, cache_name)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
@@ -156,7 +182,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             output = rescaled(self, output, kwargs["labels"], num_items_in_batch)
         return output
 
-    forward.__signature__ = signature if has_marks else _with_marks_signature(signature)
+    # what `inspect.signature` gives
+    forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
@@ -189,7 +216,9 @@ def _own_arguments(
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given:
         own |= begin_streaming(given)
-    is_filling = cache_name is not None and not model.training and given_cache(given) is None
-    if is_filling and makes_sliding_cache(model.config, given.get("use_cache")):
+    wanted = given.get("use_cache")
+    # training asks for no cache, but by hand
+    is_filling = (not model.training or wanted) and given_cache(given) is None
+    if cache_name is not None and is_filling and makes_sliding_cache(model.config, wanted):
         own[cache_name] = DynamicCache()
     return own
