@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_hf
 from tests import oracle
@@ -188,3 +189,16 @@ def specification(self, hidden_states, attention_mask=None, output_attentions=Fa
     if tokens.marks is not None and ("marked()" in pattern or "marked_queries()" in pattern):
         out = torch.where(tokens.marks[:, None, :, None], through("_global"), out)
     return (out.transpose(1, 2).flatten(2),)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that give new numbers, forward and backward; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [r.alias_info for r in function._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
+        return function(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
+from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
@@ -17,6 +18,7 @@ from tests.models.longformers import (
     HEADS,
     TARGET,
     VOCABULARY,
+    Operations,
     answers,
     draw,
     inputs,
@@ -302,6 +304,217 @@ def test_embeddings_given_instead_of_ids(head):
     torch.testing.assert_close(
         sparse_hf.sparsify(stock)(inputs_embeds=states, **batch).logits, wanted, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("head", ["LongformerModel", "LongformerForSequenceClassification", "LEDModel"])
+def test_older_marks_in_the_attention_mask_are_those_of_stock(head):
+    stock, batch = stock_model(head), inputs(head, 50, side="right", marks="few")
+    marks, real = batch.pop("global_attention_mask"), batch["attention_mask"]
+    older = {**batch, "attention_mask": real + marks * real}
+    assert (older["attention_mask"] == 2).any()
+    ours = sparse_hf.sparsify(stock)
+    found, wanted = ours(**older), stock(**older)
+    if head == "LongformerModel":
+        found, wanted = ([outputs[0][real.bool()]] for outputs in (found, wanted))
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    for value in (-1, 3):
+        wrong = real.clone()
+        wrong[0, 3] = value
+        with pytest.raises(ValueError, match=f"attention_mask holds {value}; it takes 0"):
+            ours(**{**batch, "attention_mask": wrong})
+    unmarked = sparse_hf.sparsify(stock, "window(4, 4)")
+    with pytest.raises(
+        ValueError, match=r"attention_mask marks global tokens, but no pattern of this model has marked"
+    ):
+        unmarked(**older)
+
+
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+@pytest.mark.parametrize("head", [h for h in HEADS["longformer"] if not h.endswith("Model")])
+def test_heads_that_mark_run_with_patterns_without_marks(head, given, monkeypatch):
+    ours = sparse_hf.sparsify(stock_model(head), "window(4, 4)")
+    batch = inputs(head, 50, marks="default")
+    if given == "embeddings":
+        batch["inputs_embeds"] = ours.get_input_embeddings()(batch.pop("input_ids"))
+    found = ours(**batch)
+    monkeypatch.setattr(GlobalRowsMixin, "forward", specification)
+    torch.testing.assert_close(found.loss, ours(**batch).loss)
+
+
+def test_embeddings_are_classified_as_their_ids():
+    head = "LongformerForSequenceClassification"
+    ours, batch = sparse_hf.sparsify(stock_model(head)), inputs(head, 50, marks="default")
+    ids = batch.pop("input_ids")
+    positions = torch.where(batch["attention_mask"] > 0, 1 + batch["attention_mask"].cumsum(1), 1)
+    states = ours.get_input_embeddings()(ids)
+    found = ours(inputs_embeds=states, position_ids=positions, **batch).logits
+    torch.testing.assert_close(found, ours(input_ids=ids, **batch).logits)
+    marks = torch.ones(2, 49, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"global_attention_mask has shape \(2, 49\)"):
+        ours(inputs_embeds=states, global_attention_mask=marks, **batch)
+
+
+class _Doubled(torch.Tensor):
+    """A weight that says half of what it means, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs)
+        states, weight, *bias = args
+        return function(states, 2 * weight.as_subclass(torch.Tensor), *bias)
+
+
+class _Twice(torch.nn.Linear):
+    """An adapter in place of a linear layer."""
+
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+def _twice_by_hook(module, _, out):
+    return 2 * out
+
+
+# what doubles a projection's answer without any trace in its `weight` -> how it is put there
+DOUBLED = {
+    "a weight of a subclass": lambda m: setattr(
+        m, "weight", torch.nn.Parameter(_doubled(m.weight), requires_grad=False)
+    ),
+    "a forward hook": lambda m: m.register_forward_hook(_twice_by_hook),
+    "a forward of its own": lambda m: setattr(m, "forward", lambda x: 2 * torch.nn.Linear.forward(m, x)),
+    "a class of its own": lambda m: setattr(m, "__class__", _Twice),
+}
+
+
+def _doubled(weight):
+    return weight.detach().as_subclass(_Doubled)
+
+
+@pytest.mark.parametrize("is_host_bound", [False, True])
+@pytest.mark.parametrize("way", DOUBLED)
+@pytest.mark.parametrize("name", ["query", "value", "query_global", "key_global", "value_global"])
+def test_projections_are_called_unless_their_weights_say_all(name, way, is_host_bound, monkeypatch):
+    """Quantized weights (torchao, in Longformer and LED), adapters, hooks: rows of marked tokens read weights by hand."""
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: is_host_bound)
+    ours, batch = sparse_hf.sparsify(stock_model("LongformerModel")), inputs("LongformerModel", 50, marks="one")
+    other = copy.deepcopy(ours)
+    for model, scale in ((ours, 2), (other, 1)):
+        module = getattr(model.encoder.layer[0].attention.self, name)
+        if way == "a weight of a subclass":
+            torch.nn.init.zeros_(module.bias)
+        if scale == 2:
+            module.weight.data *= 2
+            module.bias.data *= 2
+        else:
+            DOUBLED[way](module)
+    with torch.no_grad():
+        torch.testing.assert_close(other(**batch)[0], ours(**batch)[0])
+
+
+@pytest.mark.parametrize("is_host_bound", [False, True])
+# stock writes to what `query` and `query_global` gave, which torch refuses where they have such hooks
+@pytest.mark.parametrize("name", ["key", "value", "key_global", "value_global"])
+def test_backward_hooks_of_projections_are_called_as_in_stock(name, is_host_bound, monkeypatch):
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: is_host_bound)
+    stock, batch = stock_model("LongformerModel"), inputs("LongformerModel", 50, side="none", marks="one")
+    found = []
+    for model in (stock, sparse_hf.sparsify(stock)):
+        module, grads = getattr(model.encoder.layer[1].attention.self, name), []
+        handle = module.register_full_backward_hook(lambda _, __, out, grads=grads: grads.append(out[0]))
+        model(**batch)[0].square().sum().backward()
+        handle.remove()
+        found.append(grads)
+    assert len(found[0]) == len(found[1]) == 1
+    torch.testing.assert_close(found[1][0].norm(), found[0][0].norm(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("family", HEADS)
+def test_equals_stock_where_a_gpu_waits_for_the_host(family, seed, monkeypatch):
+    """One product for all projections, and marked rows by dense attention, at any number of marks."""
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: True)
+    test_equals_stock(family, seed, monkeypatch)
+
+
+@pytest.mark.parametrize("marks", ["one", "many"])
+def test_short_texts_take_fewer_operations_where_a_gpu_waits(marks, monkeypatch):
+    ours, counts = sparse_hf.sparsify(stock_model("LongformerModel")), []
+    batch = inputs("LongformerModel", 60, side="none", marks=marks)
+    for is_host_bound in (False, True):
+        monkeypatch.setattr(global_rows, "is_host_bound", lambda states, found=is_host_bound: found)
+        monkeypatch.setattr(global_rows, "attention", lambda call, backend: (call.q + call.k + call.v, None))
+        ours.zero_grad()
+        with Operations() as seen:
+            ours(**batch)[0].sum().backward()
+        counts.append(seen.count)
+    assert counts[1] < 0.75 * counts[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_joined_projections_keep_the_precision_of_separate_ones(autocast, monkeypatch):
+    stock, batch = stock_model("LongformerForMaskedLM"), inputs("LongformerForMaskedLM", 70, marks="few")
+    exact = answers(copy.deepcopy(stock).double(), batch) if not autocast else answers(stock, batch)
+    errors = []
+    for is_host_bound in (False, True):
+        monkeypatch.setattr(global_rows, "is_host_bound", lambda states, found=is_host_bound: found)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = answers(sparse_hf.sparsify(copy.deepcopy(stock)), batch)
+        errors.append(
+            max(float((found[k].double() - v).norm() / v.norm()) for k, v in exact.items() if v.norm() > 1e-3)
+        )
+    assert errors[1] <= 1.5 * errors[0] + 1e-6
+
+
+PACKED = {"window and marks": "window(4, 4) | marked()", "by position": "first(2) | chunk(8) | marked()"}
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1e-9])
+@pytest.mark.parametrize("marks", ["none", "few"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_give_what_they_give_apart(name, marks, dropped):
+    """Positions tell Longformer's documents apart, in rows of marked tokens too, as they do in BERT."""
+    stock = stock_model("LongformerForMaskedLM", attention_probs_dropout_prob=dropped)
+    ours = sparse_hf.sparsify(stock, PACKED[name]).train(dropped > 0)
+    lengths, offset = (20, 31, 9), 2
+    batch = inputs("LongformerForMaskedLM", sum(lengths), batch=2, side="none", marks=marks, seed=3)
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1) + offset
+    # padding behind the last document of a row
+    batch["attention_mask"] = (torch.arange(60)[None] < torch.tensor([[60], [55]])).long()
+    packed, begin = ours(**batch).logits, 0
+    for length in lengths:
+        own = {k: v[:, begin : begin + length] for k, v in batch.items() if k != "labels"}
+        real = own["attention_mask"].bool()
+        torch.testing.assert_close(
+            packed[:, begin : begin + length][real], ours(**own).logits[real], rtol=1e-4, atol=1e-4
+        )
+        begin += length
+
+
+@pytest.mark.parametrize("head", TRAINED)
+def test_processes_whose_batches_have_no_marks_have_gradients(head, monkeypatch):
+    """Data parallelism waits for gradients of all parameters from all processes (DDP, FSDP)."""
+    ours = sparse_hf.sparsify(stock_model(head)).train()
+    batch = inputs(head, 50, marks="none")
+
+    def missing():
+        ours.zero_grad()
+        ours(**batch).loss.backward()
+        return {name for name, p in ours.named_parameters() if p.grad is None}
+
+    alone, plain = missing(), ours(**batch).loss
+    assert alone and all("_global" in name for name in alone)
+    monkeypatch.setattr(global_rows, "_are_several_processes", lambda: True)
+    assert not missing() and torch.equal(ours(**batch).loss, plain)
+    assert not any(p.grad.any() for name, p in ours.named_parameters() if name in alone)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_feed_forward_in_chunks_that_need_not_divide_the_length(size):
+    stock, batch = stock_model("LongformerModel"), inputs("LongformerModel", 50)
+    wanted = sparse_hf.sparsify(stock)(**batch)[0]
+    ours = sparse_hf.sparsify(stock_model("LongformerModel", chunk_size_feed_forward=size))
+    torch.testing.assert_close(ours(**batch)[0], wanted)
 
 
 def _forward(head: str, **changes):

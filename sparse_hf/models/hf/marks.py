@@ -35,7 +35,8 @@ def forward_marks(
     """
     config = model.config
     if not config.uses_marks:
-        if given is not None:
+        # heads of dense classes that mark by themselves are kept from it by a mask of no rows
+        if given is not None and len(given):
             raise ValueError(f"global_attention_mask was given, but {config.why_no_marks}")
         return None
     if "encoder" in config.stacks or config.heads_mark:

@@ -119,11 +119,21 @@ class SparseLongformerForMaskedLM(SparseMixin, LongformerForMaskedLM):
             init.zeros_(module.bias)
 
 
-class SparseLongformerForSequenceClassification(SparseMixin, LongformerForSequenceClassification):
-    """[`LongformerForSequenceClassification`] with attention by patterns; by default the first token is global."""
+class MarkingHeadMixin(SparseMixin):
+    """For heads that mark tokens by themselves, as their dense class does, where the pattern has `marked()`."""
 
     config: SparseLongformerConfig
     config_class = SparseLongformerConfig
+
+    def _unless_asked(self, tokens: Tensor | None, marks: Tensor | None) -> Tensor | None:
+        """What the dense class is given as `global_attention_mask`: none makes it mark, a mask of no rows keeps it from it."""
+        if marks is None and tokens is not None and not self.config.uses_marks:
+            return tokens.new_zeros(0, *tokens.shape[1:], dtype=torch.long)
+        return marks
+
+
+class SparseLongformerForSequenceClassification(MarkingHeadMixin, LongformerForSequenceClassification):
+    """[`LongformerForSequenceClassification`] with attention by patterns; by default the first token is global."""
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
         return _first_token(input_ids)
@@ -131,32 +141,39 @@ class SparseLongformerForSequenceClassification(SparseMixin, LongformerForSequen
     @wraps(LongformerForSequenceClassification.forward)
     def forward(self, input_ids=None, attention_mask=None, global_attention_mask=None, **kwargs):
         embeddings = kwargs.get("inputs_embeds")
-        if global_attention_mask is None and embeddings is not None:
-            global_attention_mask = _first_token(embeddings[..., 0])
-        return super().forward(input_ids, attention_mask, global_attention_mask, **kwargs)
+        tokens = input_ids if embeddings is None else embeddings[..., 0]
+        marks = self._unless_asked(tokens, global_attention_mask)
+        # the dense class finds the first token of ids alone
+        marks = _first_token(tokens) if marks is None and tokens is not None else marks
+        return super().forward(input_ids, attention_mask, marks, **kwargs)
 
 
-class SparseLongformerForQuestionAnswering(SparseMixin, LongformerForQuestionAnswering):
+class SparseLongformerForQuestionAnswering(MarkingHeadMixin, LongformerForQuestionAnswering):
     """[`LongformerForQuestionAnswering`] with attention by patterns; by default the question is global."""
 
-    config: SparseLongformerConfig
-    config_class = SparseLongformerConfig
     accepts_loss_kwargs = False
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
         index, separator = _first_separator(input_ids, self.config.sep_token_id)
         return index < separator
 
+    @wraps(LongformerForQuestionAnswering.forward)
+    def forward(self, input_ids=None, attention_mask=None, global_attention_mask=None, **kwargs):
+        marks = self._unless_asked(input_ids, global_attention_mask)
+        return super().forward(input_ids, attention_mask, marks, **kwargs)
 
-class SparseLongformerForMultipleChoice(SparseMixin, LongformerForMultipleChoice):
+
+class SparseLongformerForMultipleChoice(MarkingHeadMixin, LongformerForMultipleChoice):
     """[`LongformerForMultipleChoice`] with attention by patterns; by default what follows the two separators is global."""
-
-    config: SparseLongformerConfig
-    config_class = SparseLongformerConfig
 
     def default_marks(self, input_ids: Tensor) -> Tensor:
         index, separator = _first_separator(input_ids, self.config.sep_token_id)
         return index > separator + 1
+
+    @wraps(LongformerForMultipleChoice.forward)
+    def forward(self, input_ids=None, token_type_ids=None, attention_mask=None, global_attention_mask=None, **kwargs):
+        marks = self._unless_asked(input_ids, global_attention_mask)
+        return super().forward(input_ids, token_type_ids, attention_mask, marks, **kwargs)
 
 
 def _first_token(input_ids: Tensor) -> Tensor:
