@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+from functools import lru_cache
 from typing import Any
 
-from .words import WORDS
+from .words import WORDS, Maker
 
 # far above any pattern that means something, far below what would exhaust the parser
 MAX_CHARACTERS = 100_000
 # longest text that an error shows
 MAX_SHOWN = 200
+# signatures of words that are kept
+SIGNATURES_KEPT = 256
 
 
 class PatternError(ValueError):
@@ -39,6 +42,11 @@ def parse(text: str) -> Any:
         raise _error(text, (error.offset or 1) - 1, f"{error.msg}") from None
     except (RecursionError, MemoryError):
         raise PatternError("the pattern is nested too deeply") from None
+
+
+@lru_cache(maxsize=SIGNATURES_KEPT)
+def _signature(maker: Maker) -> inspect.Signature:
+    return inspect.signature(maker)
 
 
 def _known() -> str:
@@ -94,7 +102,7 @@ def _call(word: str, node: ast.Call, text: str) -> Any:
             raise _error(text, at, f"** is not read; the form is {_usage(word)}")
         named[name] = _pattern(argument.value, text) if name in of_patterns else _value(argument.value, text)
     try:
-        inspect.signature(WORDS[word]).bind(*values, **named)
+        _signature(WORDS[word]).bind(*values, **named)
         return WORDS[word](*values, **named)
     except TypeError as error:
         raise _error(text, at, f"{word}: {error}; the form is {_usage(word)}") from None
@@ -105,7 +113,7 @@ def _call(word: str, node: ast.Call, text: str) -> Any:
 def _positional(word: str, count: int) -> list[str]:
     """The names of the first `count` arguments; of those that there are none of, an empty name."""
     names = []
-    for parameter in inspect.signature(WORDS[word]).parameters.values():
+    for parameter in _signature(WORDS[word]).parameters.values():
         rest = count - len(names) if parameter.kind is parameter.VAR_POSITIONAL else 1
         names += [parameter.name] * rest
     return [*names[:count], *[""] * (count - len(names))]
@@ -125,7 +133,7 @@ def _value(node: ast.expr, text: str) -> Any:
 
 
 def _usage(word: str) -> str:
-    return f"{word}({', '.join(map(_shown, inspect.signature(WORDS[word]).parameters.values()))})"
+    return f"{word}({', '.join(map(_shown, _signature(WORDS[word]).parameters.values()))})"
 
 
 def _shown(parameter: inspect.Parameter) -> str:
