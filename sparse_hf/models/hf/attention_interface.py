@@ -103,6 +103,9 @@ def sparse_mask(
     if attention_mask is not None and attention_mask.shape[-1] != kv_length:
         short = kv_length - attention_mask.shape[-1]
         attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
+    if attention_mask is not None and attention_mask.is_meta:
+        # dense models refuse a mask without content, since they ask whether it pads anything; a sparse one is to behave alike
+        bool(attention_mask.all())
     if isinstance(q_offset, Tensor):
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)

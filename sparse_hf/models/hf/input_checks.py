@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -160,6 +161,7 @@ def _is_readable(values: Any) -> TypeGuard[Tensor]:
     """Are these whole numbers that can be read without waiting for a device?"""
     return (
         isinstance(values, Tensor)
+        and not isinstance(values, FakeTensor)
         and values.device.type == "cpu"
         and not values.dtype.is_floating_point
         and bool(values.numel())
