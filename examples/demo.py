@@ -4,6 +4,7 @@ A decoder (SmolLM2-135M, from a 4-bit GGUF file) gets a sliding window with sink
 512 to 4,096 positions with a window and a global CLS token. Every figure is measured here, in a process of its own.
 
     python examples/demo.py
+    python examples/demo.py --out docs/results    # the figures as a file of results
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 
 import sparse_hf
 from examples.assets import CACHE, GUTENBERG, MINILM, SMOLLM2, fetch
-from sparse_hf.bench import peak_bytes
+from sparse_hf.bench import environment, peak_bytes, result_path, write_json
 from sparse_hf.testing import AllocationInterceptor
 
 DECODER_PATTERN = "window(511, 0) | first(4)"
@@ -177,6 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=FOLDERS / "results.json",
+        help="the file of figures, or a folder of results, as docs/results",
+    )
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -208,7 +215,10 @@ def main() -> None:
     console.print(f"asked for the capital of France, dense says {results['decoder dense']['said']!r}", markup=False)
     console.print(f"                               sparse says {results['decoder sparse']['said']!r}", markup=False)
     console.print(f"measured in {time.perf_counter() - begin:.0f} s; the sparse folders are in {FOLDERS}")
-    (FOLDERS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    here = environment(torch.device("cpu"))
+    out = result_path(arguments.out, here, "demo")
+    write_json({"environment": here, **results}, out)
+    console.print(f"figures are in {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

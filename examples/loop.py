@@ -19,9 +19,7 @@ from transformers import get_scheduler
 
 from examples.run_clm import packed
 from examples.training import checkpoint, leave, load_model, load_texts
-from sparse_hf.train import RepeatableCollator, TellAll
-from sparse_hf.train.distillation import labelled
-from sparse_hf.train.heal import without_repeated
+from sparse_hf.train import RepeatableCollator, TellAll, labelled, without_repeated
 
 
 @dataclass

@@ -142,7 +142,9 @@ def of_real_weights(spec: dict) -> dict:
 def main() -> None:
     missing = [path for path in (DEMO, REAL_WEIGHTS) if not (ROOT / path).exists()]
     if missing:
-        sys.exit(f"{missing[0]} is missing; run `make demo` or `python examples/real_weights.py`, and name its file here")
+        sys.exit(
+            f"{missing[0]} is missing; run `make demo` or `python examples/real_weights.py`, and name its file here"
+        )
     for spec in CARDS:
         content = card(spec)
         ModelCard(content)  # raises if the metadata is not readable

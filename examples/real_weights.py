@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -57,9 +56,9 @@ from examples.texts import (
     stories,
     texts,
 )
-from sparse_hf.bench.measure import environment
+from sparse_hf.bench import environment, latest_result, result_path, write_json
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "real-weights.json"
+RESULTS, SUITE = Path(__file__).resolve().parent.parent / "docs" / "results", "real-weights"
 # logits of so many tokens at a time: all 2,048 of a large vocabulary would be 2 GB
 CHUNK = 256
 
@@ -289,13 +288,6 @@ def earlier(out: Path, here: dict) -> dict:
     return found["checkpoints"] if alike else {}
 
 
-def write(out: Path, content: dict) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out)
-
-
 def table(entries: dict[str, dict]) -> Table:
     shown = Table(title="real weights, dense beside sparse")
     for column in (
@@ -355,27 +347,33 @@ def main() -> None:
     names = [*CASES, MPNET]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--out", type=Path, help="by default a file of docs/results: today's, or with --only the newest"
+    )
     parser.add_argument("--measure", choices=names, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if arguments.measure:
-        write(arguments.out, refusal() if arguments.measure == MPNET else measure(arguments.measure))
+        write_json(refusal() if arguments.measure == MPNET else measure(arguments.measure), arguments.out)
         return
     here = environment(torch.device("cpu"))
     here["versions"] = {key: value for key, value in here["versions"].items() if value}
     here["versions"]["sparse-hf"] = sparse_hf.__version__
-    entries = earlier(arguments.out, here) if arguments.only else {}
+    newest = latest_result(RESULTS, here, SUITE) if arguments.only else None
+    out = arguments.out or newest or result_path(RESULTS, here, SUITE)
+    entries = earlier(out, here) if arguments.only else {}
+    # a file keeps the date of its first run
+    here = json.loads(out.read_text())["environment"] if entries else here
     chosen = arguments.only or names
     for i, name in enumerate(chosen, 1):
         print(f"{name} ({i} of {len(chosen)})", flush=True)
         entries[name] = in_own_process(name)
         ordered = {known: entries[known] for known in names if known in entries}
         # after each, so that a failure loses nothing
-        write(arguments.out, {"environment": here, "dtype": "float32", "checkpoints": ordered})
+        write_json({"environment": here, "dtype": "float32", "checkpoints": ordered}, out)
     Console(width=200).print(table(ordered))
-    print(f"written to {arguments.out}")
+    print(f"written to {out}")
     unlike = [name for name in chosen if any(differs(m) for m in entries[name].get("measures", ()))]
     if unlike:
         raise SystemExit(f"dense and sparse differ where they should not: {', '.join(unlike)}")

@@ -41,8 +41,7 @@ from examples.training import (
     run,
     tokenized,
 )
-from sparse_hf.train.collators import Marks
-from sparse_hf.train.columns import tokens
+from sparse_hf.train import Marks, tokens
 
 logger = logging.get_logger("transformers.examples")
 IGNORED = -100

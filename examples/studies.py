@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from sparse_hf.bench.measure import environment, write_json
+from sparse_hf.bench import environment, result_path, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -31,13 +31,19 @@ TRAINING = {
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
-    """With the options that both have; `name` is that of the files that are written."""
+    """With the options that both have; `name` is that of the suite."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
-    made.add_argument("--plot", type=Path, default=RESULTS / f"{name}.png")
+    out = newest(name) or result_path(RESULTS, environment(DEVICE), name)
+    made.add_argument("--out", type=Path, default=out, help="by default the newest of docs/results, or a new one there")
+    made.add_argument("--plot", type=Path, default=out.with_suffix(".png"))
     made.add_argument("--plot-only", action="store_true", help="draw what --out holds")
     made.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
     return made
+
+
+def newest(name: str) -> Path | None:
+    """The newest results of a study on whatever machine, to which rows are added."""
+    return max(RESULTS.glob(f"*/*-{name}.json"), key=lambda path: path.name, default=None)
 
 
 class Clock(TrainerCallback):

@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 import sparse_hf
 from examples import texts, tiny
-from sparse_hf.models import family_of
 from sparse_hf.train import MarkHeaders, TellAll
 
 logger = logging.get_logger("transformers.examples")
@@ -117,7 +116,7 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
         config = AutoConfig.from_pretrained(source)
-        family = family_of(config.model_type)
+        family = sparse_hf.family_of(config.model_type)
         if family.config_class not in auto_class._model_mapping:
             raise ValueError(f"{source} is a {family.dense_type}, which {auto_class.__name__} has no model of")
         if config.model_type == family.dense_type:

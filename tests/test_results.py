@@ -32,8 +32,8 @@ def test_a_result_is_named_by_its_machine_and_its_date(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = content.get("entries", {}).values()
     found = [part["environment"] for part in (content, *rows) if "environment" in part]
-    assert found and {machine_name(each["hardware"]) for each in found} == {path.parent.name}
-    # rows that were added to a study later have dates of their own
+    # rows that were added to a study later have dates, and perhaps machines, of their own
+    assert path.parent.name in {machine_name(each["hardware"]) for each in found}
     first = min(each["date"] for each in found)
     assert re.fullmatch(rf"{first}-[a-z0-9]+(-[a-z0-9]+)*\.json", path.name)
 
