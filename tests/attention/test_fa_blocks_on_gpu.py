@@ -73,10 +73,10 @@ def test_lists_are_exact_at_other_head_dims(shape):
     "pattern", ["first(300) | last(200) | chunk(64)", "per_head(chunk(9), first(1), stride(7), chunk(50))"]
 )
 def test_long_lines_are_merged_exactly(pattern, monkeypatch):
-    monkeypatch.setattr(lists, "LIMIT", 2)
-    monkeypatch.setattr(lists, "QUICK", 0)
-    monkeypatch.setattr(lists, "LONGER", 0.5)
-    monkeypatch.setattr(lists, "SQUARE", 0)
+    monkeypatch.setattr(lists, "PROGRAM_TILES", 2)
+    monkeypatch.setattr(lists, "HOST_BOUND_TILES", 0)
+    monkeypatch.setattr(lists, "PROGRAM_TILES_OVER_MEAN", 0.5)
+    monkeypatch.setattr(lists, "SEGMENT_TILES_OVER_ROOT", 0)
     # a length of its own: plans are kept
     run(pattern, 1171, "packed_and_padded", (4, 2, 64), torch.bfloat16)
 

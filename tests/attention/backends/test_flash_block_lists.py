@@ -129,10 +129,10 @@ GLOBAL = "(window(20, 20) | first(3) | last(2) | chunk(50)) & window(None, None)
 )
 def test_long_lines_are_merged_exactly(pattern, case, plain, monkeypatch):
     # so that a text of some blocks has long lines
-    monkeypatch.setattr(lists, "LIMIT", 2)
-    monkeypatch.setattr(lists, "QUICK", 0)
-    monkeypatch.setattr(lists, "LONGER", 0.5)
-    monkeypatch.setattr(lists, "SQUARE", 0)
+    monkeypatch.setattr(lists, "PROGRAM_TILES", 2)
+    monkeypatch.setattr(lists, "HOST_BOUND_TILES", 0)
+    monkeypatch.setattr(lists, "PROGRAM_TILES_OVER_MEAN", 0.5)
+    monkeypatch.setattr(lists, "SEGMENT_TILES_OVER_ROOT", 0)
     assert compare(pattern, 700, case, heads=2, groups=1)
 
 

@@ -11,8 +11,7 @@ from sparse_hf.attention.backends.blockwise import backend as blockwise
 from sparse_hf.attention.backends.flash import window_kernels as flash
 from sparse_hf.attention.composite import global_tokens as marked
 from sparse_hf.attention.scoring import Scoring
-from sparse_hf.pattern import Window
-from sparse_hf.pattern.forms import MarkedForm, read_marked
+from sparse_hf.pattern.forms import read_marked
 from sparse_hf.plan import build_plan
 from tests import oracle
 from tests.attention.test_exactness import ROUNDINGS
@@ -96,21 +95,3 @@ def test_marks_are_found_without_looking(kind):
     assert torch.equal(
         back.mT[marks[:, None, None].expand(-1, 2, 4, -1)], t.mT[marks[:, None, None].expand(-1, 2, 4, -1)]
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("window(9, 14) | marked_keys()", MarkedForm(Window(9, 14), True, False)),
-        ("window(20, 0) | marked()", MarkedForm(Window(20, 0), True, True)),
-        ("marked_queries()", MarkedForm(None, False, True)),
-        # what marks say nothing of, or not alone, or not everywhere
-        ("window(9, 14)", None),
-        ("window(9, 14) | first(2) | marked()", None),
-        ("window(9, 0) | marked() & window(None, 0)", None),
-        ("per_head(window(9, 14) | marked(), window(3, 3) | marked())", None),
-        ("window(64, 64) & stride(2) | marked()", None),
-    ],
-)
-def test_which_patterns_it_is_for(text, parts):
-    assert read_marked(text) == parts

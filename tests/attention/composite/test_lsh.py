@@ -7,7 +7,6 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.pattern.forms import hash_terms
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.models.families import dense_model
@@ -188,16 +187,6 @@ def test_packed_equals_separate():
     places = torch.cat([torch.arange(50), torch.arange(37)])[None]
     packed = ours(torch.cat([one, two], 1), position_ids=places).logits
     torch.testing.assert_close(packed, torch.cat([ours(t).logits for t in (one, two)], 1), rtol=1e-4, atol=1e-5)
-
-
-def test_terms_of_a_pattern():
-    found = hash_terms(Pattern.parse("(window(5, 0) | lsh(4, 2)) & window(None, 0) | first(1)"))
-    assert [tuple(map(str, term)) for term in found] == [
-        ("None", "window(5, 0) & window(None, 0)"),
-        ("lsh(4, 2, 64, 0)", "window(None, 0)"),
-        ("None", "first(1)"),
-    ]
-    assert Pattern.parse("lsh([4, 6], 2)") == Pattern.parse("lsh((4, 6), 2, 64, 0)")
 
 
 def _attend(text: str, **options):
