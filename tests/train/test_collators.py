@@ -18,8 +18,18 @@ from transformers import (
 
 import sparse_hf
 from examples import tiny
-from sparse_hf.train import MarkHeaders, MarkQuestion, MarkTokens, PackDocuments, PackedCollator, first_position
+from sparse_hf.train import (
+    CheckedCollator,
+    MarkHeaders,
+    MarkQuestion,
+    MarkTokens,
+    PackDocuments,
+    PackedCollator,
+    first_position,
+)
 from tests.models.families import dense_model
+from tests.models.longformers import stock_model
+from tests.models.reformers import stock_model as reformer_model
 
 HEADER = r"^Article \d+$"
 IDS = [1, 63, 100, 5, 40]
@@ -185,9 +195,20 @@ def pad(features):
     return made
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "RobertaForMaskedLM", "LlamaForCausalLM"])
+# of each way in which attention learns of positions: with the layers' arguments, or beside them where the dense class
+# keeps `position_ids` to itself, or by a model of our own
+PACKED = ["Bert", "Roberta", "ModernBert", "DistilBert", "Longformer"]
+
+
+@pytest.mark.parametrize("head", [*(f"{name}ForMaskedLM" for name in PACKED), "LlamaForCausalLM"])
 def test_packed_loss_and_gradients_are_those_of_documents_apart(head):
-    model = sparse_hf.sparsify(dense_model(head), "window(5, 5) | first(2) | marked()")
+    is_longformer = head.startswith("Longformer")
+    # a window of its own, and marks with projections of their own
+    model = (
+        sparse_hf.sparsify(stock_model(head))
+        if is_longformer
+        else sparse_hf.sparsify(dense_model(head), "window(5, 5) | first(2) | marked()")
+    )
     causal = "Causal" in head
     sizes = [1, 63, 60, 5, 40, 20]
     made = documents(sizes)
@@ -225,6 +246,27 @@ def test_packed_loss_and_gradients_are_those_of_documents_apart(head):
     assert together == pytest.approx(total, rel=1e-5)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, apart[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def packed_row(model) -> dict[str, torch.Tensor]:
+    """Two documents in a row, as `PackedCollator` makes them, checked before they leave the CPU."""
+    columns = PackDocuments(64, first_position(model.config))(documents([20, 30]))
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    collator = PackedCollator(lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])})
+    return dict(CheckedCollator(collator, model)(rows))
+
+
+@pytest.mark.parametrize(
+    "make", ["BartForConditionalGeneration", "BartForCausalLM", "T5ForConditionalGeneration", "Reformer"]
+)
+def test_models_that_keep_no_documents_apart_refuse_packed_rows(make):
+    """What has no `position_ids`, or chunks of whole rows, would mix them."""
+    if make == "Reformer":
+        model = sparse_hf.sparsify(reformer_model("ReformerForMaskedLM"))
+    else:
+        model = sparse_hf.sparsify(dense_model(make), "window(5, 5)")
+    with pytest.raises(ValueError, match="position_ids"):
+        model(**packed_row(model), **({"labels": torch.tensor([[5]])} if "Conditional" in make else {}))
 
 
 def test_trainer_takes_packed_rows_and_marks(tokenizer, tmp_path):
