@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_hf import Pattern, build_plan, sparse_attention
+from sparse_hf import build_plan, sparse_attention
 from sparse_hf.attention.backends import reference
 from sparse_hf.attention.composite.strided import Composition
 from sparse_hf.attention.scoring import Scoring
