@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from . import words
 from .parse import parse
+from .words import edition, register, snake_case
 
 # the state of a rectangle of pairs; PARTIAL is always a permitted answer
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -99,11 +99,11 @@ class Pattern:
                 "sparse_hf.Pattern says what they owe each other"
             )
         if "word" not in vars(cls):
-            cls.word = words.snake_case(cls.__name__)
+            cls.word = snake_case(cls.__name__)
         if "__repr__" not in vars(cls):
             # a dataclass would write one of its own, and the text form is what a pattern is read from
             cls.__repr__ = cls.__repr__
-        words.register(cls.word, cls)
+        register(cls.word, cls)
 
     def allows(self, q: Tensor, k: Tensor, marks: Marks | None = None) -> Tensor:
         """Element by element: does the pattern hold the pair (q, k)? Bool, of the joint shape of q and k.
@@ -245,7 +245,7 @@ def as_pattern(pattern: Pattern | str) -> Pattern:
         return pattern
     if not isinstance(pattern, str):
         raise TypeError(f"pattern is a {type(pattern).__name__}; give a Pattern or its text, like 'window(255, 0)'")
-    return _parsed(pattern, words.edition())
+    return _parsed(pattern, edition())
 
 
 @lru_cache(maxsize=PARSED_KEPT)
