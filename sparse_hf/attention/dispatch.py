@@ -65,10 +65,10 @@ def _decided(call: AttentionCall, name: str) -> Backend:
     """The ladder."""
     if name == "auto":
         # 1. nothing is left out of a text this short: dense attention
-        if DENSE.why_not(call) is None:
+        if DENSE.is_fastest(call) and DENSE.why_not(call) is None:
             return _said(DENSE, call, "by a pattern that leaves out no pair of a text this short", "")
         # 2. a few queries, as in decoding: slices of the keys that they see
-        if DECODE.why_not(call) is None:
+        if DECODE.why_not(call) is None and DECODE.is_fastest(call):
             return _said(DECODE, call, f"of fewer than {MAX_QUERIES} queries", " over the keys that they see")
     # 3. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
     if isinstance(call.pattern, Pattern) and call.pattern.uses_content:

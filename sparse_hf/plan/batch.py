@@ -58,8 +58,10 @@ class BatchInfo:
         if "without_ones" not in self.memo:
             padding = self.padding
             is_ones = padding is not None and padding.ndim == 2 and bool(padding.all())
-            self.memo["without_ones"] = of_batch(None, self.segments, self.marks) if is_ones else self
-        return self.memo["without_ones"]
+            # itself it must not hold, or it would outlive its last user
+            self.memo["without_ones"] = of_batch(None, self.segments, self.marks) if is_ones else None
+        found = self.memo["without_ones"]
+        return self if found is None else found
 
     def remember(self, key: Any, value: Any) -> Any:
         """Keep `value` under `key` for as long as this batch lives; returns it."""

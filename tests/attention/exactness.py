@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_hf import sparse_attention
 from sparse_hf.attention import attend, route
 from sparse_hf.attention.backend import AttentionCall, Backend
+from sparse_hf.attention.composite.strided import Strided
 from sparse_hf.attention.dropout import NO_DROPOUT, Dropout
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.pattern.base import as_pattern
@@ -120,7 +121,10 @@ def call_of(
 def why_not(backend: str, call: AttentionCall) -> str | None:
     """Why a backend that is asked for by name cannot run a call, as the error says; None if it can."""
     try:
-        route(call, backend)
+        chosen = route(call, backend)
+        if isinstance(chosen, Strided):
+            # its parts are asked one by one
+            chosen.forward(call)
     except NotImplementedError as error:
         return str(error)
     return None

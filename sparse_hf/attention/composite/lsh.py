@@ -16,13 +16,13 @@ from ...pattern.forms import read_hashes
 from ...plan import BlockPlan, find_plan
 from ...plan.hash_order import HashedPlan
 from ...plan.lsh import Held, hashed_plan
+from ..autograd import AutogradBackend
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
-from ..backends.reference import Reference, with_weights
+from ..backends.reference import with_weights
 from ..hashed.hash_order import HashOrder
 from ..merge import merge
 
 HASH_ORDER = HashOrder()
-REFERENCE = Reference()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,25 +76,13 @@ class HashedPairs(Backend):
         return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
 
 
-class DenseHashedPairs(HashedPairs):
-    """The specification: one dense mask of positions and hashes. O(n^2)."""
+class DenseHashedPairs(AutogradBackend, HashedPairs):
+    """The specification: one dense mask of positions and hashes, differentiated by autograd. O(n^2)."""
 
     name = "lsh, reference"
 
     def forward(self, call: AttentionCall) -> Results:
         out, lse, _ = hashed_weights(call)
-        return out, lse
-
-    def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        return _OfMask(_planned(call).to_dense(call)).backward(call, given)
-
-
-@dataclass
-class _OfMask(Reference):
-    mask: Tensor
-
-    def forward(self, call: AttentionCall) -> Results:
-        out, lse, _ = with_weights(call, self.mask)
         return out, lse
 
 

@@ -5,7 +5,6 @@ Legend: B batch, H heads, R rounds, N tokens, D head dim.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...plan.hash_order import Chunking, plan_chunks

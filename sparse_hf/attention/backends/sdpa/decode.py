@@ -58,12 +58,14 @@ class Decode(AutogradBackend):
             return "PyTorch's attention gives no lse, and knows no soft cap, bias or dropout of ours"
         if isinstance(call.pattern, Pattern) and call.pattern.uses_content:
             return "pairs that are chosen from queries and keys are in no plan of positions"
-        seen = _seen(call)
-        if seen is None:
+        if _seen(call) is None:
             return "there is nothing to see, or too much for a mask"
-        if not call.q.is_cuda and not _is_one_slice(seen) and not _merges_ranges(call, seen):
-            return "`blockwise` walks several ranges sooner than they are copied side by side"
         return None
+
+    def is_fastest(self, call: AttentionCall) -> bool:
+        """On a CPU `blockwise` walks several ranges sooner than they are copied side by side."""
+        seen = _seen(call)
+        return seen is not None and (call.q.is_cuda or _is_one_slice(seen) or _merges_ranges(call, seen))
 
     def forward(self, call: AttentionCall) -> Results:
         seen = _seen(call)
@@ -120,12 +122,9 @@ def _has_marks(call: AttentionCall) -> bool:
 
 
 def _plan(call: AttentionCall) -> BlockPlan:
-    """The plan of a call, made on the CPU where no batch data lies elsewhere: ranges are numbers that the host works with."""
-    if call.chosen_plan is None and call.q.is_cuda and call.batch.is_empty:
-        plan = find_plan(replace(call.plan_key, device=torch.device("cpu")), call.batch)
-        # who runs the call after all needs no other plan
-        call.chosen_plan = plan.to(call.q.device)
-        return plan
+    """The plan of a call, on the CPU where it is of lengths alone: ranges are numbers that the host works with."""
+    if call.chosen_plan is None and call.q.is_cuda and (call.batch.is_empty or call.batch.without_ones().is_empty):
+        return find_plan(replace(call.plan_key, device=torch.device("cpu")), call.batch)
     return call.blocks
 
 
