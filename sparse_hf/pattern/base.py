@@ -42,7 +42,8 @@ class Pattern:
     """A set of (query position, key position) pairs: a frozen value without length, batch or device.
 
     `|` is union, `&` is intersection, and nothing else joins patterns. A pattern of your own is a frozen dataclass that
-    defines `allows`, `blocks` and `reachable`. It then runs on every backend, in every model, and reads and writes as text:
+    defines `allows`, `blocks` and `reachable`. It then runs on every backend, in every model, and reads and writes as text. With
+    `joint` and `state` of this module:
 
         @dataclass(frozen=True)
         class EveryNth(Pattern):
@@ -82,7 +83,7 @@ class Pattern:
     - `class Base(Pattern, has_word=False)` is a base of others, and no pattern by itself.
 
     Equality and hash are those of the class and its fields. A subclass of another pattern is another pattern: what is known
-    of `Window`, say, is assumed of no subclass.
+    of `Window`, say, is assumed of no subclass, and one that redefines `allows` redefines what else speaks of its pairs.
     """
 
     word: ClassVar[str] = ""
@@ -97,6 +98,13 @@ class Pattern:
             raise TypeError(
                 f"{cls.__name__} does not define {', '.join(missing)}; a pattern defines {', '.join(REQUIRED)}, and "
                 "sparse_hf.Pattern says what they owe each other"
+            )
+        stale = _stale(cls)
+        if stale:
+            name, parent = stale[0]
+            raise TypeError(
+                f"{cls.__name__} has pairs of its own, and {', '.join(name for name, _ in stale)} of {parent.__name__}, which "
+                f"speak of others: define them too, or write `{name} = {parent.__name__}.{name}` where that still holds"
             )
         if "word" not in vars(cls):
             cls.word = snake_case(cls.__name__)
@@ -215,8 +223,21 @@ class Pattern:
         return [f"{field.name}={text}" if field.kw_only else text for field, text in written]
 
 
-# what a pattern has to define
+# what a pattern has to define, and what else speaks of its pairs
 REQUIRED = ("allows", "blocks", "reachable")
+ABOUT_PAIRS = ("blocks", "reachable", "signature", "grain")
+
+
+def _stale(kind: type[Pattern]) -> list[tuple[str, type[Pattern]]]:
+    """What a class inherits from behind the class that says its pairs, and from whom."""
+
+    def says(name: str) -> type:
+        return next(one for one in kind.__mro__ if name in vars(one))
+
+    order = {one: i for i, one in enumerate(kind.__mro__)}
+    found = [(name, says(name)) for name in ABOUT_PAIRS if order[says(name)] > order[says("allows")]]
+    # the defaults are true of any pairs
+    return [(name, one) for name, one in found if one is not Pattern]
 
 
 @cache

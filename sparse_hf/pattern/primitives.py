@@ -133,6 +133,7 @@ class MarkedKeys(Marked):
     """
 
     word = "marked_keys"
+    signature, reachable, grain = Marked.signature, Marked.reachable, Marked.grain
     # which of the two `marks` counts
     side = 1
 

@@ -106,10 +106,10 @@ class _Odd:
     def blocks(self, q0, q1, k0, k1, marks=None):
         return super().blocks(q0, q1, k0, k1, marks).clamp(max=PARTIAL)
 
-    def signature(self, q0, k0, side, marks=None):
-        return None
+    def reachable(self, k, q):
+        return super().reachable(k, q)
 
-    grain = 1
+    signature, grain = Pattern.signature, Pattern.grain
 
 
 class OddWindow(_Odd, Window):

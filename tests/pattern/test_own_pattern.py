@@ -210,6 +210,8 @@ def _forgotten():
     [
         (lambda: define(blocks=Pattern.blocks), "Mine does not define blocks; a pattern defines allows, blocks, reachable"),
         (lambda: define(reachable=Pattern.reachable), "Mine does not define reachable"),
+        (lambda: type("Mine", (Window,), {"allows": EveryNth.allows}),
+         r"Mine has pairs of its own, and blocks, reachable, signature, grain of Window.* `blocks = Window\.blocks` where that"),
         (lambda: str(define()()), r"Mine is no value; write @dataclass\(frozen=True\) above the class"),
         (lambda: build_plan(dataclass(define())(3), 9), r"write @dataclass\(frozen=True\)"),
         (lambda: dataclass(define())(3) | Window(1, 0), r"write @dataclass\(frozen=True\)"),
