@@ -38,5 +38,3 @@ def test_marks_all_over_a_text_are_few_tiles(pattern):
     # a look at every pair of blocks would be 101 * 101 tiles, each some dozens of allocations
     assert not seen.quadratic and seen.calls < 60_000
     assert seen.largest <= 2 * 128 * LONG
-
-

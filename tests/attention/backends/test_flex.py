@@ -7,9 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_hf import build_plan
-from sparse_hf.attention.backends import flex, reference
+from sparse_hf.attention import BACKENDS
+from sparse_hf.attention.backends import flex
 from sparse_hf.attention.scoring import Scoring
-from tests.attention.test_exactness import tensors
+from tests.attention.exactness import call_of, tensors, train_step
 
 # of five and seven blocks: torch takes sizes of 1 for constants, and equal ones (batch, heads, blocks to a row) for one
 LENGTHS = (600, 880)
@@ -76,7 +77,18 @@ def test_scores_with_a_bias_and_a_cap_have_one_kernel_for_all_lengths(compiled):
 
 def compare(plan, scoring: Scoring, qkv):
     with torch.no_grad():
-        got = flex.attend(*qkv, plan, scoring, 0.0, None)
-    right = reference.attend(*qkv, plan, scoring, 0.0, None)
-    for one, other in zip(got, right, strict=True):
+        found = BACKENDS["flex"].forward(call_of(*qkv, plan, scoring=scoring))
+        right = BACKENDS["reference"].forward(call_of(*qkv, plan, scoring=scoring))
+    for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["window(100, 0)", "window(100, 100) | first(2)", "bigbird(block_size=64)"])
+def test_another_length_compiles_nothing(pattern):
+    for length in (1001, 1024):
+        train_step(pattern, "flex", length)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length in (1777, 2048, 4096):
+        train_step(pattern, "flex", length)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
