@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.attention.backends.triton import backend as triton
+from sparse_hf.attention.backends.triton import walk
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import slow_but_for
 from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model
@@ -114,7 +114,7 @@ def test_compiled_as_one_graph(head, checkpointing):
 
 def test_compiled_with_the_kernels_that_cuda_graphs_hold(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(triton, "DEVICES", {"cpu"})
+    monkeypatch.setattr(walk, "DEVICES", {"cpu"})
     found = []
 
     def look(graph, _):

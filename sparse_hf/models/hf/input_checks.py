@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from transformers.utils import logging
 
+from .cache import given_cache
+
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
@@ -54,10 +56,13 @@ class Limits:
         """
         _check_labels(self.config, self.head, batch.get("labels"))
         if self.vocabulary is not None:
-            _check_ids(self.vocabulary, batch.get("input_ids"))
+            for name in ("input_ids", "decoder_input_ids"):
+                check_ids(self.vocabulary, batch.get(name), name)
+        _check_types(self.config, batch.get("token_type_ids"))
         scheme = self.config.positions
         if scheme is not None and scheme.has_table and not scheme.checked_by_model:
             _check_positions(self.config, batch)
+            _check_target(self.config, self.head, batch)
         elif scheme is not None and scheme.scheme == "rotary":
             _check_rotary(self.config, batch, beyond)
 
@@ -91,38 +96,80 @@ def _check_labels(config, head: str, labels: Tensor | None) -> None:
         )
 
 
-def _check_ids(vocabulary: int, ids: Tensor | None) -> None:
+def check_ids(vocabulary: int, ids: Tensor | None, name: str = "input_ids") -> None:
+    """Raise ValueError if `ids` hold what is not one of `vocabulary`."""
     if not _is_readable(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"input_ids hold {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}: use the model's own "
+            f"{name} hold {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}: use the model's own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+        )
+
+
+def _check_types(config, types: Tensor | None) -> None:
+    count = getattr(config, "type_vocab_size", None)
+    if not count or not _is_readable(types):
+        return
+    low, high = (int(value) for value in types.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"token_type_ids hold {low if low < 0 else high}; {config.model_type} has the types 0 to {count - 1} "
+            "(type_vocab_size): leave them out, or use the model's own tokenizer"
         )
 
 
 def _check_positions(config, batch: Mapping[str, Any]) -> None:
     scheme, positions = config.positions, batch.get("position_ids")
     most = scheme.length_of(config)
-    of_target = getattr(config, "max_decoder_position_embeddings", most)
-    found = _tokens(config, batch.get("input_ids"), batch.get("attention_mask")) if positions is None else 0
-    target = batch.get("decoder_input_ids")
-    for name, length, limit in (
-        ("a row", found, most),
-        ("a target", 0 if target is None else target.shape[-1], of_target),
-    ):
-        if length > limit:
-            raise ValueError(
-                f"{name} has {length} tokens; {config.model_type} has positions for {limit}: truncate, or convert the dense "
-                f"checkpoint with max_length={length}"
-            )
+    # of an encoder-decoder, tokens in a cache are the target's
+    cached = 0 if config.is_encoder_decoder else _cached_tokens(batch)
+    found = _tokens(config, batch.get("input_ids"), batch.get("attention_mask"), cached) if positions is None else 0
+    if found > most:
+        raise ValueError(
+            f"a row has {found} tokens; {config.model_type} has positions for {most}: truncate, or convert the dense "
+            f"checkpoint with max_length={found}"
+        )
     rows = getattr(config, scheme.limit)
     if _is_readable(positions) and int(positions.max()) >= rows:
         raise ValueError(
             f"position_ids hold {int(positions.max())}; {config.model_type} has a table of {rows}: truncate, or convert the "
             "dense checkpoint with a greater max_length"
         )
+
+
+def _check_target(config, head: str, batch: Mapping[str, Any]) -> None:
+    """Refuse a target that is longer than the decoder's table, wherever it comes from."""
+    # encoders and decoders inside a model have no target
+    if not config.is_encoder_decoder or head.endswith(("Encoder", "Decoder", "Stack", "Wrapper")):
+        return
+    most = getattr(config, "max_decoder_position_embeddings", config.positions.length_of(config))
+    given = next((batch[n] for n in ("decoder_input_ids", "decoder_inputs_embeds") if batch.get(n) is not None), None)
+    labels, text = batch.get("labels"), batch.get("input_ids")
+    if given is not None:
+        found = _cached_tokens(batch) + given.shape[1]
+    elif labels is not None and head.endswith("ForConditionalGeneration"):
+        found = labels.shape[-1]
+    else:
+        found = 0 if text is None else text.shape[-1]
+        if found > most:
+            raise ValueError(
+                f"no decoder_input_ids are given, so that they are made of the text, which has {found} tokens; the decoder of "
+                f"{config.model_type} has positions for {most}: pass decoder_input_ids"
+            )
+    if found > most:
+        raise ValueError(
+            f"a target has {found} tokens; {config.model_type} has positions for {most} in its decoder: truncate it, or generate "
+            "fewer tokens"
+        )
+
+
+def _cached_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens in the cache of a forward pass; 0 where a device would have to be waited for."""
+    cache = given_cache(batch)
+    count = 0 if cache is None else cache.get_seq_length()
+    return int(count) if not isinstance(count, Tensor) or _is_readable(count) else 0
 
 
 def _check_rotary(config, batch: Mapping[str, Any], beyond: bool) -> None:
@@ -146,15 +193,17 @@ def _check_rotary(config, batch: Mapping[str, Any], beyond: bool) -> None:
     )
 
 
-def _tokens(config, ids: Tensor | None, real: Tensor | None) -> int:
+def _tokens(config, ids: Tensor | None, real: Tensor | None, cached: int = 0) -> int:
     """Tokens that take a position: of a row with its padding, if that takes some too."""
     if ids is None or ids.is_floating_point():
         return 0
-    scheme = config.positions
-    real = ids != config.pad_token_id if scheme.counted else real
-    if not scheme.skips_padding or real is None or ids.shape[-1] <= scheme.length_of(config):
-        return ids.shape[-1]
-    return int(real.sum(-1).max()) if _is_readable(real) and real.shape == ids.shape else 0
+    scheme, count = config.positions, cached + ids.shape[-1]
+    real = ids != config.pad_token_id if scheme.counted and not cached else real
+    if not scheme.skips_padding or real is None or count <= scheme.length_of(config):
+        return count
+    is_whole = _is_readable(real) and real.shape == (*ids.shape[:-1], count)
+    # an older mask has 2 on global tokens
+    return int((real > 0).sum(-1).max()) if is_whole else 0
 
 
 def _is_readable(values: Any) -> TypeGuard[Tensor]:

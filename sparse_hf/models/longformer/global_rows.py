@@ -21,6 +21,7 @@ from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
 from ...pattern import Pattern
+from ...plan import NOTHING
 from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
 from ..hf.tensor_parallel import own_heads
 from .halves import ALL_KEYS, halves
@@ -54,7 +55,7 @@ class GlobalRowsMixin(_Module):
         What Transformers passes as masks is one `Tokens` here. Its compact form of the weights (global keys first, then
         the window) is not made: "sparse_reference", the only one to show weights, has the whole square.
         """
-        tokens = Tokens() if attention_mask is None else attention_mask
+        tokens = Tokens(NOTHING) if attention_mask is None else attention_mask
         pattern = self.config.layer_pattern(self.layer_id, stack=self.stack)
         joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
         # marked tokens that see every key need no plan, unless weights are drawn or shown

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ...plan import NOTHING, BatchInfo, of_batch
+from ...plan import BatchInfo, of_batch
+from ..hf.documents import number_documents
 
 # what Transformers' first Longformer wrote into `attention_mask` for a global token
 GLOBAL = 2
@@ -42,7 +42,7 @@ class Tokens:
     `batch` holds padding, packed documents and marks of real tokens, each None where there is nothing to say.
     """
 
-    batch: BatchInfo = NOTHING
+    batch: BatchInfo
     order: Tensor | None = None  # [B, N] int64: indices of marked tokens, then of other real ones, then of padding
     rows: MarkedRows | None = None
 
@@ -170,17 +170,3 @@ def _rows(real: Tensor | None, marks: Tensor, documents: Tensor | None, index: T
     # a row of padding sees all: it must give no NaN, and nobody writes it
     seen = seen | ~seen.any(-1, keepdim=True)
     return MarkedRows(flat, marked, slots, seen, ~seen)
-
-
-def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
-    """The number of each token's packed document, `[B, N]` from 0: one begins where positions of real tokens stop growing."""
-    previous = position_ids[:, :-1]
-    if real is not None:
-        position_ids = position_ids.expand_as(real)
-        # padding repeats positions, so that the last real token before counts
-        index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last_real = torch.where(real, index, 0).cummax(1).values
-        previous = position_ids.gather(1, last_real[:, :-1])
-    begins = position_ids[:, 1:] <= previous
-    begins = begins if real is None else begins & real[:, 1:]
-    return pad(begins.long().cumsum(1), (1, 0))

@@ -1,44 +1,62 @@
-"""The modules inside a Reformer that compute by patterns: local and hashed attention, axial positions.
+"""The modules inside a Reformer that compute by patterns: local and hashed attention.
 
 Legend: B batch, N tokens, H heads, D head dim, E hidden size, R rounds of hashing.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
-from transformers.models.reformer.modeling_reformer import (
-    AxialPositionEmbeddings,
-    LocalSelfAttention,
-    LSHSelfAttention,
-    ReformerDynamicCache,
-)
+from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention, ReformerDynamicCache
 
-from ...attention import sparse_attention
+from ...attention import attention, with_weights
+from ...attention.backend import AttentionCall
+from ...attention.dropout import Dropout
 from ...attention.hashed.reformer import chunked_attention, chunked_weights
+from ...attention.scoring import Scoring
 from ...pattern import LSHChunks, MarkedKeys, Pattern, Ring
-from ...plan import build_plan
+from ...plan import NOTHING, BatchInfo, of_batch
 from ...plan.hash_order import Chunking, hash_vectors
-from ..hf.attention_interface import attention_with_weights
-from ..hf.config import IMPLEMENTATIONS
+from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
 
 # a vector is divided by its length, which may be 0; as in Transformers
 EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text:
-    """What the layers are told of a batch, once per forward pass."""
+    """What a batch says of its tokens and what its caller wants, read once per forward pass for all layers."""
 
     real: Tensor | None  # [B, N] bool, cached tokens included
-    multiple: int  # Transformers pads longer texts than `least` to a multiple of this
+    multiple: int  # Transformers pads texts of more than `least` tokens to a multiple of this
     least: int
-    rounds: int | None = None  # of hashing, if the caller wants others than the configuration
-    with_weights: bool = False
+    rounds: int | None  # of hashing, if the caller wants others than the configuration
+    with_weights: bool
+    # the batch as plans want it; that of a ring, of which right padding is a part that nobody sees, says so by marks
+    batch: BatchInfo
+    ring_batch: BatchInfo
+
+    @classmethod
+    def read(cls, real: Tensor | None, sizes: tuple[int, int], rounds: int | None, with_weights: bool) -> Text:
+        multiple, least = sizes
+        if real is None:
+            return cls(None, multiple, least, rounds, with_weights, NOTHING, NOTHING)
+        batches = of_batch(real, None, None), of_batch(real.int().cumsum(1) > 0, None, real)
+        return cls(real, multiple, least, rounds, with_weights, *batches)
+
+    def to(self, device: torch.device | str | int) -> Text:
+        """On a device; layers that are spread over several share what was moved."""
+        device = torch.empty(0, device=device).device
+        if self.real is None or self.real.device == device:
+            return self
+        if device not in self.batch.memo:
+            sizes = self.multiple, self.least
+            self.batch.remember(device, Text.read(self.real.to(device), sizes, self.rounds, self.with_weights))
+        return self.batch.memo[device]
 
     def chunking(self, size: int, left: int, right: int) -> Chunking:
         return Chunking(size, left, right, self.multiple, self.least)
@@ -70,7 +88,9 @@ class SparseReformerCache(ReformerDynamicCache):
 
 
 class SparseLSHSelfAttention(LSHSelfAttention):
-    """Hashed attention with shared queries and keys, by `lsh_chunks(...)`."""
+    """Hashed attention with shared queries and keys, by `lsh_chunks(...)`. `config` is set by the model around it."""
+
+    config: SparseConfigMixin
 
     def forward(
         self, hidden_states: Tensor, text: Text, rotations: Tensor | None = None, buckets: Tensor | None = None, **_
@@ -84,10 +104,18 @@ class SparseLSHSelfAttention(LSHSelfAttention):
         size, left, right, _, number, _ = chunks_of(self.config.layer_pattern(self.layer_idx))
         chunking = text.chunking(size, left, right)
         query, value = (_heads(project(hidden_states), self) for project in (self.query_key, self.value))
-        if chunking.tiles(query.shape[2]) > 1 and buckets is None:
-            rotations = self.draw_rotations(hidden_states, text) if rotations is None else rotations
-            number = self._number(chunking, number, query.shape[2])
-            buckets = hash_vectors(query, rotations, number).int()
+        with _without_autocast(query):
+            if chunking.tiles(query.shape[2]) > 1 and buckets is None:
+                rotations = self.draw_rotations(hidden_states, text) if rotations is None else rotations
+                assert rotations is not None
+                number = self._number(chunking, number, query.shape[2])
+                buckets = hash_vectors(query, rotations.to(query.dtype), number).int()
+            out, weights = self._attend(query, value, chunking, buckets, text)
+        return out.transpose(1, 2).flatten(2), weights, buckets
+
+    def _attend(
+        self, query: Tensor, value: Tensor, chunking: Chunking, buckets: Tensor | None, text: Text
+    ) -> tuple[Tensor, Tensor | None]:
         # heads after tokens, as they stand in memory: the kernel reads numbers side by side
         by_token = query.transpose(1, 2)
         key = torch.nn.functional.rms_norm(by_token, by_token.shape[-1:], eps=EPSILON).transpose(1, 2)
@@ -96,22 +124,22 @@ class SparseLSHSelfAttention(LSHSelfAttention):
             "scale": self.attention_head_size**-0.5,
         }  # fmt: skip
         dropout = self.dropout if self.training else 0.0
-        backend = IMPLEMENTATIONS[self.config._attn_implementation]
+        backend = _backend(self.config)
         out, lse = chunked_attention(query, key, value, chunking, **how, dropout=dropout, backend=backend)
         alone = lse == -torch.inf
         if text.real is not None:
             alone = alone & text.real[:, None]
         # a token that sees nothing else sees itself
         out = torch.where(alone[..., None], value, out)
-        weights = None
-        if text.with_weights:
-            weights = chunked_weights(query, key, chunking, **how) + torch.diag_embed(alone.to(query.dtype))
-        return out.transpose(1, 2).flatten(2), weights, buckets
+        if not text.with_weights:
+            return out, None
+        return out, chunked_weights(query, key, chunking, **how) + torch.diag_embed(alone.to(query.dtype))
 
     def draw_rotations(self, states: Tensor, text: Text) -> Tensor | None:
         """The random directions `[H, D, R, S / 2]` of a pass, those that Transformers draws; None for one chunk.
 
-        With a seed they come from a generator of their own: torch's is left alone.
+        They have the dtype that projections of `states` will have. With a seed they come from a generator of their own:
+        torch's is left alone.
         """
         size, left, right, rounds, number, seed = chunks_of(self.config.layer_pattern(self.layer_idx))
         chunking = text.chunking(size, left, right)
@@ -121,12 +149,12 @@ class SparseLSHSelfAttention(LSHSelfAttention):
         rounds = rounds if text.rounds is None else text.rounds
         width = number if isinstance(number, int) else sum(number)
         shape = [self.num_attention_heads, self.attention_head_size, rounds, width // 2]
-        like = self.query_key.weight
+        dtype, device = _projected_dtype(states), states.device
         if seed is None:
-            return torch.randn(shape, dtype=like.dtype, device=states.device)
-        return seeded_rotations(like, shape, seed)
+            return torch.randn(shape, dtype=dtype, device=device)
+        return seeded_rotations(torch.empty(0, dtype=dtype, device=device), shape, seed)
 
-    def _number(self, chunking: Chunking, given: int | tuple | None, length: int) -> int | tuple[int, int]:
+    def _number(self, chunking: Chunking, given: int | tuple[int, ...] | None, length: int) -> int | tuple[int, ...]:
         """The number of buckets; where none is given that of Transformers: two per chunk, rounded to a power of two."""
         if given is not None:
             return given
@@ -155,6 +183,9 @@ def _(like, shape, seed):
 class SparseLocalSelfAttention(LocalSelfAttention):
     """Attention to neighbouring chunks, or by any other pattern of positions. `config` is set by the model around it."""
 
+    config: SparseConfigMixin
+    layer_idx: int
+
     def forward(
         self, hidden_states: Tensor, text: Text, cache: SparseReformerCache | None = None, **_
     ) -> tuple[Tensor, Tensor | None, None]:
@@ -162,25 +193,36 @@ class SparseLocalSelfAttention(LocalSelfAttention):
         q, k, v = (_heads(project(hidden_states), self) for project in (self.query, self.key, self.value))
         if cache is not None:
             k, v = cache.extended(self.layer_idx, torch.cat([k, v], dim=-1), dim=2).chunk(2, dim=-1)
-        dropout = self.dropout if self.training else 0.0
-        backend = IMPLEMENTATIONS[self.config._attn_implementation]
-        chunking = self._special(text, k.shape[2])
-        if chunking is not None and q.shape == k.shape:
-            how = {"real": text.real, "is_causal": self.is_decoder, "scale": self.attention_head_size**-0.5}
-            backend = backend if backend == "reference" else "auto"
-            out, _ = chunked_attention(q, k, v, chunking, **how, dropout=dropout, backend=backend)
-            weights = (
-                chunked_weights(q, k, chunking, buckets=None, sees_itself=True, **how) if text.with_weights else None
-            )
-            return out.transpose(1, 2).flatten(2), weights, None
+        chunking = self._special(text, k.shape[2]) if q.shape == k.shape else None
+        with _without_autocast(q):
+            if chunking is None:
+                out, weights = self._attend(q, k, v, text)
+            else:
+                out, weights = self._attend_in_ring(q, k, v, chunking, text)
+        return out.transpose(1, 2).flatten(2), weights, None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor | None]:
+        """By the pattern, as a set of pairs."""
         pattern, batch = self._pattern(text)
-        batch["q_offset"] = k.shape[2] - q.shape[2]
+        scoring, dropout = Scoring(self.attention_head_size**-0.5), Dropout.draw(self.dropout if self.training else 0.0)
+        call = AttentionCall(q, k, v, pattern, k.shape[2] - q.shape[2], scoring, dropout, batch, wants_lse=False)
         if text.with_weights:
-            plan = build_plan(pattern, q.shape[2], k.shape[2], device=q.device, **batch)
-            out, weights = attention_with_weights(q, k, v, plan, dropout)
-            return out.transpose(1, 2).flatten(2), weights, None
-        out = sparse_attention(q, k, v, pattern, **batch, dropout=dropout, backend=backend)
-        return out.transpose(1, 2).flatten(2), None, None
+            call.pattern = Pattern.parse(pattern)
+            out, _, weights = with_weights(call)
+            return out, weights
+        return attention(call, _backend(self.config))[0], None
+
+    def _attend_in_ring(
+        self, q: Tensor, k: Tensor, v: Tensor, chunking: Chunking, text: Text
+    ) -> tuple[Tensor, Tensor | None]:
+        """Chunk by chunk, where a chunk may be met twice."""
+        how = {"real": text.real, "is_causal": self.is_decoder, "scale": self.attention_head_size**-0.5}
+        dropout, backend = self.dropout if self.training else 0.0, _backend(self.config)
+        backend = backend if backend == "reference" else "auto"
+        out, _ = chunked_attention(q, k, v, chunking, **how, dropout=dropout, backend=backend)
+        if not text.with_weights:
+            return out, None
+        return out, chunked_weights(q, k, chunking, buckets=None, sees_itself=True, **how)
 
     def _special(self, text: Text, length: int) -> Chunking | None:
         """How chunks stand where Transformers' ring is no set of pairs: so short that it meets chunks twice, or padded.
@@ -196,14 +238,31 @@ class SparseLocalSelfAttention(LocalSelfAttention):
         is_special = left + right >= tiles > 1 or (not self.is_decoder and own != tiles)
         return chunking if is_special else None
 
-    def _pattern(self, text: Text) -> tuple[str, dict]:
-        """The pattern, and what of the batch it is told."""
+    def _pattern(self, text: Text) -> tuple[str, BatchInfo]:
+        """The pattern, and the batch in the form that it asks for."""
         pattern = self.config.layer_pattern(self.layer_idx, self.is_decoder)
         if text.real is None or self.is_decoder or ring_of(pattern) is None:
-            return pattern, {"key_padding_mask": text.real}
-        # Transformers' ring closes where the batch ends: what is padded on the right is part of it, and seen by nobody
-        begun = text.real.int().cumsum(1) > 0
-        return seen_part(pattern), {"key_padding_mask": begun, "marks": text.real}
+            return pattern, text.batch
+        # Transformers' ring closes where the batch ends
+        return seen_part(pattern), text.ring_batch
+
+
+def _backend(config: SparseConfigMixin) -> str:
+    name = config._attn_implementation
+    assert name is not None
+    return IMPLEMENTATIONS[name]
+
+
+def _without_autocast(t: Tensor) -> AbstractContextManager:
+    """Tensors have the dtype that autocast gave them, and what computes with them takes the precision that it needs."""
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _projected_dtype(states: Tensor) -> torch.dtype:
+    kind = states.device.type
+    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast else states.dtype
 
 
 def _heads(states: Tensor, module) -> Tensor:
@@ -213,9 +272,10 @@ def _heads(states: Tensor, module) -> Tensor:
 
 # a graph takes the answers as constants instead of tracing the parser
 @torch.compiler.assume_constant_result
-def chunks_of(text: str) -> tuple:
+def chunks_of(text: str) -> tuple[int, int, int, int, int | tuple[int, ...] | None, int | None]:
     """The values of `lsh_chunks(...)`."""
     pattern = _parsed(text)
+    assert isinstance(pattern, LSHChunks)
     return pattern.size, pattern.left, pattern.right, pattern.rounds, pattern.buckets, pattern.seed
 
 
@@ -239,30 +299,3 @@ def _parsed(text: str) -> Pattern:
 
 def is_hashed(pattern: Pattern) -> bool:
     return isinstance(pattern, LSHChunks)
-
-
-class SparseAxialPositionEmbeddings(AxialPositionEmbeddings):
-    """Axial positions of texts of any length that the table has room for, in training too."""
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """`[B, N]` to `[B, N, E]`."""
-        room = prod(self.axial_pos_shape)
-        if not torch.compiler.is_compiling() and position_ids.numel() and int(position_ids.max()) >= room:
-            raise ValueError(
-                f"axial_pos_shape {tuple(self.axial_pos_shape)} has room for {room} positions; the text has position "
-                f"{int(position_ids.max())}"
-            )
-        parts, after = [], room
-        for axis, (weight, size) in enumerate(zip(self.weights, self.axial_pos_shape, strict=True)):
-            after //= size
-            places = position_ids // after % size
-            parts.append(torch.nn.functional.embedding(places, weight.flatten(0, -2)))
-            if axis == min(1, len(self.axial_pos_shape) - 1):
-                column = places
-        positions = torch.cat(parts, dim=-1)
-        if self.training and self.dropout > 0:
-            # Transformers drops all positions that agree in the second axis, text by text
-            size = self.axial_pos_shape[min(1, len(self.axial_pos_shape) - 1)]
-            kept = torch.nn.functional.dropout(positions.new_ones(position_ids.shape[0], size), self.dropout)
-            positions = positions * kept.gather(1, column)[..., None]
-        return positions

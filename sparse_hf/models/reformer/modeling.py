@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import inspect
 from math import lcm
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import ReformerConfig, ReformerModel, ReformerModelWithLMHead
+from torch import Tensor, nn
+from transformers import ReformerConfig, ReformerForMaskedLM, ReformerModel, ReformerModelWithLMHead
 from transformers.models.reformer.modeling_reformer import (
     AxialPositionEmbeddings,
     ChunkReformerFeedForward,
     LocalSelfAttention,
     LSHSelfAttention,
     ReformerAttention,
+    ReformerEmbeddings,
     ReformerEncoder,
     ReformerLayer,
     ReformerModelOutput,
@@ -31,18 +33,13 @@ from transformers.models.reformer.modeling_reformer import (
 
 from ...pattern import LSHChunks, Pattern, Ring
 from ..hf.config import SparseConfigMixin
+from ..hf.documents import number_documents
 from ..hf.model_mixin import SparseGenerationMixin, SparseMixin, adopt
 from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
-from .attention import (
-    SparseAxialPositionEmbeddings,
-    SparseLocalSelfAttention,
-    SparseLSHSelfAttention,
-    SparseReformerCache,
-    Text,
-    is_hashed,
-)
+from .attention import SparseLocalSelfAttention, SparseLSHSelfAttention, SparseReformerCache, Text, is_hashed
+from .embeddings import SparseAxialPositionEmbeddings, SparseReformerEmbeddings
 from .reversible import (
     SparseChunkReformerFeedForward,
     SparseReformerAttention,
@@ -59,14 +56,13 @@ class SparseReformerConfig(SparseConfigMixin, ReformerConfig):
     implies_pattern = True
 
     def implied_pattern(self, stack: str, layer: int) -> str:
+        # a configuration of Transformers may have None, or a list of factors
         if self.attn_layers[layer] == LOCAL:
-            return str(Ring(self.local_attn_chunk_length, self.local_num_chunks_before, self.local_num_chunks_after))
-        return str(
-            LSHChunks(
-                self.lsh_attn_chunk_length, self.lsh_num_chunks_before, self.lsh_num_chunks_after, self.num_hashes,
-                self.num_buckets, self.hash_seed,
-            )
-        )  # fmt: skip
+            fields = self.local_attn_chunk_length, self.local_num_chunks_before, self.local_num_chunks_after
+            return str(Ring(*(number or 0 for number in fields)))
+        fields = self.lsh_attn_chunk_length, self.lsh_num_chunks_before, self.lsh_num_chunks_after
+        number = tuple(self.num_buckets) if isinstance(self.num_buckets, list) else self.num_buckets
+        return str(LSHChunks(*(number or 0 for number in fields), self.num_hashes, number, self.hash_seed))
 
     def pattern_of(self, stack: str, layer: int, pattern: Pattern | None) -> Pattern:
         # a pattern of positions is one for local layers, and one of hashes for hashed ones
@@ -105,7 +101,8 @@ class SparseReformerModel(SparseMixin, ReformerModel):
     config_class = SparseReformerConfig
 
     def number_layers(self) -> None:
-        for layer in self.encoder.layers:
+        layers: list[Any] = list(self.encoder.layers)
+        for layer in layers:
             layer.attention.self_attention.config = self.config
 
     def forward(
@@ -147,11 +144,15 @@ class SparseReformerModel(SparseMixin, ReformerModel):
             start_idx_pos_encodings=begin,
         )
         text = self._read(attention_mask, begin + states.shape[1], num_hashes, with_weights)
+        if position_ids is not None and not begin:
+            _check_one_text(position_ids, text.real)
         last, states, weights = self.encoder(states, text, self.config.hashed_from, cache, with_states)
         if not as_dict:
             return tuple(part for part in (last, cache, states, weights) if part is not None)
+        # Transformers writes down another type for the cache than it gives
+        past: Any = cache
         return ReformerModelOutput(
-            last_hidden_state=last, past_buckets_states=cache, hidden_states=states, attentions=weights
+            last_hidden_state=last, past_buckets_states=past, hidden_states=states, attentions=weights
         )
 
     def _read(self, attention_mask: Tensor | None, length: int, num_hashes: int | None, with_weights: bool) -> Text:
@@ -163,10 +164,43 @@ class SparseReformerModel(SparseMixin, ReformerModel):
         sizes = {LOCAL: self.config.local_attn_chunk_length, HASHED: self.config.lsh_attn_chunk_length}
         sizes = [sizes[kind] for kind in set(self.config.attn_layers)]
         real = None if attention_mask is None else attention_mask.bool()
-        return Text(real, lcm(*sizes), min(sizes), num_hashes, with_weights)
+        return Text.read(real, (lcm(*sizes), min(sizes)), num_hashes, with_weights)
 
 
-class SparseReformerModelWithLMHead(SparseGenerationMixin, ReformerModelWithLMHead):
+def _check_one_text(position_ids: Tensor, real: Tensor | None) -> None:
+    """Refuse rows of packed documents: their chunks in hash order would mix them."""
+    if not torch.compiler.is_compiling() and number_documents(position_ids, real).any():
+        raise ValueError(
+            "position_ids begin anew inside a row, as in rows of packed documents; a Reformer sorts all tokens of a row by "
+            "their hashes, and has one text to a row: leave packing out"
+        )
+
+
+class OwnBiasMixin(SparseMixin):
+    """For heads whose output layer has a bias of its own, beside one of the head that only checkpoints hold."""
+
+    lm_head: Any
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """A new output layer; the dense class shares its bias with the head, and cannot save it then."""
+        before = self.lm_head.bias.data
+        kept = before[: new_embeddings.out_features]
+        self.lm_head.decoder = new_embeddings
+        self.lm_head.bias = nn.Parameter(nn.functional.pad(kept, (0, new_embeddings.out_features - len(kept))))
+
+
+class SparseReformerForMaskedLM(OwnBiasMixin, ReformerForMaskedLM):
+    """[`ReformerForMaskedLM`] with attention by patterns."""
+
+    config: SparseReformerConfig
+    config_class = SparseReformerConfig
+
+
+class GenerationWithOwnBiasMixin(OwnBiasMixin, SparseGenerationMixin):
+    """Both, before the dense class among the bases."""
+
+
+class SparseReformerModelWithLMHead(GenerationWithOwnBiasMixin, ReformerModelWithLMHead):
     """[`ReformerModelWithLMHead`] with attention by patterns.
 
     Its name holds "reformer", by which `generate` knows models that make caches of their own (`past_buckets_states`) and
@@ -208,6 +242,7 @@ PARTS = {
     ChunkReformerFeedForward: SparseChunkReformerFeedForward,
     ReformerOnlyLMHead: SparseReformerOnlyLMHead,
     AxialPositionEmbeddings: SparseAxialPositionEmbeddings,
+    ReformerEmbeddings: SparseReformerEmbeddings,
 }
 
 

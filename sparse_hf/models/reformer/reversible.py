@@ -9,13 +9,16 @@ Legend: B batch, N tokens, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.reformer.modeling_reformer import (
     ChunkReformerFeedForward,
@@ -26,6 +29,8 @@ from transformers.models.reformer.modeling_reformer import (
 )
 
 from .attention import SparseReformerCache, Text
+
+OWN_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SparseReformerAttention(ReformerAttention):
@@ -41,9 +46,9 @@ class SparseChunkReformerFeedForward(ChunkReformerFeedForward):
     """The feed-forward, `chunk_size_feed_forward` tokens at a time; the last ones may be fewer."""
 
     def forward(self, attention_output: Tensor) -> Tensor:
-        return _join([self.forward_chunk(part) for part in self.parts(attention_output)])
+        return _join([self.forward_chunk(chunk) for chunk in self.chunks(attention_output)])
 
-    def parts(self, states: Tensor) -> tuple[Tensor, ...]:
+    def chunks(self, states: Tensor) -> tuple[Tensor, ...]:
         return _split(states, self.chunk_size_feed_forward)
 
 
@@ -51,20 +56,23 @@ class SparseReformerOnlyLMHead(ReformerOnlyLMHead):
     """The head, `chunk_size_lm_head` tokens at a time; the last ones may be fewer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _join([self.forward_chunk(part) for part in _split(hidden_states, self.chunk_size_lm_head)])
+        return _join([self.forward_chunk(chunk) for chunk in _split(hidden_states, self.chunk_size_lm_head)])
 
 
 def _split(states: Tensor, size: int) -> tuple[Tensor, ...]:
     return states.split(size, dim=1) if size else (states,)
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    # joining one part would copy it
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _join(chunks: Sequence[Tensor]) -> Tensor:
+    # joining a single one would copy it
+    return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
 
 
 class SparseReformerLayer(GradientCheckpointingLayer, ReformerLayer):
     """One layer with autograd as anywhere. Nothing is written to it: seeds of dropout are the encoder's matter."""
+
+    attention: SparseReformerAttention
+    feed_forward: SparseChunkReformerFeedForward
 
     def forward(self, first: Tensor, second: Tensor, text: Text, cache=None) -> tuple[Tensor, Tensor, Tensor | None]:
         change, weights, _ = self.attention(second, text=text, cache=cache)
@@ -75,26 +83,26 @@ class SparseReformerLayer(GradientCheckpointingLayer, ReformerLayer):
 class SparseReformerEncoder(ReformerEncoder):
     """The layers, reversible wherever gradients are wanted.
 
-    Asked for the states of all layers or for weights, or inside a compiled graph, they are kept as in any model, unless
-    gradient checkpointing is enabled; where they are reversible it changes nothing, because what it saves is not there.
+    Layers keep their states as in any model, unless gradient checkpointing is enabled, where all states or weights are
+    asked for, inside a compiled graph, and where something hangs on the call of a layer (hooks, FSDP's shards of its own).
     """
 
     def forward(
         self, hidden_states: Tensor, text: Text, hashed_from: int, cache: SparseReformerCache | None, with_states: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]:
         """`[B, N, E]` to `[B, N, 2 E]`, and if asked for the second stream of every layer and the weights.
 
         Args:
             hashed_from: number of the first hashed layer, from which on all tokens of a cache are computed again.
         """
         new, states, weights = hidden_states.shape[1], [], []
-        keeps = with_states or text.with_weights or torch.compiler.is_compiling()
-        if not keeps and torch.is_grad_enabled() and cache is None:
-            own = [(_trained(layer.attention), _trained(layer.feed_forward)) for layer in self.layers]
-            joined = torch.cat(_reversible(list(self.layers), own, text, hidden_states, *_all(own)), dim=-1)
+        layers: list[Any] = list(self.layers)
+        keeps = with_states or text.with_weights or cache is not None or torch.compiler.is_compiling()
+        if not keeps and torch.is_grad_enabled() and all(map(_is_reversible, layers)):
+            joined = torch.cat(_run_reversible(layers, text, hidden_states), dim=-1)
         else:
             first = second = hidden_states
-            for number, layer in enumerate(self.layers):
+            for number, layer in enumerate(layers):
                 if cache is not None and number == hashed_from:
                     both = cache.extended(number, torch.cat([first, second], dim=-1), dim=1)
                     first, second = both.chunk(2, dim=-1)
@@ -107,106 +115,173 @@ class SparseReformerEncoder(ReformerEncoder):
         return out, tuple(states) if with_states else None, tuple(weights) if text.with_weights else None
 
 
-# what is trained of the attention and of the feed-forward part of each layer
-Own = list[tuple[list[nn.Parameter], list[nn.Parameter]]]
+def _is_reversible(layer: nn.Module) -> bool:
+    """May the halves of a layer be called without the layer, and again in the backward pass?"""
+    if not isinstance(layer, SparseReformerLayer) or any(map(_is_sharded, layer.modules())):
+        return False
+    hooked = (vars(module)[name] for module in (layer, layer.feed_forward) for name in OWN_CALLS)
+    if any(hooked) or hooks._has_any_global_hook() or torch._C._are_functorch_transforms_active():
+        return False
+    # `torch.func.functional_call` puts tensors in the place of parameters, and takes them away before the backward pass
+    own = (p for module in layer.modules() for p in vars(module)["_parameters"].values())
+    return all(p is None or isinstance(p, nn.Parameter) for p in own)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Is this a module whose parameters FSDP brings together for its call only?"""
+    return any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__)
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """The tensors that are trained of a layer's attention and of its feed-forward."""
+
+    attention: list[Tensor]
+    feed_forward: list[Tensor]
+
+    @classmethod
+    def of(cls, layer: SparseReformerLayer) -> _Halves:
+        return cls(_trained(layer.attention), _trained(layer.feed_forward))
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    """What gradients are wanted of: parameters, and tensors in their place (views of FSDP's flat ones, copies of replicas)."""
+    found: dict[Tensor, None] = {}
+    for child in module.modules():
+        own = vars(child)
+        for t in (*own["_parameters"].values(), *own.values()):
+            if isinstance(t, Tensor) and t.requires_grad:
+                found[t] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What a pass depends on beside its inputs: the state of the random generators, and autocast."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+    autocast: dict[str, Any] | None  # None on a device that has none
+
+    @classmethod
+    def now(cls, like: Tensor) -> _Moment:
+        cuda = torch.cuda.get_rng_state(like.device) if like.is_cuda else None
+        return cls(torch.get_rng_state(), cuda, like.device, _autocast(like.device.type))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw what was drawn then, in the precision of then."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+        with nullcontext() if self.autocast is None else torch.autocast(**self.autocast):
+            yield
+
+
+def _autocast(kind: str) -> dict[str, Any] | None:
+    if not torch.amp.is_autocast_available(kind):
+        return None
+    # copies of weights that autocast keeps know no gradient if they were made without autograd, as here
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": False,
+    }
+
+
+def _run_reversible(layers: list[SparseReformerLayer], text: Text, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    halves = [_Halves.of(layer) for layer in layers]
+    number: dict[Tensor, int] = {}
+    for t in (t for half in halves for t in (*half.attention, *half.feed_forward)):
+        number.setdefault(t, len(number))
+    numbers = [([number[t] for t in half.attention], [number[t] for t in half.feed_forward]) for half in halves]
+    return _reversible(layers, numbers, text, hidden_states, *number)
+
+
+# of the tensors that are trained of each layer's two halves, their numbers among those of all layers
+Numbers = list[tuple[list[int], list[int]]]
 
 
 class _Reversible(torch.autograd.Function):
-    """The last two streams, with gradients of the parameters as of any input: `torch.autograd.grad` finds them."""
+    """The last two streams, with gradients of what is trained as of any input: `torch.autograd.grad` finds them."""
 
     @staticmethod
     def forward(
-        ctx, layers: list[SparseReformerLayer], own: Own, text: Text, hidden_states: Tensor, *parameters: Tensor
+        ctx, layers: list[SparseReformerLayer], numbers: Numbers, text: Text, hidden_states: Tensor, *trained: Tensor
     ):
         first = second = hidden_states
         ctx.notes = []
-        for layer in layers:
-            # drawn ahead, because a second pass draws none
-            draw = getattr(layer.attention.self_attention, "draw_rotations", None)
-            rotations = None if draw is None else draw(second, text)
-            before_attention = _random_state(hidden_states)
-            change, _, buckets = layer.attention(second, text=text, rotations=rotations)
-            first = first + change
-            ctx.notes.append((buckets, before_attention, _random_state(hidden_states)))
-            second = second + layer.feed_forward(first)
-        # parameters are saved so that autograd refuses those that were written to meanwhile
-        ctx.save_for_backward(first, second, *parameters)
-        ctx.layers, ctx.own, ctx.text, ctx.autocast = layers, own, text, _autocast(hidden_states)
+        autocast = _autocast(hidden_states.device.type)
+        with nullcontext() if autocast is None else torch.autocast(**autocast):
+            for layer in layers:
+                # drawn ahead, because a second pass draws none
+                draw = getattr(layer.attention.self_attention, "draw_rotations", None)
+                rotations = None if draw is None else draw(second, text)
+                before_attention = _Moment.now(hidden_states)
+                change, _, buckets = layer.attention(second, text=text, rotations=rotations)
+                first = first + change
+                ctx.notes.append((buckets, before_attention, _Moment.now(hidden_states)))
+                second = second + layer.feed_forward(first)
+        # they are saved so that autograd refuses those that were written to meanwhile
+        ctx.save_for_backward(first, second, *trained)
+        ctx.layers, ctx.numbers, ctx.text = layers, numbers, text
         return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_first: Tensor, grad_second: Tensor):
-        first, second, *_ = ctx.saved_tensors
-        found: dict[Tensor, Tensor] = {}
+        first, second, *trained = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(trained)
         # the generators go on as if nothing had been drawn again
         with torch.random.fork_rng([first.device] if first.is_cuda else []):
-            for layer, (of_attention, of_feed_forward), (buckets, before_attention, before_feed_forward) in zip(
-                *map(reversed, (ctx.layers, ctx.own, ctx.notes)), strict=True
-            ):
-                with _again(before_feed_forward, first, ctx.autocast):
-                    parts = zip(layer.feed_forward.parts(first), layer.feed_forward.parts(grad_second), strict=True)
-                    pulled = [_pull(layer.feed_forward.forward_chunk, *part, of_feed_forward, found) for part in parts]
-                    change, grad = map(_join, zip(*pulled, strict=True))
+            for layer, note, numbers in zip(*map(reversed, (ctx.layers, ctx.notes, ctx.numbers)), strict=True):
+                buckets, before_attention, before_feed_forward = note
+                # FSDP may have made new views of its flat parameters since
+                own = _Halves.of(layer)
+                feed_forward = _Half(layer.feed_forward.forward_chunk, own.feed_forward, numbers[1])
+                chunks = zip(layer.feed_forward.chunks(first), layer.feed_forward.chunks(grad_second), strict=True)
+                with before_feed_forward.again():
+                    pulled = [feed_forward.pull(*chunk, found) for chunk in chunks]
+                change, grad = (_join(both) for both in zip(*pulled, strict=True))
                 second, grad_first = second - change, grad_first + grad
-                with _again(before_attention, first, ctx.autocast):
-                    attend = partial(_change, layer.attention, ctx.text, buckets)
-                    change, grad = _pull(attend, second, grad_first, of_attention, found)
+                attention = _Half(partial(_change, layer.attention, ctx.text, buckets), own.attention, numbers[0])
+                with before_attention.again():
+                    change, grad = attention.pull(second, grad_first, found)
                 first, grad_second = first - change, grad_second + grad
-        return None, None, None, grad_first + grad_second, *map(found.get, _all(ctx.own))
+        return None, None, None, grad_first + grad_second, *found
 
 
-# where a graph is broken it comes here: parts that CUDA graphs hold would write over what is computed again
+# where a graph is broken it comes here: what CUDA graphs hold would write over what is computed again
 _reversible = torch.compiler.disable(_Reversible.apply)
-
-
-def _trained(part: nn.Module) -> list[nn.Parameter]:
-    return [p for p in part.parameters() if p.requires_grad]
-
-
-def _all(own: Own) -> dict[nn.Parameter, None]:
-    """Each parameter once, in order."""
-    return dict.fromkeys(p for layer in own for part in layer for p in part)
 
 
 def _change(attention: SparseReformerAttention, text: Text, buckets: Tensor | None, states: Tensor) -> Tensor:
     return attention(states, text=text, buckets=buckets)[0]
 
 
-def _pull(
-    function, states: Tensor, grad_out: Tensor, own: list[Tensor], found: dict[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Compute `function` again, and its gradients: that of `states` is returned, those of parameters are added to `found`."""
-    with torch.enable_grad():
-        leaf = states.detach().requires_grad_()
-        out = function(leaf)
-        grad, *grads = torch.autograd.grad(out, [leaf, *own], grad_out.to(out.dtype), allow_unused=True)
-    for parameter, value in zip(own, grads, strict=True):
-        if value is not None:
-            found[parameter] = found[parameter] + value if parameter in found else value
-    return out.detach(), grad
+@dataclass(frozen=True)
+class _Half:
+    """Half of a layer, to be computed again, and what is trained of it, with its numbers."""
 
+    function: Callable[[Tensor], Tensor]
+    trained: list[Tensor]
+    numbers: list[int]
 
-def _random_state(like: Tensor) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(like.device) if like.is_cuda else None
-
-
-def _autocast(like: Tensor) -> dict | None:
-    kind = like.device.type
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
-
-
-@contextmanager
-def _again(state: tuple[Tensor, Tensor | None], like: Tensor, autocast: dict | None):
-    """Draw what was drawn then, in the precision of then."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], like.device)
-    with nullcontext() if autocast is None else torch.autocast(**autocast):
-        yield
+    def pull(self, states: Tensor, grad_out: Tensor, found: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """What it gives, and the gradient of `states`; those of what is trained are added to `found`."""
+        if len(self.trained) != len(self.numbers):
+            raise RuntimeError("parameters of a Reformer layer were frozen or taken away between forward and backward")
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_()
+            out = self.function(leaf)
+        grad_out, kind = grad_out.to(out.dtype), states.device.type
+        # a backward pass computes in the precision of its forward pass by itself
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            grad, *grads = torch.autograd.grad(out, [leaf, *self.trained], grad_out, allow_unused=True)
+        for number, value in zip(self.numbers, grads, strict=True):
+            if value is not None:
+                before = found[number]
+                found[number] = value if before is None else before + value
+        return out.detach(), grad
