@@ -6,7 +6,8 @@ here is imported when it is first asked for, and so is each family of models; `_
 
 from importlib import import_module
 
-from . import models, registry
+from . import registry
+from .models.names import PUBLIC  # and the families are entered
 from .version import __version__
 
 _PACKAGES = ("attention", "conversion", "models", "pattern", "plan")
@@ -16,7 +17,7 @@ _PACKAGE_OF = {
     "build_plan": "plan",
     "convert": "conversion",
     "sparse_attention": "attention",
-    **dict.fromkeys(models.PUBLIC, "models"),
+    **dict.fromkeys(PUBLIC, "models"),
 }
 
 registry.announce()
@@ -24,8 +25,7 @@ registry.announce()
 
 def __getattr__(name: str):
     if name == "__all__":
-        named = [*_PACKAGE_OF, *models.__all__, *_package("pattern").__all__]
-        return ["__version__", *dict.fromkeys(named)]
+        return _public()
     if name in _PACKAGES:
         return _package(name)
     package = "models" if registry.entry_of_class(name) else _PACKAGE_OF.get(name)
@@ -35,7 +35,12 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*_PACKAGES, *__getattr__("__all__")})
+    return sorted({*_PACKAGES, *_public()})
+
+
+def _public() -> list[str]:
+    named = [*_PACKAGE_OF, *_package("models").__all__, *_package("pattern").__all__]
+    return ["__version__", *dict.fromkeys(named)]
 
 
 def _package(name: str):

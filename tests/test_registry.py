@@ -36,7 +36,8 @@ def test_auto_classes_find_a_family_and_derive_no_other(first):
 import sys
 {first}
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-tiny = dict(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
+tiny = dict(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9,
+            pattern="window(3, 0)")
 model = AutoModelForCausalLM.from_config(AutoConfig.for_model("sparse_llama", **tiny))
 print(type(model).__name__, *sparse_hf.FAMILIES.derived())
 assert type(model) is sparse_hf.SparseLlamaForCausalLM and "sparse_t5" in CONFIG_MAPPING and "sparse_t5" in list(CONFIG_MAPPING)

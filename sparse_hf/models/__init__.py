@@ -7,28 +7,12 @@ from importlib import import_module
 
 from .. import registry
 from . import dense_families  # enters the families
-
-# public names beside the classes of the families -> the module that defines them
-PUBLIC = {
-    "FAMILIES": "hf.register",
-    "Family": "hf.register",
-    "Positions": "hf.positions",
-    "SparseConfigMixin": "hf.config",
-    "SparseMixin": "hf.model_mixin",
-    "StreamingCache": "hf.streaming_cache",
-    "dense_class": "hf.register",
-    "family_of": "hf.register",
-    "parse_layers": "hf.layer_spec",
-    "register_family": "hf.register",
-    "sparsify": "hf.sparsify",
-    "transformers_random_blocks": "bigbird.block_sparse",
-}
+from .names import PUBLIC
 
 
 def __getattr__(name: str):
     if name == "__all__":
-        families = import_module(".hf.register", __name__).FAMILIES
-        return [*PUBLIC, *(name for family in families.values() for name in family.names)]
+        return _public()
     if name in PUBLIC:
         return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
     if registry.entry_of_class(name) is None:
@@ -37,4 +21,9 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__getattr__("__all__"))
+    return sorted(_public())
+
+
+def _public() -> list[str]:
+    families = import_module(".hf.register", __name__).FAMILIES
+    return [*PUBLIC, *(name for family in families.values() for name in family.names)]

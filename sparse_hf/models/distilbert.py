@@ -1,5 +1,7 @@
 """sparse_distilbert: DistilBERT (arXiv:1910.01108) with sparse attention."""
 
+from typing import Any
+
 from transformers import DistilBertConfig
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
@@ -13,11 +15,12 @@ class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):
 
 
 class SparseDistilBertTransformer(Transformer):
-    """The stack of layers, whose attention is not told which layer it belongs to."""
+    """The stack of layers, whose attention does not know which layer it belongs to."""
 
     def number_layers(self) -> None:
         for index, layer in enumerate(self.layer):
-            layer.attention.layer_idx = index
+            attention: Any = layer.attention
+            attention.layer_idx = index
 
 
 POSITIONS = Positions("learned", ("embeddings.position_embeddings.weight",), ("embeddings.position_ids",))

@@ -14,6 +14,7 @@ class SparseModernBertConfig(SparseConfigMixin, ModernBertConfig):
     def own_window(self, layer: int) -> Window | None:
         # `local_attention` is the whole width without the query itself, half of it on each side
         half = self.local_attention // 2
+        assert self.layer_types is not None
         return Window(half, half) if self.layer_types[layer] == "sliding_attention" else None
 
 

@@ -19,6 +19,7 @@ class SparseT5Config(SparseEncoderDecoderConfigMixin, T5Config):
 
     @property
     def stacks(self) -> dict[str, int]:
+        assert self.num_decoder_layers is not None
         return {"encoder": self.num_layers, "decoder": self.num_decoder_layers}
 
     def heads_of(self, stack: str) -> int:

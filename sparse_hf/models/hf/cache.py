@@ -43,4 +43,4 @@ def keep_all(cache: DynamicCache | StaticCache, max_length: int) -> None:
     """Have a cache that would drop keys keep them all. It begins anew: `generate` has the whole text to fill it from."""
     if any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers):
         is_static = isinstance(cache, StaticCache)
-        cache.layers = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]
+        cache.layers[:] = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]

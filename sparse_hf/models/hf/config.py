@@ -57,8 +57,8 @@ MARKED = Marked.word
 if TYPE_CHECKING:
 
     class _Config(PreTrainedConfig):
-        num_hidden_layers: int
-        num_attention_heads: int
+        num_hidden_layers: int = 0
+        num_attention_heads: int = 0
 else:
     _Config = object
 

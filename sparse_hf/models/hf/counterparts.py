@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
+from .layers import number_layers
+
 
 class FusedGELU(NewGELUActivation):
     """The same function in one kernel: written out, it keeps five tensors for the backward pass."""
@@ -19,10 +21,11 @@ COUNTERPARTS: dict[type, type] = {NewGELUActivation: FusedGELU}
 
 
 def adopt(model: nn.Module) -> None:
-    """Give the models inside `model` (the encoder inside a head) their sparse class too."""
+    """Give the models inside `model` (the encoder inside a head) their sparse class too, and layers their numbers."""
+    number_layers(model)
     for module in model.modules():
         if type(module) in COUNTERPARTS:
             module.__class__ = COUNTERPARTS[type(module)]
-        number_layers = getattr(module, "number_layers", None)
-        if number_layers is not None:
-            number_layers()
+        own = getattr(module, "number_layers", None)
+        if own is not None:
+            own()

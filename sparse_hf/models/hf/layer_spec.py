@@ -1,23 +1,30 @@
 """Which layer has which pattern: the `layers` argument, read into one pattern per layer.
 
-A stack is a row of layers: "" in most models, "encoder" and "decoder" in models that have both.
+A stack is a sequence of layers: "" in most models, "encoder" and "decoder" in models that have both.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ...pattern import Pattern, full
+from transformers.utils import logging
 
+from ...pattern import Pattern, full
+from ...pattern.like import PatternLike
+
+logger = logging.get_logger(__name__)
+
+# which layers have which pattern, see `parse_layers`
+LayersLike = None | str | Mapping[str | int, "PatternLike | Sequence[PatternLike]"] | Sequence[PatternLike]
 DENSE = "dense"
 _RANGE = r"\d+\s*(?:-\s*\d*\s*(?:/\s*\d+)?)?"
 _ENTRY = rf"(?:(?:encoder|decoder)\s*(?:{_RANGE})?|{_RANGE})\s*="
 _WHERE = re.compile(r"\s*(encoder|decoder)?\s*(?:(\d+)\s*(?:(-)\s*(\d*)\s*(?:/\s*([1-9]\d*))?)?)?\s*")
 
 
-def parse_layers(layers, num_layers: int, pattern) -> list[Pattern]:
+def parse_layers(layers: LayersLike, num_layers: int, pattern: PatternLike) -> list[Pattern]:
     """One pattern per layer of a model with one stack.
 
     Args:
@@ -30,11 +37,11 @@ def parse_layers(layers, num_layers: int, pattern) -> list[Pattern]:
     Raises:
         ValueError: a range outside the model, a layer named twice, or a wrong number of patterns.
     """
-    named, pattern = named_layers(layers, {"": num_layers}), as_pattern(pattern)
-    return [named.get(("", layer), pattern) for layer in range(num_layers)]
+    named, others = named_layers(layers, {"": num_layers}), as_pattern(pattern)
+    return [named.get(("", layer), others) for layer in range(num_layers)]
 
 
-def named_layers(layers, stacks: Mapping[str, int]) -> dict[tuple[str, int], Pattern]:
+def named_layers(layers: LayersLike, stacks: Mapping[str, int]) -> dict[tuple[str, int], Pattern]:
     """The layers that `layers` names, (stack, layer) -> pattern; `stacks` gives the number of layers of each stack."""
     if layers is None:
         return {}
@@ -44,17 +51,19 @@ def named_layers(layers, stacks: Mapping[str, int]) -> dict[tuple[str, int], Pat
         return _listed(list(layers), stacks)
     chosen: dict[tuple[str, int], Pattern] = {}
     for where, what in layers.items():
-        if isinstance(what, Sequence) and not isinstance(what, str) and where in stacks:
+        if not isinstance(what, (str, Pattern)):
+            if not isinstance(where, str) or where not in stacks:
+                raise ValueError(f"layers: {where!r} has {what!r}; a layer or a range takes one pattern")
             chosen |= _listed(list(what), {where: stacks[where]})
             continue
-        for place in _places(where, stacks):
-            if place in chosen:
-                raise ValueError(f"layers names {_spell(place)} twice")
-            chosen[place] = as_pattern(what)
+        for layer in _range(where, stacks):
+            if layer in chosen:
+                raise ValueError(f"layers names {_spell(layer)} twice")
+            chosen[layer] = as_pattern(what)
     return chosen
 
 
-def _listed(patterns: list, stacks: Mapping[str, int]) -> dict[tuple[str, int], Pattern]:
+def _listed(patterns: list[PatternLike], stacks: Mapping[str, int]) -> dict[tuple[str, int], Pattern]:
     if len(stacks) > 1:
         raise ValueError("layers is one list; an encoder-decoder takes {'encoder': [...], 'decoder': [...]}")
     ((stack, num_layers),) = stacks.items()
@@ -65,7 +74,7 @@ def _listed(patterns: list, stacks: Mapping[str, int]) -> dict[tuple[str, int], 
     return {(stack, layer): as_pattern(p) for layer, p in enumerate(patterns)}
 
 
-def _split_spec(text: str):
+def _split_spec(text: str) -> Iterator[tuple[str, str]]:
     # commas also stand inside patterns, so an entry ends where the next `range=` begins
     for entry in re.split(rf",\s*(?={_ENTRY})", text.strip()):
         where, equals, what = entry.partition("=")
@@ -76,7 +85,8 @@ def _split_spec(text: str):
         yield where.strip(), what.strip()
 
 
-def _places(where, stacks: Mapping[str, int]) -> list[tuple[str, int]]:
+def _range(where: str | int, stacks: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The layers of a range like `encoder 0-3`."""
     match = _WHERE.fullmatch(str(where))
     if not match or not str(where).strip():
         raise ValueError(f"layers: {where!r} is not a layer or a range; write 8, 0-3 or 20-")
@@ -98,11 +108,12 @@ def _places(where, stacks: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(stack, layer) for layer in range(first, last + 1, int(match[5] or 1))]
 
 
-def _spell(place: tuple[str, int]) -> str:
-    return f"{place[0]} layer {place[1]}".strip()
+def _spell(layer: tuple[str, int]) -> str:
+    return f"{layer[0]} layer {layer[1]}".strip()
 
 
-def as_pattern(what) -> Pattern:
+def as_pattern(what: PatternLike) -> Pattern:
+    """A pattern, from its text or from "dense"."""
     if isinstance(what, Pattern):
         return what
     return full() if what == DENSE else Pattern.parse(what)
@@ -124,3 +135,36 @@ def describe_layers(
         "layers": listed.get("", listed),
         "global_token_ids": list(global_token_ids),
     }
+
+
+def name_of(names: Sequence[str], layer: int, stack: str = "") -> str:
+    """The name of a layer's pattern. Layers beyond the names take the one pattern that all others have.
+
+    Raises:
+        ValueError: there is more than one.
+    """
+    if layer < len(names):
+        return names[layer]
+    if len(set(names)) == 1:
+        return names[0]
+    raise ValueError(
+        f"sparse_attention.layers names {len(names)} {stack} layers, of different patterns, and this is layer {layer}; name a "
+        "pattern for each layer that was added: config.sparse_attention['layers']".replace("  ", " ")
+    )
+
+
+def fit_names(names: Sequence[str], count: int, numbers: Sequence[int] | None, stack: str = "") -> list[str]:
+    """The names of the patterns of `count` layers, of which the i-th has the number `numbers[i]`, by default i.
+
+    Raises:
+        ValueError: layers beyond the names, which have more than one pattern.
+    """
+    if numbers is None or len(numbers) != count:
+        numbers = range(count)
+    fitted = [name_of(names, number, stack) for number in numbers]
+    if fitted != list(names) and len(set(names)) > 1:
+        logger.warning_once(
+            f"sparse_attention.layers named {len(names)} {stack} layers, and the model has {count}, with the numbers "
+            f"{', '.join(map(str, numbers))}: the names of their patterns are {fitted}".replace("  ", " ")
+        )
+    return fitted

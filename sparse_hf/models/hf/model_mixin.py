@@ -64,8 +64,8 @@ class SparseMixin(_Model):
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
             logger.warning_once(
-                f"this {self.config.model_type} model has no pattern, and each of its layers sees what the dense model's sees; give one "
-                f"to the configuration, {type(self.config).__name__}(pattern='window(255, 255) | first(1)'), or to sparse_hf.sparsify"
+                f"this {type(self.config).model_type} model has no pattern, and each of its layers sees what the dense model's sees; give "
+                f"one to the configuration, {type(self.config).__name__}(pattern='window(255, 255) | first(1)'), or to sparse_hf.sparsify"
             )
 
     def save_pretrained(self, *args, **kwargs):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
@@ -20,6 +22,7 @@ from .auto_classes import auto_classes, known_names
 from .config import SparseConfigMixin
 from .counterparts import COUNTERPARTS
 from .model_mixin import SparseGenerationMixin, SparseMixin
+from .name_tables import enter_names
 from .positions import Positions
 from .remote_code import RemoteCode
 
@@ -32,8 +35,8 @@ class Family:
     """A dense family of Transformers and its sparse counterpart."""
 
     dense_type: str
-    config_class: type[PreTrainedConfig]
-    classes: tuple[type, ...]
+    config_class: type[SparseConfigMixin]
+    classes: tuple[type[PreTrainedModel], ...]
     positions: Positions
 
     @property
@@ -64,13 +67,16 @@ class Family:
 FAMILIES = LazyTable({entry.dense_type: entry for entry in ENTRIES})
 
 
-def dense_class(sparse_class: type) -> type:
+def dense_class(sparse_class: type) -> type[PreTrainedModel]:
     """The class of Transformers that a sparse class derives from: the base after the mixin."""
     return sparse_class.__bases__[1]
 
 
 def register_family(
-    config_class: type, positions: Positions, parts: dict[type, type] | None = None, heads: Iterable[type] = ()
+    config_class: type[SparseConfigMixin],
+    positions: Positions,
+    parts: Mapping[type, type] | None = None,
+    heads: Iterable[type[PreTrainedModel]] = (),
 ) -> Family:
     """Make the sparse class of every head of a family and register it with the Auto classes that find the dense one.
 
@@ -85,36 +91,56 @@ def register_family(
     """
     config_class.positions = positions
     dense_config = config_class.__bases__[1]
-    module = sys.modules[config_class.__module__]
     AutoConfig.register(config_class.model_type, config_class)
-    classes, found = [], {**_heads(dense_config), **{dense: [] for dense in heads}}
-    for dense in found:
-        sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
-        setattr(module, sparse.__name__, sparse)
-        classes.append(sparse)
-        COUNTERPARTS[dense] = sparse
-    for auto_class in dict.fromkeys(auto for autos in found.values() for auto in autos):
-        known = tuple(COUNTERPARTS[dense] for dense, autos in found.items() if auto_class in autos)
-        auto_class.register(config_class, known[0])
-        if len(known) > 1:
-            # as in Transformers' own table, where the configuration's `architectures` tell which
-            auto_class._model_mapping.register(config_class, known, exist_ok=True)
+    autos_of = {**_heads(dense_config), **{dense: [] for dense in heads}}
+    classes = tuple(_counterpart(dense, config_class) for dense in autos_of)
+    COUNTERPARTS.update(zip(autos_of, classes, strict=True))
     COUNTERPARTS.update(parts or {})
-    for sparse in (*classes, *(parts or {}).values()):
-        # Transformers enters a class here when it is first built, and `sparsify` builds none; the plain `dict` method takes
-        # the same key in every version
-        if issubclass(sparse, PreTrainedModel):
-            dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
+    _register_heads(config_class, autos_of)
+    _enter_recorders((*classes, *(parts or {}).values()))
     _rename_alike(dense_config.model_type, config_class.model_type, classes)
-    family = Family(dense_config.model_type, config_class, tuple(classes), positions)
+    family = Family(dense_config.model_type, config_class, classes, positions)
     config_class.remote_code = RemoteCode(
         family.dense_type, family.sparse_type, config_class.__name__, family.architectures
     )
     FAMILIES[family.dense_type] = family
+    enter_names(family.dense_type, config_class, {dense_class(c): c for c in classes} | dict(parts or {}))
     return family
 
 
-def _rename_alike(dense_type: str, sparse_type: str, classes: list[type]) -> None:
+def _counterpart(dense: type[PreTrainedModel], config_class: type[SparseConfigMixin]) -> type[PreTrainedModel]:
+    """The sparse class of a head: the one that the family's module defines, or a derived one, which it gets."""
+    module = sys.modules[config_class.__module__]
+    sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
+    setattr(module, sparse.__name__, sparse)
+    return sparse
+
+
+def _register_heads(
+    config_class: type[SparseConfigMixin], autos_of: Mapping[type, Sequence[type[_BaseAutoModelClass]]]
+) -> None:
+    """Have each Auto class find the counterparts of the dense classes that it knows."""
+    for auto in dict.fromkeys(auto for autos in autos_of.values() for auto in autos):
+        known = tuple(COUNTERPARTS[dense] for dense, autos in autos_of.items() if auto in autos)
+        auto.register(config_class, known[0])
+        if len(known) > 1:
+            # as in Transformers' own table, where the configuration's `architectures` tell which
+            mapping: Any = auto._model_mapping
+            mapping.register(config_class, known, exist_ok=True)
+
+
+def _enter_recorders(classes: Iterable[type]) -> None:
+    """Enter classes in the table of what Transformers can record of a model: states, weights of attention.
+
+    Transformers enters a class when it is first built, and `sparsify` builds none.
+    """
+    for sparse in classes:
+        if issubclass(sparse, PreTrainedModel):
+            # the plain `dict` method takes the same key in every version
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(sparse), sparse._can_record_outputs)
+
+
+def _rename_alike(dense_type: str, sparse_type: str, classes: Iterable[type]) -> None:
     """Have the tensors of a sparse family's checkpoints renamed and merged as those of the dense family are."""
     for dense, sparse in ((dense_type, sparse_type), *((dense_class(c).__name__, c.__name__) for c in classes)):
         mapping = get_checkpoint_conversion_mapping(dense)
@@ -127,10 +153,10 @@ def modeling_module(dense_config: type) -> ModuleType:
     return importlib.import_module(dense_config.__module__.replace(".configuration_", ".modeling_"))
 
 
-def _heads(dense_config: type) -> dict[type, list[type]]:
+def _heads(dense_config: type[PreTrainedConfig]) -> dict[type[PreTrainedModel], list[type[_BaseAutoModelClass]]]:
     """Every model class that an Auto class knows for a dense configuration -> those Auto classes."""
     module = modeling_module(dense_config)
-    found: dict[type, list[type]] = {}
+    found: dict[type[PreTrainedModel], list[type[_BaseAutoModelClass]]] = {}
     for auto in auto_classes():
         for name in known_names(auto, dense_config.model_type):
             # a family of another module may borrow the configuration
@@ -139,9 +165,9 @@ def _heads(dense_config: type) -> dict[type, list[type]]:
     return found
 
 
-def _derive(dense: type, config_class: type) -> type:
+def _derive(dense: type[PreTrainedModel], config_class: type[SparseConfigMixin]) -> type[PreTrainedModel]:
     mixin = SparseGenerationMixin if issubclass(dense, GenerationMixin) else SparseMixin
-    content = {
+    content: dict[str, Any] = {
         "__module__": config_class.__module__,
         "__doc__": f"[`{dense.__name__}`] with sparse attention by its configuration's patterns.",
         "__annotations__": {"config": config_class},
@@ -149,7 +175,8 @@ def _derive(dense: type, config_class: type) -> type:
     }
     if dense.__name__.endswith(UNCOUNTED):
         content["accepts_loss_kwargs"] = False
-    return type(f"Sparse{dense.__name__}", (mixin, dense), content)
+    made: Any = type(f"Sparse{dense.__name__}", (mixin, dense), content)
+    return made
 
 
 def find_family(model_type: str) -> Family | None:

@@ -55,7 +55,7 @@ class RemoteCode:
                 found[auto.__name__] = next((name for name in heads if name in (chosen or ())), heads[0])
         return {auto: f"{MODULE}.{name}" for auto, name in found.items()}
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the file of which `auto_map` speaks; it imports the package and holds no code of its own.
 
         Transformers can carry no package with a checkpoint, and without this one it says which to install.

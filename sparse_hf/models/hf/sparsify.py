@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
+from .layer_spec import LayersLike
 from .register import dense_class, family_of
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def sparsify(
-    model: PreTrainedModel, pattern=None, layers=None, global_token_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    pattern: PatternLike | None = None,
+    layers: LayersLike = None,
+    global_token_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -49,19 +57,19 @@ def sparsify(
 class _Configs:
     """Dense configuration -> sparse one. Stacks of T5 hold copies of the model's with fields of their own."""
 
-    def __init__(self, dense, sparse):
+    def __init__(self, dense: PreTrainedConfig, sparse: PreTrainedConfig):
         self.dense, self.known = dense, {id(dense): sparse}
 
-    def __call__(self, found):
+    def __call__(self, found: PreTrainedConfig) -> PreTrainedConfig:
         if id(found) not in self.known:
             twin = copy.copy(self.known[id(self.dense)])
             own = {key: value for key, value in vars(found).items() if value != vars(self.dense).get(key)}
-            vars(twin).update({key: value for key, value in own.items() if not key.startswith("_")})
+            twin.__dict__.update({key: value for key, value in own.items() if not key.startswith("_")})
             self.known[id(found)] = twin
         return self.known[id(found)]
 
 
-def _shared_copy(module: nn.Module, configs: _Configs, done: dict[int, nn.Module]) -> nn.Module:
+def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> AnyModule:
     """A copy of the module tree around the same parameters and buffers."""
     if id(module) in done:
         return done[id(module)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ...pattern import Pattern
@@ -38,7 +38,7 @@ class StreamingCache(Cache):
         ValueError: a layer has another pattern; the message names it.
     """
 
-    def __init__(self, config: SparseConfigMixin):
+    def __init__(self, config: PreTrainedConfig):
         self.patterns = _patterns(config)
         kept = (_kept(layer, text) for layer, text in enumerate(self.patterns))
         super().__init__(layers=[StreamingLayer(*of_layer) for of_layer in kept])
@@ -47,7 +47,7 @@ class StreamingCache(Cache):
         self._real: dict[tuple, Tensor] = {}
 
     def begin(self, attention_mask: Tensor | None, new: int) -> None:
-        """What a model says before a pass of `new` tokens: padding decides what is kept, so it is told before there are keys.
+        """Prepare for a pass of `new` tokens, before there are keys: padding decides what is kept.
 
         Raises:
             ValueError: a mask of another shape than `[B, tokens so far]`, padding elsewhere than on the left, or more of it than
@@ -56,6 +56,7 @@ class StreamingCache(Cache):
         self.padding, self._real = _padding(attention_mask, self.get_seq_length() + new), {}
         longest = 0 if self.padding is None else int(self.padding.max())
         for layer in self.layers:
+            assert isinstance(layer, StreamingLayer)
             if not layer.is_initialized:
                 layer.padding = longest
             elif longest > layer.padding:
@@ -100,27 +101,28 @@ class StreamingLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Take `[B, G, Q, D]`; what its queries see, and they themselves last: `[B, G, K, D]`.
+        """Take keys and values `[B, G, Q, D]`; give what their queries see, they themselves last: `[B, G, K, D]`.
 
         K is the number of all tokens so far, or `first + left + Q` where earlier ones are dropped.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         take = self._take_one if key_states.shape[2] == 1 and self.sees_all else self._take
         found = take(self.keys, key_states), take(self.values, value_states)
         self.seen += key_states.shape[2]
         return found
 
     def _take_one(self, held: Tensor, new: Tensor) -> Tensor:
-        place = self._place(self.seen)
-        held[:, :, place : place + 1] = new
+        slot = self._slot(self.seen)
+        held[:, :, slot : slot + 1] = new
         return held[:, :, : self.seen + 1]
 
     def _take(self, held: Tensor, new: Tensor) -> Tensor:
         begin, end = self.seen, self.seen + new.shape[2]
-        past = held.index_select(2, self._place(self._kept(0, begin, self.left)))
+        past = held.index_select(2, self._slots(self._kept(0, begin, self.left)))
         kept = self._kept(begin, end, self.left + 1)
-        held.index_copy_(2, self._place(kept), new.index_select(2, kept - begin))
+        held.index_copy_(2, self._slots(kept), new.index_select(2, kept - begin))
         return torch.cat((past, new), 2) if begin else new
 
     def _kept(self, begin: int, end: int, last: int) -> Tensor:
@@ -128,9 +130,14 @@ class StreamingLayer(CacheLayerMixin):
         ranges = (begin, min(self.first, end)), (max(self.first, begin, end - last), end)
         return torch.cat([torch.arange(one, max(one, other), device=self.device) for one, other in ranges])
 
-    def _place(self, token: int | Tensor) -> int | Tensor:
-        rounds = (token - self.first) // (self.left + 1)
-        return token - rounds * (rounds > 0) * (self.left + 1)
+    def _slot(self, token: int) -> int:
+        """Where a token stands among those that are held."""
+        return token - max(0, (token - self.first) // (self.left + 1)) * (self.left + 1)
+
+    def _slots(self, tokens: Tensor) -> Tensor:
+        """`_slot` of each."""
+        rounds = (tokens - self.first) // (self.left + 1)
+        return tokens - rounds * (rounds > 0) * (self.left + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # what is dropped is no matter of the mask: the attention function looks at the keys that it gets
@@ -148,11 +155,11 @@ class StreamingLayer(CacheLayerMixin):
         self.padding = self.seen = 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = (t.repeat_interleave(repeats, 0) for t in (self.keys, self.values))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = (t[indices] for t in (self.keys, self.values))
 
     def activate_past_recording(self) -> None:
@@ -166,11 +173,11 @@ class StreamingLayer(CacheLayerMixin):
             self.activate_past_recording()
 
 
-def _patterns(config) -> list[str]:
+def _patterns(config: PreTrainedConfig) -> list[str]:
     """The pattern of each layer."""
     if not isinstance(config, SparseConfigMixin):
         raise ValueError(
-            f"a StreamingCache drops what the patterns of a sparse model never look at again, and {type(config).__name__} is that "
+            f"a StreamingCache drops what the patterns of a sparse model never see again, and {type(config).__name__} is that "
             "of a dense one; use `sparse_hf.sparsify(model, pattern).config`"
         )
     if set(config.stacks) != {""}:
@@ -187,25 +194,30 @@ def _kept(layer: int, text: str) -> tuple[int, int, bool]:
     they have left it, they are behind it among the keys that are held too.
     """
     pattern = Pattern.parse(text)
-    shapes = [read_window(head, ANY_LENGTH, of_any_reach=True) for head in pattern.heads or (pattern,)]
-    reason = next(filter(None, map(_why_endless, shapes)), None)
-    if reason:
-        raise ValueError(
-            f"layer {layer} has the pattern {text}: {reason}. A StreamingCache drops keys of patterns like 'window(255, 0) | first(4)' "
-            "only; use a DynamicCache, which keeps all, or another pattern"
-        )
-    windows = [0 if shape.window is None else shape.window.left for shape in shapes]
-    reaches = [shape.clip.left for shape in shapes if shape.first and shape.clip.left is not None]
+    sinks, windows, reaches = [], [], []
+    for head in pattern.heads or (pattern,):
+        form = read_window(head, ANY_LENGTH, of_any_reach=True)
+        reason = _why_endless(form)
+        if isinstance(form, str) or reason:
+            raise ValueError(
+                f"layer {layer} has the pattern {text}: {reason}. A StreamingCache drops keys of patterns like "
+                "'window(255, 0) | first(4)' only; use a DynamicCache, which keeps all, or another pattern"
+            )
+        sinks.append(form.first)
+        windows.append((form.window.left or 0) if form.window is not None else 0)
+        if form.first and form.clip.left is not None:
+            reaches.append(form.clip.left)
     left = max(windows + reaches)
-    return max(shape.first for shape in shapes), left, min(windows) == left
+    return max(sinks), left, min(windows) == left
 
 
-def _why_endless(shape: WindowForm | str) -> str | None:
-    if isinstance(shape, str):
-        return shape
-    if shape.marked:
+def _why_endless(form: WindowForm | str) -> str | None:
+    """Why keys of a pattern can never be dropped, None if they can."""
+    if isinstance(form, str):
+        return form
+    if form.marked:
         return "marked tokens may be anywhere"
-    if shape.window is not None and shape.window.left is None:
+    if form.window is not None and form.window.left is None:
         return "its window has no end"
     return None
 

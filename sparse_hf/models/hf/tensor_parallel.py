@@ -11,14 +11,14 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ...pattern import Pattern
+from ...pattern import Pattern, PerHead
 
 
 def own_heads(text: str, module: nn.Module, heads: int, total: int) -> str:
     """A layer's pattern, for the `heads` of `total` that this rank computes.
 
     Args:
-        module: the attention module, whose projections tell which heads these are.
+        module: the attention module, whose projections say which heads these are.
 
     Raises:
         ValueError: `per_head(...)` with heads that nobody says the place of.
@@ -45,9 +45,12 @@ def check_division(model: nn.Module) -> None:
     for name, module in model.named_modules():
         size = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
         for child_name, child in module.named_children() if isinstance(size, int) else ():
-            sharded = _rows(getattr(child, "weight", None))
-            heads = 0 if sharded is None else child.weight.shape[0] // size
-            if sharded is not None and heads % sharded[1]:
+            weight = getattr(child, "weight", None)
+            sharded = _rows(weight)
+            if weight is None or sharded is None:
+                continue
+            heads = weight.shape[0] // size
+            if heads % sharded[1]:
                 raise ValueError(
                     f"{name}.{child_name} has {heads} heads, which {sharded[1]} ranks cannot share evenly; choose a tp_size that "
                     f"divides {heads}, or use data parallelism or FSDP"
@@ -55,7 +58,7 @@ def check_division(model: nn.Module) -> None:
 
 
 def _rows(parameter) -> tuple[int, int] | None:
-    """Of a parameter whose rows are spread for tensor parallelism: this rank's place and the number of ranks."""
+    """Of a parameter whose rows are spread for tensor parallelism: this rank's number and how many ranks there are."""
     if not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor, Shard
@@ -91,4 +94,5 @@ def _slice(text: str, first: int, count: int) -> str:
 @lru_cache(maxsize=256)
 def _cached_slice(text: str, first: int, count: int) -> str:
     pattern = Pattern.parse(text)
-    return str(type(pattern)(*pattern.heads[first : first + count]))
+    # whoever asks knows that the pattern is one of heads
+    return str(PerHead(*(pattern.heads or ())[first : first + count]))
