@@ -1,25 +1,27 @@
-"""Block lists of `fa` without a GPU: what the kernels are given, and the merge and its gradients in float64."""
+"""Block lists of `fa`: what the kernels are given, the merge and its gradients; on a GPU with flash-attn-4 exactness and repeats."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sparse_hf import build_plan
-from sparse_hf.attention.backends.flash import backend as fa
-from sparse_hf.attention.backends.flash import block_lists as fa_blocks
+from sparse_hf import build_plan, sparse_attention
+from sparse_hf.attention import attend
+from sparse_hf.attention.backends.flash import block_lists
 from sparse_hf.attention.backends.flash import window_kernels as flash
-from sparse_hf.attention.scoring import Scoring
+from sparse_hf.attention.dispatch import BACKENDS
 from sparse_hf.plan import split
 from sparse_hf.plan import tile_lists as lists
 from tests import oracle
+from tests.attention.backends.test_flash import poison
+from tests.attention.exactness import call_of, compare, tensors
 from tests.table import LENGTHS, PATTERNS, SCENARIOS, causal_form, scenario
 
-SIZE = fa_blocks.SIZE
+SIZE = block_lists.SIZE
 
 
 class Plain:
-    """flash-attn-4's block-sparse kernels in plain PyTorch, with the interface of `fa_blocks_kernels`."""
+    """flash-attn-4's block-sparse kernels in plain PyTorch, with the interface of `block_list_kernels`."""
 
     @staticmethod
     def _allowed(q, k, walk, by_query: bool):
@@ -71,7 +73,8 @@ class Plain:
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).nan_to_num(), v), scores.logsumexp(-1)
 
     @staticmethod
-    def backward(grad_out, q, k, v, out, lse, grad_lse, walk, scale):
+    def backward(q, k, v, given, walk, scale):
+        out, lse, grad_out, grad_lse = given.out, given.lse, given.grad_out, given.grad_lse
         assert lse.is_contiguous() and (grad_lse is None or grad_lse.is_contiguous())
         repeats = q.shape[2] // k.shape[2]
         weights = (Plain._scores(q, k, Plain._allowed(q, k, walk, False), scale) - lse[..., None]).exp()
@@ -85,11 +88,11 @@ class Plain:
 
 @pytest.fixture
 def plain(monkeypatch):
-    monkeypatch.setattr(fa_blocks, "kernels", lambda: Plain)
+    monkeypatch.setattr(block_lists, "kernels", lambda: Plain)
     monkeypatch.setattr(flash, "kernels", lambda q: Plain)
 
 
-def compare(pattern: str, length: int, case: str, heads: int = 4, groups: int = 2, **rest) -> bool:
+def compare_plain(pattern: str, length: int, case: str, heads: int = 4, groups: int = 2, **rest) -> bool:
     """False where the plan is a window, which goes another way."""
     data = scenario(case, length)
     q_len = data.pop("q_len")
@@ -101,7 +104,7 @@ def compare(pattern: str, length: int, case: str, heads: int = 4, groups: int = 
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in sizes)
     mask = oracle.dense_mask(pattern, q_len, length, **data)
     exact = oracle.gradients(lambda *t: oracle.attention(*t, mask), q, k, v)
-    ours = oracle.gradients(lambda *t: fa.attend(*t, plan, Scoring(8**-0.5), 0.0, None), q, k, v)
+    ours = oracle.gradients(lambda *t: attend(call_of(*t, plan), BACKENDS["fa"]), q, k, v)
     for got, wanted in zip(ours, exact, strict=True):
         torch.testing.assert_close(got, wanted)
     return True
@@ -117,7 +120,7 @@ def compare(pattern: str, length: int, case: str, heads: int = 4, groups: int = 
     ],
 )
 def test_lists_and_their_gradients_are_exact(pattern, case, length, plain):
-    compare(pattern, length, case)
+    compare_plain(pattern, length, case)
 
 
 GLOBAL = "(window(20, 20) | first(3) | last(2) | chunk(50)) & window(None, None)"
@@ -133,13 +136,13 @@ def test_long_lines_are_merged_exactly(pattern, case, plain, monkeypatch):
     monkeypatch.setattr(lists, "HOST_BOUND_TILES", 0)
     monkeypatch.setattr(lists, "PROGRAM_TILES_OVER_MEAN", 0.5)
     monkeypatch.setattr(lists, "SEGMENT_TILES_OVER_ROOT", 0)
-    assert compare(pattern, 700, case, heads=2, groups=1)
+    assert compare_plain(pattern, 700, case, heads=2, groups=1)
 
 
 def test_a_long_text_with_global_tokens_has_narrow_tables():
     plan = build_plan("window(256, 256) | first(100) | chunk(384)", 1 << 16)
     for by_query in (True, False):
-        walk = fa_blocks._walk(plan, by_query, 1, 16)
+        walk = block_lists._walk(plan, by_query, 1, 16)
         assert walk.lists[1].shape[-1] < 64 and walk.lists[3].shape[-1] < 64
         # 512 lines, and the segments of one
         assert 512 < walk.lists[0].shape[-1] < 540
@@ -150,7 +153,7 @@ def test_a_long_text_with_global_tokens_has_narrow_tables():
 def test_every_block_of_a_line_has_a_slot_of_its_own():
     line = torch.arange(50).repeat_interleave(20)
     other = torch.stack([torch.randperm(5000)[:20] for _ in range(50)]).flatten()
-    lines, starts = fa_blocks._hashed(line, other, torch.arange(1000), 50, 5000)
+    lines, starts = block_lists._hashed(line, other, torch.arange(1000), 50, 5000)
     factor, begin = lines.view(50, 2)[line].long().bitwise_and(0xFFFFFFFF).unbind(1)
     slot = (begin >> 5) + ((other * factor & 0xFFFFFFFF) >> (begin & 31))
     assert torch.equal(starts[slot], torch.arange(1000))
@@ -169,7 +172,7 @@ def test_one_text_after_another_asks_for_the_same_kinds_of_tensors(plain, monkey
     monkeypatch.setattr(Plain, "forward", staticmethod(forward))
     for n, pattern in ((257, "chunk(50)"), (1000, "bigbird(block_size=32)"), (700, "stride(7)")):
         q = torch.randn(2, 2, n, 8)
-        fa.attend(q, q, q, build_plan(pattern, n), Scoring(8**-0.5), 0.0, None)
+        attend(call_of(q, q, q, build_plan(pattern, n)), BACKENDS["fa"])
     assert len(seen) == 1
 
 
@@ -179,16 +182,181 @@ def test_a_mask_function_is_evaluated(plain):
     x = torch.arange(300)
     mask = ((x[:, None] + x) % 3 == 0) & (x <= x[:, None])
     exact = oracle.gradients(lambda *t: oracle.attention(*t, mask[None, None]), q, k, v)
-    ours = oracle.gradients(lambda *t: fa.attend(*t, plan, Scoring(8**-0.5), 0.0, None), q, k, v)
+    ours = oracle.gradients(lambda *t: attend(call_of(*t, plan), BACKENDS["fa"]), q, k, v)
     for got, wanted in zip(ours, exact, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
 def test_lists_are_fastest_where_they_were_measured_so():
     def fastest(pattern: str, length: int, head_dim: int = 128) -> bool:
-        return fa_blocks.are_fastest(torch.empty(1, 16, length, head_dim, device="meta"), build_plan(pattern, length))
+        return block_lists.are_fastest(torch.empty(1, 16, length, head_dim, device="meta"), build_plan(pattern, length))
 
     assert fastest("bigbird(block_size=128)", 65_536)
     assert not fastest("bigbird(block_size=128)", 16_384) and not fastest("bigbird(block_size=128)", 131_072, 64)
     # blocks of it have masks
     assert not fastest("chunk(50)", 65_536)
+
+
+# (query heads, key heads, head dim): a kernel is compiled for each, in both directions
+GPU_SHAPES = [(4, 2, 64), (4, 4, 128)]
+GPU_PATTERNS = [
+    "bigbird(block_size=64)",
+    "summary(16, 3) | window(0, 0)",
+    "ring(50, 2)",
+    "fixed(128, 8)",
+    "window(60, 60) & stride(3)",
+    "window(30, 5) | marked() | chunk(50)",
+    "chunk(24, 2, 1)",
+    "first(300) | last(200) | chunk(64)",
+    "block_table(128, ((0, 1), (1,), (), (0, 2, 3), (4, 1), (5,), (6, 0), (7,), (3, 8), (9,)))",
+    "per_head(chunk(9), window(60, 60) & stride(3), random_blocks(2, 64, 1), first(4) | chunk(50))",
+]
+GPU_CASES = ["plain", "last_queries", "left_padding", "right_padding", "packed", "packed_and_padded"]
+
+
+@pytest.fixture
+def flash_attn_4():
+    reason = flash.FA4.refuses(torch.empty(1, device="cuda"))
+    if reason or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip(reason or "lists of blocks are for compute capability 9")
+
+
+def run(*args) -> None:
+    poison()
+    compare("fa", *args, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize("pattern", GPU_PATTERNS)
+def test_kernels_are_exact(pattern, case):
+    index = GPU_PATTERNS.index(pattern) + GPU_CASES.index(case)
+    text = causal_form(pattern) if index // 2 % 2 else pattern
+    run(text, [1000, 1153, 257, 1280][index % 4], case, GPU_SHAPES[index % 2], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+@pytest.mark.parametrize("pattern", GPU_PATTERNS[:3])
+def test_kernels_are_exact_in_float16(pattern):
+    run(pattern, 1153, "packed", (4, 2, 64), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+@pytest.mark.parametrize("length", [1, 63, 100, 128, 129])
+def test_short_texts_are_exact(length):
+    run("chunk(50)", length, "plain", (4, 2, 64), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(4, 4, 32), (4, 1, 32), (6, 2, 96)])
+def test_kernels_are_exact_at_other_head_dims(shape):
+    run("window(60, 60) & stride(3)", 1000, "left_padding", shape, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+@pytest.mark.parametrize(
+    "pattern", ["first(300) | last(200) | chunk(64)", "per_head(chunk(9), first(1), stride(7), chunk(50))"]
+)
+def test_long_lines_are_merged_exactly_by_kernels(pattern, monkeypatch):
+    monkeypatch.setattr(lists, "PROGRAM_TILES", 2)
+    monkeypatch.setattr(lists, "HOST_BOUND_TILES", 0)
+    monkeypatch.setattr(lists, "PROGRAM_TILES_OVER_MEAN", 0.5)
+    monkeypatch.setattr(lists, "SEGMENT_TILES_OVER_ROOT", 0)
+    # a length of its own: plans are kept
+    run(pattern, 1171, "packed_and_padded", (4, 2, 64), torch.bfloat16)
+
+
+def repeated(pattern: str, times: int = 20):
+    q, k, v = tensors((4, 2, 64), 1000, 1000, torch.bfloat16, "cuda")
+    function = lambda *t: sparse_attention(*t, pattern, backend="fa", return_lse=True)  # noqa: E731
+    return [oracle.gradients(function, q, k, v) for _ in range(times)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_twenty_runs_differ_by_roundings_at_most():
+    # gradients are added up in no fixed order; outputs and lse are the same each time
+    runs = repeated("bigbird(block_size=64)")
+    for later in runs[1:]:
+        for one, other in zip(runs[0][:2], later[:2], strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(runs[0][2:], later[2:], strict=True):
+            assert (one.float() - other.float()).abs().max() <= 2**-7 * one.float().abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_where_torch_is_told_to_repeat_lists_are_refused():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pytest.raises(NotImplementedError, match="in no fixed order"):
+            repeated("chunk(50)", 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_other_lengths_and_patterns_compile_nothing():
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    def sizes():
+        return [len(function.compile_cache.cache) for function in (_flash_attn_fwd, _flash_attn_bwd)]
+
+    def step(pattern, length, batch=2):
+        q, k, v = (t[:batch].requires_grad_() for t in tensors((4, 2, 64), length, length, torch.bfloat16, "cuda"))
+        sparse_attention(q, k, v, pattern, backend="fa").sum().backward()
+
+    step("chunk(50)", 1000)
+    before = sizes()
+    for pattern, length, batch in (
+        ("chunk(50)", 1153, 2),
+        ("bigbird(block_size=64)", 4000, 1),
+        ("fixed(128, 8)", 700, 2),
+    ):
+        step(pattern, length, batch)
+    assert sizes() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_only_lse_has_a_gradient():
+    q, k, v = (t.requires_grad_() for t in tensors((4, 2, 64), 257, 257, torch.bfloat16, "cuda"))
+    mask = oracle.dense_mask("chunk(50)", 257, 257)
+    exact = oracle.attention(*(t.double().cpu() for t in (q, k, v)), mask)[1].sum()
+    right = torch.autograd.grad(exact, (q, k, v), allow_unused=True)
+    got = torch.autograd.grad(
+        sparse_attention(q, k, v, "chunk(50)", backend="fa", return_lse=True)[1].sum(), (q, k, v), allow_unused=True
+    )
+    for one, other in zip(got[:2], right[:2], strict=True):
+        torch.testing.assert_close(one.cpu().float(), other.cpu().float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_a_compiled_model_runs_lists():
+    def loss(q, k, v):
+        return sparse_attention(q, k, v, "chunk(50)", backend="fa").float().square().sum()
+
+    leaves = [t.requires_grad_() for t in tensors((4, 2, 64), 640, 640, torch.bfloat16, "cuda")]
+    right = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash_attn_4")
+def test_lists_are_chosen_where_they_were_faster():
+    def chosen(pattern: str, length: int) -> bool:
+        q = torch.empty(1, 16, length, 128, device="cuda", dtype=torch.bfloat16)
+        return BACKENDS["fa"].is_fastest(call_of(q, q, q, build_plan(pattern, length, device="cuda")))
+
+    assert chosen("bigbird(block_size=128)", 65_536)
+    assert not chosen("bigbird(block_size=128)", 16_384) and not chosen("chunk(50)", 65_536)
