@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging
 
+from ..models.hf.layer_spec import LayersLike
+from ..pattern.like import PatternLike
+from .carry import carry, has_tokenizer
 from .folder import check_target, keep_apart, whole_folder
 from .gguf import dequantise, is_gguf, read_gguf
 from .prepare import Choice, Prepared, prepare
+from .processors import declare_classes, set_limit
 from .progress import progress_bar
 from .report import describe, report_text
-from .source import Source, find_folder, open_source, read_json
+from .source import find_folder, open_source
 from .weights import write_weights
 
 __all__ = ["convert", "describe_conversion", "report_text"]
@@ -27,13 +32,13 @@ REPORT, REPORT_TEXT = "conversion.json", "conversion.txt"
 def convert(
     source: str | Path,
     out: str | Path,
-    pattern=None,
+    pattern: PatternLike | None = None,
     *,
-    layers=None,
+    layers: LayersLike = None,
     max_length: int | None = None,
     positions: str = "tile",
     rope: str | None = None,
-    global_token_ids=(),
+    global_token_ids: Sequence[int] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -78,13 +83,13 @@ def convert(
 
 def describe_conversion(
     source: str | Path,
-    pattern=None,
+    pattern: PatternLike | None = None,
     *,
-    layers=None,
+    layers: LayersLike = None,
     max_length: int | None = None,
     positions: str = "tile",
     rope: str | None = None,
-    global_token_ids=(),
+    global_token_ids: Sequence[int] = (),
 ) -> dict:
     """What `convert` would write into `conversion.json`, after the same checks; only headers are read.
 
@@ -105,13 +110,18 @@ def _name(source: str | Path) -> str:
 def _write(prepared: Prepared, target: Path, progress: bool) -> None:
     report = describe(prepared)
     source, work = prepared.source, prepared.work
-    extra = sum(path.stat().st_size for path in source.carried) + (16 << 20)
+    for warning in prepared.warnings:
+        logger.warning("%s: %s", source.name, warning)
+    extra = sum(path.stat().st_size for path in prepared.carried) + (16 << 20)
     with (
         whole_folder(target, work.bytes + extra) as folder,
         progress_bar(work.source_bytes, f"converting {source.name}", progress) as advance,
     ):
         write_weights(work, folder, advance)
-        _carry(source, folder, prepared.choice.max_length)
+        carry(prepared.carried, source.folder, folder)
+        declare_classes(folder, prepared.tokenizer, prepared.family.dense_type)
+        if prepared.limit is not None:
+            set_limit(folder, prepared.limit, has_tokenizer(prepared.carried, source.folder))
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
         # last, so that a folder without it never loads
@@ -131,20 +141,3 @@ def _convert_gguf(file: Path, target: Path, choice: Choice, progress: bool) -> N
         for written in (folder / "sparse").iterdir():
             shutil.move(written, folder / written.name)
         (folder / "sparse").rmdir()
-
-
-def _carry(source: Source, new: Path, max_length: int | None) -> None:
-    """What travels with the weights, with the new length in the tokenizer's settings."""
-    source.carry(new)
-    if max_length is None:
-        return
-    for name, key in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
-        settings = new / name
-        if settings.exists():
-            settings.write_text(json.dumps({**read_json(settings), key: max_length}, indent=2) + "\n", encoding="utf-8")
-    tokenizer = new / "tokenizer.json"
-    if tokenizer.exists():
-        content = read_json(tokenizer)
-        if content.get("truncation"):
-            content["truncation"]["max_length"] = max_length
-            tokenizer.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

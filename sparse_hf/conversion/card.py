@@ -11,14 +11,16 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
-from transformers import PreTrainedConfig
 
 from ..analysis.show import describe, render, save_png
-from ..models import Family, family_of
+from ..models.hf.config import SparseConfigMixin
+from ..models.hf.register import Family, family_of
 from ..models.hf.remote_code import auto_map
+from .carry import CARD, read_json
 from .check import is_causal, meta_model, sees_past_only, sparse_config
+from .prepare import mark_warnings
 from .report import report_text
-from .source import CARD, card_metadata, read_json
+from .source import card_metadata
 
 PICTURE, RESULTS, REPORT = "pattern.png", "results.json", "conversion.json"
 # numbers of the pattern are given for no greater length, which would take long to count
@@ -84,6 +86,7 @@ class Card:
     base: str | None = None
     license: str | None = None
     note: str = ""
+    warnings: tuple[str, ...] = ()
     conversion: str = ""
     picture: str = ""
     results: Mapping | None = None
@@ -136,6 +139,7 @@ def card_text(card: Card) -> str:
         f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"A model of the family {card.family}"
     )
     summary = f"{origin} with sparse attention by sparse_hf: {sparse}. {card.note}".rstrip()
+    summary += "".join(f"\n\n> {warning}" for warning in card.warnings)
     rows = "\n".join(_row(span, card.length) for span in card.spans)
     parts = [BODY.format(name=card.name, summary=summary, auto=card.auto, length=card.length, rows=rows), card.picture]
     if card.conversion:
@@ -187,22 +191,26 @@ def _read(folder: Path, base: str | None, results: Mapping | None) -> Card:
     length, spans = min(limit, LONGEST), _spans(config, is_causal(model))
     if results is None and (folder / RESULTS).is_file():
         results = read_json(folder / RESULTS)
-    known = _origin(folder, report, base)
+    known, head = _origin(folder, report, base), type(model).__name__
+    warnings = tuple(mark_warnings(config, family, [family.architectures.get(head, head)]))
+    # said above the table, and once
+    report["warnings"] = [warning for warning in report.get("warnings", ()) if warning not in warnings]
     return Card(
         name=folder.resolve().name,
         family=family.dense_type,
-        auto=_auto_class(config, family, type(model).__name__),
+        auto=_auto_class(config, family, head),
         length=length,
         spans=spans,
         base=known.get("base_model"),
         license=known.get("license"),
-        conversion=report_text(report) if report else "",
+        warnings=warnings,
+        conversion=report_text(report) if "source" in report else "",
         picture=_picture(folder, spans, length),
         results=results,
     )
 
 
-def _spans(config: PreTrainedConfig, causal: bool) -> tuple[Span, ...]:
+def _spans(config: SparseConfigMixin, causal: bool) -> tuple[Span, ...]:
     """A span for each distinct pattern of a stack, in the order of the layers."""
     spans = []
     for stack, count in config.stacks.items():
@@ -222,7 +230,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _auto_class(config: PreTrainedConfig, family: Family, head: str) -> str:
+def _auto_class(config: SparseConfigMixin, family: Family, head: str) -> str:
     """The Auto class that gives the checkpoint's own head."""
     known = {auto: ref.rpartition(".")[2] for auto, ref in auto_map(config).items()}
     fitting = [auto for auto, name in known.items() if name == family.architectures.get(head, head)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
 
-from ..models import Family, dense_class
-from ..models.hf.config import dense_values
+from ..models.hf.config import SparseConfigMixin, dense_values
+from ..models.hf.register import Family, dense_class
 from .shards import Stored
 
 SHOWN = 3
@@ -24,11 +25,13 @@ def meta_model(family: Family, config: dict) -> PreTrainedModel:
     dense = family.dense_config_class(**dense_values(config))
     known = {name: dense_class(c) for c in family.classes for name in (c.__name__, dense_class(c).__name__)}
     named = [known[name] for name in config.get("architectures") or () if name in known]
+    # the table's type says tuple, which it holds for other configurations than these
+    model_class: Any = named[0] if named else MODEL_MAPPING[type(dense)]
     with torch.device("meta"), no_init_weights():
-        return (named or [MODEL_MAPPING[type(dense)]])[0](dense)
+        return model_class(dense)
 
 
-def sparse_config(family: Family, config: dict) -> PreTrainedConfig:
+def sparse_config(family: Family, config: dict) -> SparseConfigMixin:
     """The sparse configuration that a `config.json` describes.
 
     Raises:
@@ -55,7 +58,8 @@ def check_fits(tensors: Iterable[Stored], model: PreTrainedModel, tables: tuple[
     it computes itself are absent.
     """
     wanted, there, wrong = model.state_dict(), set(), []
-    transforms = get_model_conversion_mapping(model)
+    # renamings of every kind, which `rename_source_key` annotates as those of one
+    transforms: list[Any] = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     for tensor in tensors:

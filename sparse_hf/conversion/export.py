@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from ..models import FAMILIES, Family, family_of
-from ..models.hf.config import dense_values
-from ..pattern import First, Pattern, Stride, Window, causal, full
+from ..models.hf.config import SparseConfigMixin, dense_values
+from ..models.hf.register import FAMILIES, Family, family_of
+from ..pattern import First, Pattern, Stride, Window
 from ..pattern.base import Intersection, Union
+from .carry import carry
 from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
 from .folder import check_target, keep_apart, whole_folder
+from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
 from .source import Source, find_folder, open_source
 from .weights import Work, write_weights
 
 FORMS = ("dense", "native")
+EVERYTHING, PAST = Window(None, None), Window(None, 0)
 # families with one window on all layers; with layers that have it and layers that have none; and with layers of two
 # kinds that also turn their angles at different speeds, so that a layer's kind must stay
 UNIFORM, BY_LAYER, TYPED = (
@@ -42,8 +43,14 @@ class Layer:
     is_full: bool
 
     @property
-    def place(self) -> str:
-        return f"{self.stack} layer {self.number}".strip()
+    def name(self) -> str:
+        return _name(self.stack, self.number)
+
+    @property
+    def reach(self) -> int:
+        """How far back the window goes, of one that is not full."""
+        assert self.window.left is not None, self
+        return self.window.left
 
 
 def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: bool = True) -> Path:
@@ -101,14 +108,16 @@ def _write(source: Source, family: Family, values: dict, target: Path, progress:
     if not source.config.get("quantization_config"):
         computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
         check_fits((tensor for shard in shards for tensor in shard.tensors), model, computed, source.folder)
-    work = Work(shards, {})
-    extra = sum(path.stat().st_size for path in source.carried) + (1 << 20)
+    work, carried = Work(shards, {}), source.carried
+    tokenizer = tokenizer_class(source.folder, source.name, carried)
+    extra = sum(path.stat().st_size for path in carried) + (1 << 20)
     with (
         whole_folder(target, work.bytes + extra) as folder,
         progress_bar(work.source_bytes, f"exporting {source.name}", progress) as advance,
     ):
         write_weights(work, folder, advance)
-        source.carry(folder)
+        carry(carried, source.folder, folder)
+        declare_classes(folder, tokenizer, family.dense_type)
         # last, so that a folder without it never loads
         config.save_pretrained(folder)
 
@@ -138,20 +147,23 @@ def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]
     return family, values
 
 
-def _layers(config: PreTrainedConfig, causal_model: bool) -> Iterator[Layer]:
+def _layers(config: SparseConfigMixin, causal_model: bool) -> Iterator[Layer]:
     for stack, count in config.stacks.items():
-        limit = causal() if sees_past_only(stack, causal_model) else full()
+        limit = PAST if sees_past_only(stack, causal_model) else EVERYTHING
         for number in range(count):
             pattern = Pattern.parse(config.layer_pattern(number, stack=stack))
             window = _window(pattern, limit)
-            layer = Layer(stack, number, pattern, window, window == limit)
             if window is None:
                 part = _culprit(pattern, limit)
                 inside = "" if part == pattern else f" in {pattern}"
                 raise ValueError(
-                    f"{layer.place}: {part}{inside} has no native form: it is no sliding window; {INSTEAD}"
+                    f"{_name(stack, number)}: {part}{inside} has no native form: it is no sliding window; {INSTEAD}"
                 )
-            yield layer
+            yield Layer(stack, number, pattern, window, window == limit)
+
+
+def _name(stack: str, number: int) -> str:
+    return f"{stack} layer {number}".strip()
 
 
 def _window(pattern: Pattern, limit: Window) -> Window | None:
@@ -167,14 +179,16 @@ def _window(pattern: Pattern, limit: Window) -> Window | None:
     if isinstance(pattern, Intersection):
         # windows first: what is left may be full inside them
         windows = [part for part in pattern.parts if isinstance(part, Window)]
+        left: Window | None = limit
         for part in (*windows, *(part for part in pattern.parts if part not in windows)):
-            limit = None if limit is None else _window(part, limit)
-        return limit
+            left = None if left is None else _window(part, left)
+        return left
     if isinstance(pattern, Union):
         found = [_window(part, limit) for part in pattern.parts if part != First(0)]
         if limit in found:
             return limit
-        return None if None in found or not found else reduce(Window.widened, found)
+        known = [window for window in found if window is not None]
+        return reduce(Window.widened, known) if known and len(known) == len(found) else None
     return None
 
 
@@ -184,7 +198,7 @@ def _culprit(pattern: Pattern, limit: Window) -> Pattern:
     return next((_culprit(part, limit) for part in parts if _window(part, limit) is None), pattern)
 
 
-def _as_mistral(config: PreTrainedConfig, architectures: list[str]) -> tuple[Family, dict]:
+def _as_mistral(config: SparseConfigMixin, architectures: list[str]) -> tuple[Family, dict]:
     """Llama with a window on every layer is Mistral, but for biases: the code is the same."""
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field):
@@ -203,7 +217,7 @@ def _as_mistral(config: PreTrainedConfig, architectures: list[str]) -> tuple[Fam
     return mistral, {**values, "architectures": names}
 
 
-def _own_words(family: Family, config: PreTrainedConfig, layers: list[Layer]) -> dict:
+def _own_words(family: Family, config: SparseConfigMixin, layers: list[Layer]) -> dict:
     """The fields that give every layer its window.
 
     Raises:
@@ -224,7 +238,7 @@ def _own_words(family: Family, config: PreTrainedConfig, layers: list[Layer]) ->
     return {}
 
 
-def _size(config: PreTrainedConfig, size: int | None, kinds: list[str] | None) -> dict:
+def _size(config: SparseConfigMixin, size: int | None, kinds: list[str] | None) -> dict:
     values: dict = {}
     # without it Transformers would drop the window again
     if hasattr(config, "use_sliding_window"):
@@ -242,13 +256,13 @@ def _one_size(name: str, layers: list[Layer]) -> int | None:
     for layer in layers:
         if layer.window != layers[0].window:
             kind = "one window on all layers" if name in UNIFORM else "windows of one size only"
-            raise _refusal(layer, f"{name} has {kind}, and {layers[0].place} has {layers[0].pattern}")
+            raise _refusal(layer, f"{name} has {kind}, and {layers[0].name} has {layers[0].pattern}")
         if not layer.is_full and layer.window.right != 0:
             raise _refusal(layer, f"{name} slides over the past only")
-    return None if not layers or layers[0].is_full else layers[0].window.left + 1
+    return None if not layers or layers[0].is_full else layers[0].reach + 1
 
 
-def _typed(name: str, config: PreTrainedConfig, layers: list[Layer]) -> dict:
+def _typed(name: str, config: SparseConfigMixin, layers: list[Layer]) -> dict:
     for layer, kind in zip(layers, config.layer_types, strict=True):
         if layer.is_full != (kind == "full_attention"):
             raise _refusal(layer, f"it is a {kind} layer of {name}, whose positions only such a layer can have")
@@ -263,11 +277,11 @@ def _typed(name: str, config: PreTrainedConfig, layers: list[Layer]) -> dict:
             raise _refusal(layer, f"{name} slides as far to the left as to the right")
         if window != sliding[0].window:
             raise _refusal(
-                layer, f"{name} has windows of one size only, and {sliding[0].place} has {sliding[0].pattern}"
+                layer, f"{name} has windows of one size only, and {sliding[0].name} has {sliding[0].pattern}"
             )
     # the whole width without the query itself
-    return {"local_attention": 2 * sliding[0].window.left}
+    return {"local_attention": 2 * sliding[0].reach}
 
 
 def _refusal(layer: Layer, why: str) -> ValueError:
-    return ValueError(f"{layer.place}: {layer.pattern} has no native form: {why}; {INSTEAD}")
+    return ValueError(f"{layer.name}: {layer.pattern} has no native form: {why}; {INSTEAD}")

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..models import Family, Positions
+from ..models.hf.positions import Positions
+from ..models.hf.register import Family
 from .shards import DTYPES, Stored
 from .weights import Change
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..models import Family, family_of
+from ..models.hf.config import SparseConfigMixin
+from ..models.hf.layer_spec import LayersLike
+from ..models.hf.model_mixin import SparseMixin
+from ..models.hf.register import Family, family_of
+from ..pattern.like import PatternLike
 from .check import check_fits, is_causal, meta_model, sparse_config
 from .positions import changes, check_choice, scale_rope, set_length
+from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
 from .weights import Work
 
@@ -17,8 +24,8 @@ from .weights import Work
 class Choice:
     """What the user asked for, see `convert`."""
 
-    pattern: object = None
-    layers: object = None
+    pattern: PatternLike | None = None
+    layers: LayersLike = None
     max_length: int | None = None
     positions: str = "tile"
     rope: str | None = None
@@ -27,15 +34,27 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that passed every check: the new configuration and what happens to each tensor."""
+    """A conversion that passed every check: the new configuration and what happens to each tensor.
+
+    Attributes:
+        carried: the files that travel with the weights.
+        tokenizer: the class that reads the tokenizer, where there is one.
+        limit: the most tokens that the tokenizer shall give, where the model or the user sets one.
+        lengths: tokens that the model takes before and after, where anything limits them.
+        warnings: what the user should know before the result is used, one sentence each.
+    """
 
     source: Source
     choice: Choice
     family: Family
-    config: PreTrainedConfig
+    config: SparseConfigMixin
     work: Work
+    carried: tuple[Path, ...]
+    tokenizer: TokenizerClass | None
+    limit: TokenLimit | None
     lengths: tuple[int | None, int | None]
     is_causal: bool
+    warnings: tuple[str, ...]
 
 
 def prepare(source: Source, choice: Choice) -> Prepared:
@@ -45,6 +64,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
         ValueError: an unsupported family, a bad choice, or weights that do not fit the configuration.
     """
     check_choice(choice.positions, choice.rope, choice.max_length)
+    source, warnings = _without_weights_of_attention(source)
     family = family_of(source.config["model_type"])
     if source.config.get("sparse_attention") is not None:
         # it will be replaced, but one that does not fit says that something else is wrong
@@ -59,8 +79,51 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     lengths = set_length(config, family.positions, choice.max_length)
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
-    work = Work(source.shards, grown, _left_out(source))
-    return Prepared(source, choice, family, config, work, lengths, is_causal(model))
+    carried = tuple(source.carried)
+    return Prepared(
+        source=source,
+        choice=choice,
+        family=family,
+        config=config,
+        work=Work(source.shards, grown, _left_out(source)),
+        carried=carried,
+        tokenizer=tokenizer_class(source.folder, source.name, carried),
+        limit=_limit(choice, family, lengths[1]),
+        lengths=lengths,
+        is_causal=is_causal(model),
+        warnings=(*warnings, *mark_warnings(config, family, config.architectures)),
+    )
+
+
+def mark_warnings(config: SparseConfigMixin, family: Family, architectures: list[str]) -> list[str]:
+    """What to say of a pattern with `marked()` where neither the configuration nor the head marks any token."""
+    head = next((c for c in family.classes if c.__name__ in architectures), family.classes[0])
+    marks_itself = getattr(head, "default_marks", None) is not SparseMixin.default_marks
+    if not config.uses_marks or config.global_token_ids or marks_itself:
+        return []
+    return [
+        "marked() speaks of no token yet: pass global_attention_mask with every batch, or name token ids by "
+        "global_token_ids (--global-token-ids), or write first(1) for the first token"
+    ]
+
+
+def _without_weights_of_attention(source: Source) -> tuple[Source, list[str]]:
+    """The source without a wish for attention weights, which a sparse model never makes."""
+    if not source.config.get("output_attentions"):
+        return source, []
+    kept = {key: value for key, value in source.config.items() if key != "output_attentions"}
+    warning = (
+        "output_attentions of the dense configuration is left out: attention weights are n x n, and only "
+        "attn_implementation='sparse_reference' makes them"
+    )
+    return dataclasses.replace(source, config=kept), [warning]
+
+
+def _limit(choice: Choice, family: Family, length: int | None) -> TokenLimit | None:
+    if choice.max_length is not None:
+        return TokenLimit(choice.max_length, only_lowers=False)
+    # beyond a table there are no positions, while rotary ones go on
+    return TokenLimit(length, only_lowers=True) if family.positions.has_table and length is not None else None
 
 
 def _architectures(config: dict, family: Family, model: PreTrainedModel) -> list[str]:

@@ -10,9 +10,11 @@ import transformers
 from ..pattern import Marked, Pattern
 from ..plan import build_plan
 from ..version import __version__
+from .carry import has_tokenizer
 from .check import sees_past_only
 from .prepare import Prepared
-from .source import card_metadata, read_json
+from .processors import tokenizer_limits
+from .source import card_metadata
 
 # densities are counted at no greater length; patterns with more half-filled blocks a row, whose pairs must be counted one by
 # one, at the shortest
@@ -29,6 +31,7 @@ def describe(prepared: Prepared) -> dict:
     old, new = prepared.lengths
     length = min(choice.max_length or new or DEFAULT_LENGTH, LONGEST_PLAN)
     tensors = {tensor.name: tensor for tensor in prepared.source.tensors}
+    limits, tokenizer = _tokenizer(prepared)
     same = [t for name, t in tensors.items() if name not in work.changes and name not in work.left_out]
     return {
         "source": prepared.source.name,
@@ -45,8 +48,11 @@ def describe(prepared: Prepared) -> dict:
         "grown": {name: [list(tensors[name].shape), list(change.shape)] for name, change in work.changes.items()},
         "left_out": {name: list(tensors[name].shape) for name in sorted(work.left_out)},
         "unchanged": {"tensors": len(same), "bytes": sum(t.size for t in same)},
-        "tokenizer_max_length": _tokenizer_limits(prepared),
+        "carried": [path.relative_to(prepared.source.folder).as_posix() for path in prepared.carried],
+        "tokenizer_max_length": limits,
+        "tokenizer_class": tokenizer,
         "note": _note(prepared),
+        "warnings": list(prepared.warnings),
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
 
@@ -107,13 +113,13 @@ def _note(prepared: Prepared) -> str | None:
     return None
 
 
-def _tokenizer_limits(prepared: Prepared) -> list[int | None] | None:
-    """`model_max_length` of the tokenizer before and after; None without a tokenizer."""
-    settings = prepared.source.folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return None
-    old = read_json(settings).get("model_max_length")
-    return [old, prepared.choice.max_length or old]
+def _tokenizer(prepared: Prepared) -> tuple[list[int | None] | None, list[str | None] | None]:
+    """The tokenizer's limit and its class, before and after; None without a tokenizer."""
+    if not has_tokenizer(prepared.carried, prepared.source.folder):
+        return None, None
+    limits = list(tokenizer_limits(prepared.source.folder, prepared.limit))
+    found = prepared.tokenizer
+    return limits, None if found is None or found.is_declared else [found.declared, found.taken]
 
 
 def report_text(report: dict) -> str:
@@ -126,9 +132,8 @@ def report_text(report: dict) -> str:
         *_left_out_lines(report["left_out"]),
         f"Not touched: {report['unchanged']['tensors']:,} tensors, {report['unchanged']['bytes']:,} bytes",
     ]
-    if report["tokenizer_max_length"]:
-        old, new = report["tokenizer_max_length"]
-        lines.append(f"Tokenizer's limit: {_number(old)}" + (f" -> {_number(new)}" if new != old else ""))
+    lines += _tokenizer_lines(report)
+    lines += [f"Note: {warning}" for warning in report.get("warnings", ())]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n".join([*lines, f"Written by {versions}", ""])
 
@@ -158,11 +163,25 @@ def _length_lines(report: dict) -> Iterator[str]:
         yield f"  {report['note']}"
 
 
+def _tokenizer_lines(report: dict) -> Iterator[str]:
+    if report["tokenizer_max_length"]:
+        old, new = report["tokenizer_max_length"]
+        yield f"Tokenizer's limit: {_number(old)}" + (f" -> {_number(new)}" if new != old else "")
+    # reports of earlier versions have no such key
+    if report.get("tokenizer_class"):
+        declared, taken = report["tokenizer_class"]
+        named = f"the source names {declared}" if declared else "the source names none"
+        yield f"Tokenizer's class: {taken}, which Transformers takes for {report['family']}; {named}"
+
+
 def _left_out_lines(left_out: dict) -> Iterator[str]:
     if left_out:
         yield f"Left out, because the model makes them itself: {len(left_out)} masks"
         yield from (f"  {name} {shape}" for name, shape in left_out.items())
 
 
-def _number(value) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _number(value: int | float | None) -> str:
+    if value is None:
+        return "none"
+    # Transformers writes 10^30 for no limit
+    return "none" if value > 1e20 else f"{int(value):,}"

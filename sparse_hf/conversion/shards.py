@@ -80,8 +80,8 @@ def _read_safetensors(path: Path) -> Shard:
         tensors = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has no readable header; the checkpoint was only half written") from error
-    tensors.sort(key=lambda t: t.begin)
-    promised = max((t.begin + t.size for t in tensors), default=8 + length)
+    tensors.sort(key=_begin_of)
+    promised = max((_begin_of(t) + t.size for t in tensors), default=8 + length)
     if promised != size:
         raise ValueError(f"{path} has {size:,} bytes and its header promises {promised:,}; it was only half written")
     for tensor in tensors:
@@ -92,6 +92,11 @@ def _read_safetensors(path: Path) -> Shard:
                 f"gives it {tensor.size:,}; the checkpoint is damaged"
             )
     return Shard(path, tuple(tensors), metadata.get("format") == "pt")
+
+
+def _begin_of(tensor: Stored) -> int:
+    assert tensor.begin is not None, tensor.name
+    return tensor.begin
 
 
 def _entry(path: Path, name: str, entry: dict, data: int) -> Stored:
@@ -117,7 +122,7 @@ def _read_torch(path: Path) -> Shard:
         offset = tensor.untyped_storage()._checkpoint_offset
         begin = None
         if offset is not None and tensor.is_contiguous():
-            begin = offset + tensor.storage_offset() * tensor.element_size()
+            begin = int(offset + tensor.storage_offset() * tensor.element_size())
         tensors.append(_torch_entry(path, name, tensor, begin))
     return Shard(path, tuple(tensors), False)
 

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import logging
 
+from .carry import CARD, carried_files, read_json
 from .shards import Shard, Stored, read_shard
 
 logger = logging.get_logger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# read for where a checkpoint comes from; the sparse one gets a card of its own
-CARD = "README.md"
-# what travels with the weights, besides the configuration
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "LICENSE",
-)
-# modules of Sentence Transformers beside the model, such as 1_Pooling
-MODULES = "[0-9]*_*/*"
+# weights for other libraries, which are not downloaded
+NOT_FETCHED = (
+    "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.gguf", "*.pth", "onnx/*", "openvino/*",
+    "coreml/*", "original/*", "checkpoint-*", "runs/*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,15 +37,8 @@ class Source:
 
     @property
     def carried(self) -> list[Path]:
-        modules = sorted(self.folder.glob(MODULES)) if (self.folder / "modules.json").is_file() else []
-        return [path for path in (*(self.folder / name for name in CARRIED), *modules) if path.is_file()]
-
-    def carry(self, folder: Path) -> None:
-        """Copy what travels with the weights."""
-        for path in self.carried:
-            target = folder / path.relative_to(self.folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+        """The files that travel with the weights."""
+        return carried_files(self.folder, self.config)
 
 
 def find_folder(source: str | Path) -> Path:
@@ -85,9 +58,8 @@ def find_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.bin", CARD, *CARRIED]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), ignore_patterns=list(NOT_FETCHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
@@ -109,16 +81,6 @@ def open_source(folder: Path, name: str) -> Source:
     if not config.get("model_type"):
         raise ValueError(f'{path} names no model_type, so its family is unknown; add it, like "model_type": "bert"')
     return Source(name, folder, config, tuple(read_shard(shard) for shard in _shards(folder)))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); the checkpoint is damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; the checkpoint is damaged")
-    return content
 
 
 def card_metadata(folder: Path) -> dict:

@@ -129,7 +129,7 @@ def _write_tensor(tensor: Stored, change: Change | None, out: BinaryIO, advance:
     assert change is None or tuple(content.shape) == change.shape, tensor.name
     if content.numel():
         # as bytes, because numpy has no bfloat16
-        out.write(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
+        out.write(content.reshape(-1).view(torch.uint8).numpy().data)
     advance(tensor.size)
 
 
