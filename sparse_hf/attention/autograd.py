@@ -51,6 +51,10 @@ def recording() -> Iterator[None]:
 
 def attend(call: AttentionCall, backend: Backend) -> Results:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]` of a call, differentiable."""
+    if _is_autocast(call.q):
+        # tensors have the dtype that autocast gave them, and a backend computes in the precision that it needs
+        with torch.autocast(call.q.device.type, enabled=False):
+            return attend(call, backend)
     if isinstance(backend, AutogradBackend) or not call.trains:
         return backend.forward(call)
     return _Attention.apply(call.q, call.k, call.v, call.scoring.bias, call, backend)
@@ -77,7 +81,15 @@ class _Attention(torch.autograd.Function):
         pattern, q_offset, scoring, dropout, batch, recorded, plan = ctx.rest
         scoring = scoring if bias is None else replace(scoring, bias=bias)
         call = AttentionCall(q, k, v, pattern, q_offset, scoring, dropout, batch, True, recorded, plan)
-        return *ctx.backend.backward(call, Given(out, lse, grad_out, grad_lse)), None, None
+        given = Given(out, lse, grad_out, grad_lse)
+        if _is_autocast(q):
+            with torch.autocast(q.device.type, enabled=False):
+                return *ctx.backend.backward(call, given), None, None
+        return *ctx.backend.backward(call, given), None, None
+
+
+def _is_autocast(t: Tensor) -> bool:
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
 
 def _without_tensors(call: AttentionCall) -> tuple:
