@@ -20,6 +20,7 @@ from ..pattern import Window
 from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
 from .failures import TellAll
 from .lora import add_lora
+from .spread import is_partitioned, receive_weights
 
 
 class HealingTrainer(Trainer):
@@ -50,13 +51,14 @@ class HealingTrainer(Trainer):
             raise ValueError(f"edges is {list(edges)}; it must be growing positions from 1")
         self.edges = tuple(edges)
         self.distillation = distillation or Distillation()
-        self.teacher = None if teacher is None else self._prepared(teacher)
+        self.teacher = None if teacher is None else self.prepared(teacher)
         self._sums: Tensor | None = None
 
-    def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    def prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The teacher as it is asked: sparse with all pairs, frozen, on the device of this process."""
         student = self.accelerator.unwrap_model(self.model)
         check_teacher(student, teacher, self.distillation)
-        if _is_partitioned(teacher):
+        if is_partitioned(teacher):
             raise ValueError(
                 "DeepSpeed's ZeRO-3 left each process a part of the teacher, which nothing gathers; load the teacher before "
                 "TrainingArguments are made, or use FSDP2"
@@ -64,8 +66,7 @@ class HealingTrainer(Trainer):
         if not isinstance(teacher, SparseMixin):
             # with a pattern of all pairs it computes what it did, and keeps packed documents apart as the student does
             teacher = sparsify(teacher, Window(None, None))
-        teacher.requires_grad_(False).eval()
-        teacher.to(self.args.device)  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+        receive_weights(teacher.requires_grad_(False).eval(), self.args.device)
         return teacher
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -208,7 +209,8 @@ def heal(
         model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
         distillation=distillation, edges=edges, **trainer_options,
     )  # fmt: skip
-    is_spread = trainer.is_fsdp_enabled or _is_partitioned(trainer.model)
+    assert isinstance(trainer.model, torch.nn.Module)
+    is_spread = trainer.is_fsdp_enabled or is_partitioned(trainer.model)
     if is_spread and lora is not None:
         raise ValueError(
             "LoRA is merged at the end, and FSDP or ZeRO-3 leave each process a part of the weights; use DDP, or train all weights"
@@ -241,8 +243,3 @@ class _EvaluateFirst(TrainerCallback):
             return
         for entry in state.log_history:
             self.metrics |= {name: value for name, value in entry.items() if name.startswith("before_")}
-
-
-def _is_partitioned(model) -> bool:
-    """Did DeepSpeed's ZeRO-3 leave this process a part of the weights, as it does when a model is made?"""
-    return any(hasattr(p, "ds_id") for p in model.parameters())

@@ -152,17 +152,41 @@ def perplexity(folder: str, rows: int = 5) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "perplexity" in name}
 
 
+def received_teacher(folder: str) -> dict[str, Tensor]:
+    """The teacher's weights in this rank, where FSDP's configuration lets only the first one load models."""
+    student = sparse_hf.sparsify(stock("llama").float(), SPARSE["llama"])
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True)
+    # on a CPU accelerate has no FSDP, whose variables it reads here
+    trainer = HealingTrainer(student, arguments)
+    # as a launcher sets them
+    efficient = dict.fromkeys(("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"), "true")
+    before = dict(os.environ)
+    os.environ |= efficient
+    try:
+        teacher = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/teacher")
+        teacher = trainer.prepared(teacher)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    assert isinstance(teacher, sparse_hf.SparseMixin)
+    ids = whole_batch("llama", "padded")["input_ids"]
+    with torch.no_grad():
+        return {**teacher.state_dict(), "answers": teacher(input_ids=ids).logits}
+
+
 def _work(rank: int, cells: list[tuple[str, str, str]], folder: str) -> None:
     # of no use with a store in a file, but accelerate asks for them
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     transformers.logging.set_verbosity_error()
     found = {cell: shared_step(*cell, folder) for cell in cells}
-    torch.save(found | {"perplexity": perplexity(folder)}, f"{folder}/{rank}.pt")
+    found |= {"perplexity": perplexity(folder), "teacher": received_teacher(folder)}
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def steps(world: int, folder: Path) -> list[dict[tuple[str, str, str], dict[str, Tensor]]]:
     """What every rank has after each cell."""
     for family in HEADS:
         sparse_hf.sparsify(stock(family), SPARSE[family]).save_pretrained(folder / family)
+    stock("llama").float().save_pretrained(folder / "teacher")
     run_distributed(world)(_work)(CELLS, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 import sparse_hf
 from tests.train import ranks
@@ -45,3 +46,17 @@ def test_evaluation_counts_every_row_once(found, tmp_path):
     assert alone["eval_perplexity"] == pytest.approx(math.exp(sparse(**batch).loss.detach()), rel=1e-5)
     for rank in found:
         assert rank["perplexity"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_every_process_has_the_teacher_that_one_loads(found):
+    """`fsdp_cpu_ram_efficient_loading` leaves the others a model of zeros, before Transformers 5.24."""
+    dense = ranks.stock("llama").float().eval()
+    wanted = {
+        **dense.state_dict(),
+        "answers": dense(input_ids=ranks.whole_batch("llama", "padded")["input_ids"]).logits,
+    }
+    for rank in found:
+        has = rank["teacher"]
+        assert wanted.keys() == has.keys()
+        for name, right in wanted.items():
+            torch.testing.assert_close(has[name], right.detach(), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""The examples on two GPUs, by the configurations in examples/accelerate: the losses of one process, and a model that loads."""
+"""The examples on two GPUs, by the configurations in examples/accelerate, give the losses of one process.
+
+Run with `python -m pytest -q -m gpu tests/train/test_gpus.py`: a dozen launches of half a minute each, 18 with deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ from tests.processes import finished
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    *(
+        pytest.mark.skipif(find_spec(name) is None, reason=f"the examples need {name}")
+        for name in ("accelerate", "datasets")
+    ),
 ]
 FOLDER = Path(__file__).parents[2] / "examples"
 # the tiny texts make 21 rows, and a batch that lacks some would be filled up on two GPUs
