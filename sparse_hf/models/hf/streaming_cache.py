@@ -140,7 +140,7 @@ class StreamingLayer(CacheLayerMixin):
         return tokens - rounds * (rounds > 0) * (self.left + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # what is dropped is no matter of the mask: the attention function looks at the keys that it gets
+        # what is dropped does not concern the mask: the attention function reads the keys that it gets
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:

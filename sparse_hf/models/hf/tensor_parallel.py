@@ -21,7 +21,7 @@ def own_heads(text: str, module: nn.Module, heads: int, total: int) -> str:
         module: the attention module, whose projections say which heads these are.
 
     Raises:
-        ValueError: `per_head(...)` with heads that nobody says the place of.
+        ValueError: `per_head(...)`, where nothing says which heads these are.
         NotImplementedError: `lsh(...)`, which draws directions for all heads in turn.
     """
     if heads == total or not _asks_for_heads(text):
