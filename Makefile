@@ -33,9 +33,10 @@ OLDEST := tests/models tests/conversion tests/train tests/test_examples.py tests
 test-oldest:  ## those that have to do with transformers, with the oldest supported one
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS='$(OLDEST)'
 
-check: $(STAMP)  ## lint, format, and the table of who may import whom
+check: $(STAMP)  ## lint, format, types, and the table of who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 test-all: $(STAMP)  ## every test that needs no GPU

@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sparse_hf", "sparse_hf.*"]),
+    package_data={"sparse_hf": ["py.typed", "*.pyi"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0", "typer>=0.15", "rich>=13"],
     extras_require={
@@ -26,8 +27,9 @@ setup(
         "flash": ["flash-attn-4>=4.0.0b16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [
-            *train, *evaluate, *gguf, "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9", "pytest>=8",
-            "basedpyright>=1.30", "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2", "triton>=3.6; platform_system == 'Linux'",
+            *train, *evaluate, *gguf, "basedpyright>=1.39", "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9",
+            "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2",
+            "triton>=3.6; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["sparse-hf = sparse_hf.cli:main"]},

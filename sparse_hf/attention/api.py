@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..pattern.forms import read_hashes, read_marked
+from ..pattern.base import as_pattern
+from ..pattern.forms import read_hashes
 from ..pattern.like import PatternLike
-from ..plan import BatchInfo, BlockPlan, of_batch
-from ..plan.api import as_pattern
+from ..plan import BlockPlan, of_batch
 from .autograd import attend
 from .backend import AttentionCall, Backend, PlanLike
-from .devices import generation
+from .composite.global_tokens import takes_pattern, why_not_tensors
 from .dispatch import BACKENDS, route
 from .dropout import Dropout
 from .operator import has_no_content, register
@@ -101,7 +101,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     if has_no_content(q):
         text, scoring, dropout = str(call.pattern), call.scoring, call.dropout
         # a CUDA graph may hold what depends on lengths alone, and marks that only kernels look at
-        operator = _recorded if _may_record(q, text, call.batch, dropout) else _between_graphs
+        operator = _recorded if _may_record(call, text, backend) else _between_graphs
         values = text, call.q_offset, scoring.scale, scoring.softcap, dropout.p, backend
         return operator(q, call.k, call.v, *call.batch.tensors, dropout.seed, scoring.bias, *values)
     assert call.pattern is not None
@@ -112,25 +112,21 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     return attend(call, chosen)
 
 
-def _may_record(q: Tensor, pattern: str, batch: BatchInfo, dropout: Dropout) -> bool:
-    if dropout or uses_hashes(pattern):
+def _may_record(call: AttentionCall, pattern: str, backend: str) -> bool:
+    """Depends what runs on nothing but lengths, or on marks that only kernels look at?"""
+    if call.dropout or uses_hashes(pattern):
         return False
-    if batch.is_empty:
+    if call.batch.is_empty:
         return True
-    only_marks = batch.padding is None and batch.segments is None
-    return only_marks and q.is_cuda and _is_marked_window(pattern, q.device)
+    # whoever is asked for by name, or has other tensors, makes tables of what is marked
+    return backend == "auto" and why_not_tensors(call) is None and takes_pattern(pattern, call.q.device)
 
 
-# a graph takes the answers as constants instead of tracing the parser
+# a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
 def uses_hashes(pattern: str) -> bool:
     """Does a pattern choose pairs from queries and keys?"""
     return bool(read_hashes(pattern)[1])
-
-
-@torch.compiler.assume_constant_result
-def _is_marked_window(pattern: str, device: torch.device) -> bool:
-    return read_marked(pattern) is not None and generation(device) >= 8
 
 
 def _prepare(recorded: bool, q, k, v, *rest) -> tuple[AttentionCall, Backend]:

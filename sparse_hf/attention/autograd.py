@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .backend import AttentionCall, Backend, Given, Gradients, Results
 

@@ -4,10 +4,10 @@ from .api import build_plan
 from .batch import NOTHING, BatchInfo, of_batch
 from .block_plan import BlockPlan, MaskFunction, Run
 from .cache import kept, made, made_apart, remembered
-from .gathered import Call, Gathered, Stage, calls, stages
+from .gathered import Gathered, Stage, stages
 from .lookup import PlanKey, find_plan, find_strided_plan
 from .per_head import AnyPlan, ByHeads, joined_rows
-from .sequences import Sequences, find_sequences, make_layout
+from .sequences import Sequences, find_sequences
 from .strided import Regrouped, regrouped, strided_plan
 from .window_tables import Split, split
 
@@ -17,7 +17,6 @@ __all__ = [
     "BatchInfo",
     "BlockPlan",
     "ByHeads",
-    "Call",
     "Gathered",
     "MaskFunction",
     "PlanKey",
@@ -27,7 +26,6 @@ __all__ = [
     "Split",
     "Stage",
     "build_plan",
-    "calls",
     "find_plan",
     "find_sequences",
     "find_strided_plan",
@@ -35,7 +33,6 @@ __all__ = [
     "kept",
     "made",
     "made_apart",
-    "make_layout",
     "of_batch",
     "regrouped",
     "remembered",

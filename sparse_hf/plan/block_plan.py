@@ -73,11 +73,6 @@ class BlockPlan:
         said = self.sequences.start, self.sequences.real, self.mask_function
         return len(self.patterns) == 1 and all(one is None for one in said)
 
-    @property
-    def layout(self) -> Sequences:
-        # name until its last user has moved
-        return self.sequences
-
     @kept
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         # their making is many steps, which take a GPU as long for a short text as for a long one
@@ -139,9 +134,6 @@ class BlockPlan:
     def key_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the keys `first..last` (end exclusive)."""
         return torch.arange(first, last, device=self.device)
-
-    # names until their last user has moved
-    query_places, key_places = query_index, key_index
 
     def mask(self, b: int, p: int, q_range: tuple[int, int], k_range: tuple[int, int]) -> Tensor:
         """`allows` on a rectangle of indices (ends exclusive): `[queries, keys]` bool."""

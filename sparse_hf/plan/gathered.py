@@ -82,9 +82,6 @@ class Gathered:
         """Indices in the plan of the keys `first..last` (end exclusive) of batch row b, -1 for none."""
         return self._index(self.keys, b, first, last)
 
-    # names until their last user has moved
-    query_places, key_places = query_index, key_index
-
     def _index(self, index: Tensor | None, b: int, first: int, last: int) -> Tensor:
         if index is None:
             return torch.arange(first, last, device=self.plan.device)
@@ -203,7 +200,3 @@ def _indices(flags: Tensor) -> Tensor:
     most = int(flags.sum(1).max())
     order = flags.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return torch.where(flags.gather(1, order), order, -1)
-
-
-# names until their last user has moved
-Call, calls = Stage, stages

@@ -75,11 +75,6 @@ class HashedPlan:
         return self.list_tiles()
 
     @property
-    def groups(self) -> tuple[TileSet, ...]:
-        # name until its last user has moved
-        return self.tile_sets
-
-    @property
     def device(self) -> torch.device:
         return self.q_index.device
 
@@ -255,7 +250,3 @@ def _drop_empty(found: tuple[Tensor, Tensor, Tensor], places: Tensor, size: int)
     x, i, columns = found
     holds = (places.unflatten(1, (-1, size)) >= 0).any(-1)[x, i]
     return x[holds], i[holds], columns[holds]
-
-
-# name until its last user has moved
-Group = TileSet

@@ -86,25 +86,17 @@ def forget_plans() -> None:
 
 
 def _build(key: PlanKey, batch: BatchInfo) -> BlockPlan:
-    # what is remembered must serve a pass that trains, too
-    with torch.inference_mode(False):
-        padding, segments, marks = (None if t is None else _ordinary(t) for t in batch.tensors)
-        return build_plan(
-            key.pattern,
-            key.q_len,
-            key.kv_len,
-            q_offset=key.q_offset,
-            key_padding_mask=padding,
-            segment_ids=segments,
-            marks=marks,
-            block_size=_block_size(key.pattern, key.device),
-            device=key.device,
-        )
-
-
-def _ordinary(t: torch.Tensor) -> torch.Tensor:
-    """A tensor that is no inference tensor, and that nobody else writes to."""
-    return t.detach().clone()
+    return build_plan(
+        key.pattern,
+        key.q_len,
+        key.kv_len,
+        q_offset=key.q_offset,
+        key_padding_mask=batch.padding,
+        segment_ids=batch.segments,
+        marks=batch.marks,
+        block_size=_block_size(key.pattern, key.device),
+        device=key.device,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -122,14 +114,12 @@ def _regroup(key: PlanKey, batch: BatchInfo) -> Regrouped | ByHeads | None:
     ]
     if not any(worth):
         return None
-    with torch.inference_mode(False):
-        padding, segments, marks = (None if t is None else _ordinary(t) for t in batch.tensors)
-        plans = tuple(
-            _build(PlanKey(one, key.q_len, key.kv_len, 0, key.device), batch)
-            if form is None
-            else regrouped(form, key.kv_len, (padding, segments, marks), key.device)
-            for one, form in zip(patterns, worth, strict=True)
-        )
+    plans = tuple(
+        _build(PlanKey(one, key.q_len, key.kv_len, 0, key.device), batch)
+        if form is None
+        else regrouped(form, key.kv_len, batch.tensors, key.device)
+        for one, form in zip(patterns, worth, strict=True)
+    )
     if key.pattern.heads:
         return ByHeads(tuple(map(patterns.index, key.pattern.heads)), plans)
     (plan,) = plans

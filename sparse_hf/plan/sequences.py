@@ -116,7 +116,3 @@ def _refuse_split_documents(real: Tensor, segment_ids: Tensor, begins: Tensor) -
     if split.any():
         row = int(split.nonzero()[0])
         raise ValueError(f"segment_ids: row {row} has a document in several pieces; its tokens must be contiguous")
-
-
-# names until their last user has moved
-Layout, make_layout = Sequences, find_sequences

@@ -48,11 +48,6 @@ class Split:
     padding_q: Tensor
     padding_k: Tensor
 
-    @property
-    def shape(self) -> WindowForm:
-        # name until its last user has moved
-        return self.form
-
     @kept
     def longest(self) -> int:
         """Queries of the longest sequence."""

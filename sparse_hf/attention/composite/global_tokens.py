@@ -44,6 +44,28 @@ class MarkedPlan:
         return 1
 
 
+def why_not_tensors(call: AttentionCall) -> str | None:
+    """Why the call cannot be run, whatever its pattern is. Graphs trace it."""
+    q, batch = call.q, call.batch
+    if batch.marks is None or batch.padding is not None or batch.segments is not None:
+        return "it is for calls with marks and nothing else of the batch"
+    if not q.is_cuda or q.dtype not in HALF_TYPES or q.shape[-1] != call.v.shape[-1]:
+        return "it is for 16 bits on a GPU, with equal head dims"
+    if q.shape[-1] % 8 or q.shape[-1] > 256 or not call.scoring.is_plain or call.dropout:
+        return "FlashAttention has other head dims, and neither soft cap, bias nor dropout of ours"
+    is_whole = call.q_offset == 0 and q.shape[2] == call.k.shape[2] and batch.marks.shape == (q.shape[0], q.shape[2])
+    if not is_whole or q.numel() > MAX_ELEMENTS:
+        return f"it is for whole texts of up to {MAX_ELEMENTS} numbers in q"
+    return None
+
+
+# a graph takes the answer as a constant instead of tracing the parser
+@torch.compiler.assume_constant_result
+def takes_pattern(pattern: str, device: torch.device) -> bool:
+    """Is a pattern a window and marked tokens, on a GPU that has the kernels?"""
+    return IS_INSTALLED and generation(device) >= 8 and read_marked(pattern) is not None
+
+
 @dataclass(frozen=True)
 class GlobalTokens(Backend):
     """A window on the backend that `pick` chooses, and marked tokens whose number only kernels read."""
@@ -52,21 +74,14 @@ class GlobalTokens(Backend):
     name = "global tokens"
 
     def why_not(self, call: AttentionCall) -> str | None:
-        q, batch = call.q, call.batch
-        if not call.recorded or batch.marks is None or batch.padding is not None or batch.segments is not None:
-            return "it is for calls with marks and nothing else of the batch, which a CUDA graph may record"
-        if not q.is_cuda or q.dtype not in HALF_TYPES or q.shape[-1] != call.v.shape[-1]:
-            return "it is for 16 bits on a GPU, with equal head dims"
-        if q.shape[-1] % 8 or q.shape[-1] > 256 or not call.scoring.is_plain or call.dropout:
-            return "FlashAttention has other head dims, and neither soft cap, bias nor dropout of ours"
-        is_whole = (
-            call.q_offset == 0 and q.shape[2] == call.k.shape[2] and batch.marks.shape == (q.shape[0], q.shape[2])
-        )
-        if not is_whole or q.numel() > MAX_ELEMENTS:
-            return f"it is for whole texts of up to {MAX_ELEMENTS} numbers in q"
-        if not IS_INSTALLED or generation(q.device) < 8:
-            return "it needs triton and compute capability 8.0"
-        return None if read_marked(str(call.pattern)) else "the pattern is more than a window and marked tokens"
+        if not call.recorded:
+            return "it is for calls that a CUDA graph may record"
+        reason = why_not_tensors(call)
+        if reason:
+            return reason
+        if not takes_pattern(str(call.pattern), call.q.device):
+            return "it needs triton, compute capability 8.0, and a pattern that is a window and marked tokens"
+        return None
 
     def tables(self, call: AttentionCall) -> AnyPlan | None:
         return _planned(call).window

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...plan.hash_order import Group, HashedPlan
+from ...plan.hash_order import HashedPlan, TileSet
 from ...plan.tile_lists import TileLists, chunk_lists
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
 from ..dropout import Dropout, kept_at
@@ -66,7 +66,7 @@ def with_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 class _Slab:
     """Some tiles, and where their rows are in tensors `[X * N, ...]` with one row more, which padding reads and writes."""
 
-    group: Group
+    group: TileSet
     number: int
     plan: HashedPlan
 
@@ -97,7 +97,7 @@ class _Slab:
 
 def _slabs(plan: HashedPlan) -> Iterator[tuple[_Slab, Tensor, Tensor]]:
     """Slabs with their queries `[T, m]` and keys `[T, n]`: tokens, -1 for none."""
-    for number, group in enumerate(plan.groups):
+    for number, group in enumerate(plan.tile_sets):
         step = max(1, MAX_SCORES // (plan.size * plan.size * max(1, group.columns.shape[1])))
         for part in group.split(step):
             yield _Slab(part, number, plan), plan.queries(part), plan.keys(part)

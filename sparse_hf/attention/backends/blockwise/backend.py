@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ....plan import calls
+from ....plan import stages
 from ...backend import AttentionCall, Backend, Given, Gradients, Results
 from ...strides import like
 from . import cpu_sdpa
@@ -33,7 +33,7 @@ class Blockwise(Backend):
 
     def forward(self, call: AttentionCall) -> Results:
         q = call.q
-        first, *others = calls(call.blocks)
+        first, *others = stages(call.blocks)
         out, lse = _forward(call, q, first.pieces)
         for of_rows in others:
             assert of_rows.queries is not None
@@ -49,7 +49,7 @@ class Blockwise(Backend):
             *(torch.zeros_like(t, dtype=lse.dtype, memory_format=torch.contiguous_format) for t in (q, k, v))
         )
         grads.bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
-        first, *others = calls(call.blocks)
+        first, *others = stages(call.blocks)
         # what the first call found for the queries of another came to nothing
         own = grad_out, grad_lse
         for of_rows in others:

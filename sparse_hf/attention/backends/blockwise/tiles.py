@@ -193,8 +193,8 @@ class Share:
     def places(self, piece: Piece, rows: slice, tile: Tile) -> tuple[Tensor, Tensor]:
         """Indices of a tile's queries, counted from the plan's first, and of its keys."""
         row = self.row(piece)
-        q = piece.query_places(row, rows.start + tile.q0, rows.start + tile.q1)
-        return q, piece.key_places(row, tile.k0, tile.k1)
+        q = piece.query_index(row, rows.start + tile.q0, rows.start + tile.q1)
+        return q, piece.key_index(row, tile.k0, tile.k1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ class JoinedShare(Share):
             yield rows, iter((JoinedTile(rows.stop - rows.start, index.where(exists, 0), exists),))
 
     def places(self, piece: Piece, rows: slice, tile: JoinedTile) -> tuple[Tensor, Tensor]:
-        return piece.query_places(self.row(piece), rows.start, rows.stop), tile.index[:, None, None]
+        return piece.query_index(self.row(piece), rows.start, rows.stop), tile.index[:, None, None]
 
 
 @remembered

@@ -224,11 +224,11 @@ def _steps(plan: BlockPlan, batch: int) -> _Steps:
     keys = int(k1.max()) if len(k1) else 0
     totals, device = (batch * plan.q_len, batch * plan.kv_len), plan.device
     window = rows = None
-    shape = found.shape
-    if shape.window is not None:
+    form = found.form
+    if form.window is not None:
         q_ranges = torch.stack((q0, q1), 1) + b[:, None] * plan.q_len
         packed = None if found.whole else window_kernels.pack(q_ranges, k_ranges, *totals, device)
-        window = _Call((shape.window.left, shape.window.right), packed, keys)
+        window = _Call((form.window.left, form.window.right), packed, keys)
     counts = found.row_counts
     if len(found.rows):
         ends = counts.cumsum(0)

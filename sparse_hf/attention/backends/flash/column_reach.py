@@ -8,7 +8,7 @@ from ....plan import Split
 
 def reach(split: Split) -> tuple[tuple[int, int], tuple[int, int]]:
     """(left, right) of the window, which holds nothing if there is none, and of what limits the columns."""
-    window, clip = split.shape.window, split.shape.clip
+    window, clip = split.form.window, split.form.clip
     far = split.kv_len
 
     def sides(w: Window) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def _seen(call: AttentionCall) -> Seen | None:
 
 def _has_marks(call: AttentionCall) -> bool:
     plan = call.chosen_plan
-    return plan.layout.marks is not None if isinstance(plan, BlockPlan) else call.batch.marks is not None
+    return plan.sequences.marks is not None if isinstance(plan, BlockPlan) else call.batch.marks is not None
 
 
 def _plan(call: AttentionCall) -> BlockPlan:
