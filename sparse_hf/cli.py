@@ -188,7 +188,7 @@ def list_families(
 
 
 def _short(heads: list[str]) -> str:
-    """Names without what they share: Model, MaskedLM of SparseBertModel, SparseBertForMaskedLM."""
+    """Names of heads without what they share: "Model, MaskedLM"."""
     common = len(os.path.commonprefix(heads))
     return ", ".join(name[common:].replace("For", "") for name in heads)
 
@@ -211,7 +211,8 @@ def bench_attention(
 ) -> None:
     """Time one attention layer, forward and backward, length by length.
 
-    Beside it run dense SDPA, the window kernels of others, and the sparse attention of other packages that are installed.
+    Beside it run dense SDPA, the window kernels of others, and the sparse attention of other
+    packages that are installed.
     """
     from .bench import run_attention
 
@@ -263,7 +264,8 @@ def bench_models(
 ) -> None:
     """Time whole models with random weights beside Transformers' classes.
 
-    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding windows on sdpa and on flex_attention.
+    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding
+    windows on sdpa and on flex_attention.
     """
     from .bench import run_models
 
@@ -337,8 +339,9 @@ def bench_decode(
 ) -> None:
     """Time tokens one at a time with a cache, context by context.
 
-    A sparse decoder runs beside the dense one with the same weights. A dynamic or static cache keeps all keys: a sparse decoder
-    reads less of it, and holds as much. A streaming one keeps its size.
+    A sparse decoder runs beside the dense one with the same weights. A dynamic or static cache
+    keeps all keys: a sparse decoder reads less of it, and holds as much. A streaming one keeps its
+    size.
     """
     from .bench import run_decode
 

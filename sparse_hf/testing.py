@@ -10,15 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class AllocationInterceptor(TorchDispatchMode):
-    """Record every tensor with two sequence-length dimensions that torch makes while this is active.
+    """Records every tensor with two sequence-length dimensions that torch makes.
 
         with AllocationInterceptor(length=12928) as seen:
             model(...).loss.backward()
         assert not seen.quadratic
 
-    A dimension counts as a length if it is one of `lengths` or at most `slack` above one of them (padding), or is the number
-    of blocks of a length. Choose lengths that no other dimension of the model equals: not the vocabulary, nor the hidden
-    size.
+    A dimension counts as a length if it is one of `lengths` or at most `slack` above one of them
+    (padding), or is the number of blocks of a length. Choose lengths that no other dimension of the
+    model equals: not the vocabulary, nor the hidden size.
 
     Args:
         length: the sequence length, or several (queries and keys).

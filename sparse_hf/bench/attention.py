@@ -1,4 +1,4 @@
-"""`sparse-hf bench attention`: one attention layer beside dense SDPA, forward and backward, length by length.
+"""`sparse-hf bench attention`: one layer beside dense SDPA, length by length.
 
 Legend: H query heads, G key heads, n tokens, D head dim.
 """
@@ -33,7 +33,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads of one attention layer, and the numbers it computes with (a name of `DTYPES`)."""
+    """Heads of one attention layer, and the name of its dtype in `DTYPES`."""
 
     heads: int
     kv_heads: int
@@ -41,7 +41,7 @@ class LayerShape:
     dtype: str
 
     def tensors(self, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q `[1, H, n, D]`, k and v `[1, G, n, D]` that want gradients, the same for every run."""
+        """Random q `[1, H, n, D]`, k and v `[1, G, n, D]`, the same for every run."""
         generator = torch.Generator(device).manual_seed(n)
         q, k, v = (self._tensor(h, n, generator, device) for h in (self.heads, self.kv_heads, self.kv_heads))
         return q, k, v
@@ -69,10 +69,11 @@ def run_attention(
 ) -> Result:
     """Time attention over `lengths`, print a table, and write the figures.
 
-    Beside ours run dense SDPA (causal if the pattern is), until one call would take longer than `budget` seconds, on a GPU
-    the window kernels of others on the pattern's window alone, and the sparse attention of other packages, as far as they
-    are installed and can run the call. Every output and gradient of q is compared with float64 rows before it is timed, and
-    a wrong one is an error.
+    Beside ours run dense SDPA (causal if the pattern is), until one call would take longer than
+    `budget` seconds, on a GPU the window kernels of others on the pattern's window alone, and the
+    sparse attention of other packages, as far as they are installed and can run the call. Every
+    output and gradient of q is compared with float64 rows before it is timed, and a wrong one is an
+    error.
 
     Args:
         lengths: sequence lengths, ascending.
@@ -164,7 +165,8 @@ def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tenso
     held = 4 * sum(t.numel() * t.element_size() for t in (q, k))
     given = sum(t.numel() * t.element_size() for t in (*tensors, grad))
     pairs = _pairs(str(peer.pattern), n)
-    # multiplications and additions of both products of a pair, forward; the backward pass has five more products
+    # multiplications and additions of both products of a pair, forward; the backward pass has five
+    # more products
     flops = 4 * shape.heads * shape.head_dim * pairs
     return {
         "name": peer.name,
@@ -188,7 +190,10 @@ def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tenso
 def _checked(
     peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], grad: Tensor, device: torch.device
 ) -> tuple[float, tuple[float, float | None]]:
-    """Seconds of the first call, and relative errors of its output and gradient of q, which must be right."""
+    """Seconds of the first call, and relative errors of its output and gradient of q.
+
+    They must be within `TOLERANCE`.
+    """
     q, k, v = tensors
     begin = time.perf_counter()
     out = peer.call(q, k, v)
@@ -218,7 +223,10 @@ def _pairs(pattern: str, n: int) -> int:
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:
-    """Useful rate of each of ours over the fastest window peer's, which computes no more, and over dense time."""
+    """Add the rate of ours over the fastest window peer's, and dense time over ours.
+
+    A window peer computes no more than the window.
+    """
     for row in (r for r in rows if r["kind"] == "ours"):
         beside = [r for r in rows if r["n"] == row["n"]]
         for what in ("forward", "step"):

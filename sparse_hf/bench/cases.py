@@ -1,4 +1,4 @@
-"""The models that `sparse-hf bench models` knows: Transformers' class, its configuration, and our pattern.
+"""The models of `sparse-hf bench models`: class, configuration and our pattern.
 
 All have random weights, no dropout, and 1,024 words; encoders are of base size (12 heads of 64).
 """
@@ -27,12 +27,13 @@ class Case:
         model: the name of Transformers' class.
         config: arguments of its configuration for a number of tokens and of layers.
         pattern: what ours is given; None where the family implies one.
-        dense: does Transformers' model compute more pairs than ours? It is given a mask of ours where the two are compared.
+        dense: does Transformers' model compute more pairs than ours? It is given a mask of ours
+            where the two are compared.
         global_tokens: marked tokens at the beginning.
-        same: arguments of `sparsify` under which ours computes the very pairs that Transformers' class does, where those
-            that are timed are other ones.
-        implementations: Transformers' attention implementations that have a row each, the class's default first; None is
-            the default without its name.
+        same: arguments of `sparsify` under which ours computes the very pairs that Transformers'
+            class does, where those that are timed are other ones.
+        implementations: Transformers' attention implementations that have a row each, the class's
+            default first; None is the default without its name.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""`sparse-hf bench decode`: one token at a time with a cache, sparse beside dense with the same weights."""
+"""`sparse-hf bench decode`: one token at a time with a cache, sparse beside dense."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
 
 HEAD_DIM = 64
-# tokens on which both are compared before anything is timed: the first of these at which the pattern lacks a pair
+# tokens on which both are compared before anything is timed: the first of these at which the
+# pattern lacks a pair
 COMPARED_LENGTHS = (1280, 2560, 5120)
 # tokens whose answers are compared, each a step behind a filled cache
 COMPARED_STEPS = 4
-# tokens behind those that are compared which are not timed: one that measures memory, and one to spare
+# tokens behind those that are compared which are not timed: one that measures memory, and one to
+# spare
 UNTIMED_STEPS = 2
 CACHES: dict[str, Callable[[Any, int], Cache]] = {
     "dynamic": lambda config, most: DynamicCache(config=config),
@@ -113,22 +115,26 @@ def run_decode(
     out: str | Path | None = None,
     plot: str | Path | None = None,
 ) -> Result:
-    """Time single tokens behind contexts of `lengths`, print a table, and write the figures.
+    """Time tokens behind contexts of `lengths`, print a table, and write the figures.
 
-    A Llama with random weights and heads of 64 runs dense, with SDPA, and sparse, with the same weights. A pass over the context
-    fills the cache; then each token is a step of its own, of which the median counts, by the clock: the host waits for every
-    token, as `generate` does. All contexts of both have their next token in turn, so that whatever else the host does slows
-    all of them alike; their caches are there at the same time.
+    A Llama with random weights and heads of 64 runs dense, with SDPA, and sparse, with the same
+    weights. A pass over the context fills the cache; then each token is a step of its own, of which
+    the median counts, by the clock: the host waits for every token, as `generate` does. All
+    contexts of both have their next token in turn, so that whatever else the host does slows all of
+    them alike; their caches are there at the same time.
 
-    Transformers' caches keep all keys, also those that the pattern lets nobody see again, so that sparse decoding reads less but
-    holds as much as dense decoding. A dynamic one, the default, moreover copies all it holds with every token, which grows with
-    the context whatever the pattern; a static one has its memory from the start. A streaming cache is ours and keeps only what is
-    seen again; beside it the dense model, which sees all, runs with a static one. Each row says which cache it had.
+    Transformers' caches keep all keys, also those that the pattern lets nobody see again, so that
+    sparse decoding reads less but holds as much as dense decoding. A dynamic one, the default,
+    moreover copies all it holds with every token, which grows with the context whatever the
+    pattern; a static one has its memory from the start. A streaming cache is ours and keeps only
+    what is seen again; beside it the dense model, which sees all, runs with a static one. Each row
+    says which cache it had.
 
-    Correctness comes first. Answers of the sparse model's last tokens, one by one behind a cache, are compared with the
-    dense model that is given the pattern as its mask, in float32: they may be no farther from it than twice as far as the dense
-    model is in `dtype`. At every length timed they are also compared with the sparse model's own without a cache, unless `chunk` says
-    that a context in one piece is too large.
+    Correctness comes first. Answers of the sparse model's last tokens, one by one behind a cache,
+    are compared with the dense model that is given the pattern as its mask, in float32: they may be
+    no farther from it than twice as far as the dense model is in `dtype`. At every length timed
+    they are also compared with the sparse model's own without a cache, unless `chunk` says that a
+    context in one piece is too large.
 
     Args:
         lengths: tokens of the context.
@@ -146,7 +152,8 @@ def run_decode(
         plot: where to draw it (PNG); needs matplotlib.
 
     Raises:
-        ValueError: an unknown dtype, device or cache, sizes that do not fit together, a bad pattern.
+        ValueError: an unknown dtype, device or cache, sizes that do not fit together, a bad
+            pattern.
         AssertionError: the sparse model answers otherwise than the pattern says.
     """
     build_plan(pattern, 1)
@@ -257,9 +264,13 @@ def _decode(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 def _compare(
     models: dict[str, PreTrainedModel], pattern: str, shape: DecodeShape, device: torch.device
 ) -> dict[str, Any]:
-    """Relative errors against the dense model in float32 under the pattern's mask: its own in `dtype`, and ours."""
+    """Relative errors of the dense model in `dtype`, and of ours.
+
+    Both are against the dense model in float32 under the pattern's mask.
+    """
     dense, sparse = models.values()
-    # what is last in a text is nothing in a decoder: the configuration knows what a pattern means there
+    # what is last in a text is nothing in a decoder: the configuration knows what a pattern means
+    # there
     text = FAMILIES["llama"].config_class.from_dense(dense.config, pattern).layer_pattern(0, is_causal=True)
     n, mask = _shortest_that_lacks_a_pair(text, device)
     ids = _tokens(n, 1, device)
@@ -280,7 +291,10 @@ def _compare(
 
 
 def _shortest_that_lacks_a_pair(text: str, device: torch.device) -> tuple[int, Tensor]:
-    """The first of `COMPARED_LENGTHS` at which a query that is compared lacks a pair of a causal model, and its mask."""
+    """The first of `COMPARED_LENGTHS` at which the pattern lacks a pair, and its mask.
+
+    A pair of a causal model, of a query that is compared.
+    """
     n, mask = 0, torch.empty(0)
     for n in COMPARED_LENGTHS:
         mask = _mask(text, n, device)
@@ -301,7 +315,10 @@ def _error(got: Tensor, right: Tensor) -> float:
 
 
 def _filled(model: PreTrainedModel, row: Row, shape: DecodeShape, bound: float, device: torch.device) -> Row:
-    """Figures of a cache that holds the context, with it under "held", and "step", which gives its next token."""
+    """Figures of a cache that holds the context.
+
+    It is under "held", and "step" gives its next token.
+    """
     n, found = row["n"], {}
     ids = _tokens(n + _steps(shape), shape.batch, device)
     compared = n + COMPARED_STEPS

@@ -1,4 +1,4 @@
-"""Rows of attention compared with dense attention in float64, before anything is timed.
+"""Rows of attention compared with dense attention in float64, before any timing.
 
 Legend: H query heads, G key heads, n tokens, D head dim.
 """
@@ -17,9 +17,10 @@ COMPARED_ROWS = 64
 def row_error(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, out: Tensor, grad_out: Tensor, grad_q: Tensor | None
 ) -> tuple[float, float | None]:
-    """Largest relative errors of random rows of output and gradient of q, against dense attention in float64.
+    """Largest relative errors of random rows of output and gradient of q.
 
-    Without `grad_q` there is no second one. Of the plan no table is read: pairs are asked for one by one.
+    They are against dense attention in float64; without `grad_q` there is no second one. Of the
+    plan no table is read: pairs are asked for one by one.
 
     Args:
         q, k, v: `[1, H, n, D]` and `[1, G, n, D]`, of one sequence.

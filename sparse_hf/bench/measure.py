@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Timer:
-    """Where calls run, how many of them a figure is the median of, and the seconds that it may take."""
+    """Where calls run, how many of them a figure needs, and the seconds it may take."""
 
     device: torch.device
     repeats: int
@@ -63,8 +63,8 @@ class Timer:
     def seconds(self, work: Callable[[], object]) -> float:
         """Median time of one call, after one that is not counted, since it may compile.
 
-        No further call begins once the budget is spent. On a GPU it is the device's own time, between events, with caches
-        that hold nothing of the call before.
+        No further call begins once the budget is spent. On a GPU it is the device's own time,
+        between events, with caches that hold nothing of the call before.
         """
         work()
         synchronize(self.device)
@@ -97,7 +97,8 @@ def _clock_time(work: Callable[[], object]) -> float:
 
 def _event_time(work: Callable[[], object], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # more than the L2 cache of any GPU; writing it also gives the host time to queue what comes next
+    # more than the L2 cache of any GPU; writing it also gives the host time to queue what comes
+    # next
     torch.empty(1 << 28, dtype=torch.int8, device=device).zero_()
     start.record()
     work()
@@ -107,7 +108,10 @@ def _event_time(work: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Highest memory during one call above what was held before it; None where the system does not say."""
+    """Highest memory during one call above what was held before it.
+
+    None where the system does not say.
+    """
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -130,7 +134,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """What a GPU's allocator holds and cannot give back: tensors, and what CUDA graphs keep for their next call."""
+    """What a GPU's allocator holds and cannot give back.
+
+    That is tensors, and what CUDA graphs keep for their next call.
+    """
     if device.type != "cuda":
         return 0
     # what an earlier model left in cycles would go, and be counted, at any time
@@ -145,7 +152,10 @@ def _status(path: Path, key: str) -> int:
 
 
 def why_not_run(row: Row, earlier: Sequence[Row], keys: Sequence[str], budget_s: float) -> str | None:
-    """Why a row is not run: one of its name failed, or took more than the budget for one of `keys`, at a shorter length."""
+    """Why a row is not run; None if it is.
+
+    One of its name failed at a shorter length, or took more than the budget for one of `keys`.
+    """
     before = next((r for r in reversed(earlier) if r["name"] == row["name"]), None)
     if before is None:
         return None
@@ -157,9 +167,10 @@ def why_not_run(row: Row, earlier: Sequence[Row], keys: Sequence[str], budget_s:
 
 
 def measured(row: Row, work: Callable[[], Row], refusals: tuple[type[Exception], ...] = ()) -> Row:
-    """`row` with the figures that `work` gives, or under "failed" with what kept it from them.
+    """`row` with the figures that `work` gives, or with the reason under "failed".
 
-    What is out of memory or cannot be compiled has failed, and so has what raises one of `refusals`.
+    What is out of memory or cannot be compiled has failed, and so has what raises one of
+    `refusals`.
     """
     try:
         return {**row, **work()}
@@ -175,7 +186,10 @@ def measured(row: Row, work: Callable[[], Row], refusals: tuple[type[Exception],
 
 
 def print_row(row: Row, figures: Callable[[Row], str], console: Console) -> None:
-    """Print a line about a row where nobody watches a screen: its `figures`, or why there are none."""
+    """Print a line about a row where nobody watches a screen.
+
+    It has the row's `figures`, or says why there are none.
+    """
     if not console.is_terminal:
         line = f"{row['name']}, n = {row['n']:,}: {row.get('failed') or figures(row)}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""`sparse-hf bench models`: whole models beside Transformers' classes with the same weights, forward and training step."""
+"""`sparse-hf bench models`: whole models beside Transformers', same weights."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ from .measure import (
 from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
 
-# tokens on which both are compared before anything is timed: no length for which Transformers' BigBird draws a block twice
+# tokens on which both are compared before anything is timed: no length for which Transformers'
+# BigBird draws a block twice
 COMPARED_TOKENS = 1280
-# how far from Transformers in float32 ours may be: so many times as far as Transformers itself is in the same dtype, and in
-# float32 itself, where that is 0, the relative error below
+# how far from Transformers in float32 ours may be: so many times as far as Transformers itself is
+# in the same dtype, and in float32 itself, where that is 0, the relative error below
 ERROR_FACTOR, EXACT_ERROR = 2.0, 1e-4
-# attention that cannot be trained on a device: PyTorch says so as well, after half a minute of compiling
+# attention that cannot be trained on a device: PyTorch says so as well, after half a minute of
+# compiling
 NO_BACKWARD = {
     ("flex_attention", "cpu"): "not run: PyTorch's FlexAttention has no backward on CPUs; without training it runs"
 }
-# what Transformers and PyTorch raise where an implementation is absent, does not fit the model or cannot do what is asked
+# what Transformers and PyTorch raise where an implementation is absent, does not fit the model or
+# cannot do what is asked
 REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """How every model is run: layers, rows of a batch, a name of `DTYPES`, and what of training."""
+    """How every model is run; `dtype` is a name of `DTYPES`."""
 
     layers: int
     batch: int
@@ -58,9 +61,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors against Transformers' class in float32: of its own in the dtype that is timed, and of ours.
+    """Relative errors against Transformers' class in float32.
 
-    `others` has those of Transformers' other attention implementations by name, or what is "failed" about one.
+    `stock` are its own in the dtype that is timed, output and gradient, and `ours` those of ours.
+
+    `others` has those of Transformers' other attention implementations by name, or what is "failed"
+    about one.
     """
 
     stock: tuple[float, ...]
@@ -90,13 +96,15 @@ def run_models(
 ) -> Result:
     """Time models over `lengths`, print a table, and write the figures.
 
-    Each model of base size with random weights runs as Transformers' class and, with the same weights, as ours. Before that,
-    outputs and the gradient of the embeddings at 1,280 tokens are compared with Transformers' class in float32: ours may be
-    no farther from it than twice as far as Transformers is itself in `dtype`. A length that does not fit is noted as such.
+    Each model of base size with random weights runs as Transformers' class and, with the same
+    weights, as ours. Before that, outputs and the gradient of the embeddings at 1,280 tokens are
+    compared with Transformers' class in float32: ours may be no farther from it than twice as far
+    as Transformers is itself in `dtype`. A length that does not fit is noted as such.
 
-    "modernbert" and "mistral", which slide in Transformers too, run there in each attention implementation that slides. One
-    other than the class's default must keep to the same bound; one that does not, or refuses, has rows that say so instead of
-    times. Their rows of ours have ratios to each under "beside", and under "fastest" which of these is.
+    "modernbert" and "mistral", which slide in Transformers too, run there in each attention
+    implementation that slides. One other than the class's default must keep to the same bound; one
+    that does not, or refuses, has rows that say so instead of times. Their rows of ours have ratios
+    to each under "beside", and under "fastest" which of these is.
 
     Args:
         models: names of `CASES`. "bert" is dense there and has a window and a global token here.
@@ -105,10 +113,12 @@ def run_models(
         dtype: "fp32", "bf16" or "fp16", of weights and activations.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         training: time a training step (forward and backward) as well.
-        checkpointing: keep no activations inside layers (gradient checkpointing), in classes that support it, as each row says.
-        compile_mode: time ours under `torch.compile` in this mode ("default", "reduce-overhead"), and Transformers' class with and
-            without; ratios are to the faster. The third call of each, which CUDA graphs replay, is compared with itself
-            uncompiled first, at every length. Peak memory counts what they hold between calls.
+        checkpointing: keep no activations inside layers (gradient checkpointing), in classes that
+            support it, as each row says.
+        compile_mode: time ours under `torch.compile` in this mode ("default", "reduce-overhead"),
+            and Transformers' class with and without; ratios are to the faster. The third call of
+            each, which CUDA graphs replay, is compared with itself uncompiled first, at every
+            length. Peak memory counts what they hold between calls.
         repeats: timed calls per figure, of which the median counts.
         budget: seconds; a model that needed more for one call is not run on longer texts.
         out: where to write the result (JSON); in a folder, as `<machine>/<date>-models.json`.
@@ -176,7 +186,10 @@ def _tokens(case: Case, n: int, batch: int, device: torch.device) -> dict[str, T
 
 
 def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
-    """Errors of output and gradient; ours must be right, and so must each other implementation, or it has "failed"."""
+    """Errors of output and gradient, of which ours must be right.
+
+    Another implementation that is not has "failed".
+    """
     stock = _build(case, COMPARED_TOKENS, shape.layers, torch.float32, device, case.implementations[0])
     given = _tokens(case, COMPARED_TOKENS, 1, device)
     masked = {**given, **case.masks(COMPARED_TOKENS, device)}
@@ -214,7 +227,10 @@ def _what_is_wrong(errors: Sequence[float], theirs: Sequence[float], dtype: str)
 def _results(
     model: PreTrainedModel, run: Callable[..., Any], inputs: Mapping[str, Tensor], gradient: bool = True
 ) -> tuple[Tensor, ...]:
-    """Output of `run`, which is the model or the model compiled, and the gradient of the model's embeddings."""
+    """Output of `run`, and the gradient of the model's embeddings.
+
+    `run` is the model, or the model compiled.
+    """
     if not gradient:
         with torch.no_grad():
             return (_output(run, inputs).float(),)
@@ -240,7 +256,7 @@ def _errors(got: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, ...]
 
 
 def _forget_compiled(device: torch.device) -> None:
-    """Drop what was compiled, so that the next model is for its own length, and memory that nothing holds."""
+    """Drop what was compiled for the last length, and memory that nothing holds."""
     torch._dynamo.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -257,7 +273,7 @@ def _compiled(mode: str | None) -> str:
 def _one_length(
     name: str, n: int, shape: ModelShape, errors: Errors, timer: Timer, earlier: Sequence[Row]
 ) -> Iterator[Row]:
-    """A row of each implementation of Transformers, compiled or not, and then one of ours."""
+    """A row for each implementation of Transformers, compiled or not, and one of ours."""
     case, mode = CASES[name], shape.compile_mode
     stock = "dense" if case.dense else "transformers"
     modes = (None, mode) if mode else (None,)
@@ -322,7 +338,8 @@ def _figures(case: Case, row: Row, shape: ModelShape, errors: Errors, timer: Tim
         found |= {"step_s": timer.seconds(step)}
         model.zero_grad(set_to_none=True)
         found |= {"peak_bytes": peak_bytes(step, device), "tokens_per_s": shape.batch * n / found["step_s"]}
-        # what weights take: 6 operations per weight and token (arXiv:2203.15556, appendix F), attention apart
+        # what weights take: 6 operations per weight and token (arXiv:2203.15556, appendix F),
+        # attention apart
         weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         found |= {"weights": weights, "weight_tflops": 6e-12 * weights * found["tokens_per_s"]}
     else:
@@ -339,7 +356,8 @@ def _checked_compiled(
     """Errors of the model compiled against itself uncompiled."""
     right = _results(model, model, inputs, gradient=shape.training)
     again: tuple[Tensor, ...] = ()
-    # a CUDA graph is warmed up by a first call and recorded by a second; what is timed is what replays it
+    # a CUDA graph is warmed up by a first call and recorded by a second; what is timed is what
+    # replays it
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         again = tuple(t.clone() for t in _results(model, run, inputs, gradient=shape.training))
@@ -347,7 +365,7 @@ def _checked_compiled(
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:
-    """How ours stands beside Transformers' class in its default attention, and beside each that was timed by name."""
+    """Add ratios to Transformers' default attention, and to each timed by name."""
     for row in (r for r in rows if r["kind"] == "ours" and not r.get("failed")):
         others = [r for r in rows if r["model"] == row["model"] and r["n"] == row["n"] and r["kind"] != "ours"]
         names = dict.fromkeys(r.get("implementation") for r in others)
@@ -368,7 +386,7 @@ def _time_s(row: Row) -> float:
 
 
 def _ratio(row: Row, other: Row) -> dict[str, float | None]:
-    """How many times faster a row is than the other, and its share of the other's memory."""
+    """How many times faster a row is than the other, and its share of the memory."""
 
     def quotient(key: str, a: Row, b: Row) -> float | None:
         return a[key] / b[key] if a.get(key) and b.get(key) else None

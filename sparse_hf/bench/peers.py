@@ -35,7 +35,8 @@ class Peer:
 
     Attributes:
         pattern: the pairs that `call` computes, which may be others than those asked for.
-        kind: "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window alone) or "dense".
+        kind: "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window
+            alone) or "dense".
         context: what the call and its backward pass run under.
     """
 
@@ -130,7 +131,10 @@ def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:
 
 
 def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
-    """Ours on the backends that were asked for, by default on all that can run the call, each on all of its kernels."""
+    """Ours on the backends that were asked for, each on all of its kernels.
+
+    By default on all that can run the call.
+    """
     call = AttentionCall(q, k, v, pattern, 0, Scoring(q.shape[-1] ** -0.5))
     for name in backends or [name for name in BACKENDS if name != "reference"]:
         if not backends and (BACKENDS[name].why_not(call) is not None or (name == "blockwise" and q.is_cuda)):

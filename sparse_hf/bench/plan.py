@@ -1,4 +1,4 @@
-"""`sparse-hf bench plan`: what the tables of a pattern take to build, and how large they are, length by length.
+"""`sparse-hf bench plan`: what the tables of a pattern take, length by length.
 
 Legend: n tokens, S tokens of a tile or block.
 """
@@ -25,7 +25,8 @@ from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
 
 PATTERNS = ("window(256, 256)", "streaming(window=1024, sinks=4)", "longformer()", "bigbird()")
-# what each table is to take at so many tokens: seconds, and bytes of memory, by the kind of device that holds it
+# what each table is to take at so many tokens: seconds, and bytes of memory, by the kind of device
+# that holds it
 GOAL_TOKENS, GOALS = 1 << 20, {"cpu": (2.0, 200e6), "cuda": (0.05, 100e6)}
 # queries, and keys, whose pairs are compared with the pattern before anything is timed
 COMPARED_TOKENS = 32
@@ -41,16 +42,18 @@ def run_plan(
     out: str | Path | None = None,
     plot: str | Path | None = None,
 ) -> Result:
-    """Time the making of a plan's tables over `lengths`, print a table, and write the figures.
+    """Time the making of tables over `lengths`, print a table, and write the figures.
 
-    Each pattern has two rows, each of which begins with `build_plan` and nothing remembered. "blocks" are the lists that
-    `blockwise` and `flex` loop over, made on the CPU wherever they are wanted; "tiles" are those that the kernels of
-    `triton` read, distinct masks included, which on a CPU only tests ask for. Of some random queries and keys the
-    pairs in the tables are compared with the pattern itself before a row is timed. Peak memory is that of the device; on a GPU
-    the host's is noted beside it.
+    Each pattern has two rows, each of which begins with `build_plan` and nothing remembered.
+    "blocks" are the lists that `blockwise` and `flex` loop over, made on the CPU wherever they are
+    wanted; "tiles" are those that the kernels of `triton` read, distinct masks included, which on a
+    CPU only tests ask for. Of some random queries and keys the pairs in the tables are compared
+    with the pattern itself before a row is timed. Peak memory is that of the device; on a GPU the
+    host's is noted beside it.
 
     Args:
-        patterns: texts of patterns; those that look at queries and keys (`lsh`) have no plan beforehand.
+        patterns: texts of patterns; those that choose pairs by content (`lsh`) have no plan
+            beforehand.
         lengths: tokens n.
         device: "cpu" or "cuda", which is to hold the tables; by default the GPU if there is one.
         repeats: timed calls per figure, of which the median counts.
@@ -126,7 +129,7 @@ def _figures(name: str, n: int, kind: str, timer: Timer) -> Row:
 
 
 def _checked(name: str, n: int, kind: str, device: torch.device) -> dict[str, int]:
-    """What the tables hold, once pairs of random queries and keys were compared with the pattern."""
+    """What the tables hold, once random pairs were compared with the pattern."""
     plan = build_plan(name, n, device=device)
     tables = MAKERS[kind](plan)
     chosen = torch.randint(n, (COMPARED_TOKENS,), generator=torch.Generator().manual_seed(n)).to(device)
@@ -147,7 +150,10 @@ def _checked(name: str, n: int, kind: str, device: torch.device) -> dict[str, in
 
 
 def _lines(plan: BlockPlan, tables: Tables, p: int, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The pairs that tables hold, `[at least n]` bool: of query x, and of key x where they are listed by key too."""
+    """The pairs that tables hold, `[at least n]` bool, of query x and of key x.
+
+    Of key x only where they are listed by key too.
+    """
     if isinstance(tables, TileLists):
         yield "query", _of_tiles(plan.kv_len, tables.by_query, tables.masks, p, x)
         yield "key", _of_tiles(plan.q_len, tables.by_key, tables.masks_by_key, p, x)

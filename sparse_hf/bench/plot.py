@@ -1,4 +1,4 @@
-"""The figures of a benchmark as a picture: time and memory against length, in logarithms."""
+"""The figures of a benchmark as a picture: time and memory against length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .results import Result, Row
 
 # characters of a line above the two pictures
 TITLE_CHARACTERS = 120
-# the least factor that an axis of values spans, so that what is flat looks flat
+# the least factor that an axis of values spans, so that what is flat is drawn flat
 LEAST_SPAN = 10
 # how the line of a kind, or of an attention implementation, is drawn
 LINE_STYLES = {
@@ -18,7 +18,7 @@ LINE_STYLES = {
 
 
 def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
-    """Draw the rows of a benchmark: time of a step, and peak memory above what is given.
+    """Draw the rows of a benchmark: time of a step, and peak memory.
 
     `time` names the key of the times of another benchmark, and what to call them.
     """
@@ -31,7 +31,8 @@ def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, s
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    # a model has one color, of Transformers and of ours; its rows have a line each, by implementation or kind, and squares if compiled
+    # a model has one color, of Transformers and of ours; its rows have a line each, by
+    # implementation or kind, and squares if compiled
     colors: dict[str, str] = {}
     measured = [row for row in result["rows"] if not row.get("failed")]
     what, called = time or _step_or_forward(measured)

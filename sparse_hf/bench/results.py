@@ -1,4 +1,4 @@
-"""Result files: what a run was made on, what its file is called, and how figures grow with length."""
+"""Result files: what a run was made on, its file's name, and how figures grow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BRANDS = {"NVIDIA", "AMD", "Intel(R)", "Instinct", "GeForce", "Tesla", "Quadro"}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Date, hardware and versions, and what the environment says of the C library's memory."""
+    """Date, hardware and versions, and settings of the C library's memory."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def machine_name(hardware: str) -> str:
-    """The folder of a machine's results: h200 of "NVIDIA H200", cpu-2-cores of "..., 2 cores"."""
+    """The folder of a machine's results: h200, cpu-2-cores."""
     cores = re.search(r", (\d+) cores$", hardware)
     if cores:
         return f"cpu-{cores[1]}-cores"

@@ -1,8 +1,9 @@
-"""Sparse attention of other packages, timed beside ours where they are installed: one table of names.
+"""Sparse attention of other packages, timed beside ours where it is installed.
 
-They are timed only if their pairs are positions known before the call, so that they can be compared with rows in float64. So
-these are missing: fla's MoBA and NSA without given blocks, which choose pairs from queries and keys, and LSG's sparse tokens, some
-of which are means of several. flash-sparse-attn 2.0.6 needs a part of Triton's repository that no index has.
+They are timed only if their pairs are positions known before the call, so that they can be compared
+with rows in float64. So these are missing: fla's MoBA and NSA without given blocks, which choose
+pairs from queries and keys, and LSG's sparse tokens, some of which are means of several.
+flash-sparse-attn 2.0.6 needs a part of Triton's repository that no index has.
 
 Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q. What others take is `[1, n, H, D]`.
 """
@@ -24,16 +25,18 @@ from ..pattern.forms import read_window
 from ..plan import BlockPlan, build_plan
 from .peers import Peer
 
-# keys per block that NSA is given, as in arXiv:2502.11089, section 4.1; fewer if the pattern's own blocks are smaller
+# keys per block that NSA is given, as in arXiv:2502.11089, section 4.1; fewer if the pattern's own
+# blocks are smaller
 NSA_BLOCK = 64
 # products of Triton have at least so many rows: query heads of one key head, keys of one block
 LEAST_ROWS = 16
-# every query has a list of its blocks for NSA: so many numbers are as large as the 16 heads of 64 in bf16 that share it
+# every query has a list of its blocks for NSA: so many numbers are as large as the 16 heads of 64
+# in bf16 that share it
 MOST_BLOCKS = 512
 
 
 def sparse_peers(pattern: Pattern, q: Tensor, k: Tensor) -> tuple[list[Peer], dict[str, str]]:
-    """Those that can run this call here, and of the other installed ones why they cannot."""
+    """Those that can run a call here, and of other installed ones why they cannot."""
     able: list[Peer] = []
     left_out: dict[str, str] = {}
     for name, (package, load, make) in PACKAGES.items():
@@ -58,7 +61,10 @@ def _gpu_only(q: Tensor) -> str | None:
 
 
 def _nsa(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> Peer | str:
-    """The selected branch of fla's native sparse attention: the blocks in which the pattern has a pair, up to the query."""
+    """The selected branch of fla's native sparse attention.
+
+    Its blocks are those in which the pattern has a pair, up to the query.
+    """
     group = q.shape[1] // k.shape[1]
     if group < LEAST_ROWS or group & (group - 1):
         return f"takes 16, 32, 64, ... query heads per key head, and there are {group}"
@@ -78,7 +84,10 @@ def _nsa(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
 
 
 def _blocks(pattern: Pattern, n: int) -> BlockTable | str:
-    """The blocks in which a causal pattern has pairs; of a pattern made of blocks of 16 or more they hold no others."""
+    """The blocks in which a causal pattern has pairs.
+
+    Of a pattern made of blocks of 16 or more they hold no others.
+    """
     size = math.gcd(pattern.grain, NSA_BLOCK)
     plan = build_plan(pattern, n, block_size=size if size >= LEAST_ROWS else NSA_BLOCK)
     if plan.heads:
@@ -101,7 +110,10 @@ def _looks_ahead(plan: BlockPlan, size: int, n: int) -> bool:
 
 
 def _nsa_lists(table: BlockTable, n: int, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Key blocks of each query, -1 behind the last `[1, n, G, S]`, and their numbers `[1, n, G]`; S is a power of two."""
+    """Key blocks of each query `[1, n, G, S]`, and how many they are `[1, n, G]`.
+
+    S is a power of two, and -1 stands behind the last.
+    """
     most = max(map(len, table.rows))
     most = 1 << (most - 1).bit_length()
     lists = torch.tensor([[*row, *[-1] * (most - len(row))] for row in table.rows], dtype=torch.int32, device=device)
@@ -111,7 +123,10 @@ def _nsa_lists(table: BlockTable, n: int, kv_heads: int, device: torch.device) -
 
 
 def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> Peer | str:
-    """LSG's layer without its sparse tokens: the query's block and its neighbours, as wide as the window is."""
+    """LSG's layer without its sparse tokens: the query's block and its neighbours.
+
+    Blocks are as wide as the window is.
+    """
     shape = read_window(pattern, q.shape[2])
     if isinstance(shape, str):
         return shape
@@ -122,7 +137,8 @@ def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
         return "takes a window and at most one first token"
     is_causal = window.right == 0
     size = -(-max(window.left, window.right, 1) // 16) * 16
-    # its causal mask counts keys in the dtype of q: those of a block, or all of a text of no more than two blocks
+    # its causal mask counts keys in the dtype of q: those of a block, or all of a text of no more
+    # than two blocks
     counted = size if q.shape[2] > 2 * size else q.shape[2]
     if is_causal and counted > 2 / torch.finfo(q.dtype).eps:
         return f"counts to {counted} in {q.dtype} for its causal mask, which is wrong"
@@ -134,7 +150,10 @@ def _lsg(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
 
 
 def _lsg_layer() -> ModuleType:
-    """The file of the layer, which needs torch alone: the package does not import under Transformers 4.45 and later."""
+    """The file of the layer, which needs torch alone.
+
+    The package does not import under Transformers 4.45 and later.
+    """
     package = util.find_spec("lsg_converter")
     assert package is not None and package.origin is not None
     file = Path(package.origin).parent / "attention_layers" / "lsg_self_attention.py"

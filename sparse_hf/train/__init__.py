@@ -1,4 +1,4 @@
-"""Fine-tuning: collators that mark global tokens and pack documents, and healing of converted models.
+"""Fine-tuning: collators that mark tokens or pack documents, and healing.
 
 Imported only when asked: `from sparse_hf.train import MarkHeaders`.
 """

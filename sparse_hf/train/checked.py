@@ -24,8 +24,9 @@ class CheckedCollator:
         model: the sparse model that is trained; only its configuration is kept.
 
     Raises:
-        ValueError: ids, labels or positions out of range, or rows longer than the model has positions for; those of rotary
-            models end at `max_position_embeddings`, beyond which `forward` only warns.
+        ValueError: ids, labels or positions out of range, or rows longer than the model has
+            positions for; those of rotary models end at `max_position_embeddings`, beyond which
+            `forward` only warns.
     """
 
     inner: Collator

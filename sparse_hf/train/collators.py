@@ -1,7 +1,8 @@
-"""Collators that add `global_attention_mask`, the marks of `marked()`, to what another collator makes.
+"""Collators that add `global_attention_mask`, the marks of `marked()`, to batches.
 
-Each wraps any collator of Transformers (padding, masked language modelling, seq2seq) or another one of these, whose marks
-it adds to. Marks are found before the inner collator runs, so that masking tokens hides none:
+Each wraps any collator of Transformers (padding, masked language modelling, seq2seq) or another one
+of these, whose marks it adds to. Marks are found before the inner collator runs, so that masking
+tokens hides none:
 
     collator = MarkTokens(DataCollatorForLanguageModeling(tokenizer), [tokenizer.cls_token_id])
 
@@ -28,10 +29,10 @@ TEXT_COLUMNS = ("text", "offset_mapping")
 
 @dataclass
 class Marks:
-    """What the collators below share: `marks` of each feature, padded as the inner collator pads.
+    """What these collators share: marks of each feature, padded like the batch.
 
-    Features may bring a `global_attention_mask` of their own, whose marks are kept. The result is what `inner` makes and
-    `global_attention_mask`, `[B, L]` of 0 and 1.
+    Features may bring a `global_attention_mask` of their own, whose marks are kept. The result is
+    what `inner` makes and `global_attention_mask`, `[B, L]` of 0 and 1.
     """
 
     inner: Collator
@@ -57,14 +58,15 @@ class Marks:
 
 @dataclass
 class MarkTokens(Marks):
-    """Marks every token with one of these ids: `[CLS]`, separators, tokens that stand for sections.
+    """Marks every token with one of these ids, as `[CLS]` or separators.
 
     Args:
         inner: the collator that pads and makes labels.
         token_ids: ids to mark.
 
     Raises:
-        ValueError: no ids, or ids that are no numbers (a tokenizer without that special token gives None).
+        ValueError: no ids, or ids that are no numbers (a tokenizer without that special token gives
+            None).
     """
 
     token_ids: Sequence[int]
@@ -83,7 +85,9 @@ class MarkTokens(Marks):
 
 @dataclass
 class MarkQuestion(Marks):
-    """Marks the question: every token before the first separator, the class token included (Longformer, arXiv:2004.05150).
+    """Marks the question: every token before the first separator.
+
+    The class token is marked too, as in Longformer (arXiv:2004.05150).
 
     Args:
         inner: the collator that pads and makes labels.
@@ -111,20 +115,26 @@ class MarkQuestion(Marks):
 
 @dataclass
 class MarkHeaders(Marks):
-    """Marks the tokens of section headers: those that share a character with a match of a regular expression.
+    """Marks the tokens of section headers, by a regular expression.
 
-    The text and the offsets of each token in it are read from the columns `text` and `offset_mapping`, which a fast tokenizer
-    gives with `return_offsets_mapping=True`; both come to the collator only with `remove_unused_columns=False`. Without
-    them, the tokens are decoded with `tokenizer`, if decoding and tokenizing again gives the same tokens and keeps lines.
-    In `dataset.map`, `{"global_attention_mask": headers.marks(example).long()}` makes a column that Trainer keeps.
+    A token is marked if it shares a character with a match.
+
+    The text and the offsets of each token in it are read from the columns `text` and
+    `offset_mapping`, which a fast tokenizer gives with `return_offsets_mapping=True`; both come to
+    the collator only with `remove_unused_columns=False`. Without them, the tokens are decoded with
+    `tokenizer`, if decoding and tokenizing again gives the same tokens and keeps lines. In
+    `dataset.map`, `{"global_attention_mask": headers.marks(example).long()}` makes a column that
+    Trainer keeps.
 
     Args:
         inner: the collator that pads and makes labels.
-        pattern: a regular expression; `^` and `$` are the ends of lines. `r"^(Article|Section) \\d+.*$"`
+        pattern: a regular expression, like `r"^(Article|Section) \\d+.*$"`; `^` and `$` are ends
+            of lines.
         tokenizer: a fast tokenizer to decode with.
 
     Raises:
-        ValueError: no expression, columns that are missing, or a tokenizer that text cannot be got back from.
+        ValueError: no expression, columns that are missing, or a tokenizer that text cannot be got
+            back from.
     """
 
     pattern: str

@@ -1,4 +1,4 @@
-"""What collators share: features as dictionaries, and per-token columns padded like a batch."""
+"""What collators share: features, and per-token columns padded like a batch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def real_tokens(feature: Feature) -> Tensor:
 def padded_like(
     batch: Mapping[str, Any], features: Sequence[Feature], columns: Sequence[Tensor], fill: int = 0
 ) -> Tensor:
-    """Columns of `[n]`, one a feature, as `[B, L]`: padded where the inner collator padded.
+    """Columns of `[n]`, one a feature, as `[B, L]`, padded like the batch.
 
     Raises:
-        ValueError: the batch has other rows than the features, or padding whose side no attention_mask shows.
+        ValueError: the batch has other rows than the features, or padding whose side no
+            attention_mask shows.
     """
     rows, length = batch["input_ids"].shape
     if rows != len(features):

@@ -23,13 +23,17 @@ CHUNK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is learned from a teacher, as weights of the terms of the loss. All are means over the labelled tokens of a step.
+    """What is learned from a teacher, as weights of the terms of the loss.
+
+    All terms are means over the labelled tokens of a step.
 
     Attributes:
         labels: weight of the model's own loss.
-        logits: weight of KL(teacher || student) of the softmax at `temperature`, times its square (arXiv:1503.02531).
+        logits: weight of KL(teacher || student) of the softmax at `temperature`, times its square
+            (arXiv:1503.02531).
         temperature: above 1 gives unlikely answers more say.
-        hidden: weight of the mean squared difference of hidden states, averaged over layers and their width.
+        hidden: weight of the mean squared difference of hidden states, averaged over layers and
+            their width.
         layers: weights of the layers in that average, one for each; by default all alike.
     """
 
@@ -60,20 +64,24 @@ def unwrapped(model):
 
 
 def shifts(model) -> bool:
-    """Does a token's answer belong to the next label, as in a decoder, rather than to its own?"""
+    """Does a token's answer belong to the next label, as in a decoder?"""
     model = unwrapped(model)
     return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
 
 
 def labelled(model, labels: Tensor) -> Tensor:
-    """True where an answer has a label: `[B, L - 1]` of a decoder, whose last answer has none, else `[B, L]`."""
+    """True where an answer has a label.
+
+    `[B, L - 1]` of a decoder, whose last answer has none, else `[B, L]`.
+    """
     return (labels[:, 1:] if shifts(model) else labels) != IGNORED
 
 
 class _Divergence(torch.autograd.Function):
     """The sum of KL(teacher || student) over the rows that are kept.
 
-    What autograd would keep, two distributions in float32, is four times what answers take; this keeps the gradient in their dtype.
+    What autograd would keep, two distributions in float32, is four times what answers take; this
+    keeps the gradient in their dtype.
     """
 
     @staticmethod

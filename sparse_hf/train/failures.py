@@ -1,7 +1,10 @@
-"""An error in one of several processes becomes known to all, where the others would only wait, or end in silence.
+"""An error in one of several processes becomes known to all.
 
-Whoever fails leaves a message in the store that the processes met through and waits until the others have read it: each has a
-thread that polls the store. No step costs anything, and no collective is added.
+The others would only wait, or end in silence.
+
+Whoever fails leaves a message in the store that the processes met through and waits until the
+others have read it: each has a thread that polls the store. No step costs anything, and no
+collective is added.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ _numbers = itertools.count()
 
 
 class TellAll(AbstractContextManager):
-    """`with TellAll(): trainer.train()`: if one process fails, the others say which and why.
+    """`with TellAll(): trainer.train()`: if one process fails, all say which and why.
 
-    They raise as soon as what they wait in lets them: over gloo when the process that failed is gone. Where it does not (NCCL
-    waits in the GPU), they end by SIGTERM, as launchers end them. One process by itself is left alone.
+    They raise as soon as what they wait in lets them: over gloo when the process that failed is
+    gone. Where it does not (NCCL waits in the GPU), they end by SIGTERM, as launchers end them. One
+    process by itself is left alone.
 
     Raises:
         RuntimeError: another process failed; its error is in the message.
@@ -64,7 +68,7 @@ class TellAll(AbstractContextManager):
 
 
 class _Board:
-    """The store's messages of one block, and the thread that polls them; all processes share it."""
+    """The messages of one block, which all processes share, and their polling thread."""
 
     def __init__(self, number: int, rank: int, size: int):
         self.rank, self.size = rank, size
@@ -82,7 +86,7 @@ class _Board:
         return self._store.get(FIRST).decode() if self._store.check([FIRST]) else None
 
     def post(self, error: Exception) -> None:
-        """Say what went wrong here, unless another process was first, and wait until all have read it."""
+        """Say what went wrong, unless another process was first, and wait for the readers."""
         self._store.set(READ.format(self.rank), "")
         if self._store.add(FAILURES, 1) == 1:
             self._store.set(FIRST, f"process {self.rank} of {self.size} failed: {type(error).__name__}: {error}")

@@ -1,4 +1,6 @@
-"""Healing: a converted model gets used to its pattern, by more pre-training or from the dense teacher.
+"""Healing: a converted model gets used to its pattern.
+
+It learns by more pre-training, or from the dense teacher.
 
 Legend: B batch, L tokens of a row, T tokens that have a label.
 """
@@ -24,18 +26,21 @@ from .spread import is_partitioned, receive_weights
 
 
 class HealingTrainer(Trainer):
-    """Trainer that adds what a teacher says to the loss, and evaluates perplexity by position.
+    """Trainer with a teacher in the loss, and perplexity by position.
 
-    Added terms are sums over labelled tokens divided by the number of those of the whole step, over all accumulated batches
-    and processes, as Trainer divides the loss of labels: accumulation gives what one large batch gives.
+    Added terms are sums over labelled tokens divided by the number of those of the whole step, over
+    all accumulated batches and processes, as Trainer divides the loss of labels: accumulation gives
+    what one large batch gives.
 
     Args:
         teacher: a model with the same tokens; None trains on labels alone.
         distillation: the weights of the loss.
-        edges: positions at which perplexity is split: `(512, 2048)` gives 0-511, 512-2047 and 2048-.
+        edges: positions at which perplexity is split: `(512, 2048)` gives 0-511, 512-2047 and
+            2048-.
 
     Raises:
-        ValueError: a teacher of another vocabulary or depth, one whose weights would be trained too, or one that ZeRO-3 spread.
+        ValueError: a teacher of another vocabulary or depth, one whose weights would be trained
+            too, or one that ZeRO-3 spread.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class HealingTrainer(Trainer):
         self._sums: Tensor | None = None
 
     def prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        """The teacher as it is asked: sparse with all pairs, frozen, on the device of this process."""
+        """The teacher as it is used: sparse with all pairs, frozen, on this device."""
         student = self.accelerator.unwrap_model(self.model)
         check_teacher(student, teacher, self.distillation)
         if is_partitioned(teacher):
@@ -64,7 +69,8 @@ class HealingTrainer(Trainer):
                 "TrainingArguments are made, or use FSDP2"
             )
         if not isinstance(teacher, SparseMixin):
-            # with a pattern of all pairs it computes what it did, and keeps packed documents apart as the student does
+            # with a pattern of all pairs it computes what it did, and keeps packed documents apart
+            # as the student does
             teacher = sparsify(teacher, Window(None, None))
         receive_weights(teacher.requires_grad_(False).eval(), self.args.device)
         return teacher
@@ -74,7 +80,8 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
             raise ValueError(f"a batch has {sorted(inputs)}, but no labels, which say what tokens are learned from")
-        # a copy: Trainer takes labels out of what it is given where it computes the loss itself, as for label smoothing
+        # a copy: Trainer takes labels out of what it is given where it computes the loss itself, as
+        # for label smoothing
         asked = {**inputs, "output_hidden_states": True} if self.distillation.hidden > 0 else dict(inputs)
         loss, outputs = super().compute_loss(model, dict(asked), True, num_items_in_batch)
         left_out = {"labels"} if self.teacher.config.uses_marks else {"labels", "global_attention_mask"}
@@ -89,14 +96,20 @@ class HealingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _processes(self) -> int:
-        """How many processes Trainer averages gradients over that saw different batches, if it counts items over all."""
+        """How many processes with batches of their own Trainer averages gradients over.
+
+        1 where it does not count items over all of them.
+        """
         if not self.args.average_tokens_across_devices:
             return 1
         config = getattr(self.accelerator, "parallelism_config", None)
         return self.accelerator.num_processes // (config.tp_size if config is not None else 1)
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        """What Trainer's does, and `eval_perplexity`, also by position (`eval_perplexity_0-511`)."""
+        """What Trainer's does, and perplexity, also by position.
+
+        Names are `eval_perplexity` and, between edges, `eval_perplexity_0-511`.
+        """
         self._sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # summed on the device, which all back ends can do in single precision
@@ -157,10 +170,13 @@ def _perplexity(nll: Tensor, count: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Healed:
-    """The model, with LoRA merged into it, and metrics before and after (empty without evaluation data).
+    """The model, with LoRA merged into it, and metrics before and after.
 
-    FSDP and DeepSpeed's ZeRO-3 leave each process a part of the model: `state_dict` is then the whole on the main process, and
-    `model.save_pretrained(folder, state_dict=state_dict)` saves it in any case.
+    Without evaluation data there are no metrics.
+
+    FSDP and DeepSpeed's ZeRO-3 leave each process a part of the model: `state_dict` is then the
+    whole on the main process, and `model.save_pretrained(folder, state_dict=state_dict)` saves it
+    in any case.
     """
 
     model: PreTrainedModel
@@ -189,15 +205,16 @@ def heal(
         train_dataset, args: as of Trainer.
         teacher: the dense model, or any other of the same vocabulary; None continues pre-training.
         distillation: what is learned from the teacher, by default labels and logits alike.
-        lora: None trains all weights; a `peft.LoraConfig` trains what it says, see `lora_config`. Weights are merged at the end.
+        lora: None trains all weights; a `peft.LoraConfig` trains what it says, see `lora_config`.
+            Weights are merged at the end.
         eval_dataset: what perplexity is measured on, before and after, also by position.
         edges: positions at which perplexity is split.
         resume_from_checkpoint: as of `Trainer.train`.
         trainer_options: what else Trainer takes: data_collator, processing_class, callbacks, ...
 
     Raises:
-        ValueError: a model that is not sparse, a distillation without a teacher, a teacher that does not fit, or LoRA where
-            FSDP or ZeRO-3 spread the model.
+        ValueError: a model that is not sparse, a distillation without a teacher, a teacher that
+            does not fit, or LoRA where FSDP or ZeRO-3 spread the model.
     """
     if not isinstance(model, SparseMixin):
         raise ValueError(f"{type(model).__name__} is not sparse; call sparsify or convert first")
@@ -226,7 +243,9 @@ def heal(
 
 
 class _EvaluateFirst(TrainerCallback):
-    """Evaluates when training begins; before that, FSDP and ZeRO-3 have not spread the model and cannot evaluate it.
+    """Evaluates when training begins.
+
+    Before that, FSDP and ZeRO-3 have not spread the model and cannot evaluate it.
 
     A run that goes on from a checkpoint takes what was logged then.
     """

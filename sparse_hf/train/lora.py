@@ -1,4 +1,4 @@
-"""LoRA as long contexts want it: low-rank updates of linear layers, norms and embeddings trained whole."""
+"""LoRA as long contexts want it: norms and embeddings are trained whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 
 
 def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **options):
-    """LoRA on every linear layer, with norms and embeddings trained whole (LongLoRA, arXiv:2309.12307).
+    """LoRA on every linear layer, with norms and embeddings trained whole.
+
+    So do long contexts want it (LongLoRA, arXiv:2309.12307).
 
     Args:
         model: the model that it is for, whose norms and embeddings are named.
@@ -25,7 +27,7 @@ def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **option
 
 
 def add_lora(model: PreTrainedModel, config):
-    """`peft.get_peft_model`, with an output layer that stays tied to the embeddings that are trained.
+    """`peft.get_peft_model`, with an output layer that stays tied to the embeddings.
 
     peft trains a copy of the embeddings, which leaves BERT's output layer behind, on the old ones.
     """

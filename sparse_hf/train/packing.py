@@ -1,7 +1,7 @@
 """Rows of several whole documents that do not see each other.
 
-Positions start anew at each document, which is where sparse models see it begin: a packed row gives what its documents
-give by themselves, with every pattern, sinks and marks included.
+Positions start anew at each document, which is where sparse models see it begin: a packed row gives
+what its documents give by themselves, with every pattern, sinks and marks included.
 
 Legend: B rows, L tokens of the longest row.
 """
@@ -19,15 +19,20 @@ from transformers import PreTrainedConfig
 from ..models.hf.register import find_family
 from .columns import Collator, as_features, padded_like
 
-# columns with one value per token; what else a data set holds does not fit a row of several documents
+# columns with one value per token; what else a data set holds does not fit a row of several
+# documents
 TOKEN_COLUMNS = ("input_ids", "token_type_ids", "special_tokens_mask", "labels", "global_attention_mask")
-# columns that our collator pads, since a tokenizer does not; the position of padding is that of a first token
+# columns that our collator pads, since a tokenizer does not; the position of padding is that of a
+# first token
 PADDED_COLUMNS = ("position_ids", "global_attention_mask")
 IGNORED = -100
 
 
 def first_position(config: PreTrainedConfig) -> int:
-    """The position of a document's first token: 0, but for families that begin behind the padding id (RoBERTa)."""
+    """The position of a document's first token.
+
+    It is 0, but for families that begin behind the padding id (RoBERTa).
+    """
     family = find_family(config.model_type)
     return config.pad_token_id + 1 if family is not None and family.positions.counted else 0
 
@@ -46,14 +51,18 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PackDocuments:
-    """Tokenized documents -> rows of at most `length` tokens, for `dataset.map`, streamed or not:
+    """Tokenized documents -> rows of at most `length` tokens, for `dataset.map`.
 
-        rows = documents.map(PackDocuments(4096), batched=True, remove_columns=documents.column_names)
+    The data set may be streamed:
 
-    Documents of one batch of `map` go to the fullest row that has room for them, the longest first. One that is longer than
-    `length` is cut into pieces of `length`, each a document of its own with positions from the beginning, so that later
-    pieces do not see earlier ones. Columns other than `input_ids`, `token_type_ids`, `special_tokens_mask`, `labels` and
-    `global_attention_mask` are left out; `position_ids` are added. Batches are made with `PackedCollator`.
+        pack, names = PackDocuments(4096), documents.column_names
+        rows = documents.map(pack, batched=True, remove_columns=names)
+
+    Documents of one batch of `map` go to the fullest row that has room for them, the longest first.
+    One that is longer than `length` is cut into pieces of `length`, each a document of its own with
+    positions from the beginning, so that later pieces do not see earlier ones. Columns other than
+    `input_ids`, `token_type_ids`, `special_tokens_mask`, `labels` and `global_attention_mask` are
+    left out; `position_ids` are added. Batches are made with `PackedCollator`.
 
     Args:
         length: tokens of a row.
@@ -103,7 +112,7 @@ class PackDocuments:
 
 
 def _rows(pieces: list[Piece], length: int) -> list[list[Piece]]:
-    """Best fit, the longest first; rows and what they hold in the order of the documents."""
+    """Best fit, the longest first; rows keep the order of the documents."""
     rows: list[list[Piece]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for piece in sorted(pieces, key=lambda p: -p.size):
@@ -122,12 +131,14 @@ def _rows(pieces: list[Piece], length: int) -> list[list[Piece]]:
 
 @dataclass
 class PackedCollator:
-    """Batches of packed rows: what `inner` makes of them, and `position_ids`, `[B, L]`, padded on the same side.
+    """Batches of packed rows: what `inner` makes of them, and `position_ids`.
+
+    They are `[B, L]`, padded on the same side.
 
     Args:
         inner: the collator that pads and makes labels.
-        causal: the model predicts the next token, so that the first token of each document must have no label: the last
-            token of the one before would predict it.
+        causal: the model predicts the next token, so that the first token of each document must
+            have no label: the last token of the one before would predict it.
 
     Raises:
         ValueError: rows without `position_ids`, whose documents would see each other.

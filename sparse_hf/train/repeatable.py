@@ -1,4 +1,4 @@
-"""Masks that a run which goes on from a checkpoint draws again as if it had not stopped."""
+"""Masks that a run which goes on from a checkpoint draws again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .columns import Collator, Feature, tokens
 
 @dataclass
 class RepeatableCollator(TrainerCallback):
-    """What `inner` makes, with random draws that depend on the batch and the epoch alone.
+    """What `inner` makes, with draws that depend on batch and epoch alone.
 
-    Without it draws (masks of `DataCollatorForLanguageModeling`) depend on all that was drawn before, loaders fetch ahead, and
-    a run that goes on from a checkpoint masks other tokens. Trainer gives the epoch to callbacks only, so pass it twice:
-    `Trainer(data_collator=c, callbacks=[c])`; a loop by hand sets `epoch`. Workers that outlive an epoch
-    (`dataloader_persistent_workers`) keep the epoch that they began with.
+    Without it draws (masks of `DataCollatorForLanguageModeling`) depend on all that was drawn
+    before, loaders fetch ahead, and a run that goes on from a checkpoint masks other tokens.
+    Trainer gives the epoch to callbacks only, so pass it twice:
+    `Trainer(data_collator=c, callbacks=[c])`; a loop by hand sets `epoch`. Workers that outlive an
+    epoch (`dataloader_persistent_workers`) keep the epoch that they began with.
 
     Args:
         inner: a collator that draws from torch's generator.

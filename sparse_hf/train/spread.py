@@ -1,4 +1,4 @@
-"""Weights that processes do not all hold: spread by DeepSpeed's ZeRO-3, or left to one process to load."""
+"""Weights that not all processes hold: spread by ZeRO-3, or loaded by one of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Did DeepSpeed's ZeRO-3 leave this process a part of the weights, as it does when a model is made?"""
+    """Did DeepSpeed's ZeRO-3 spread the weights, as it does when a model is made?"""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def receive_weights(model: nn.Module, device: torch.device) -> None:
-    """Move a model that is not trained to a device, with the weights that the first process has.
+    """Move a model that is not trained to a device, with the first process's weights.
 
-    Where FSDP has one process load models (`fsdp_cpu_ram_efficient_loading`), from_pretrained of Transformers before 5.24
-    leaves the others zeros, and only the model that is trained gets its weights from the first process later.
+    Where FSDP has one process load models (`fsdp_cpu_ram_efficient_loading`), from_pretrained of
+    Transformers before 5.24 leaves the others zeros, and only the model that is trained gets its
+    weights from the first process later.
     """
     model.to(device)
     if not is_fsdp_enabled():
