@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,7 +221,7 @@ def test_repeated_layers_are_saved_so_that_they_load(head, tmp_path):
     model = chosen(four_layers(head, several=False), [0, 1, 2, 1, 2, 3], renumber=True)
     if len(model.config.sparse_attention["patterns"]) > 1:
         # the pattern was cut to windows of the family's own
-        with pytest.raises(ValueError, match="names 4 layers, of different patterns, and this is layer 4"):
+        with pytest.raises(ValueError, match="names 4 layers, of different patterns, and a layer has the number 4"):
             model.save_pretrained(tmp_path)
         return
     wanted = answers(model, head)
@@ -230,7 +231,7 @@ def test_repeated_layers_are_saved_so_that_they_load(head, tmp_path):
 
 def test_repeated_layers_of_several_patterns_want_to_be_told_which(tmp_path):
     model = chosen(four_layers("LlamaForCausalLM", several=True), [0, 1, 2, 1, 2, 3], renumber=True)
-    message = "names 4 layers, of different patterns, and this is layer 4; name a pattern for each layer that was added"
+    message = "names 4 layers, of different patterns, and a layer has the number 4"
     with pytest.raises(ValueError, match=message):
         answers(model, "LlamaForCausalLM")
     with pytest.raises(ValueError, match=message):
@@ -295,3 +296,17 @@ def test_without_a_pattern_such_fields_have_their_effect(family, field, warnings
     setattr(config, field, 8)
     window = "window(7, 0)" if family == "mistral" else "window(4, 4)"
     assert window in config.layer_pattern(0) and not warnings.messages
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ("gpt2", "'gpt2'"),
+        (Path("folder"), "PosixPath\\('folder'\\)"),
+        (nn.Linear(2, 2), "a Linear"),
+        (None, "a NoneType"),
+    ],
+)
+def test_sparsify_takes_loaded_models(given, got):
+    with pytest.raises(ValueError, match=f"takes a model of Transformers that is loaded, and got {got}; load it"):
+        sparse_hf.sparsify(given, "window(3, 3)")

@@ -212,6 +212,8 @@ def test_refuses_patterns_that_look_back_anywhere(pattern, message):
 def test_refuses_who_is_no_sparse_decoder():
     with pytest.raises(ValueError, match=r"LlamaConfig is that of a dense one; use `sparse_hf.sparsify"):
         StreamingCache(dense_model(LLAMA).config)
+    with pytest.raises(ValueError, match=r"made of a configuration, and got a SparseLlama\w+; give its .config"):
+        StreamingCache(sparse_model())
     bart = sparse_hf.sparsify(dense_model("BartForConditionalGeneration"), SPARSE)
     with pytest.raises(ValueError, match=r"sparse_bart has encoder and decoder; use a DynamicCache"):
         StreamingCache(bart.config)

@@ -148,8 +148,10 @@ def name_of(names: Sequence[str], layer: int, stack: str = "") -> str:
     if len(set(names)) == 1:
         return names[0]
     raise ValueError(
-        f"sparse_attention.layers names {len(names)} {stack} layers, of different patterns, and this is layer {layer}; name a "
-        "pattern for each layer that was added: config.sparse_attention['layers']".replace("  ", " ")
+        f"sparse_attention.layers names {len(names)} {stack} layers, of different patterns, and a layer has the number {layer} "
+        "(layer_idx): name a pattern for each layer in config.sparse_attention['layers'], and number them from 0".replace(
+            "  ", " "
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, TypeVar
 
 from torch import nn
@@ -34,6 +35,11 @@ def sparsify(
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"sparsify takes a model of Transformers that is loaded, and got {_spelt(model)}; load it with from_pretrained, or "
+            "make a sparse folder with sparse_hf.convert"
+        )
     family = family_of(model.config.model_type)
     if type(model) not in COUNTERPARTS and type(model) not in family.classes:
         heads = ", ".join(dense_class(c).__name__ for c in family.classes)
@@ -52,6 +58,10 @@ def sparsify(
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
     return sparse
+
+
+def _spelt(value: Any) -> str:
+    return repr(value) if isinstance(value, (str, PathLike)) else f"a {type(value).__name__}"
 
 
 class _Configs:

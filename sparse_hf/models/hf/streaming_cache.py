@@ -175,6 +175,10 @@ class StreamingLayer(CacheLayerMixin):
 
 def _patterns(config: PreTrainedConfig) -> list[str]:
     """The pattern of each layer."""
+    if isinstance(getattr(config, "config", None), PreTrainedConfig):
+        raise ValueError(
+            f"a StreamingCache is made of a configuration, and got a {type(config).__name__}; give its .config"
+        )
     if not isinstance(config, SparseConfigMixin):
         raise ValueError(
             f"a StreamingCache drops what the patterns of a sparse model never see again, and {type(config).__name__} is that "
