@@ -130,13 +130,14 @@ def _write(prepared: Prepared, target: Path, progress: bool) -> None:
 
 def _convert_gguf(file: Path, target: Path, choice: Choice, progress: bool) -> None:
     # what the header says is checked before the minutes of dequantising
-    prepare(read_gguf(file), choice)
+    source = read_gguf(file)
+    prepare(source, choice)
     with (
         whole_folder(target, 8 * file.stat().st_size) as folder,
         tempfile.TemporaryDirectory(dir=folder) as dense,
     ):
         logger.warning("dequantising %s to float32, which takes a minute or so", file.name)
-        dequantise(file, Path(dense))
+        dequantise(source, Path(dense))
         _write(prepare(open_source(Path(dense), file.name), choice), folder / "sparse", progress)
         for written in (folder / "sparse").iterdir():
             shutil.move(written, folder / written.name)

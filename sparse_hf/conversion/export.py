@@ -19,16 +19,10 @@ from .progress import progress_bar
 from .shards import Shard
 from .source import Source, find_folder, open_source
 from .weights import Work, write_weights
+from .windows import BIASES, BY_LAYER, FULL, SLIDING, TYPED, UNIFORM, mistral_values, size_values
 
 FORMS = ("dense", "native")
 EVERYTHING, PAST = Window(None, None), Window(None, 0)
-# families with one window on all layers; with layers that have it and layers that have none; and with layers of two
-# kinds that also turn their angles at different speeds, so that a layer's kind must stay
-UNIFORM, BY_LAYER, TYPED = (
-    ("mistral", "mixtral", "phi3", "qwen3_moe"),
-    ("gemma2", "qwen2", "qwen3", "smollm3"),
-    ("gemma3_text", "modernbert"),
-)
 INSTEAD = "export with to='dense' (--to dense), which drops the patterns, or keep the sparse checkpoint"
 
 
@@ -200,16 +194,14 @@ def _culprit(pattern: Pattern, limit: Window) -> Pattern:
 
 def _as_mistral(config: SparseConfigMixin, architectures: list[str]) -> tuple[Family, dict]:
     """Llama with a window on every layer is Mistral, but for biases: the code is the same."""
-    for field in ("attention_bias", "mlp_bias"):
+    for field in BIASES:
         if getattr(config, field):
             raise ValueError(
                 f"{field} is set, and Mistral, the native form of Llama with a window, has none; {INSTEAD}"
             )
     mistral = FAMILIES["mistral"]
     # all values, because the two families have other ones where a file says nothing
-    values = dense_values(config.to_dict())
-    for field in ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"):
-        values.pop(field, None)
+    values = mistral_values(dense_values(config.to_dict()))
     names = [name.replace("Llama", "Mistral") for name in architectures]
     unknown = [name for name in names if name not in mistral.architectures]
     if unknown:
@@ -228,27 +220,13 @@ def _own_words(family: Family, config: SparseConfigMixin, layers: list[Layer]) -
         return _typed(name, config, layers)
     if name in BY_LAYER:
         size = _one_size(name, [layer for layer in layers if not layer.is_full])
-        kinds = ["full_attention" if layer.is_full else "sliding_attention" for layer in layers]
-        return {"layer_types": kinds, **_size(config, size, kinds)}
+        return size_values(config, size, [FULL if layer.is_full else SLIDING for layer in layers])
     if name in UNIFORM:
-        return _size(config, _one_size(name, layers), None)
+        return size_values(config, _one_size(name, layers), None)
     for layer in layers:
         if not layer.is_full:
             raise _refusal(layer, f"{name} has no sliding windows")
     return {}
-
-
-def _size(config: SparseConfigMixin, size: int | None, kinds: list[str] | None) -> dict:
-    values: dict = {}
-    # without it Transformers would drop the window again
-    if hasattr(config, "use_sliding_window"):
-        values["use_sliding_window"] = size is not None
-    elif size is None and kinds:
-        # Gemma 2 wants a size even where no layer has it
-        return values
-    if hasattr(config, "max_window_layers") and kinds:
-        values["max_window_layers"] = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), len(kinds))
-    return {**values, "sliding_window": size}
 
 
 def _one_size(name: str, layers: list[Layer]) -> int | None:
@@ -264,7 +242,7 @@ def _one_size(name: str, layers: list[Layer]) -> int | None:
 
 def _typed(name: str, config: SparseConfigMixin, layers: list[Layer]) -> dict:
     for layer, kind in zip(layers, config.layer_types, strict=True):
-        if layer.is_full != (kind == "full_attention"):
+        if layer.is_full != (kind == FULL):
             raise _refusal(layer, f"it is a {kind} layer of {name}, whose positions only such a layer can have")
     sliding = [layer for layer in layers if not layer.is_full]
     if not sliding:

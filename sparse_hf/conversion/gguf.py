@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 from .source import Source
 
@@ -18,7 +20,8 @@ def read_gguf(file: Path) -> Source:
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package `gguf` is missing.
-        ValueError: the file is no GGUF, or of an architecture that Transformers does not read.
+        ValueError: the file is no GGUF, or of an architecture that Transformers does not read, or says of the model what no
+            configuration can say.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a .gguf file, a folder or a hub id")
@@ -30,21 +33,39 @@ def read_gguf(file: Path) -> Source:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from .gguf_header import complete, read_header
+
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
+    config = complete(config, read_header(file))
     head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
     return Source(file.name, file.parent, {**config, "architectures": [head] if head else None}, ())
 
 
-def dequantise(file: Path, out: Path) -> None:
-    """Write the checkpoint in `file`, which `read_gguf` has checked, to the folder `out` as float32 safetensors."""
+def dequantise(source: Source, out: Path) -> None:
+    """Write the checkpoint in a file that `read_gguf` has checked to the folder `out` as float32 safetensors.
+
+    Raises:
+        ValueError: the file lacks weights of its architecture, which Transformers would draw at random.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder, name = str(file.parent), file.name
+    folder, name = str(source.folder), source.name
     # without `dequantize` the model would stay packed, and could not be saved
     quantization = GgufConfig(gguf_file=name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, quantization_config=quantization, dtype=torch.float32
+    # with what was found, it returns two
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, quantization_config=quantization, dtype=torch.float32, output_loading_info=True
     )
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{source.folder / name} has no weights for {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} of "
+            f"{type(model).__name__}; convert the checkpoint that the file was made from"
+        )
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+    # what Transformers read off the file, completed
+    config = {**source.config, "dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

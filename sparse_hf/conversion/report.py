@@ -28,6 +28,7 @@ MARKED = Marked.word
 def describe(prepared: Prepared) -> dict:
     """The content of `conversion.json`."""
     config, work, choice = prepared.config, prepared.work, prepared.choice
+    rope = getattr(config, "rope_parameters", None)
     old, new = prepared.lengths
     length = min(choice.max_length or new or DEFAULT_LENGTH, LONGEST_PLAN)
     tensors = {tensor.name: tensor for tensor in prepared.source.tensors}
@@ -44,7 +45,7 @@ def describe(prepared: Prepared) -> dict:
         "max_length": [old, new],
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "positions": {"scheme": prepared.family.positions.scheme, "method": _method(prepared)},
-        "rope_parameters": config.rope_parameters if choice.rope else None,
+        "rope_parameters": rope if choice.rope or _is_scaled(rope) else None,
         "grown": {name: [list(tensors[name].shape), list(change.shape)] for name, change in work.changes.items()},
         "left_out": {name: list(tensors[name].shape) for name in sorted(work.left_out)},
         "unchanged": {"tensors": len(same), "bytes": sum(t.size for t in same)},
@@ -55,6 +56,13 @@ def describe(prepared: Prepared) -> dict:
         "warnings": list(prepared.warnings),
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
+
+
+def _is_scaled(parameters: dict | None) -> bool:
+    """Do rotary angles differ from those of the base, on any kind of layers?"""
+    parameters = parameters or {}
+    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return any(kind.get("rope_type", "default") != "default" for kind in kinds)
 
 
 def _layers(prepared: Prepared, length: int) -> Iterator[dict]:
