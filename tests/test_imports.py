@@ -1,4 +1,4 @@
-"""Who may import whom: the table of docs/ARCHITECTURE.md, read off the source."""
+"""Who may import whom: a table, compared with the source."""
 
 from __future__ import annotations
 
