@@ -200,3 +200,18 @@ class Hashes:
 
 def exact(stock):
     return copy.deepcopy(stock).double()
+
+
+def replica(model: torch.nn.Module) -> torch.nn.Module:
+    """What `nn.DataParallel` would run on another device: the modules anew, with copies in place of parameters."""
+    copies = {p: p.clone() for p in model.parameters()}
+    made = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, other in made.items():
+        for name, child in module.named_children():
+            setattr(other, name, made[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                other._parameters[name] = None
+            else:
+                setattr(other, name, copies[parameter])
+    return made[model]

@@ -12,8 +12,10 @@ import transformers
 import sparse_hf
 from sparse_hf.attention.backends.triton import walk
 from sparse_hf.testing import AllocationInterceptor
+from tests.models import families
 from tests.models.families import slow_but_for
-from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, stock_answers, stock_model
+from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, replica, stock_answers, stock_model
+from tests.processes import TORCHRUN, finished
 
 # ours may err this many times as much as the stock class in float32 does, against the stock class in float64, plus roundings
 SLACK, ROUNDING = 4, 1e-5
@@ -321,6 +323,213 @@ def test_fewer_rounds_may_be_asked_for():
         torch.testing.assert_close(ours(**batch, num_hashes=rounds)[0][real], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_costs_what_it_costs_the_stock_class(dtype, inside):
+    """Local layers, whose pairs no rounding changes: hashed ones may take other buckets."""
+    stock = stock_model("ReformerForMaskedLM", attn_layers=["local"] * 3)
+    batch, errors = inputs("ReformerForMaskedLM", 64, "none"), []
+    exact = gradients(sparse_hf.sparsify(copy.deepcopy(stock)).double().train(), batch)
+    for model in (copy.deepcopy(stock), sparse_hf.sparsify(stock)):
+        model.train().zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = model(**batch).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == exact.keys()
+        wanted = torch.cat([exact[name].flatten() for name in found])
+        errors.append(float((torch.cat([g.flatten() for g in found.values()]) - wanted).norm() / wanted.norm()))
+    assert errors[1] <= 1.5 * errors[0]
+
+
+def gradients(model, batch, **given) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch, **given).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Reformer's own layers, and lsh(...) in any family: an encoder's and a decoder's attention
+HASHED = {
+    "reformer": (lambda: stock_model("ReformerModelWithLMHead", attn_layers=["lsh", "local"]), None),
+    "bert": (lambda: families.dense_model("BertForMaskedLM"), "window(8, 8) | lsh(8, rounds=2, size=16)"),
+    "llama": (lambda: families.dense_model("LlamaForCausalLM"), "window(8, 0) | lsh(8, rounds=2, size=16)"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HASHED)
+def test_hashed_attention_trains_under_autocast(name, dtype):
+    make, pattern = HASHED[name]
+    ours = sparse_hf.sparsify(make(), pattern).train()
+    ids = torch.randint(4, families.VOCABULARY, (2, 90))
+    with torch.autocast("cpu", dtype):
+        loss = ours(ids, labels=ids).loss
+    loss.backward()
+    grads = [p.grad for p in ours.parameters() if p.grad is not None]
+    assert loss.isfinite() and all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", dtype, cache_enabled=False):
+        torch.testing.assert_close(ours(ids, labels=ids).loss, loss)
+
+
+def test_autocast_around_the_backward_pass_changes_no_gradient_of_layers():
+    """They compute their states again in the precision of then."""
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerModel")).train(), inputs("ReformerModel", 60)
+    found = []
+    for is_around in (False, True):
+        ours.zero_grad()
+        answer = ours(**batch)[0].cos().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_around):
+            answer.backward()
+        found.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h != "ReformerModel"])
+def test_replicas_have_the_gradients_of_the_model(head):
+    """What `nn.DataParallel` runs: modules whose parameters are tensors that it copied."""
+    ours, batch = sparse_hf.sparsify(stock_model(head)).train(), inputs(head, 60)
+    wanted = gradients(ours, batch)
+    ours.zero_grad()
+    replica(ours)(**batch).loss.backward()
+    assert {name for name, p in ours.named_parameters() if p.grad is not None} == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, grad)
+
+
+def test_parameters_from_outside_have_gradients():
+    """`torch.func.functional_call` takes parameters away again before the backward pass."""
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerForMaskedLM")).train(), inputs("ReformerForMaskedLM", 60)
+    wanted = gradients(ours, batch)
+    given = {name: p.detach().clone().requires_grad_() for name, p in ours.named_parameters()}
+    torch.func.functional_call(ours, given, kwargs=batch).loss.backward()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(given[name].grad, grad)
+
+
+def test_parameters_that_are_taken_away_are_missed():
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerForMaskedLM")).train(), inputs("ReformerForMaskedLM", 60)
+    loss = ours(**batch).loss
+    ours.reformer.encoder.layers[0].attention.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="were frozen or taken away between forward and backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "where", ["layers.0", "layers.1.feed_forward", "layers.1.attention", "layers.0.feed_forward.dense"]
+)
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_hooks_are_called(where, kind):
+    ours, batch = (
+        sparse_hf.sparsify(stock_model("ReformerForMaskedLM")).double().train(),
+        inputs("ReformerForMaskedLM", 60),
+    )
+    module, called = ours.reformer.encoder.get_submodule(where), []
+    register = getattr(module, f"register_{'full_backward' if kind == 'backward' else 'forward'}_hook")
+    register(lambda *given: called.append(len(given)) or (_doubled(given[2]) if kind == "forward" else None))
+    found = gradients(ours, batch)
+    assert called
+    for name, grad in gradients(ours, batch, output_hidden_states=True).items():
+        torch.testing.assert_close(found[name], grad)
+
+
+def _doubled(out):
+    return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+
+@pytest.mark.parametrize("family", ["reformer", "led"])
+def test_two_processes_have_the_gradients_of_one(family):
+    """DDP, FSDP of both kinds, whole and layer by layer; in LED one process's batch has no marks."""
+    status, said = finished(*TORCHRUN, "--nproc_per_node", "2", "-m", "tests.models.published_ranks", family)
+    results = [line.split() for line in said.splitlines() if line.startswith(f"{family} ")]
+    assert status == 0 and len(results) == {"reformer": 7, "led": 1}[family], said
+    for _, how, found, wanted in results:
+        assert found == wanted and float(found) > 0.1, how
+
+
+class _Packed(torch.nn.Module):
+    """A projection with no weight to be read, as quantized ones."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = [linear]
+
+    def weight(self):
+        raise AssertionError("a quantized weight is no tensor")
+
+    def forward(self, states):
+        return self.linear[0](states)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_projections_need_no_readable_weight(head):
+    """Dynamic quantization of torch, 8 and 4 bits of bitsandbytes; seeds are drawn in the dtype of the states."""
+    ours, batch = sparse_hf.sparsify(stock_model(head)), inputs(head, 50)
+    wanted = ours(**batch)[0]
+    for module in list(ours.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, _Packed(child))
+    torch.testing.assert_close(ours(**batch)[0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_dynamically_quantized():
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerForMaskedLM")), inputs("ReformerForMaskedLM", 50)
+    packed = torch.ao.quantization.quantize_dynamic(ours, {torch.nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        assert packed(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("axial", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_in_half_precision(dtype, axial, tmp_path):
+    """Transformers keeps axial tables in float32 and fails; the states have the dtype that was asked for."""
+    stock = stock_model("ReformerModelWithLMHead", axial_pos_embds=axial)
+    sparse_hf.sparsify(stock).save_pretrained(tmp_path)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    batch = inputs("ReformerModel", 50)
+    assert ours(**batch).logits.dtype == dtype
+    states = ours.get_input_embeddings()(batch["input_ids"])
+    assert ours(inputs_embeds=states, attention_mask=batch["attention_mask"]).logits.dtype == dtype
+    with torch.no_grad():
+        assert ours.train()(**batch, labels=batch["input_ids"]).loss.isfinite()
+
+
+@pytest.mark.parametrize("head", TRAINED)
+def test_resized_and_saved(head, tmp_path):
+    ours = sparse_hf.sparsify(stock_model(head))
+    for count in (105, 90):
+        ours.resize_token_embeddings(count)
+        ours.save_pretrained(tmp_path / str(count))
+        loaded = type(ours).from_pretrained(tmp_path / str(count)).eval()
+        ids = torch.randint(3, count, (2, 40))
+        assert loaded(ids).logits.shape[-1] == count and torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+def test_packed_documents_are_refused():
+    """All tokens of a row are sorted by their hashes, so that nothing keeps its documents apart."""
+    ours, batch = sparse_hf.sparsify(stock_model("ReformerForMaskedLM")), inputs("ReformerForMaskedLM", 45, "none")
+    positions = torch.cat([torch.arange(20), torch.arange(25)])[None].expand(2, -1)
+    with pytest.raises(ValueError, match="position_ids begin anew inside a row"):
+        ours(**batch, position_ids=positions)
+    ours(**batch, position_ids=torch.arange(45)[None])
+
+
+def test_axial_positions_under_another_default_dtype():
+    ours = sparse_hf.sparsify(stock_model("ReformerForMaskedLM", axial_pos_embds=True, hidden_dropout_prob=0.1)).train()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = ours(**inputs("ReformerForMaskedLM", 50)).loss
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
+
+
 def _forward(head: str, **changes):
     own = {k: changes.pop(k) for k in ("axial_pos_embds",) if k in changes}
     return lambda: sparse_hf.sparsify(stock_model(head, **own))(**{**inputs(head, 50), **changes})
@@ -332,6 +541,11 @@ def _forward(head: str, **changes):
         (_forward("ReformerModel", attention_mask=torch.ones(2, 1, 50, 50)), r"attention_mask has shape \(2, 1, 50, 50\)"),
         (_forward("ReformerModel", inputs_embeds=torch.ones(2, 50, 32)), "either input_ids or inputs_embeds"),
         (_forward("ReformerModel", position_ids=torch.arange(300, 350)[None], axial_pos_embds=True), "room for 256"),
+        (_forward("ReformerModel", input_ids=torch.full((2, 50), 97)), "input_ids hold 97; the vocabulary is 0 to 96"),
+        (_forward("ReformerModel", input_ids=torch.full((2, 257), 7), attention_mask=None), "a text has 257 tokens"),
+        (_forward("ReformerModel", position_ids=torch.full((2, 50), 256)), "position_ids hold 256"),
+        (lambda: sparse_hf.sparsify(stock_model("ReformerModelWithLMHead")).generate(
+            torch.full((1, 250), 7), max_new_tokens=9, min_new_tokens=9), "a text has 257 tokens; this model has positions for 256"),
         (_forward("ReformerModel", global_attention_mask=torch.ones(2, 50)), "no pattern of this model has marked"),
         (lambda: sparse_hf.sparsify(stock_model("ReformerModel"), layers={1: "window(5, 0)"}), r"takes lsh_chunks\(...\)"),
         (lambda: sparse_hf.sparsify(stock_model("ReformerModel"), layers={0: "lsh_chunks(8)"}), "takes a pattern of positions"),

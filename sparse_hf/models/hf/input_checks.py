@@ -120,6 +120,15 @@ def _check_types(config, types: Tensor | None) -> None:
         )
 
 
+def check_positions(rows: int, position_ids: Tensor | None, model_type: str = "this model") -> None:
+    """Raise ValueError if `position_ids` hold what a table of so many rows has not."""
+    if _is_readable(position_ids) and int(position_ids.max()) >= rows:
+        raise ValueError(
+            f"position_ids hold {int(position_ids.max())}; {model_type} has a table of {rows}: truncate, or convert the "
+            "dense checkpoint with a greater max_length"
+        )
+
+
 def _check_positions(config, batch: Mapping[str, Any]) -> None:
     scheme, positions = config.positions, batch.get("position_ids")
     most = scheme.length_of(config)
@@ -131,12 +140,7 @@ def _check_positions(config, batch: Mapping[str, Any]) -> None:
             f"a row has {found} tokens; {config.model_type} has positions for {most}: truncate, or convert the dense "
             f"checkpoint with max_length={found}"
         )
-    rows = getattr(config, scheme.limit)
-    if _is_readable(positions) and int(positions.max()) >= rows:
-        raise ValueError(
-            f"position_ids hold {int(positions.max())}; {config.model_type} has a table of {rows}: truncate, or convert the "
-            "dense checkpoint with a greater max_length"
-        )
+    check_positions(getattr(config, scheme.limit), positions, config.model_type)
 
 
 def _check_target(config, head: str, batch: Mapping[str, Any]) -> None:

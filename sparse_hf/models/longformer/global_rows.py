@@ -23,6 +23,7 @@ from ...attention.scoring import Scoring
 from ...pattern import Pattern
 from ...plan import NOTHING
 from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
+from ..hf.processes import owes_gradients
 from ..hf.tensor_parallel import own_heads
 from .halves import ALL_KEYS, halves
 from .projections import are_plain, is_host_bound, joined
@@ -120,8 +121,8 @@ class GlobalRowsMixin(_Module):
         return replaced_rows(out, rows, index, is_marked)
 
     def _keep_gradients(self, out: Tensor, states: Tensor) -> Tensor:
-        """`out`, and gradients of 0 where several processes train: all wait for those of a batch without marks, too."""
-        if not (self.training and torch.is_grad_enabled() and _are_several_processes()):
+        """`out`, and gradients of 0 of what a batch without marks does not use, where other processes wait for them."""
+        if not owes_gradients(self):
             return out
         query, key, value = (projection(states[0, :0]) for projection in self._projections(GLOBAL))
         nowhere = torch.empty(0, dtype=torch.int64, device=out.device)
@@ -157,11 +158,6 @@ class GlobalRowsMixin(_Module):
 def _by_token(t: Tensor) -> Tensor:
     """`[B, N, E]` of `[B, H, N, D]`."""
     return t.transpose(1, 2).flatten(2).contiguous()
-
-
-def _are_several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def run_layers(

@@ -255,14 +255,16 @@ def _backend(config: SparseConfigMixin) -> str:
 
 def _without_autocast(t: Tensor) -> AbstractContextManager:
     """Tensors have the dtype that autocast gave them, and what computes with them takes the precision that it needs."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(t.device.type, enabled=False) if _is_autocast(t) else nullcontext()
 
 
 def _projected_dtype(states: Tensor) -> torch.dtype:
-    kind = states.device.type
-    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_cast else states.dtype
+    return torch.get_autocast_dtype(states.device.type) if _is_autocast(states) else states.dtype
+
+
+def _is_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _heads(states: Tensor, module) -> Tensor:

@@ -9,9 +9,13 @@ from math import prod
 
 import torch
 from torch import Tensor
-from transformers.models.reformer.modeling_reformer import AxialPositionEmbeddings, ReformerEmbeddings
+from transformers.models.reformer.modeling_reformer import (
+    AxialPositionEmbeddings,
+    PositionEmbeddings,
+    ReformerEmbeddings,
+)
 
-from ..hf.input_checks import check_ids
+from ..hf.input_checks import check_ids, check_positions
 
 
 class SparseReformerEmbeddings(ReformerEmbeddings):
@@ -36,6 +40,9 @@ class SparseReformerEmbeddings(ReformerEmbeddings):
                 f"a text has {end} tokens; this model has positions for {self.max_position_embeddings} "
                 "(max_position_embeddings): cut it, or generate fewer tokens"
             )
+        table = self.position_embeddings
+        if isinstance(table, PositionEmbeddings) and not torch.compiler.is_compiling():
+            check_positions(table.embedding.num_embeddings, position_ids)
         states = super().forward(input_ids, position_ids, inputs_embeds, start_idx_pos_encodings)
         # Transformers keeps axial tables in float32, whatever a model is loaded in
         return states.to(words.weight.dtype if inputs_embeds is None else inputs_embeds.dtype)

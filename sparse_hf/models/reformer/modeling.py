@@ -177,16 +177,15 @@ def _check_one_text(position_ids: Tensor, real: Tensor | None) -> None:
 
 
 class OwnBiasMixin(SparseMixin):
-    """For heads whose output layer has a bias of its own, beside one of the head that only checkpoints hold."""
+    """For heads that hold a bias beside that of their output layer, with which nobody computes."""
 
     lm_head: Any
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """A new output layer; the dense class shares its bias with the head, and cannot save it then."""
-        before = self.lm_head.bias.data
-        kept = before[: new_embeddings.out_features]
+        count, kept = new_embeddings.out_features, self.lm_head.bias.data[: new_embeddings.out_features]
         self.lm_head.decoder = new_embeddings
-        self.lm_head.bias = nn.Parameter(nn.functional.pad(kept, (0, new_embeddings.out_features - len(kept))))
+        self.lm_head.bias = nn.Parameter(nn.functional.pad(kept, (0, count - len(kept))))
 
 
 class SparseReformerForMaskedLM(OwnBiasMixin, ReformerForMaskedLM):

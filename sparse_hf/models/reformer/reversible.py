@@ -28,6 +28,7 @@ from transformers.models.reformer.modeling_reformer import (
     ReformerOnlyLMHead,
 )
 
+from ..hf.processes import owes_gradients
 from .attention import SparseReformerCache, Text
 
 OWN_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +57,9 @@ class SparseReformerOnlyLMHead(ReformerOnlyLMHead):
     """The head, `chunk_size_lm_head` tokens at a time; the last ones may be fewer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if owes_gradients(self):
+            # the bias of the head, beside that of its layer, is one with which nobody computes
+            hidden_states = hidden_states + self.bias[:0].sum()
         return _join([self.forward_chunk(chunk) for chunk in _split(hidden_states, self.chunk_size_lm_head)])
 
 
