@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import matplotlib
 import torch
@@ -38,9 +39,7 @@ def cells(axes: Axes, colors: Sequence[Sequence[str]], title: str) -> None:
     queries, keys = len(colors), len(colors[0])
     # a path for each colour, and one for the grid: hundreds of paths would make a large file
     for color in {color for row in colors for color in row} - {NOTHING}:
-        found = [(i, j) for i, row in enumerate(colors) for j, own in enumerate(row) if own == color]
-        squares = [Path.unit_rectangle().vertices + (j, i) for i, j in found]
-        axes.add_patch(_patch(squares, facecolor=color, edgecolor="none"))
+        axes.add_patch(_patch(stretches(colors, color), facecolor=color, edgecolor="none"))
     lines = [[(0, i), (keys, i)] for i in range(queries)] + [[(j, 0), (j, queries)] for j in range(keys)]
     axes.add_patch(_patch(lines, facecolor="none", edgecolor=GRID, linewidth=0.4))
     axes.set(xlim=(0, keys), ylim=(queries, 0), aspect="equal", xticks=[], yticks=[])
@@ -49,6 +48,19 @@ def cells(axes: Axes, colors: Sequence[Sequence[str]], title: str) -> None:
     axes.set_ylabel("query", fontsize=9, color=INK, labelpad=3)
     for spine in axes.spines.values():
         spine.set_color(FAINT)
+
+
+def stretches(colors: Sequence[Sequence[str]], color: str) -> list[list[tuple[int, int]]]:
+    """The corners of rectangles, one for each stretch of neighbours of a colour."""
+    found = []
+    for i, row in enumerate(colors):
+        begin = 0
+        for own, cells_alike in groupby(row):
+            end = begin + len(list(cells_alike))
+            if own == color:
+                found.append([(begin, i), (end, i), (end, i + 1), (begin, i + 1), (begin, i)])
+            begin = end
+    return found
 
 
 def _patch(shapes: Sequence, **style) -> PathPatch:
