@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,6 +186,17 @@ class SparseConfigMixin(_Config):
             self.remote_code.write(save_directory)
         with self.saved_as():
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As Transformers'. Caches are made by that of a decoder, and none may drop keys by a window of the dense family."""
+        found = super().get_text_config(decoder, encoder)
+        types = getattr(found, "layer_types", None)
+        slides = getattr(found, "sliding_window", None) is not None if types is None else "sliding_attention" in types
+        if not decoder or encoder or not slides:
+            return found
+        twin = copy.copy(found)
+        twin.__dict__["layer_types"] = ["full_attention"] * found.num_hidden_layers
+        return twin
 
     @contextmanager
     def saved_as(self, numbers: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
