@@ -117,12 +117,15 @@ def test_lora_hands_marks_on():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_target_modules_must_be_named():
-    # peft looks them up by model type and has no place to register another
-    with pytest.raises(ValueError, match="Please specify `target_modules`"):
-        peft.get_peft_model(sparse_model(LLAMA), peft.LoraConfig())
-    adapted = peft.get_peft_model(sparse_model(LLAMA), peft.LoraConfig(target_modules="all-linear"))
-    assert adapted.get_nb_trainable_parameters()[0] > 0
+def test_lora_finds_the_target_modules_of_the_dense_family():
+    def adapted_by(model, **given) -> set[str]:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**given))
+        return {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+    # peft looks them up by model type
+    for given in ({}, {"target_modules": "all-linear"}):
+        found = adapted_by(sparse_model(LLAMA), **given)
+        assert found and found == adapted_by(dense_model(LLAMA), **given)
 
 
 # --- sentence-transformers ---
