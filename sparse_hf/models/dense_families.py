@@ -1,11 +1,11 @@
-"""The table of families: one row a family.
+"""The table of families: one entry a family.
 
-A row is all that it takes where a family is on Transformers' attention interface and its parent's configuration says the
+An entry is all that it takes where a family is on Transformers' attention interface and its parent's configuration says the
 rest. Its classes (`SparseLlamaConfig`, `SparseLlamaForCausalLM`, one for each head that an Auto class knows) are attributes of this
-module, made when one of them is first asked for. Families that need code have a module each, listed below the rows. Nothing here
+module, made when one of them is first asked for. Families that need code have a module each, listed below. Nothing here
 imports torch or Transformers.
 
-To add a family: a row here, and its tiny configuration in `tests/models/families.py`.
+To add a family: an entry here, and its tiny configuration in `tests/models/families.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of the table of families: what there is to say of a family before anything of it is imported."""
+"""Entries of the table of families: what there is to say of a family before anything of it is imported."""
 
 from __future__ import annotations
 

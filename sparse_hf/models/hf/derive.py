@@ -1,4 +1,4 @@
-"""The sparse classes of a row of the table of families."""
+"""The sparse classes of a family that is an entry of the table."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .model_mixin import SparseEncoderMixin
 from .register import Family, modeling_module, register_family
 
 
-def derive_dense(row: DenseFamily) -> Family:
-    """Make the classes of a row and register them. They become attributes of `row.module`."""
-    dense_config: type[PreTrainedConfig] = getattr(transformers, row.config or f"{row.prefix}Config")
-    mixin = SparseEncoderDecoderConfigMixin if row.encoder else SparseConfigMixin
+def derive_dense(entry: DenseFamily) -> Family:
+    """Make the classes of an entry and register them. They become attributes of `entry.module`."""
+    dense_config: type[PreTrainedConfig] = getattr(transformers, entry.config or f"{entry.prefix}Config")
+    mixin = SparseEncoderDecoderConfigMixin if entry.encoder else SparseConfigMixin
     config_class = _subclass(
-        row,
+        entry,
         (mixin, dense_config),
-        model_type=row.sparse_type,
-        __doc__=f"[`{dense_config.__name__}`] with a pattern for each layer. The family is described in {row.source}.",
+        model_type=entry.sparse_type,
+        __doc__=f"[`{dense_config.__name__}`] with a pattern for each layer. The family is described in {entry.source}.",
     )
     parts = {}
-    if row.encoder:
-        dense_encoder = getattr(modeling_module(dense_config), row.encoder)
+    if entry.encoder:
+        dense_encoder = getattr(modeling_module(dense_config), entry.encoder)
         parts[dense_encoder] = _subclass(
-            row,
+            entry,
             (SparseEncoderMixin, dense_encoder),
             __annotations__={"config": config_class},
-            __doc__=f"[`{row.encoder}`] with sparse attention by its configuration's patterns.",
+            __doc__=f"[`{entry.encoder}`] with sparse attention by its configuration's patterns.",
         )
-    return register_family(config_class, row.positions, parts=parts)
+    return register_family(config_class, entry.positions, parts=parts)
 
 
-def _subclass(row: DenseFamily, bases: tuple[type, type], **content) -> type:
-    """`Sparse{dense}`, derived from a mixin and a dense class, as an attribute of the row's module."""
+def _subclass(entry: DenseFamily, bases: tuple[type, type], **content) -> type:
+    """`Sparse{dense}`, derived from a mixin and a dense class, as an attribute of the entry's module."""
     name = f"Sparse{bases[1].__name__}"
-    made = new_class(name, bases, exec_body=lambda body: body.update(content, __module__=row.module))
-    setattr(import_module(row.module), name, made)
+    made = new_class(name, bases, exec_body=lambda body: body.update(content, __module__=entry.module))
+    setattr(import_module(entry.module), name, made)
     return made
