@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from ..models import FAMILIES, StreamingCache, sparsify
-from ..models.hf.model_mixin import CACHE_NAMES
+from ..models.hf.cache import CACHE_NAMES
 from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import build_plan

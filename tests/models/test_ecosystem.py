@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sparse_hf
-from sparse_hf.models.hf.model_mixin import CACHE_NAMES
+from sparse_hf.models.hf.cache import CACHE_NAMES
 from tests.models.families import (
     HEADS,
     dense_model,

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
-from sparse_hf.models.hf.model_mixin import CACHE_NAMES
+from sparse_hf.models.hf.cache import CACHE_NAMES
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import (
     VOCABULARY,

@@ -22,8 +22,8 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 
 from ...pattern import BlockTable, Chunk, First, Last, Marked, Pattern, PerHead, RandomBlocks, full
 from ..hf.attention_interface import MaskRequest
+from ..hf.cache import CACHE_NAMES
 from ..hf.config import SparseConfigMixin
-from ..hf.model_mixin import CACHE_NAMES
 
 # the path through the parents' code that hands masks on as they are; which pairs there are is the pattern's matter
 PATH = "original_full"

@@ -1,17 +1,32 @@
-"""Transformers' caches under a pattern: sliding ones are made to keep all keys, streaming ones hear of padding."""
+"""Transformers' caches under a pattern: sliding ones are made to keep all keys, streaming ones learn of padding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.utils import logging
 
+from .config import SparseConfigMixin
 from .streaming_cache import StreamingCache
+
+logger = logging.get_logger(__name__)
 
 # what a cache is called among the arguments of `forward`, newest name first
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+class GrownStaticLayer(StaticLayer):
+    """In place of a layer that slides: it keeps all keys, and grows, since what length was asked for is not known."""
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -19,28 +34,75 @@ def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def begin_streaming(kwargs: Mapping[str, Any]) -> dict[str, StreamingCache]:
+def cached_tokens(cache: Cache | None) -> int:
+    """Tokens in a cache. Those of a static one on a GPU are waited for."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def new_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Ids or embeddings of the tokens of a pass, among the arguments of `forward`: `[B, Q, ...]`."""
+    return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+
+
+def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dict[str, StreamingCache]:
     """Announce a pass to a `StreamingCache`, and give the argument by which attention gets to it.
 
     Args:
+        config: of the model.
         kwargs: all arguments of `forward` by name. Models hand keys alone to their attention, and no cache.
     """
-    cache = next((kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), StreamingCache)), None)
-    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-    if cache is None or tokens is None:
+    cache, tokens = given_cache(kwargs), new_tokens(kwargs)
+    if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), tokens.shape[1])
+    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2])
+    _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
-def makes_sliding_cache(config: PreTrainedConfig, use_cache: bool | None) -> bool:
-    """Would the dense class make a cache that drops keys, of a window that the pattern need not share?"""
-    wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
-    return bool(wanted) and getattr(config, "sliding_window", None) is not None
+def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
+    """Warn once where a stream has more tokens than the model has positions for."""
+    most = None if config.positions is None else config.positions.reach_of(config)
+    if most is not None and tokens > most:
+        logger.warning_once(
+            f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
+            "memory and leaves tokens their true positions, beyond which few models answer well; begin anew with cache.reset(), or "
+            "convert the dense checkpoint with a greater max_length"
+        )
 
 
-def keep_all(cache: DynamicCache | StaticCache, max_length: int) -> None:
-    """Have a cache that would drop keys keep them all. It begins anew: `generate` has the whole text to fill it from."""
-    if any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers):
-        is_static = isinstance(cache, StaticCache)
-        cache.layers[:] = [StaticLayer(max_length) if is_static else DynamicLayer() for _ in cache.layers]
+def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
+    """Have a cache of the dense family, which slides over a window that the pattern need not share, keep all keys.
+
+    Args:
+        cache: of Transformers; what it holds, it goes on holding.
+        new: tokens that come next.
+        length: tokens that a static one must hold in the end, 0 if that is not known.
+
+    Raises:
+        ValueError: keys were dropped already.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    for index, layer in enumerate(cache.layers if cache is not None else ()):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[index] = _filled(DynamicLayer(), layer)
+        elif isinstance(layer, (StaticSlidingWindowLayer, GrownStaticLayer)):
+            room, needed = layer.max_cache_len, length or int(layer.get_seq_length()) + new
+            if layer.is_sliding or room < needed:
+                # by hand, as many again: each time that it grows, all is copied
+                cache.layers[index] = _filled(GrownStaticLayer(max(needed, room if length else 2 * room)), layer)
+
+
+def _filled(new: DynamicLayer | StaticLayer, old: CacheLayerMixin) -> CacheLayerMixin:
+    """A layer with all that another holds."""
+    seen = int(old.get_seq_length())
+    if not old.is_initialized or not seen:
+        return new
+    assert old.keys is not None and old.values is not None
+    if old.keys.shape[2] < seen:
+        raise ValueError(
+            f"the cache slides over a window of the dense family and has dropped {seen - old.keys.shape[2]} of {seen} tokens, which "
+            "a pattern may still see; make it without a window, DynamicCache(config=sparse_model.config), before the first pass"
+        )
+    new.update(old.keys[:, :, :seen], old.values[:, :, :seen])
+    return new

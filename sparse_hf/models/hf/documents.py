@@ -11,19 +11,41 @@ from torch.nn.functional import pad
 
 
 def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
-    """The number of each token's document from 0, `[B, N]`: one begins where positions of real tokens stop growing.
+    """The number of each token's document from 0, `[B, N]`: one begins where positions of real tokens begin anew.
+
+    They do where they fall back to the lowest of the row so far, or below it. Branches of a tree of tokens fall back less
+    far and begin nothing. A token that repeats the lowest position ends a document of one token, unless the row repeats
+    others too, or nothing else: then it repeats them on purpose.
 
     Args:
         position_ids: `[B or 1, N]`.
         real: `[B, N]` bool, true on real tokens; None if all are.
     """
+    here, counts = position_ids[:, 1:], None
     if real is None:
-        begins = position_ids[:, 1:] <= position_ids[:, :-1]
-        return pad(begins.long().cumsum(1), (1, 0))
-    position_ids = position_ids.expand_as(real)
-    # padding repeats positions, so that the last real token before counts, if there is one
-    index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-    last_real = torch.where(real, index, -1).cummax(1).values[:, :-1]
-    previous = position_ids.gather(1, last_real.clamp(min=0))
-    begins = (position_ids[:, 1:] <= previous) & real[:, 1:] & (last_real >= 0)
+        previous, lowest = position_ids[:, :-1], position_ids.cummin(1).values[:, :-1]
+    else:
+        position_ids = position_ids.expand_as(real)
+        here = position_ids[:, 1:]
+        # padding repeats positions, so that the last real token before counts, if there is one
+        index = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        last_real = torch.where(real, index, -1).cummax(1).values[:, :-1]
+        counts = real[:, 1:] & (last_real >= 0)
+        previous = position_ids.gather(1, last_real.clamp(min=0))
+        beyond = torch.iinfo(torch.long).max
+        lowest = torch.where(real, position_ids.long(), beyond).cummin(1).values[:, :-1]
+    falls, repeats, is_lowest = here < previous, here == previous, here <= lowest
+    if counts is not None:
+        falls, repeats = falls & counts, repeats & counts
+    grows = here > previous
+    packs = ~(repeats & ~is_lowest).any(1, keepdim=True) & (grows if counts is None else grows & counts).any(
+        1, keepdim=True
+    )
+    begins = is_lowest & (falls | repeats & packs)
     return pad(begins.long().cumsum(1), (1, 0))
+
+
+def documents_of_bounds(bounds: Tensor, length: int) -> Tensor:
+    """The number of each token's document, `[1, N]`, from `cu_seq_lens`: where documents begin, and the end of the last."""
+    index = torch.arange(length, device=bounds.device)
+    return torch.searchsorted(bounds.long(), index, right=True)[None] - 1

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .cache import CACHE_NAMES, begin_streaming, given_cache, keep_all, makes_sliding_cache
+from .cache import begin_streaming, given_cache, keep_all, new_tokens
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .input_checks import Limits, check_no_positions
@@ -137,9 +137,7 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        for name in CACHE_NAMES:
-            if isinstance(model_kwargs.get(name), (DynamicCache, StaticCache)):
-                keep_all(model_kwargs[name], max_length)
+        keep_all(given_cache(model_kwargs), 0, max_length)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         parent = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
@@ -155,7 +153,6 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(parent)
     names = list(signature.parameters)[1:]
     has_marks = "global_attention_mask" in names
-    cache_name = next((name for name in CACHE_NAMES if name in names), None)
     takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(parent)
@@ -174,7 +171,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             elif takes_more and given["position_ids"].ndim == 2:
                 # where documents begin; some dense classes keep `position_ids` from their layers
                 kwargs.setdefault("document_positions", given["position_ids"])
-        kwargs |= _own_arguments(self, given, global_attention_mask, cache_name)
+        kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = parent(self, *args, **kwargs)
@@ -196,29 +193,23 @@ def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=[*parameters[:index], extra, *parameters[index:]])
 
 
-def _own_arguments(
-    model: SparseMixin, given: dict[str, Any], marks: Tensor | None, cache_name: str | None
-) -> dict[str, Any]:
+def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | None) -> dict[str, Any]:
     """Check the arguments of `forward`, and give those that attention needs beside them.
 
     Args:
         given: all of them by name, but for marks and the number of labels.
         marks: the caller's `global_attention_mask`.
-        cache_name: what the dense class calls its cache, None if it has none.
     """
     if given.get("output_attentions"):
         check_weights(model.config._attn_implementation)
     own: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         Limits.of(model).check(given)
+        tokens = new_tokens(given)
+        keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given:
-        own |= begin_streaming(given)
-    wanted = given.get("use_cache")
-    # training asks for no cache, but by hand
-    is_filling = (not model.training or wanted) and given_cache(given) is None
-    if cache_name is not None and is_filling and makes_sliding_cache(model.config, wanted):
-        own[cache_name] = DynamicCache()
+        own |= begin_streaming(model.config, given)
     return own

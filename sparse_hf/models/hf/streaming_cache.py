@@ -46,13 +46,18 @@ class StreamingCache(Cache):
         self.padding: Tensor | None = None
         self._real: dict[tuple, Tensor] = {}
 
-    def begin(self, attention_mask: Tensor | None, new: int) -> None:
-        """Prepare for a pass of `new` tokens, before there are keys: padding decides what is kept.
+    def begin(self, attention_mask: Tensor | None, rows: int, new: int) -> None:
+        """Prepare for a pass of `new` tokens in each row, before there are keys: padding decides what is kept.
 
         Raises:
-            ValueError: a mask of another shape than `[B, tokens so far]`, padding elsewhere than on the left, or more of it than
-                in the first pass.
+            ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`, padding
+                elsewhere than on the left, or more of it than in the first pass.
         """
+        if self.rows not in (None, rows):
+            raise ValueError(
+                f"the StreamingCache holds {self.get_seq_length()} tokens of {self.rows} rows, and this batch has {rows}: begin anew "
+                "with cache.reset(), or choose rows with cache.batch_select_indices and cache.batch_repeat_interleave"
+            )
         self.padding, self._real = _padding(attention_mask, self.get_seq_length() + new), {}
         longest = 0 if self.padding is None else int(self.padding.max())
         for layer in self.layers:
@@ -64,6 +69,12 @@ class StreamingCache(Cache):
                     f"a row has {longest} tokens of padding, and in the first pass it had at most {layer.padding}, so that keys of its "
                     "sinks may be dropped already; pass more tokens at first than there is padding, or use a DynamicCache"
                 )
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows of the tokens that it has seen; None before the first."""
+        keys = self.layers[0].keys if self.layers else None
+        return None if keys is None else keys.shape[0]
 
     def real(self, held: int, device: torch.device) -> Tensor | None:
         """Of a layer's `held` keys, which are no padding: bool `[B, held]`, or None if all are."""

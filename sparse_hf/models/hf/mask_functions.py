@@ -1,0 +1,112 @@
+"""Transformers' mask functions, read: what of one is known in another way, and what must be evaluated pair by pair.
+
+A mask function says whether query q may see key k, `(batch, head, q, k) -> bool`, on tensors of indices that broadcast.
+
+Legend: B batch, N tokens, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
+# those whose pairs are known in another way: documents by number, a sliding window of the family from its pattern
+KNOWN = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    PACKED,
+    "sliding_window_overlay.<locals>.inner_mask",
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
+}
+COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
+
+
+def read_mask_function(mask_function: Callable | None, module_is_causal: bool) -> tuple[bool, Callable | None]:
+    """Is the mask causal, and what of it must be evaluated pair by pair (None: nothing)?"""
+    if mask_function is causal_mask_function:
+        return True, None
+    if mask_function is bidirectional_mask_function:
+        return False, None
+    if mask_function is None:
+        return bool(module_is_causal), None
+    if torch.compiler.is_compiling():
+        # a graph cannot read closures; the families join functions for packing and for their windows alone
+        is_known = _name(mask_function) in KNOWN or _name(mask_function) in COMBINATORS
+        return bool(module_is_causal), None if is_known else mask_function
+    leaves = list(_leaves(mask_function))
+    if all(_name(leaf) in KNOWN for leaf in leaves):
+        return any(leaf is causal_mask_function for leaf in leaves), None
+    return False, mask_function
+
+
+def packed_documents(mask_function: Callable | None, rows: int, length: int, device: torch.device) -> Tensor | None:
+    """The documents `[B, N]` that Transformers found in positions, None where it looked for none.
+
+    It does so where there is neither a padding mask nor a cache. A document begins where a token must not see the one before.
+    """
+    if mask_function is None or mask_function in (causal_mask_function, bidirectional_mask_function):
+        return None
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not any(_name(leaf) == PACKED for leaf in _leaves(mask_function)):
+        return None
+    if is_compiling and _name(mask_function) not in COMBINATORS:
+        return None
+    row = torch.arange(rows, device=device)[:, None]
+    here = torch.arange(1, length, device=device)[None]
+    together = mask_function(row, 0, here, here - 1).expand(rows, length - 1)
+    return pad((~together).long().cumsum(1), (1, 0))
+
+
+def explicit_mask(mask: Tensor, q_offset: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask function of a mask `[B or 1, 1, Q, K]` that is given."""
+    return mask[b if mask.shape[0] > 1 else torch.zeros_like(b), 0, q - q_offset, k]
+
+
+def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """A mask `[B or 1, 1, Q, K]` that the user made, bool (true: may see) or additive (0: may see), as a bool one.
+
+    Raises:
+        ValueError: another shape, or values that change scores.
+    """
+    if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (queries, keys):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask must be [batch, 1, {queries}, {keys}]"
+        )
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"a 4-D attention_mask has the dtype {mask.dtype}, of which 0 might say either; pass bool (True: may see), "
+            "or floating point (0: may see, -inf: may not)"
+        )
+    allowed = mask == 0
+    if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+        raise ValueError(
+            "a 4-D attention_mask that adds other values than 0 and -inf is a bias, which is not supported"
+        )
+    return allowed
+
+
+def _name(mask_function: Callable) -> str:
+    # in a graph, `getattr` with a default gives the default for functions that have closures
+    if torch.compiler.is_compiling() and not isinstance(mask_function, partial):
+        return mask_function.__qualname__
+    return getattr(mask_function, "__qualname__", "")
+
+
+def _leaves(mask_function: Callable) -> Iterator[Callable]:
+    """The mask functions that Transformers joined into this one."""
+    if _name(mask_function) not in COMBINATORS:
+        yield mask_function
+        return
+    for cell in mask_function.__closure__ or ():
+        inner = cell.cell_contents
+        for part in inner if isinstance(inner, tuple) else (inner,):
+            if callable(part):
+                yield from _leaves(part)

@@ -1,0 +1,204 @@
+"""`MaskRequest`: what a model asked its mask function for, once for all layers of a forward pass.
+
+Legend: B batch, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.operator import has_no_content
+from ...plan import BatchInfo, of_batch
+from .config import SparseConfigMixin, past
+from .documents import documents_of_bounds, number_documents
+from .inner_padding import PaddingFirst, counts_positions, has_inner_padding, without_inner_padding
+from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function
+from .streaming_cache import StreamingCache
+
+# why a model of Transformers cannot take one of our names for its attention
+DENSE = (
+    "{} is a dense model and has no pattern, so that attn_implementation={!r} does not know what its layers see; make it sparse "
+    "with sparse_hf.sparsify(model, 'window(255, 0) | first(4)'), or convert its folder with `sparse-hf convert`"
+)
+
+
+@dataclass(frozen=True)
+class StackFacts:
+    """What the layers of a stack share: its name, its heads, and the pattern of each layer before it is cut to the past."""
+
+    name: str
+    heads: int
+    patterns: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenData:
+    """What a forward pass says of its tokens beside the mask.
+
+    Args:
+        positions: `[B or 1, Q]`, from which packed documents are read.
+        bounds: `cu_seq_lens` of the keys: where documents begin in a single row, and the end of the last.
+        marks: `[B, K]` or of fewer keys, the `global_attention_mask`.
+    """
+
+    positions: Tensor | None = None
+    bounds: Tensor | None = None
+    marks: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.positions, self.bounds, self.marks
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padding, documents and marks in the form that plans want.
+
+    `padding_first` is there where padding inside a row would shift positions.
+    """
+
+    info: BatchInfo
+    padding_first: PaddingFirst | None = None
+
+
+@dataclass(eq=False)
+class MaskRequest:
+    """What the model asked its mask function for, and what its layers share, in `memo`."""
+
+    attention_mask: Tensor | None  # [B, K] bool, true on real tokens
+    mask_function: Callable | None
+    q_offset: int | Tensor
+    # with a mask of pairs, positions say nothing of documents
+    reads_documents: bool = True
+    memo: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor) -> MaskRequest:
+        """The request behind what a layer gets for its mask; a tensor is one of pairs, `[B or 1, 1, Q, K]`."""
+        if isinstance(given, MaskRequest):
+            return given
+        queries, keys = query.shape[2], key.shape[2]
+        if given is None:
+            return cls(None, None, keys - queries)
+        allowed = as_allowed(given, queries, keys)
+        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, reads_documents=False)
+
+    def to(self, device) -> MaskRequest:
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents)
+
+    def stack(self, module: Any) -> StackFacts:
+        """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
+        config, is_decoder = module.config, module.__dict__.get("is_decoder", False)
+        own = id(config), is_decoder
+        found = self.memo.get(own)
+        if found is None:
+            if not isinstance(config, SparseConfigMixin):
+                raise ValueError(DENSE.format(type(module).__name__, config._attn_implementation))
+            name = _stack(module)
+            found = StackFacts(name, config.heads_of(name), config.layer_patterns(name))
+            if not torch.compiler.is_compiling():
+                self.memo[own] = found
+        return found
+
+    def reading(self, module_is_causal: bool) -> tuple[bool, Callable | None]:
+        """Is the mask causal, and what of it must be evaluated pair by pair (None: nothing)?"""
+        if torch.compiler.is_compiling():
+            return read_mask_function(self.mask_function, module_is_causal)
+        own = "reading", bool(module_is_causal)
+        if own not in self.memo:
+            self.memo[own] = read_mask_function(self.mask_function, module_is_causal)
+        return self.memo[own]
+
+    def of_held(self, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
+        """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
+        held = key.shape[2]
+        own = "held", held, key.device
+        if own not in self.memo:
+            self.memo[own] = MaskRequest(cache.real(held, key.device), self.mask_function, held - query.shape[2])
+        return self.memo[own]
+
+    def batch(self, tokens: TokenData, query: Tensor, key: Tensor, pattern: str) -> Batch:
+        """Padding, documents and marks of a layer, made once for layers that hand over the same tensors."""
+        if has_no_content(query):
+            return self._batch_in_graph(tokens, query, key, pattern)
+        own = tuple(map(id, tokens.tensors)), query.shape[2], key.shape[2], query.device
+        if own not in self.memo:
+            # the tensors are kept, so that no others get their numbers
+            self.memo[own] = self._batch(tokens, query, key), tokens
+        return self.memo[own][0]
+
+    def _batch(self, tokens: TokenData, query: Tensor, key: Tensor) -> Batch:
+        real, end = self.attention_mask, int(self.q_offset) + query.shape[2]
+        # a mask of ones says nothing
+        real = None if real is None or bool(real.all()) else real
+        documents = self._documents(tokens, query, key)
+        documents = None if documents is None or not bool(documents.any()) else documents
+        info = of_batch(real, documents, _marks(tokens.marks, query, key, end))
+        if real is None or not bool(has_inner_padding(real, documents)):
+            return Batch(info)
+        cut = of_batch(*(None if t is None else t[:, :end] for t in info.tensors))
+        return Batch(info, PaddingFirst.of(cut, query.shape[2]))
+
+    def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, pattern: str) -> Batch:
+        """The same where nothing can be read off tensors: padding inside a row is refused when the graph runs."""
+        real, documents = self.attention_mask, self._documents(tokens, query, key)
+        if real is not None and counts_positions(pattern):
+            real = without_inner_padding(real, documents)
+        return Batch(of_batch(real, documents, _marks(tokens.marks, query, key, None)))
+
+    def _documents(self, tokens: TokenData, query: Tensor, key: Tensor) -> Tensor | None:
+        """The numbers of packed documents `[B, K]`. Whole sequences only (no cache)."""
+        (rows, _, keys, _), queries, device = key.shape, query.shape[2], key.device
+        if tokens.bounds is not None:
+            if rows != 1:
+                raise ValueError(f"cu_seq_lens are those of one row, and this batch has {rows}; pass position_ids")
+            return documents_of_bounds(tokens.bounds.to(device), keys)
+        if queries != keys or not self.reads_documents:
+            return None
+        if self.attention_mask is None:
+            found = packed_documents(self.mask_function, rows, keys, device)
+            if found is not None:
+                return found
+        positions = tokens.positions
+        if positions is None or positions.ndim != 2 or positions.shape[1] != keys:
+            return None
+        return number_documents(positions, self.attention_mask).expand(rows, -1)
+
+
+def layer_pattern(module: Any, stack: StackFacts, is_causal: bool) -> str:
+    """The text of a layer's pattern, cut to the past if the model is causal."""
+    # layers that share their weights do not know which they are
+    layer = module.__dict__.get("layer_idx") or 0
+    if layer >= len(stack.patterns):
+        return module.config.layer_pattern(layer, is_causal, stack.name)
+    return past(stack.patterns[layer]) if is_causal else stack.patterns[layer]
+
+
+def _stack(module) -> str:
+    """The stack that an attention module belongs to, as `config.stacks` names it."""
+    return "" if "" in module.config.stacks else "decoder" if module.is_decoder else "encoder"
+
+
+def _marks(given: Tensor | None, query: Tensor, key: Tensor, end: int | None) -> Tensor | None:
+    """Marks `[B, K]` bool. Keys behind the `end` are slots of a cache that nobody has filled yet."""
+    if given is None:
+        return None
+    # multiple choice gives [batch, choices, K]
+    marks = given.reshape(-1, given.shape[-1])
+    rows, keys = key.shape[0], key.shape[2]
+    wanted = keys if end is None else end
+    if marks.shape[1] < keys and (end is None or marks.shape[1] == end):
+        marks = torch.nn.functional.pad(marks, (0, keys - marks.shape[1]))
+    if marks.shape != (rows, keys):
+        raise ValueError(
+            f"global_attention_mask has shape {tuple(given.shape)}; it must cover all {wanted} keys of {rows} rows, those in the "
+            "cache included"
+        )
+    return marks.to(device=key.device, dtype=torch.bool)
