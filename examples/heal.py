@@ -1,11 +1,15 @@
-r"""Heal a converted decoder: more pre-training, or distillation from the dense model, all weights or LoRA.
+r"""Heal a converted decoder, by more pre-training or from the dense model.
 
-    python examples/heal.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" --max_length 8192 \
-        --train_file corpus.jsonl --output_dir out --distil --lora_rank 16 --edges 512 2048
+All weights are trained, or LoRA.
+
+    python examples/heal.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" \
+        --max_length 8192 --train_file corpus.jsonl --output_dir out --distil --lora_rank 16 \
+        --edges 512 2048
 
     python examples/heal.py --tiny --use_cpu --distil --output_dir out --max_steps 20     # seconds
 
-Perplexity is measured before and after, by position. Without files it trains on the chapters of a novel.
+Perplexity is measured before and after, by position. Without files it trains on the chapters of a
+novel.
 """
 
 from __future__ import annotations

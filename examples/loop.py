@@ -1,4 +1,4 @@
-"""The loop of Trainer by hand, with accelerate: accumulation, checkpoints and going on from them.
+"""The loop of Trainer by hand, with accelerate, accumulation and checkpoints.
 
 A run that goes on from a checkpoint has the losses of one that was not interrupted.
 """
@@ -56,8 +56,9 @@ def evaluate(accelerator, model, loader) -> float:
 
 
 def optimize(accelerator, model, optimizer, scheduler, batches, args) -> float:
-    """One step on several batches, and the mean loss of their tokens, of all processes."""
-    # heads divide by the number of tokens of the whole step, and accelerate averages over processes and batches
+    """Take one step on several batches; the mean loss of their tokens everywhere."""
+    # heads divide by the number of tokens of the whole step, and accelerate averages over processes
+    # and batches
     tokens = accelerator.reduce(sum(count(model, batch) for batch in batches).to(accelerator.device), "sum").clamp(
         min=1
     )
@@ -76,7 +77,10 @@ def optimize(accelerator, model, optimizer, scheduler, batches, args) -> float:
 
 
 def steps(accelerator, loader, collate, start: int, total: int, seed: int):
-    """The batches of each optimizer step from `start` on. Epochs are drawn from their number, so that none need be replayed."""
+    """The batches of each optimizer step from `start` on.
+
+    Epochs are drawn from their number, so that none need be replayed.
+    """
     accumulate = accelerator.gradient_accumulation_steps
     each = len(loader) // accumulate
     if not each:
@@ -104,12 +108,16 @@ def save(accelerator, model, tokenizer, progress: Progress, folder: Path) -> Non
 
 
 def train(auto_class, kind: str, collator: Callable, model_args, data_args, args) -> float:
-    """Train on packed rows, save, and give the perplexity. `kind` is "decoder" or "encoder"; `collator(model, tokenizer)`."""
+    """Train on packed rows, save, and give the perplexity.
+
+    `kind` is "decoder" or "encoder"; the collator is `collator(model, tokenizer)`.
+    """
     if data_args.streaming:
         raise ValueError("--streaming has no order to go on in after a checkpoint; use the example with Trainer")
     # rows come in an order that does not depend on the number of processes
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
-    # what a launcher's configuration says of it goes before arguments, and may be "auto", which only Trainer understands
+    # what a launcher's configuration says of it goes before arguments, and may be "auto", which
+    # only Trainer understands
     with patch_environment(accelerate_gradient_accumulation_steps=args.gradient_accumulation_steps):
         accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=order)
     texts = load_texts(model_args, data_args)
@@ -122,7 +130,8 @@ def train(auto_class, kind: str, collator: Callable, model_args, data_args, args
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     warmup = args.get_warmup_steps(args.max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
-    # the scheduler counts steps of the optimizer, whatever the processes and batches in each, so that accelerate leaves it alone
+    # the scheduler counts steps of the optimizer, whatever the processes and batches in each, so
+    # that accelerate leaves it alone
     model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, scheduler)

@@ -1,4 +1,6 @@
-"""Write model_cards/: one for each pair of family and recipe that was tested on real weights, from the committed results.
+"""Write model_cards/ from the committed results.
+
+There is one for each pair of family and recipe that was tested on real weights.
 
 python examples/make_cards.py
 

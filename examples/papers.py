@@ -1,12 +1,16 @@
-"""Papers and what experts say of each, in one sentence on its challenge, its approach and its outcome: ACLSum.
+"""ACLSum: papers, and what experts say of each.
 
-250 papers of computational linguistics, 4,500 words the median and 19,000 the longest, of which 100 are for training and 50 for
-validation. Experts read abstract, introduction and conclusion; here a text is the whole paper, as parsed from its PDF, with
-a line for each section's header, `3.1 Denoising Autoencoder`. Enough to fine-tune a model that can summarize already, and
-to try what it does with long texts; too little to teach one from nothing.
+That is one sentence on its challenge, its approach and its outcome each.
 
-The experts also marked the sentences of abstract, introduction and conclusion that say each of the three. So questions can be asked whose
-answers stand in the text, at its beginning or at its end: the answers are theirs, the words of the questions are ours.
+250 papers of computational linguistics, 4,500 words the median and 19,000 the longest, of which 100
+are for training and 50 for validation. Experts read abstract, introduction and conclusion; here a
+text is the whole paper, as parsed from its PDF, with a line for each section's header, `3.1
+Denoising Autoencoder`. Enough to fine-tune a model that can summarize already, and to try what it
+does with long texts; too little to teach one from nothing.
+
+The experts also marked the sentences of abstract, introduction and conclusion that say each of the
+three. So questions can be asked whose answers stand in the text, at its beginning or at its end:
+the answers are theirs, the words of the questions are ours.
 
 The package says MIT; the papers are their authors', from the ACL Anthology.
 """
@@ -42,7 +46,10 @@ def papers(split: str) -> Dataset:
 
 
 def questions(split: str) -> Dataset:
-    """Rows in SQuAD's shape, one for each aspect and part of a paper that has marked sentences; the first of them is the answer."""
+    """Rows in SQuAD's shape, one for each aspect and section with marked sentences.
+
+    The first marked sentence is the answer.
+    """
     folder = fetch(ACLSUM)
     rows = []
     for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -60,7 +67,10 @@ def questions(split: str) -> Dataset:
 
 
 def place(sentence: str, context: str) -> tuple[int, int] | None:
-    """Where a sentence begins and ends, however it is spaced; None if it stands there twice or not at all."""
+    """Where a sentence begins and ends, however it is spaced.
+
+    None if it stands there twice or not at all.
+    """
     places = [i for i, character in enumerate(context) if not character.isspace()]
     wanted, found = "".join(sentence.split()), "".join(context[i] for i in places)
     if found.count(wanted) != 1:

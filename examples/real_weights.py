@@ -1,7 +1,10 @@
-"""Real checkpoints, dense beside sparse: the same answers under a window as long as the text, and what a narrow one costs.
+"""Real checkpoints, dense beside sparse.
 
-A narrow window is also held against the dense model that is given the pattern as its mask. Every checkpoint is converted
-by `sparse_hf.convert` and measured in a process of its own, in float32 on the CPU.
+They give the same answers under a window as long as the text; a narrow one costs what is measured.
+
+A narrow window is also held against the dense model that is given the pattern as its mask. Every
+checkpoint is converted by `sparse_hf.convert` and measured in a process of its own, in float32 on
+the CPU.
 
     python examples/real_weights.py
     python examples/real_weights.py --only rxnmapper minilm
@@ -157,7 +160,7 @@ def sizes(batch: Batch) -> dict:
 
 
 def load(auto: type, folder: Path) -> PreTrainedModel:
-    """In float32; a weight that is missing or left over raises, where Transformers would only warn."""
+    """Load in float32; a weight that is missing or left over raises."""
     # some bare encoders come without a pooler
     options = {"add_pooling_layer": False} if auto is AutoModel else {}
     model, found = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
@@ -209,13 +212,16 @@ def compare_predictions(dense: PreTrainedModel, sparse: PreTrainedModel, batch: 
 
 @torch.inference_mode()
 def compare_masked(dense: PreTrainedModel, sparse: PreTrainedModel, batch: Batch) -> dict:
-    """The dense model with each layer's pattern as its mask must say what the sparse one says."""
+    """Compare with the dense model that has each layer's pattern as its mask."""
     both = zip(predictions(dense, batch, masks(sparse, batch)), predictions(sparse, batch), strict=True)
     return {"masked_max_abs_diff": max(float((a - b).abs().max()) for a, b in both)}
 
 
 def masks(sparse: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """[rows, 1, tokens, tokens], true where a query sees a key; one for each type of layers, if there are several."""
+    """[rows, 1, tokens, tokens], true where a query sees a key.
+
+    There is one for each type of layers, if there are several.
+    """
     config, length = sparse.config, batch.ids.shape[1]
     kinds = getattr(config, "layer_types", None) or ["all"] * config.num_hidden_layers
     at = torch.arange(length)
@@ -228,7 +234,10 @@ def masks(sparse: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
 
 
 def predictions(model: PreTrainedModel, batch: Batch, mask: Tensor | dict | None = None) -> Iterator[Tensor]:
-    """Logits [tokens or rows, classes] in chunks, of real tokens only; of a model without a head its last states."""
+    """Logits [tokens or rows, classes] in chunks, of real tokens only.
+
+    Of a model without a head, its last states.
+    """
     mask = batch.real.long() if mask is None else mask
     if hasattr(model, "lm_head"):
         states = model.model(input_ids=batch.ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -258,7 +267,7 @@ def compare_embeddings(dense: PreTrainedModel, sparse: PreTrainedModel, batch: B
 
 
 def refusal() -> dict:
-    """MPNet computes attention by itself: what conversion says to a small one of random weights."""
+    """What conversion says to a small MPNet, which computes attention by itself."""
     with tempfile.TemporaryDirectory() as scratch:
         config = MPNetConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
         MPNetModel(config).save_pretrained(Path(scratch) / "dense")
@@ -325,7 +334,10 @@ def table(entries: dict[str, dict]) -> Table:
 
 
 def differs(m: dict) -> bool:
-    """Beyond rounding, under a window as long as the text, or from the dense model with the pattern as its mask."""
+    """Do answers differ beyond rounding?
+
+    Under a window as long as the text, or from the dense model with the pattern as its mask.
+    """
     difference = m["max_abs_diff"] if m["name"] == "long" else m["masked_max_abs_diff"]
     return difference > 1e-3 * m["max_abs_dense"]
 

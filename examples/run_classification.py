@@ -1,11 +1,13 @@
-r"""Train a sparse model to classify long documents; accuracy and macro F1 by scikit-learn.
+r"""Train a sparse model to classify long documents, by accuracy and macro F1.
 
     python examples/run_classification.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
 
-Rows have a text and a label; without files they are State of the Union addresses and their speakers' parties, see sotu.py, evaluated on
-presidents that are not trained on: an exercise, of which 182 speeches teach little. The class token is marked where the pattern
-speaks of marks, and with `--headers` the section headers that match a regular expression too: `--headers "^(Article|Section) \d+"`.
+Rows have a text and a label; without files they are State of the Union addresses and their
+speakers' parties, see sotu.py, evaluated on presidents that are not trained on: an exercise, of
+which 182 speeches teach little. The class token is marked where the pattern speaks of marks, and
+with `--headers` the section headers that match a regular expression too:
+`--headers "^(Article|Section) \d+"`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def metrics(prediction) -> dict[str, float]:
 
 
 def encoded(documents, tokenizer, data_args, labels: dict, length: int, headers: MarkHeaders | None):
-    """Tokens, the number of the label and, with headers, their marks: columns that Trainer keeps."""
+    """Tokens, the number of the label and, with headers, their marks."""
 
     def encode(example):
         row = tokenized(example[data_args.text_column], tokenizer, length, headers)

@@ -1,4 +1,4 @@
-r"""Train a sparse decoder to predict the next token, on packed rows of whole documents.
+r"""Train a sparse decoder to predict the next token, on packed documents.
 
     python examples/run_clm.py --model_name_or_path your/llama --pattern "window(255, 0) | first(4)" \
         --max_length 8192 --train_file corpus.jsonl --output_dir out --num_train_epochs 1

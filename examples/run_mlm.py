@@ -1,10 +1,10 @@
-r"""Train a sparse encoder to fill in masked tokens, on packed rows of whole documents.
+r"""Train a sparse encoder to fill in masked tokens, on packed documents.
 
     python examples/run_mlm.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file corpus.jsonl --output_dir out
 
-The class token of each document is marked, so that `marked()` is Longformer's global attention. Reports perplexity of the
-masked tokens. Without files it trains on the chapters of a novel.
+The class token of each document is marked, so that `marked()` is Longformer's global attention.
+Reports perplexity of the masked tokens. Without files it trains on the chapters of a novel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MaskingArguments:
 
 
 def collator(model, tokenizer, probability: float, seed: int) -> RepeatableCollator:
-    """Masks tokens, keeps documents apart, and marks class tokens where the pattern speaks of marks."""
+    """Masks tokens, keeps documents apart, and marks class tokens for `marked()`."""
     if tokenizer.mask_token is None:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token; train the model with run_clm.py"

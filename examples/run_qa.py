@@ -1,12 +1,15 @@
-r"""Train a sparse encoder to find answers in long documents, each read whole: no strides, no windows to vote among.
+r"""Train a sparse encoder to find answers in long documents, each read whole.
+
+There are no strides, and no windows to vote among.
 
     python examples/run_qa.py --model_name_or_path your/bert --pattern "window(128, 128) | marked()" \
         --max_length 4096 --train_file train.jsonl --validation_file dev.jsonl --output_dir out
 
-Rows are SQuAD's: question, context, answers = {"text": [...], "answer_start": [...]}, of which the first is learned and asked for. Without
-files they ask which sentence of a paper's abstract, introduction or conclusion names its challenge, approach or outcome, see papers.py.
-Every token of the question is marked.
-Reports exact match and F1 of the answers' tokens (not of their words, as SQuAD's own script does).
+Rows are SQuAD's: question, context, answers = {"text": [...], "answer_start": [...]}, of which the
+first is learned and asked for. Without files they ask which sentence of a paper's abstract,
+introduction or conclusion names its challenge, approach or outcome, see papers.py. Every token of
+the question is marked. Reports exact match and F1 of the answers' tokens (not of their words, as
+SQuAD's own script does).
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ LONGEST = 128
 
 
 def encoded(rows, tokenizer, length: int):
-    """Question and context as a pair; answers as their first and last token, or the class token where there is none."""
+    """Question and context as a pair; answers as their first and last token.
+
+    Where there is no answer, they are the class token.
+    """
 
     def encode(row):
         made = tokenizer(

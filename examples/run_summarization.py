@@ -1,16 +1,20 @@
-r"""Train a sparse encoder-decoder to summarize long documents, each read whole; ROUGE of generated summaries.
+r"""Train a sparse encoder-decoder to summarize long documents, each read whole.
 
-    python examples/run_summarization.py --model_name_or_path your/led --max_source_length 16384 --max_target_length 256 \
-        --train_file train.jsonl --validation_file dev.jsonl --output_dir out --num_beams 4
+Generated summaries are scored by ROUGE.
 
-    python examples/run_summarization.py --model_name_or_path your/bart --max_source_length 8192 --output_dir out \
-        --pattern "window(256, 256) | marked()" --layers decoder=dense
+    python examples/run_summarization.py --model_name_or_path your/led --max_source_length 16384 \
+        --max_target_length 256 --train_file train.jsonl --validation_file dev.jsonl \
+        --output_dir out --num_beams 4
+
+    python examples/run_summarization.py --model_name_or_path your/bart --max_source_length 8192 \
+        --output_dir out --pattern "window(256, 256) | marked()" --layers decoder=dense
 
     python examples/run_summarization.py --tiny --use_cpu --output_dir out     # seconds
 
-Rows have a text and a summary; without files they are papers, see papers.py. Of each text the first token is marked where the
-pattern speaks of marks, as LED asks (arXiv:2004.05150, section 7), and with `--headers` the section headers that match a
-regular expression too: `--headers "^\d+(\.\d+)* [A-Z].*$"` in those papers.
+Rows have a text and a summary; without files they are papers, see papers.py. Of each text the first
+token is marked where the pattern speaks of marks, as LED asks (arXiv:2004.05150, section 7), and
+with `--headers` the section headers that match a regular expression too: in those papers
+`--headers "^\d+(\.\d+)* [A-Z].*$"`.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ class MarkFirst(Marks):
 
 
 def encoded(rows, tokenizer, data_args, summary_args, length: int, headers):
-    """Tokens of the text, with headers their marks, and tokens of the summary as labels."""
+    """Tokens of the text, with headers their marks, and labels of the summary."""
 
     def encode(row):
         source = tokenized(summary_args.source_prefix + row[data_args.text_column], tokenizer, length, headers)
@@ -91,7 +95,10 @@ def encoded(rows, tokenizer, data_args, summary_args, length: int, headers):
 
 
 def rouge(tokenizer, count: int) -> Callable:
-    """ROUGE-1, -2 and -L, F1 in percent of stemmed English words, and the mean number of generated tokens, of `count` rows."""
+    """ROUGE-1, -2 and -L, and the mean number of generated tokens, of `count` rows.
+
+    ROUGE is F1 in percent of stemmed English words.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
@@ -100,7 +107,8 @@ def rouge(tokenizer, count: int) -> Callable:
         return tokenizer.batch_decode(np.where(ids == IGNORED, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
     def metrics(prediction) -> dict[str, float]:
-        # behind them come those that several processes repeat to have batches alike, which Seq2SeqTrainer keeps
+        # behind them come those that several processes repeat to have batches alike, which
+        # Seq2SeqTrainer keeps
         made, wanted = (decoded(ids[:count]) for ids in (prediction.predictions, prediction.label_ids))
         scores = [scorer.score(right, found) for right, found in zip(wanted, made, strict=True)]
         lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in made]

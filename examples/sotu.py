@@ -1,4 +1,4 @@
-"""State of the Union addresses as data: long documents, each with the party of who gave it."""
+"""State of the Union addresses: long documents, each with its speaker's party."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def tiny_speeches() -> list[Speech]:
 
 
 def split(found: list[Speech], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which are learned from and which are asked for. Each of `SPLITS` seeds in a row asks for other presidents."""
+    """Which are learned from and which are asked for.
+
+    Each of `SPLITS` seeds in a row asks for other presidents.
+    """
     folds = StratifiedGroupKFold(SPLITS, shuffle=True, random_state=seed // SPLITS)
     parties, presidents = [s.party for s in found], [s.president for s in found]
     return list(folds.split(found, parties, presidents))[seed % SPLITS]
@@ -64,7 +67,10 @@ class Documents:
         return split(self.found, seed)
 
     def rows(self, chosen: np.ndarray, length: int, most: int = 1) -> tuple[list[dict], np.ndarray]:
-        """Up to `most` rows of each speech, class token and separator included, and the place in `chosen` that each is of."""
+        """Up to `most` rows of each speech, and the index in `chosen` that each is of.
+
+        Class token and separator are included.
+        """
         rows, places, step = [], [], length - 2
         for place, i in enumerate(chosen):
             for at in range(0, min(len(self.ids[i]), most * step), step):

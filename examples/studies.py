@@ -1,4 +1,4 @@
-"""What the two studies share: options, a clock of training steps, results that are kept between runs, and a canvas."""
+"""What the two studies share: options, a clock, results and a canvas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def newest(name: str) -> Path | None:
 
 
 class Clock(TrainerCallback):
-    """Seconds and peak memory of training steps; what Trainer does between them (evaluation, logs) is not counted."""
+    """Seconds and peak memory of training steps.
+
+    What Trainer does between them (evaluation, logs) is not counted.
+    """
 
     def __init__(self):
         self.seconds, self.peak = [], 0
@@ -83,7 +86,7 @@ def free() -> None:
 
 
 class Results:
-    """Entries in a JSON file, written after each, each with the date and the machine of its run.
+    """Entries in a JSON file, written after each, with date and machine of its run.
 
     Entries of an earlier run are kept, on whatever machine it was, if it had these settings.
 

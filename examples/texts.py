@@ -1,4 +1,7 @@
-"""Texts for `real_weights.py`, as batches of tokens: a novel, stories, chemical reactions, sentences with mistakes."""
+"""Texts for `real_weights.py`, as batches of tokens.
+
+A novel, stories, chemical reactions, sentences with mistakes.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ The sun rised over the hills and the birds singed.
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens; `real` is false at padding, `targets` says what each token is to predict."""
+    """Rows of tokens; `real` is false at padding, `targets` what tokens predict."""
 
     text: str
     ids: Tensor

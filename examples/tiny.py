@@ -1,4 +1,7 @@
-"""A tiny tokenizer, tiny random models and tiny texts, for `--tiny` and the tests: seconds on a CPU, no network."""
+"""A tiny tokenizer, tiny random models and tiny texts, for `--tiny` and the tests.
+
+They take seconds on a CPU, and no network.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SEA = "a whale and the old ship sailed over waves while wind blew salt on sails 
 
 
 def texts(count: int, seed: int = 0) -> list[dict]:
-    """Documents of several sections, `text` and a `label`: 0 speaks of law, 1 of the sea."""
+    """Documents of several sections, `text` and `label`: 0 is of law, 1 of the sea."""
     draw = random.Random(seed)
     made = []
     for row in range(count):
@@ -43,7 +46,7 @@ def texts(count: int, seed: int = 0) -> list[dict]:
 
 
 def questions(count: int, seed: int = 0) -> list[dict]:
-    """Rows in SQuAD's shape: the answer is the word after the article that is asked for."""
+    """Rows in SQuAD's shape: the answer is the word after the article asked for."""
     made = []
     for row, example in enumerate(texts(count, seed)):
         number = 1 + row % example["text"].count("Article")
@@ -62,7 +65,10 @@ def questions(count: int, seed: int = 0) -> list[dict]:
 
 
 def summaries(count: int, seed: int = 0) -> list[dict]:
-    """Documents and what to say of them, `text` and `summary`: how many articles there are, and of what they speak."""
+    """Documents and what to say of them, `text` and `summary`.
+
+    That is how many articles there are, and what they are about.
+    """
     made = []
     for example in texts(count, seed):
         subject = ("land and rent under contract", "a whale and men on a ship")[example["label"]]
@@ -71,7 +77,10 @@ def summaries(count: int, seed: int = 0) -> list[dict]:
 
 
 def tokenizer(causal: bool = False) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: every text has tokens, and decoding gives it back. `[CLS] text [SEP]`, or `text [SEP]` if causal."""
+    """Byte-level BPE: every text has tokens, and decoding gives it back.
+
+    A row is `[CLS] text [SEP]`, or `text [SEP]` if causal.
+    """
     made = Tokenizer(models.BPE(unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -111,5 +120,6 @@ def model(auto_class, kind: str, vocab_size: int, positions: int = 128, **change
     made = config(kind, vocab_size, positions)
     for name, value in changes.items():
         setattr(made, name, value)
-    # `from_config` would spread it over all processes under DeepSpeed's ZeRO-3, while only one makes it
+    # `from_config` would spread it over all processes under DeepSpeed's ZeRO-3, while only one
+    # makes it
     return auto_class._model_mapping[type(made)](made)

@@ -1,7 +1,7 @@
-"""What the training examples share: their arguments, the model, and texts as `datasets`.
+"""What the training examples share: arguments, the model, and texts.
 
-A dense model (`--pattern`) is converted into `output_dir/converted` first, which also gives it `--max_length` positions; a
-sparse folder is trained as it is.
+A dense model (`--pattern`) is converted into `output_dir/converted` first, which also gives it
+`--max_length` positions; a sparse folder is trained as it is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def parse(
     training=TrainingArguments,
     defaults: dict | None = None,
 ) -> tuple:
-    """Model, data and training arguments from the command line (or from one .json file), then those of `more`.
+    """Model, data and training arguments from the command line, then those of `more`.
+
+    The command line may be one .json file.
 
     `about` is what `--help` begins with.
     """
@@ -107,11 +109,14 @@ def parse(
 
 
 def load_model(auto_class, kind: str, model_args: ModelArguments, training_args, **changes):
-    """The sparse model and its tokenizer. `kind` says which model `--tiny` makes, see `tiny.config`.
+    """The sparse model and its tokenizer.
+
+    `kind` says which model `--tiny` makes, see `tiny.config`.
 
     Raises:
-        ValueError: a family or head that is not supported, a dense model without a pattern, a sparse one with another, a
-            pattern that cannot be read, or fewer positions than a row has tokens.
+        ValueError: a family or head that is not supported, a dense model without a pattern, a
+            sparse one with another, a pattern that cannot be read, or fewer positions than a row
+            has tokens.
     """
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
@@ -140,7 +145,10 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
 
 
 def _converted(source: str, most: int | None, pattern: str | None, model_args: ModelArguments, training_args) -> str:
-    """The folder of the sparse counterpart, made unless it is there; `most` is the positions of the source."""
+    """The folder of the sparse counterpart, made unless it is there.
+
+    `most` is the positions of the source.
+    """
     target = Path(training_args.output_dir) / "converted"
     grown = model_args.length if most is not None and model_args.length > most else None
     asked = {"source": source, "pattern": pattern, "layers": model_args.layers, "max_length": grown}
@@ -183,7 +191,8 @@ def load_texts(
 ) -> tuple[Dataset | IterableDataset, Dataset]:
     """Documents to train on and to evaluate on, with the columns of the source.
 
-    `columns` are those that there must be, and what asks for each; by default that of `--text_column`.
+    `columns` are those that there must be, and what asks for each; by default that of
+    `--text_column`.
 
     Raises:
         ValueError: a column that is not there, or a file that cannot be read.
@@ -246,7 +255,7 @@ def find_headers(header_args: HeaderArguments, model, pad) -> MarkHeaders | None
 
 
 def tokenized(text: str, tokenizer, length: int, headers: MarkHeaders | None = None) -> dict:
-    """One text as a row of tokens; with headers, their marks are a column that Trainer keeps."""
+    """One text as a row of tokens; with headers, their marks are a column."""
     row = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=headers is not None)
     if headers is None:
         return dict(row)
@@ -256,7 +265,10 @@ def tokenized(text: str, tokenizer, length: int, headers: MarkHeaders | None = N
 
 
 def run(trainer, training_args, evaluate) -> dict[str, float]:
-    """Train, going on from a checkpoint if asked, save, and evaluate. `--resume_from_checkpoint True` takes the last one."""
+    """Train, going on from a checkpoint if asked, save, and evaluate.
+
+    `--resume_from_checkpoint True` takes the last one.
+    """
     with TellAll():
         if training_args.do_train or not training_args.do_eval:
             trainer.train(resume_from_checkpoint=checkpoint(training_args))
@@ -275,10 +287,10 @@ def run(trainer, training_args, evaluate) -> dict[str, float]:
 
 
 def leave() -> None:
-    """Leave the group of processes together, as the last thing, when no wrapped model is held any more.
+    """Leave the group of processes together, when no wrapped model is held any more.
 
-    Over gloo a process that goes while another still writes may abort it, and a wrapped model that is freed after the end of
-    its group may wait for ever.
+    Over gloo a process that goes while another still writes may abort it, and a wrapped model that
+    is freed after the end of its group may wait for ever.
     """
     # Trainer and its model know each other
     gc.collect()

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# what does not end is ended after so long; nothing that works comes near it, however slow or busy a machine is
+# what does not end is ended after so long; nothing that works comes near it, however slow or busy a
+# machine is
 HANG_S = 1800
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
 def finished(*arguments: str) -> tuple[int, str]:
-    """Exit status of `python arguments...` and what it said; a launcher is ended in a way that it ends its processes."""
+    """Exit status of `python arguments...` and what it said.
+
+    A launcher that hangs is ended in a way that it ends its processes.
+    """
     command, environment = [sys.executable, "-W", "ignore", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

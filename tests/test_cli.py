@@ -121,7 +121,8 @@ def test_list_names_every_family():
     ("pattern", "peers"),
     [
         ("stride(7)", {"sdpa_dense"}),
-        # of windows FlexAttention, which is compiled for half a minute, where there is a C++ compiler
+        # of windows FlexAttention, which is compiled for half a minute, where there is a C++
+        # compiler
         pytest.param("window(40, 0)", {"sdpa_dense", "flex_attention"}, marks=pytest.mark.slow),
     ],
 )
@@ -154,7 +155,8 @@ def test_bench_compares_models_before_it_times_them(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_sweep(monkeypatch):
-    # before memory is measured; over all that a session of tests holds it takes a quarter of a second each time
+    # before memory is measured; over all that a session of tests holds it takes a quarter of a
+    # second each time
     monkeypatch.setattr("sparse_hf.bench.measure.gc.collect", lambda: 0)
 
 
@@ -165,7 +167,8 @@ def test_bench_plan_compares_tables_before_it_times_them(tmp_path, monkeypatch, 
     text = invoke("bench", "plan", pattern, "--lengths", "200,1000", "--device", "cpu", "--out", out, "--plot", png)
     rows = json.loads(out.read_text())["rows"]
     assert [(r["n"], r["kind"]) for r in rows] == [(n, kind) for n in (200, 1000) for kind in ("blocks", "tiles")]
-    # 8 query blocks of 128: the first key block, and from the third block on also the own and the one before
+    # 8 query blocks of 128: the first key block, and from the third block on also the own and the
+    # one before
     assert rows[2]["entries"] == 1 + 2 + 6 * 3 and rows[2]["table_bytes"] == 9 * 8 + 21 * (4 + 1)
     assert all(row["build_s"] > 0 for row in rows) and "goal at 1,048,576" in text and png.stat().st_size > 5000
     # tables that take partial tiles for full ones, by query or by key, and memory that is not there

@@ -1,4 +1,4 @@
-"""Committed results: each says where and when it was measured, and every reference to one exists."""
+"""Committed results say where and when they were made; references to them exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fla-core 0.6.0 and lsg-converter 0.1.9 compute, as read in their sources: dense, with a mask.
+"""What fla-core 0.6.0 and lsg-converter 0.1.9 compute, dense, with a mask.
 
 Signatures are theirs.
 """
@@ -10,7 +10,10 @@ from torch import nn
 
 
 def _attend(q, k, v, held, scale=None):
-    """q, k, v with heads before tokens; `held` `[G or 1, n, n]` says which pairs there are for each key head."""
+    """Attend to the pairs of each key head, `held` `[G or 1, n, n]`.
+
+    q, k and v have heads before tokens.
+    """
     held = held.repeat_interleave(q.shape[1] // held.shape[0], 0)[None]
     return nn.functional.scaled_dot_product_attention(q, k, v, held, scale=scale, enable_gqa=True)
 

@@ -1,4 +1,4 @@
-"""What a figure is: a median without the first call, on a device that is there, in a file that says where it was made."""
+"""What a figure is, on which device, and in which file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for `wait`, so that no test depends on how fast a machine is."""
+    """A clock that stands still but for `wait`, whatever the machine's speed."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now.seconds)
     now.wait = lambda seconds: setattr(now, "seconds", now.seconds + seconds)

@@ -1,4 +1,4 @@
-"""Whole models beside Transformers' class, in more than one implementation of its attention."""
+"""Whole models beside Transformers' class, in several attention implementations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sparse attention of other packages beside ours: stand-ins compute what the packages do, from the very arguments."""
+"""Sparse attention of other packages beside ours.
+
+Stand-ins compute what the packages do, from the very arguments.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def packages(tmp_path, monkeypatch):
     (layers / "lsg_self_attention.py").write_text("from tests.bench.stand_ins import LSGSelfAttention\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sparse_peers, "_gpu_only", lambda q: None)
-    # FlexAttention is compiled for half a minute, and all that a session holds is swept before memory is measured
+    # FlexAttention is compiled for half a minute, and all that a session holds is swept before
+    # memory is measured
     monkeypatch.setattr("sparse_hf.bench.peers.MAX_FLEX_TOKENS", 0)
     monkeypatch.setattr("sparse_hf.bench.measure.gc.collect", lambda: 0)
 

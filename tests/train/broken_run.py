@@ -1,4 +1,7 @@
-"""Training in several processes, one of which meets with an accident behind the first checkpoint: `test_bad_input.py` starts it."""
+"""Training in processes of which one has an accident behind the first checkpoint.
+
+`test_bad_input.py` starts it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ HEADS = {
 
 
 def rows(accident: str) -> list[dict[str, torch.Tensor]]:
-    """One for each process and step, in order; that of the second process in the fourth step is bad."""
+    """One row for each process and step, in order.
+
+    That of the second process in the fourth step is bad.
+    """
     generator, made = torch.Generator().manual_seed(0), []
     classes = 2 if "Classification" in HEADS[accident] else 97
     for row in range(2 * STEPS):
@@ -116,7 +122,8 @@ def main(way: str, accident: str, folder: str, resume: str) -> None:
     WAYS[way](accident, folder, resume == "resume")
     torch.distributed.barrier()
     sys.stdout.flush()
-    # gloo's threads may abort when processes take it down one after the other: all is written, so leave at once
+    # gloo's threads may abort when processes take it down one after the other: all is written, so
+    # leave at once
     os._exit(0)
 
 

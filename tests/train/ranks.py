@@ -1,6 +1,9 @@
-"""A global batch that several processes share, and what one step on it gives on each of them: `test_distributed.py` compares.
+"""A global batch that processes share, and what one step on it gives on each.
 
-Every rank writes the loss and all gradients that it ends up with, whole, whatever way its share was spread over the ranks.
+`test_distributed.py` compares.
+
+Every rank writes the loss and all gradients that it ends up with, whole, whatever way its share was
+spread over the ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ HEADS = {"bert": "BertForMaskedLM", "llama": "LlamaForCausalLM", "longformer": "
 WAYS = ("ddp", "fsdp2", "tp")
 DATA = {"bert": ("padded", "packed"), "llama": ("padded", "packed"), "longformer": ("padded",)}
 CELLS = [(family, way, data) for family in HEADS for way in WAYS for data in DATA[family]]
-# modules of an encoder's layer -> how tensor parallelism spreads them; Transformers has plans for decoders only
+# modules of an encoder's layer -> how tensor parallelism spreads them; Transformers has plans for
+# decoders only
 ENCODER_PLAN = {
     **{f"attention.self.{name}": "colwise" for name in ("query", "key", "value")},
     "attention.output.dense": "rowwise",
@@ -58,7 +62,7 @@ def stock(family: str):
 
 
 def whole_batch(family: str, data: str) -> dict[str, Tensor]:
-    """Rows with very different numbers of labels; of the padded ones the second half has none."""
+    """Rows with different numbers of labels; of padded ones the second half has none."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(LOWEST, VOCABULARY, (ROWS, LENGTH), generator=generator)
     labels, marks = ids.clone(), torch.zeros_like(ids)
@@ -88,7 +92,10 @@ def count(family: str, batch: dict[str, Tensor]) -> Tensor:
 
 
 def expected(family: str, data: str) -> dict[str, Tensor]:
-    """Loss and gradients of Transformers' model, one process, the whole batch, the pattern as a dense mask."""
+    """Loss and gradients of Transformers' model in one process, on the whole batch.
+
+    The pattern is its dense mask.
+    """
     model, batch = stock(family), whole_batch(family, data)
     if family != "longformer":
         model.set_attn_implementation("sdpa")
@@ -142,7 +149,7 @@ def spread(family: str, way: str, folder: str):
 
 
 def perplexity(folder: str, rows: int = 5) -> dict[str, float]:
-    """What `HealingTrainer` says of rows that two processes cannot share evenly, two at a time."""
+    """What `HealingTrainer` says of rows that two processes cannot share evenly."""
     model, batch = sparse_hf.sparsify(stock("llama"), SPARSE["llama"]), whole_batch("llama", "packed")
     arguments = TrainingArguments(
         output_dir=folder, per_device_eval_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
@@ -153,7 +160,7 @@ def perplexity(folder: str, rows: int = 5) -> dict[str, float]:
 
 
 def received_teacher(folder: str) -> dict[str, Tensor]:
-    """The teacher's weights in this rank, where FSDP's configuration lets only the first one load models."""
+    """The teacher's weights in this rank, where FSDP lets the first one load models."""
     student = sparse_hf.sparsify(stock("llama").float(), SPARSE["llama"])
     arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True)
     # on a CPU accelerate has no FSDP, whose variables it reads here

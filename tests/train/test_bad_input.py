@@ -1,4 +1,7 @@
-"""What cannot be trained is said, with the value and what to do; nothing hangs, and the last checkpoint stays good."""
+"""What cannot be trained is said, with the value and what to do.
+
+Nothing hangs, and the last checkpoint stays good.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,7 @@ def test_rotary_models_go_on_as_transformers_has_it_and_are_not_trained_there_un
 
 
 def test_scaled_angles_reach_as_far_as_they_are_scaled():
-    """Qwen2.5 is asked to keep its limit and to name the factor; what is converted has both."""
+    """Qwen2.5 keeps its limit and names the factor; what is converted has both."""
     model = sparse("LlamaForCausalLM")
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
     model.config.rope_parameters = scaling

@@ -1,4 +1,4 @@
-"""Collators mark what they say and change nothing else; packed rows give what their documents give apart."""
+"""Collators mark what they say; packed rows give what their documents give apart."""
 
 from __future__ import annotations
 
@@ -195,8 +195,8 @@ def pad(features):
     return made
 
 
-# of each way in which attention learns of positions: with the layers' arguments, or beside them where the dense class
-# keeps `position_ids` to itself, or by a model of our own
+# of each way in which attention learns of positions: with the layers' arguments, or beside them
+# where the dense class keeps `position_ids` to itself, or by a model of our own
 PACKED = ["Bert", "Roberta", "ModernBert", "DistilBert", "Longformer"]
 
 
@@ -249,7 +249,7 @@ def test_packed_loss_and_gradients_are_those_of_documents_apart(head):
 
 
 def packed_row(model) -> dict[str, torch.Tensor]:
-    """Two documents in a row, as `PackedCollator` makes them, checked before they leave the CPU."""
+    """Two documents in a row, as `PackedCollator` makes them, and checked."""
     columns = PackDocuments(64, first_position(model.config))(documents([20, 30]))
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     collator = PackedCollator(lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])})

@@ -1,4 +1,7 @@
-"""Several processes on the CPU have the loss and the gradients of one process of Transformers with the whole batch."""
+"""Several processes on the CPU have the loss and the gradients of one.
+
+That one is of Transformers, with the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import torch
 import sparse_hf
 from tests.train import ranks
 
-# heads of Transformers compute softmax, norms and losses in single precision, whatever the weights are in
+# heads of Transformers compute softmax, norms and losses in single precision, whatever the weights
+# are in
 LIMIT = 2e-6
 
 
@@ -49,7 +53,7 @@ def test_evaluation_counts_every_row_once(found, tmp_path):
 
 
 def test_every_process_has_the_teacher_that_one_loads(found):
-    """`fsdp_cpu_ram_efficient_loading` leaves the others a model of zeros, before Transformers 5.24."""
+    """FSDP's efficient loading leaves the others zeros, before Transformers 5.24."""
     dense = ranks.stock("llama").float().eval()
     wanted = {
         **dense.state_dict(),

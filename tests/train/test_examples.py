@@ -1,4 +1,4 @@
-"""The training examples run with `--tiny`, and one that was killed goes on as if nothing had happened."""
+"""The training examples run with `--tiny`, and go on after they were killed."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _config(folder: Path) -> dict:
 
 
 def test_models_are_taken_as_they_were_asked_for(tmp_path):
-    """A dense model gets the pattern and the positions that are asked for now; what is sparse keeps what it has."""
+    """A dense model gets pattern and positions as asked; a sparse one keeps its own."""
     quick = ["--max_steps", "1", "--save_strategy", "no"]
     run("run_mlm", tmp_path / "out", *quick)
     dense = ["--tiny", "False", "--model_name_or_path", str(tmp_path / "out" / "tiny"), "--train_file", _file(tmp_path)]
@@ -276,7 +276,7 @@ LEARNING = [
 
 
 def test_summaries_are_those_of_transformers_led(tmp_path):
-    """Learned, and then scored as Transformers' own LED with these weights and `<s>` global would be."""
+    """Learned, and scored as Transformers' LED with these weights and `<s>` global."""
     import torch
     from rouge_score.rouge_scorer import RougeScorer
     from transformers import AutoTokenizer, LEDConfig, LEDForConditionalGeneration
@@ -341,7 +341,10 @@ def test_summaries_without_rouge_say_so(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_summaries_by_other_families(family, tmp_path):
-    """A dense model of 64 positions reads 96 tokens, its headers marked; T5 has no class token."""
+    """A dense model of 64 positions reads 96 tokens, its headers marked.
+
+    T5 has no class token.
+    """
     from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
 
     from examples import tiny
@@ -383,7 +386,7 @@ def test_summaries_by_other_families(family, tmp_path):
 
 
 def test_texts_and_summaries_are_columns_of_a_row():
-    """The first token and headers are marked, the rest is cut off, and the prefix comes first."""
+    """First token and headers are marked, the rest is cut, and the prefix comes first."""
     from types import SimpleNamespace
 
     import torch
@@ -441,7 +444,7 @@ def test_papers_are_read_with_their_headers(tmp_path, monkeypatch):
 
 
 def write_paper(folder: Path, name: str, split: str, chosen: int) -> None:
-    """A paper of three parts, with two sentences in each, one of which says the outcome."""
+    """A paper of three sections with two sentences each, one of them the outcome."""
     parts = {part: [f"We saw {part} salt .", f"They say that {part} rows ( {name} ) ."] for part in PAPER_PARTS}
     flags = {part: [int(i == chosen) for i in range(2)] for part in parts}
     none = {part: [0, 0] for part in parts}

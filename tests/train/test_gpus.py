@@ -1,6 +1,9 @@
-"""The examples on two GPUs, by the configurations in examples/accelerate, give the losses of one process.
+"""The examples on two GPUs give the losses of one process.
 
-Run with `python -m pytest -q -m gpu tests/train/test_gpus.py`: a dozen launches of half a minute each, 18 with deepspeed.
+They are launched by the configurations in examples/accelerate.
+
+Run with `python -m pytest -q -m gpu tests/train/test_gpus.py`: a dozen launches of half a minute
+each, 18 with deepspeed.
 """
 
 from __future__ import annotations

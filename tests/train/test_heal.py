@@ -1,4 +1,4 @@
-"""Healing: a teacher that agrees teaches nothing, accumulation changes nothing, LoRA trains what it says."""
+"""Healing: teachers, accumulation, LoRA, perplexity by position."""
 
 from __future__ import annotations
 

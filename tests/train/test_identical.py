@@ -1,6 +1,9 @@
-"""What must change nothing changes nothing: accumulation, checkpointing, half precision, compilation, going on from a checkpoint.
+"""What must change nothing changes nothing.
 
-Models and batches are those of `ranks.py`, patterns head by head, padding or packed documents, a half without labels.
+Accumulation, checkpointing, half precision, compilation, going on from a checkpoint.
+
+Models and batches are those of `ranks.py`, patterns head by head, padding or packed documents, a
+half without labels.
 """
 
 from __future__ import annotations
@@ -51,7 +54,10 @@ def together(grads: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "data"), CASES)
 def test_two_times_four_rows_are_eight(family, data):
-    """Gradients add up to those of Transformers' model with all rows, also where four rows have no labels."""
+    """Gradients add up to those of Transformers' model with all rows.
+
+    Also where four rows have no labels.
+    """
     model, batch = sparse_model(family).double(), ranks.whole_batch(family, data)
     tokens, total = ranks.count(family, batch), 0.0
     for half in range(2):
@@ -106,7 +112,10 @@ def test_checkpointing_changes_no_bit(family, data, reentrant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("family", "data"), CASES)
 def test_half_precision_is_as_near_as_its_roundings(family, data, dtype):
-    """Autocast, and for float16 a scaler that must find nothing to skip: scores of masked pairs must not overflow."""
+    """Autocast, and for float16 a scaler that must find nothing to skip.
+
+    Scores of masked pairs must not overflow.
+    """
     model, batch = sparse_model(family), ranks.whole_batch(family, data)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, enabled=dtype == torch.float16)
     # a step of nothing, that leaves the gradients to look at

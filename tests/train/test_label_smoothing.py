@@ -1,4 +1,4 @@
-"""Label smoothing, which Trainer computes itself: the labels that it shifts, or not, are those that it shifts of the dense model."""
+"""Label smoothing, which Trainer computes itself, shifts as for dense models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_smoothed_loss_is_the_dense_models(head, tmp_path):
 
 
 def test_healing_smooths_labels_beside_a_teacher(tmp_path):
-    """Trainer takes the labels out of the batch, and the teacher's terms need them still."""
+    """Trainer takes labels out of the batch, and the teacher's terms need them still."""
     teacher = dense_model("BertForMaskedLM")
     student = sparse_hf.sparsify(dense_model("BertForMaskedLM"), "window(3, 3)").train()
     found = {}

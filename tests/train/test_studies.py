@@ -1,4 +1,4 @@
-"""The studies run with `--tiny`, measure what they say, and keep what they have measured."""
+"""The studies run with `--tiny`, and keep what they have measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def run(study, folder: Path, *options: str) -> dict:
 
 
 def perplexity(mask: torch.Tensor | None, edges: tuple[int, ...], length: int = 64) -> list[float]:
-    """Of the tiny held-out texts by the dense model, of all tokens and between edges: loops and a mask of pairs."""
+    """Perplexity of the tiny held-out texts by the dense model, with a mask of pairs.
+
+    Of all tokens, and between edges.
+    """
     case = study_healing.TINY
     model, tokenizer = case.load().eval(), case.tokenizer()
     sums, counts = torch.zeros(len(edges) + 1), torch.zeros(len(edges) + 1)
@@ -45,7 +48,7 @@ def perplexity(mask: torch.Tensor | None, edges: tuple[int, ...], length: int = 
 
 
 def scaled():
-    """The tiny model with larger weights, without which attention is nearly uniform and a pattern hardly shows."""
+    """The tiny model with larger weights, so that a pattern shows."""
     model = TINY.load()
     for parameter in model.parameters():
         if parameter.ndim == 2:
