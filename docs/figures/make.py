@@ -38,7 +38,7 @@ def cells(axes: Axes, colors: Sequence[Sequence[str]], title: str) -> None:
     """Queries down, keys across, a coloured cell each."""
     queries, keys = len(colors), len(colors[0])
     # a path for each colour, and one for the grid: hundreds of paths would make a large file
-    for color in {color for row in colors for color in row} - {NOTHING}:
+    for color in sorted({color for row in colors for color in row} - {NOTHING}):
         axes.add_patch(_patch(stretches(colors, color), facecolor=color, edgecolor="none"))
     lines = [[(0, i), (keys, i)] for i in range(queries)] + [[(j, 0), (j, queries)] for j in range(keys)]
     axes.add_patch(_patch(lines, facecolor="none", edgecolor=GRID, linewidth=0.4))
