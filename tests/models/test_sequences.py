@@ -115,12 +115,18 @@ def test_generation_with_a_cache_equals_without(pattern, beams):
 
 
 def test_marks_must_cover_the_cache():
-    sparse = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "window(8, 0) | marked()", global_token_ids=[5])
+    dense = dense_model("LlamaForCausalLM")
+    sparse = sparse_hf.sparsify(dense, "window(8, 0) | marked()", global_token_ids=[5])
     text = documents()[0]
-    first = sparse(text[:, :30], use_cache=True)
+    # one that another model has filled remembers no marks
+    first = dense(text[:, :30], use_cache=True)
     past = {"cache": first["cache"]} if "cache" in first else {"past_key_values": first.past_key_values}
     with pytest.raises(ValueError, match=r"cannot be found in a cache; pass global_attention_mask for all keys"):
         sparse(text[:, 30:], **past)
+    with pytest.raises(ValueError, match=r"must cover all 50 keys of 1 rows, those in the cache included"):
+        sparse(text[:, 30:], **past, global_attention_mask=torch.ones(1, 20))
+    first = sparse(text[:, :30], use_cache=True)
+    past = {"cache": first["cache"]} if "cache" in first else {"past_key_values": first.past_key_values}
     marks = (text == 5).long()
     got = sparse(text[:, 30:], **past, global_attention_mask=marks).logits
     torch.testing.assert_close(got, sparse(text).logits[:, 30:], **LIMIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,53 @@ def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
         )
 
 
+def kept_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Cache]:
+    """The cache for a step of `generate`, where the dense class has thrown it away to compute all tokens again.
+
+    Phi-3 does so where its angles change, and would go on with one that keeps all keys.
+
+    Args:
+        model: that generates.
+        input_ids: the text so far, without what only a cache holds.
+        given: arguments of `prepare_inputs_for_generation`.
+        inputs: what it gives to `forward`.
+
+    Raises:
+        ValueError: tokens that only the cache holds would have to be computed again.
+    """
+    cache = given_cache(given)
+    if cache is None or given_cache(inputs) is not None:
+        return {}
+    takes = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in takes), None)
+    if name is None:
+        return {}
+    held, tokens = cached_tokens(cache), new_tokens(inputs)
+    if held:
+        if tokens is None or tokens.shape[1] != text_length(input_ids, given):
+            raise ValueError(
+                f"{type(model).__name__} computes all tokens again at this length, where its positions are scaled anew, and {held} of "
+                "them are only in the cache; pass the whole text to generate, not new tokens alone"
+            )
+        cache.reset()
+    return {name: cache}
+
+
+def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
+    """Tokens in the cache and new ones, of a step of `generate`.
+
+    Args:
+        input_ids: the text so far, without what only a cache holds; or a piece of it, where a prompt is taken in pieces.
+        kwargs: further arguments of `prepare_inputs_for_generation`.
+    """
+    new, embeddings = kwargs.get("next_sequence_length"), kwargs.get("inputs_embeds")
+    if new is None:
+        new = input_ids.shape[1]
+        if embeddings is not None and kwargs.get("is_first_iteration"):
+            new = embeddings.shape[1]
+    return cached_tokens(given_cache(kwargs)) + new
+
+
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
     """Have a cache of the dense family, which slides over a window that the pattern need not share, keep all keys.
 
@@ -83,7 +131,9 @@ def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    for index, layer in enumerate(cache.layers if cache is not None else ()):
+    if cache is None:
+        return
+    for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = _filled(DynamicLayer(), layer)
         elif isinstance(layer, (StaticSlidingWindowLayer, GrownStaticLayer)):

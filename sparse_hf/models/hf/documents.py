@@ -5,6 +5,9 @@ Legend: B batch, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -43,6 +46,32 @@ def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
     )
     begins = is_lowest & (falls | repeats & packs)
     return pad(begins.long().cumsum(1), (1, 0))
+
+
+# by what name FlashAttention's bounds of documents come, `[documents + 1]`
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def check_bounds(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse `cu_seq_lens` without `position_ids` where positions would run on from document to document.
+
+    Rotary ones may: they tell distances alone.
+
+    Raises:
+        ValueError: a model with a table of positions, or one with two texts, of which they would both be.
+    """
+    if all(given.get(name) is None for name in BOUNDS):
+        return
+    scheme = config.positions
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"cu_seq_lens were given, and {config.model_type} has two texts; give it one text to a row, padded"
+        )
+    if scheme is not None and scheme.has_table and given.get("position_ids") is None:
+        raise ValueError(
+            f"cu_seq_lens were given without position_ids, so that the positions of {config.model_type} would run on from document to "
+            "document; pass position_ids too, which begin anew with each"
+        )
 
 
 def documents_of_bounds(bounds: Tensor, length: int) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .cache import begin_streaming, given_cache, keep_all, new_tokens
+from .cache import begin_streaming, given_cache, keep_all, kept_cache, new_tokens
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
+from .documents import check_bounds
 from .input_checks import Limits, check_no_positions
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
-from .marks import forward_marks, generation_marks
+from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
 from .tensor_parallel import check_division
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 else:
     _Model = _GeneratingModel = object
 
+# what `generate` calls before each pass
+PREPARES = "prepare_inputs_for_generation"
 GLOBAL_MASK_DOC = """
 
     global_attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
@@ -133,19 +136,37 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
     Transformers' protocol of what generates asks for attributes that no class of its own declares, which a type checker minds.
     """
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # classes of users that derive from a head of ours call ours
+        if issubclass(cls, PreTrainedModel) and SparseGenerationMixin in cls.__bases__:
+            parent = cls.__dict__.get(PREPARES) or getattr(super(cls, cls), PREPARES)
+            setattr(cls, PREPARES, _with_own_inputs(parent))
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         keep_all(given_cache(model_kwargs), 0, max_length)
+        marks = whole_marks(self.config, model_kwargs, prompt_length(generation_config, model_kwargs))
+        if marks is not None:
+            model_kwargs["global_attention_mask"] = marks
 
+
+def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`prepare_inputs_for_generation` with marks and the user's cache; `generate` reads the parent's signature off it."""
+    names = list(inspect.signature(parent).parameters)[2:]
+
+    @functools.wraps(parent)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        parent = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
-        inputs = parent(input_ids, *args, **kwargs)
-        marks = generation_marks(self.config, input_ids, kwargs.get("global_attention_mask"))
+        inputs = parent(self, input_ids, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
             inputs["global_attention_mask"] = marks
-        return inputs
+        return inputs | kept_cache(self, input_ids, given, inputs)
+
+    return prepare_inputs_for_generation
 
 
 def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,6 +184,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
         if num_items_in_batch is not None and self.training:
             num_items_in_batch = at_least_one(num_items_in_batch)
+        if not torch.compiler.is_compiling():
+            check_spelling(kwargs, signature.parameters)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
@@ -175,6 +198,9 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = parent(self, *args, **kwargs)
+        if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
+            # one that the dense class has made
+            remember_marks(output, kwargs["global_attention_mask"])
         if kwargs.get("labels") is not None and self.accepts_loss_kwargs:
             output = rescaled(self, output, kwargs["labels"], num_items_in_batch)
         return output
@@ -205,6 +231,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     own: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         Limits.of(model).check(given)
+        check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)

@@ -73,8 +73,8 @@ class StreamingCache(Cache):
     @property
     def rows(self) -> int | None:
         """Batch rows of the tokens that it has seen; None before the first."""
-        keys = self.layers[0].keys if self.layers else None
-        return None if keys is None else keys.shape[0]
+        keys = (layer.keys for layer in self.layers if isinstance(layer, StreamingLayer))
+        return next((t.shape[0] for t in keys if t is not None), None)
 
     def real(self, held: int, device: torch.device) -> Tensor | None:
         """Of a layer's `held` keys, which are no padding: bool `[B, held]`, or None if all are."""
@@ -120,21 +120,28 @@ class StreamingLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         take = self._take_one if key_states.shape[2] == 1 and self.sees_all else self._take
-        found = take(self.keys, key_states), take(self.values, value_states)
+        self.keys, keys = take(self.keys, key_states)
+        self.values, values = take(self.values, value_states)
         self.seen += key_states.shape[2]
-        return found
+        return keys, values
 
-    def _take_one(self, held: Tensor, new: Tensor) -> Tensor:
+    def _take_one(self, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """What is held then, and what the token sees."""
         slot = self._slot(self.seen)
-        held[:, :, slot : slot + 1] = new
-        return held[:, :, : self.seen + 1]
+        if _is_written_once(held, new):
+            held = torch.cat((held[:, :, :slot], new, held[:, :, slot + 1 :]), 2)
+        else:
+            held[:, :, slot : slot + 1] = new
+        return held, held[:, :, : self.seen + 1]
 
-    def _take(self, held: Tensor, new: Tensor) -> Tensor:
+    def _take(self, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """What is held then, and what the tokens see."""
         begin, end = self.seen, self.seen + new.shape[2]
         past = held.index_select(2, self._slots(self._kept(0, begin, self.left)))
         kept = self._kept(begin, end, self.left + 1)
-        held.index_copy_(2, self._slots(kept), new.index_select(2, kept - begin))
-        return torch.cat((past, new), 2) if begin else new
+        write = held.index_copy if _is_written_once(held, new) else held.index_copy_
+        held = write(2, self._slots(kept), new.index_select(2, kept - begin))
+        return held, torch.cat((past, new), 2) if begin else new
 
     def _kept(self, begin: int, end: int, last: int) -> Tensor:
         """Of the tokens from `begin` to `end`, exclusive, those that are first or among the `last` before `end`."""
@@ -182,6 +189,11 @@ class StreamingLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             self.activate_past_recording()
+
+
+def _is_written_once(held: Tensor, new: Tensor) -> bool:
+    """Must keys be copied to take more, since gradients go through them, or they were made in inference mode?"""
+    return new.requires_grad or held.requires_grad or held.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _patterns(config: PreTrainedConfig) -> list[str]:
