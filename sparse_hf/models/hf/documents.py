@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...attention.written_out import running_max, running_min
+
 
 def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
     """The number of each token's document from 0, `[B, N]`: one begins where positions of real tokens begin anew.
@@ -26,17 +28,17 @@ def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
     """
     here, counts = position_ids[:, 1:], None
     if real is None:
-        previous, lowest = position_ids[:, :-1], position_ids.cummin(1).values[:, :-1]
+        previous, lowest = position_ids[:, :-1], running_min(position_ids)[:, :-1]
     else:
         position_ids = position_ids.expand_as(real)
         here = position_ids[:, 1:]
         # padding repeats positions, so that the last real token before counts, if there is one
         index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last_real = torch.where(real, index, -1).cummax(1).values[:, :-1]
+        last_real = running_max(torch.where(real, index, -1))[:, :-1]
         counts = real[:, 1:] & (last_real >= 0)
         previous = position_ids.gather(1, last_real.clamp(min=0))
         beyond = torch.iinfo(torch.long).max
-        lowest = torch.where(real, position_ids.long(), beyond).cummin(1).values[:, :-1]
+        lowest = running_min(torch.where(real, position_ids.long(), beyond))[:, :-1]
     falls, repeats, is_lowest = here < previous, here == previous, here <= lowest
     if counts is not None:
         falls, repeats = falls & counts, repeats & counts

@@ -201,7 +201,7 @@ def find_marks(config: SparseConfigMixin, input_ids: Tensor | None, given: Tenso
     """Marks given by hand, and the tokens named in the configuration: bool of the shape of what was given."""
     found = None
     if config.global_token_ids and input_ids is not None:
-        found = torch.isin(input_ids, torch.tensor(config.global_token_ids, device=input_ids.device))
+        found = (input_ids[..., None] == torch.tensor(config.global_token_ids, device=input_ids.device)).any(-1)
     if given is None:
         return found
     given = given.bool()
