@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.models.hf import attention_interface as seam
+from sparse_hf.models.hf.config import IMPLEMENTATIONS
 from sparse_hf.models.perceiver.cross_attention import attend_across, attend_across_with_weights
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
@@ -23,6 +23,7 @@ from tests.models.perceivers import (
     POSITIONS,
     SIDES,
     TEXTS,
+    VOCABULARY,
     answers,
     as_double,
     assert_as_exact,
@@ -59,11 +60,12 @@ def test_latents_attend_by_their_pattern(kind, pattern, monkeypatch):
     found = answers(ours, batch)
     called = []
 
-    def defined(q, k, v, text, *, dropout, backend):
+    def defined(config, qkv, text, batch, *, dropout, wants_weights):
         called.append(text)
-        return oracle.attention(q, k, v, oracle.dense_mask(text, q.shape[2], k.shape[2]))[0]
+        length = qkv[0].shape[2]
+        return oracle.attention(*qkv, oracle.dense_mask(text, length, length))[0], None
 
-    monkeypatch.setattr("sparse_hf.models.perceiver.modeling.sparse_attention", defined)
+    monkeypatch.setattr("sparse_hf.models.perceiver.modeling.attend_by_pattern", defined)
     for name, wanted in answers(ours, batch).items():
         torch.testing.assert_close(found[name], wanted, msg=lambda m, name=name: f"{name}: {m}")
     # two blocks of the same two layers
@@ -310,6 +312,36 @@ def test_trainer_trains(head, tmp_path):
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
 
 
+@pytest.mark.parametrize("count", [105, 90])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_vocabulary_grows_and_shrinks(kind, count, tmp_path):
+    """Transformers looks for latents where words are, and fails."""
+    stock, batch = stock_model(kind), inputs(kind)
+    name = "inputs" if "inputs" in batch else "input_ids"
+    batch = {k: v if v.is_floating_point() else v.clamp(max=89) for k, v in batch.items()}
+    ours = sparse_hf.sparsify(stock)
+    wanted = sparse_hf.sparsify(stock)(**batch)[0 if "labels" not in batch else 1]
+    words = ours.resize_token_embeddings(count)
+    found = ours(**batch)[0 if "labels" not in batch else 1]
+    shared = min(count, found.shape[-1]) if kind == "PerceiverForMaskedLM" else found.shape[-1]
+    torch.testing.assert_close(found[..., : min(shared, VOCABULARY)], wanted[..., : min(shared, VOCABULARY)])
+    assert words.num_embeddings == ours.config.vocab_size == count
+    if kind != "PerceiverForMaskedLM":
+        return
+    assert found.shape[-1] == count
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, ours(**batch).logits)
+    batch[name][0, 0] = count - 1
+    assert ours(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TEXTS])
+def test_what_reads_no_text_has_no_vocabulary(kind):
+    with pytest.raises(NotImplementedError, match="reads no text here"):
+        sparse_hf.sparsify(stock_model(kind)).resize_token_embeddings(105)
+
+
 def _forward(head: str, **changes):
     return lambda: sparse_hf.sparsify(stock_model(head))(**{**inputs(head), **changes})
 
@@ -318,6 +350,7 @@ def _forward(head: str, **changes):
     ("call", "message"),
     [
         (_forward("PerceiverForMaskedLM", input_ids=torch.ones(1, 65, dtype=torch.long)), "65 tokens; the table of positions has 64"),
+        (_forward("PerceiverForMaskedLM", input_ids=torch.full((2, 9), 97)), "input_ids hold 97; the vocabulary is 0 to 96"),
         (_forward("PerceiverModel", attention_mask=torch.ones(2, 36)), r"attention_mask has shape \(2, 36\)"),
         (_forward("PerceiverModel", attention_mask=torch.ones(2, 1, 13, 37)), r"attention_mask has shape \(2, 1, 13, 37\)"),
         (_forward("PerceiverModel", global_attention_mask=torch.ones(2, 37)), "latents, of which .* are no tokens"),
@@ -336,4 +369,4 @@ def test_bad_input_is_refused(call, message):
 
 def test_the_family_is_found_by_name():
     assert sparse_hf.family_of("perceiver").implies_pattern and len(HEADS) == 8
-    assert seam.IMPLEMENTATIONS["sparse"] == "auto"
+    assert IMPLEMENTATIONS["sparse"] == "auto"

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...attention import attention, with_weights
-from ...attention.backend import AttentionCall
-from ...attention.dropout import Dropout
-from ...attention.scoring import Scoring
-from ...pattern import Pattern
 from ...plan import NOTHING
-from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
+from ..hf.config import SparseConfigMixin
+from ..hf.own_modules import attend_by_pattern
 from ..hf.processes import owes_gradients
 from ..hf.tensor_parallel import own_heads
 from .halves import ALL_KEYS, halves
@@ -78,7 +74,8 @@ class GlobalRowsMixin(_Module):
             global_out, global_weights = self._attend((q, k, v), rows, tokens, output_attentions)
             is_marked = tokens.marks[:, None, :, None]
             out = _by_token(torch.where(is_marked, global_out, out))
-            weights = None if weights is None else torch.where(is_marked, global_weights, weights)
+            if weights is not None and global_weights is not None:
+                weights = torch.where(is_marked, global_weights, weights)
         return (out,) if weights is None else (out, weights)
 
     def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows, of_marked: Sequence[Tensor]) -> Tensor:
@@ -101,7 +98,8 @@ class GlobalRowsMixin(_Module):
             k, v = key(states), value(states)
         q = q.view(len(states), most, -1)  # [B, M, E]
         mask = None if where.seen is None else where.seen[:, None]
-        rows = scaled_dot_product_attention(*map(self._heads, (q, k, v)), mask)
+        q, k, v = map(self._heads, (q, k, v))
+        rows = scaled_dot_product_attention(q, k, v, mask)
         rows = rows.transpose(1, 2).reshape(-1, out.shape[-1])  # [B * M, E]
         return write_rows(out, marked_only(rows, where), where.marked)
 
@@ -115,7 +113,7 @@ class GlobalRowsMixin(_Module):
         where = tokens.rows
         index = tokens.order if where is None else tokens.order[:, : len(where.index) // len(states)]
         is_marked = None if where is not None and where.slots is None else tokens.marks.gather(1, index)
-        q = self.query_global(taken(states, index))
+        (q,) = self._project(GLOBAL[:1], taken(states, index))
         k, v = self._project(GLOBAL[1:], taken(states, tokens.order))
         rows, _ = self._attend((q, k, v), ALL_KEYS, tokens.sorted())  # [B, H, M, D]
         return replaced_rows(out, rows, index, is_marked)
@@ -144,15 +142,11 @@ class GlobalRowsMixin(_Module):
         self, qkv: tuple[Tensor, Tensor, Tensor], pattern: str, tokens: Tokens, wants_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Attention `[B, H, N, D]` by a pattern, of queries, keys and values `[B, N, E]`, and the weights if asked for."""
-        dropout = Dropout.draw(self.dropout if self.training else 0.0)
-        scoring = Scoring(self.head_dim**-0.5)
         q, k, v = map(self._heads, qkv)
-        call = AttentionCall(q, k, v, pattern, 0, scoring, dropout, tokens.batch, wants_lse=False)
-        if wants_weights:
-            call.pattern = Pattern.parse(pattern)
-            out, _, weights = with_weights(call)
-            return out, weights
-        return attention(call, IMPLEMENTATIONS[self.config._attn_implementation])[0], None
+        dropout = self.dropout if self.training else 0.0
+        return attend_by_pattern(
+            self.config, (q, k, v), pattern, tokens.batch, q_offset=0, dropout=dropout, wants_weights=wants_weights
+        )
 
 
 def _by_token(t: Tensor) -> Tensor:

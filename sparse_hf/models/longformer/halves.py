@@ -15,12 +15,6 @@ ALL_KEYS = str(MarkedQueries())
 LONGEST_TEXT = 1 << 30
 
 
-def window_pattern(attention_window: int | list[int], layer: int) -> str:
-    """What `attention_window` means: the total width, so each side is half of it; and the global tokens."""
-    width = attention_window if isinstance(attention_window, int) else attention_window[layer]
-    return f"window({width // 2}, {width // 2}) | {Marked.word}()"
-
-
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
 def halves(text: str) -> tuple[str, str | None]:

@@ -4,6 +4,8 @@ The encoder is Longformer's, see there. Self-attention of the decoder sees its p
 holds of it; cross-attention stays dense, which is linear in the source.
 """
 
+from typing import Any
+
 import torch
 from transformers import LEDConfig
 from transformers.models.bart.modeling_bart import BartAttention
@@ -15,19 +17,17 @@ from transformers.models.led.modeling_led import (
     LEDEncoderSelfAttention,
 )
 
-from ..hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
 from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
+from .attention_window import AttentionWindowEncoderConfigMixin, window_pattern
 from .global_rows import GlobalRowsMixin, run_layers
-from .halves import window_pattern
 from .tokens import read_tokens
 
 
-class SparseLEDConfig(SparseEncoderDecoderConfigMixin, LEDConfig):
+class SparseLEDConfig(AttentionWindowEncoderConfigMixin, LEDConfig):
     model_type = "sparse_led"
-    implies_pattern = True
 
     def implied_pattern(self, stack: str, layer: int) -> str:
         if stack == "decoder":
@@ -81,8 +81,9 @@ class SparseLEDDecoderAttention(LEDDecoderAttention):
     """The same projections, computed as BART's, which is on Transformers' attention interface."""
 
     def forward(self, hidden_states, key_value_states=None, output_attentions=False, **kwargs):
-        # the cache goes by the name that this version of Transformers gives it
-        out, weights = BartAttention.forward(self, hidden_states, key_value_states, **kwargs)
+        # it has all that the other's code asks for, and the cache goes by the name that this version of Transformers gives it
+        as_bart: Any = self
+        out, weights = BartAttention.forward(as_bart, hidden_states, key_value_states, **kwargs)
         return out, weights, None
 
 
@@ -90,8 +91,9 @@ class SparseLEDDecoder(SparseMixin, LEDDecoder):
     config: SparseLEDConfig
 
     def number_layers(self) -> None:
-        """Tell the attention modules what BART's know from the start."""
-        for layer in self.layers:
+        """Give the attention modules what BART's have from the start."""
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
             for attention in (layer.self_attn, layer.encoder_attn):
                 attention.config = self.config
                 attention.is_causal = attention is layer.self_attn

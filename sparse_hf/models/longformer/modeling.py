@@ -26,19 +26,18 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from ..hf.config import SparseConfigMixin
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
 from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
+from .attention_window import AttentionWindowConfigMixin, window_pattern
 from .global_rows import GlobalRowsMixin, run_layers
-from .halves import window_pattern
 from .tokens import read_tokens
 
 
-class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
+class SparseLongformerConfig(AttentionWindowConfigMixin, LongformerConfig):
     model_type = "sparse_longformer"
-    implies_pattern = heads_mark = True
+    heads_mark = True
 
     def implied_pattern(self, stack: str, layer: int) -> str:
         return window_pattern(self.attention_window, layer)

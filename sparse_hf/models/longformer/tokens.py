@@ -5,7 +5,7 @@ Legend: B batch, N tokens, M most marked tokens of any batch row, T marked token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ class MarkedRows:
     hidden: Tensor | None  # the opposite of `seen`
 
     def to(self, device: torch.device) -> MarkedRows:
-        found = (getattr(self, field.name) for field in fields(self))
-        return MarkedRows(*(None if t is None else t.to(device) for t in found))
+        index, marked = self.index.to(device), self.marked.to(device)
+        optional = (None if t is None else t.to(device) for t in (self.slots, self.seen, self.hidden))
+        return MarkedRows(index, marked, *optional)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,8 @@ def read_tokens(
     documents = None if position_ids is None else number_documents(position_ids, real).expand(states.shape[:2])
     if torch.compiler.is_compiling():
         if older is not None and marks is None:
-            torch._assert_async(~older.any(), "attention_mask holds 2; under torch.compile pass global_attention_mask")
+            said = "attention_mask holds 2; under torch.compile pass global_attention_mask"
+            torch.ops.aten._assert_async.msg(~older.any(), said)
         marks = marks if marks is None or older is None else marks | older
         return _in_graph(real, marks, documents)
     if older is not None:

@@ -27,9 +27,10 @@ def attend_across(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, dropout:
         return _dropping(q, k, v, real, dropout)
     scale, width = q.shape[-1] ** -0.5, max(q.shape[-1], v.shape[-1])
     # the kernels without a tensor of both lengths want one head dim; zeros change neither scores nor values
-    padded = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    values = v.shape[-1]
+    q, k, v = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     mask = None if real is None else real[:, None, None, :]
-    return scaled_dot_product_attention(*padded, mask, dropout, scale=scale)[..., : v.shape[-1]]
+    return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)[..., :values]
 
 
 def _dropping(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, dropout: float) -> Tensor:
@@ -43,7 +44,9 @@ def _dropping(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, dropout: flo
         real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
     k, v = (pad(t, (0, 0, 0, short)) for t in (k, v))
     marks = pad(real, (0, short)).expand(q.shape[0], -1)
-    return sparse_attention(q, k, v, KEPT, marks=marks, q_offset=0, dropout=dropout)
+    out = sparse_attention(q, k, v, KEPT, marks=marks, q_offset=0, dropout=dropout)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def attend_across_with_weights(

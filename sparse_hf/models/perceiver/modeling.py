@@ -11,9 +11,10 @@ latents read; rows of padded outputs are those of Transformers. Attention weight
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PerceiverConfig,
     PerceiverForImageClassificationConvProcessing,
@@ -33,12 +34,14 @@ from transformers.models.perceiver.modeling_perceiver import (
     PerceiverTextPreprocessor,
 )
 
-from ...attention import sparse_attention
 from ...pattern import Pattern
-from ...plan import build_plan
-from ..hf.attention_interface import MaskRequest, attention_with_weights
-from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
-from ..hf.model_mixin import SparseMixin, adopt
+from ...plan import NOTHING
+from ..hf.attention_interface import MaskRequest
+from ..hf.config import SparseConfigMixin
+from ..hf.counterparts import adopt
+from ..hf.input_checks import check_ids
+from ..hf.model_mixin import SparseMixin
+from ..hf.own_modules import attend_by_pattern, backend_of
 from ..hf.positions import Positions
 from ..hf.register import register_family
 from .cross_attention import attend_across, attend_across_with_weights
@@ -82,13 +85,19 @@ class SparsePerceiverConfig(SparseConfigMixin, PerceiverConfig):
 
 @lru_cache(maxsize=256)
 def _looks_back_only(text: str, latents: int) -> bool:
-    pattern, place = Pattern.parse(text), torch.arange(latents)
-    pairs = [p.allows(place[:, None], place[None, :]) for p in pattern.heads or (pattern,)]
+    pattern, index = Pattern.parse(text), torch.arange(latents)
+    pairs = [p.allows(index[:, None], index[None, :]) for p in pattern.heads or (pattern,)]
     return any(bool(p.tril(-1).any()) and not p.triu(1).any() for p in pairs)
 
 
 class SparsePerceiverSelfAttention(PerceiverSelfAttention):
-    """Attention of latents to inputs, of latents to latents by their pattern, and of outputs to latents."""
+    """Attention of latents to inputs, of latents to latents by their pattern, and of outputs to latents.
+
+    `config` and `layer_idx` are set by the model around it.
+    """
+
+    config: SparsePerceiverConfig
+    layer_idx: int
 
     def forward(
         self,
@@ -108,24 +117,16 @@ class SparsePerceiverSelfAttention(PerceiverSelfAttention):
         v = self.transpose_for_scores(self.value(source), self.v_channels_per_head)
         dropout = self.dropout.p if self.training else 0.0
         if inputs is None:
-            out, weights = self._among_latents(q, k, v, dropout, output_attentions)
+            pattern = self.config.layer_pattern(self.layer_idx)
+            out, weights = attend_by_pattern(
+                self.config, (q, k, v), pattern, NOTHING, dropout=dropout, wants_weights=output_attentions
+            )
+        elif backend_of(self.config) == "reference":
+            out, weights = attend_across_with_weights(q, k, v, _real_inputs(inputs_mask, inputs), dropout)
         else:
-            reads = attend_across_with_weights if self._is_reference else attend_across
-            found = reads(q, k, v, _real_inputs(inputs_mask, inputs), dropout)
-            out, weights = found if self._is_reference else (found, None)
+            out, weights = attend_across(q, k, v, _real_inputs(inputs_mask, inputs), dropout), None
         out = out.transpose(1, 2).flatten(2)
         return (out, weights) if output_attentions else (out,)
-
-    @property
-    def _is_reference(self) -> bool:
-        return IMPLEMENTATIONS[self.config._attn_implementation] == "reference"
-
-    def _among_latents(self, q, k, v, dropout: float, with_weights: bool) -> tuple[Tensor, Tensor | None]:
-        pattern = self.config.layer_pattern(self.layer_idx)
-        if with_weights:
-            return attention_with_weights(q, k, v, build_plan(pattern, q.shape[2], device=q.device), dropout)
-        backend = IMPLEMENTATIONS[self.config._attn_implementation]
-        return sparse_attention(q, k, v, pattern, dropout=dropout, backend=backend), None
 
 
 def _real_inputs(mask: MaskRequest | Tensor | None, inputs: Tensor) -> Tensor | None:
@@ -146,9 +147,12 @@ class SparsePerceiverLayer(GradientCheckpointingLayer, PerceiverLayer):
 
 
 class SparsePerceiverTextPreprocessor(PerceiverTextPreprocessor):
-    def forward(self, inputs: Tensor, *args, **kwargs):
+    # Transformers asks for `LongTensor`, which no tensor of whole numbers is to a type checker
+    def forward(self, inputs: Any, *args, **kwargs):
         """As the parent's; raises ValueError for a text longer than the table of positions."""
         most = self.position_embeddings.num_embeddings
+        if not torch.compiler.is_compiling():
+            check_ids(self.embeddings.num_embeddings, inputs)
         if inputs.shape[1] > most:
             raise ValueError(
                 f"inputs have {inputs.shape[1]} tokens; the table of positions has {most}: cut them, or convert the checkpoint "
@@ -166,7 +170,7 @@ class SparsePerceiverTextDecoder(PerceiverBasicDecoder):
 
 
 class SparsePerceiverMixin(SparseMixin):
-    """What all heads add to the parent's: gradient checkpointing."""
+    """What all heads add to the parent's: gradient checkpointing, and vocabularies that grow."""
 
     config: SparsePerceiverConfig
     config_class = SparsePerceiverConfig
@@ -177,15 +181,39 @@ class SparsePerceiverMixin(SparseMixin):
         adopt(self)
         super().post_init()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As [`PreTrainedModel.resize_token_embeddings`], of the words of a text, where the parent finds latents.
+
+        Raises:
+            NotImplementedError: a model that reads something else than text.
+        """
+        text = getattr(self, "perceiver", self).input_preprocessor
+        if not isinstance(text, PerceiverTextPreprocessor):
+            raise NotImplementedError(
+                f"{type(self).__name__} reads no text here, and has no embeddings of tokens to resize"
+            )
+        words = self._get_resized_embeddings(text.embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        text.embeddings = words.requires_grad_(text.embeddings.weight.requires_grad)
+        self.config.vocab_size = words.num_embeddings
+        head = getattr(self, "embedding_decoder", None)
+        if head is not None:
+            kept = head.bias.data[: words.num_embeddings]
+            head.vocab_size = words.num_embeddings
+            head.bias = nn.Parameter(nn.functional.pad(kept, (0, words.num_embeddings - len(kept))))
+        return words
+
 
 class SparsePerceiverModel(SparsePerceiverMixin, PerceiverModel):
     """[`PerceiverModel`] with any preprocessor and decoder of Transformers' Perceiver."""
 
     def number_layers(self) -> None:
         for module in self.modules():
-            if isinstance(module, PerceiverSelfAttention):
+            if isinstance(module, SparsePerceiverSelfAttention):
                 module.config = self.config
-        for number, layer in enumerate(self.encoder.self_attends):
+        layers: list[Any] = list(self.encoder.self_attends)
+        for number, layer in enumerate(layers):
             layer.attention.self.layer_idx = number
 
 
@@ -193,7 +221,8 @@ class SparsePerceiverForMaskedLM(SparsePerceiverMixin, PerceiverForMaskedLM):
     """[`PerceiverForMaskedLM`] whose logits are `[batch, tokens, vocabulary]` for texts of any length up to the table's."""
 
     def number_layers(self) -> None:
-        self.perceiver.decoder.__class__ = SparsePerceiverTextDecoder
+        decoder: Any = self.perceiver.decoder
+        decoder.__class__ = SparsePerceiverTextDecoder
 
 
 class SparsePerceiverForSequenceClassification(SparsePerceiverMixin, PerceiverForSequenceClassification):

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention, ReformerDynamicCache
 
-from ...attention import attention, with_weights
-from ...attention.backend import AttentionCall
-from ...attention.dropout import Dropout
 from ...attention.hashed.reformer import chunked_attention, chunked_weights
-from ...attention.scoring import Scoring
 from ...pattern import LSHChunks, MarkedKeys, Pattern, Ring
 from ...plan import NOTHING, BatchInfo, of_batch
 from ...plan.hash_order import Chunking, hash_vectors
-from ..hf.config import IMPLEMENTATIONS, SparseConfigMixin
+from ..hf.config import SparseConfigMixin
+from ..hf.own_modules import attend_by_pattern, backend_of
 
 # a vector is divided by its length, which may be 0; as in Transformers
 EPSILON = 1e-6
@@ -124,7 +121,7 @@ class SparseLSHSelfAttention(LSHSelfAttention):
             "scale": self.attention_head_size**-0.5,
         }  # fmt: skip
         dropout = self.dropout if self.training else 0.0
-        backend = _backend(self.config)
+        backend = backend_of(self.config)
         out, lse = chunked_attention(query, key, value, chunking, **how, dropout=dropout, backend=backend)
         alone = lse == -torch.inf
         if text.real is not None:
@@ -204,20 +201,17 @@ class SparseLocalSelfAttention(LocalSelfAttention):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor | None]:
         """By the pattern, as a set of pairs."""
         pattern, batch = self._pattern(text)
-        scoring, dropout = Scoring(self.attention_head_size**-0.5), Dropout.draw(self.dropout if self.training else 0.0)
-        call = AttentionCall(q, k, v, pattern, k.shape[2] - q.shape[2], scoring, dropout, batch, wants_lse=False)
-        if text.with_weights:
-            call.pattern = Pattern.parse(pattern)
-            out, _, weights = with_weights(call)
-            return out, weights
-        return attention(call, _backend(self.config))[0], None
+        dropout = self.dropout if self.training else 0.0
+        return attend_by_pattern(
+            self.config, (q, k, v), pattern, batch, dropout=dropout, wants_weights=text.with_weights
+        )
 
     def _attend_in_ring(
         self, q: Tensor, k: Tensor, v: Tensor, chunking: Chunking, text: Text
     ) -> tuple[Tensor, Tensor | None]:
         """Chunk by chunk, where a chunk may be met twice."""
         how = {"real": text.real, "is_causal": self.is_decoder, "scale": self.attention_head_size**-0.5}
-        dropout, backend = self.dropout if self.training else 0.0, _backend(self.config)
+        dropout, backend = self.dropout if self.training else 0.0, backend_of(self.config)
         backend = backend if backend == "reference" else "auto"
         out, _ = chunked_attention(q, k, v, chunking, **how, dropout=dropout, backend=backend)
         if not text.with_weights:
@@ -245,12 +239,6 @@ class SparseLocalSelfAttention(LocalSelfAttention):
             return pattern, text.batch
         # Transformers' ring closes where the batch ends
         return seen_part(pattern), text.ring_batch
-
-
-def _backend(config: SparseConfigMixin) -> str:
-    name = config._attn_implementation
-    assert name is not None
-    return IMPLEMENTATIONS[name]
 
 
 def _without_autocast(t: Tensor) -> AbstractContextManager:

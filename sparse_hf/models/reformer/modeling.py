@@ -56,13 +56,15 @@ class SparseReformerConfig(SparseConfigMixin, ReformerConfig):
     implies_pattern = True
 
     def implied_pattern(self, stack: str, layer: int) -> str:
-        # a configuration of Transformers may have None, or a list of factors
+        # Transformers' types allow None, and a list of factors
         if self.attn_layers[layer] == LOCAL:
             fields = self.local_attn_chunk_length, self.local_num_chunks_before, self.local_num_chunks_after
-            return str(Ring(*(number or 0 for number in fields)))
+            size, before, after = (number or 0 for number in fields)
+            return str(Ring(size, before, after))
         fields = self.lsh_attn_chunk_length, self.lsh_num_chunks_before, self.lsh_num_chunks_after
-        number = tuple(self.num_buckets) if isinstance(self.num_buckets, list) else self.num_buckets
-        return str(LSHChunks(*(number or 0 for number in fields), self.num_hashes, number, self.hash_seed))
+        size, before, after = (number or 0 for number in fields)
+        buckets = tuple(self.num_buckets) if isinstance(self.num_buckets, list) else self.num_buckets
+        return str(LSHChunks(size, before, after, self.num_hashes, buckets, self.hash_seed))
 
     def pattern_of(self, stack: str, layer: int, pattern: Pattern | None) -> Pattern:
         # a pattern of positions is one for local layers, and one of hashes for hashed ones

@@ -247,7 +247,7 @@ class _Reversible(torch.autograd.Function):
                 feed_forward = _Half(layer.feed_forward.forward_chunk, own.feed_forward, numbers[1])
                 chunks = zip(layer.feed_forward.chunks(first), layer.feed_forward.chunks(grad_second), strict=True)
                 with before_feed_forward.again():
-                    pulled = [feed_forward.pull(*chunk, found) for chunk in chunks]
+                    pulled = [feed_forward.pull(chunk, grad, found) for chunk, grad in chunks]
                 change, grad = (_join(both) for both in zip(*pulled, strict=True))
                 second, grad_first = second - change, grad_first + grad
                 attention = _Half(partial(_change, layer.attention, ctx.text, buckets), own.attention, numbers[0])
@@ -258,7 +258,7 @@ class _Reversible(torch.autograd.Function):
 
 
 # where a graph is broken it comes here: what CUDA graphs hold would write over what is computed again
-_reversible = torch.compiler.disable(_Reversible.apply)
+_reversible: Any = torch.compiler.disable(_Reversible.apply)
 
 
 def _change(attention: SparseReformerAttention, text: Text, buckets: Tensor | None, states: Tensor) -> Tensor:
