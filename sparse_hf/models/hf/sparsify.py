@@ -15,6 +15,9 @@ from .counterparts import COUNTERPARTS, adopt
 from .layer_spec import LayersLike
 from .register import dense_class, family_of
 
+# after the name of a model that was made sparse and has no folder yet
+UNSAVED = " (made sparse in memory: save_pretrained it, and load that folder)"
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -57,7 +60,20 @@ def sparsify(
         config._experts_implementation = experts
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
+    _name_no_folder(sparse)
     return sparse
+
+
+def _name_no_folder(sparse: PreTrainedModel) -> None:
+    """Have a model in memory no longer name the folder of the dense one, which others would load in its place.
+
+    An adapter writes down the name of its model, and TRL loads a second one by that of the configuration.
+    """
+    name = vars(sparse).get("name_or_path") or sparse.config._name_or_path
+    for module in sparse.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module)["name_or_path"] = name and f"{name.removesuffix(UNSAVED)}{UNSAVED}"
+            module.config._name_or_path = ""
 
 
 def _spelt(value: Any) -> str:
