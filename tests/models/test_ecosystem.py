@@ -390,11 +390,13 @@ def test_generation_by_prompt_lookup():
 
 @pytest.mark.parametrize("kind", ["empty", "filled", "static"])
 @pytest.mark.parametrize("head", ["MistralForCausalLM", "Gemma3ForCausalLM"])
-def test_generation_with_a_sliding_cache_of_the_users(head, kind):
+@pytest.mark.parametrize("slides", [True, False])
+def test_generation_with_a_sliding_cache_of_the_users(head, kind, slides):
     sparse, ids = sparse_model(head), prompt(head)["input_ids"][1:]
     given = {"max_cache_len": 300} if kind == "static" else {}
-    cache = (transformers.StaticCache if given else transformers.DynamicCache)(config=sparse.config, **given)
-    assert any(cache.is_sliding)
+    config = dense_model(head).config if slides else sparse.config
+    cache = (transformers.StaticCache if given else transformers.DynamicCache)(config=config, **given)
+    assert any(cache.is_sliding) == slides
     name = next(name for name in CACHE_NAMES if name in inspect.signature(sparse.forward).parameters)
     if kind == "filled":
         answers(sparse, {"input_ids": ids[:, :-5], name: cache})
