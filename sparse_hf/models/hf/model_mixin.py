@@ -20,7 +20,7 @@ from .input_checks import Limits, check_no_positions
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
-from .saving import warn_of_lost_pattern
+from .saving import SavedByOthers
 from .tensor_parallel import check_division
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,7 @@ GLOBAL_MASK_DOC = """
         1 on the tokens that the pattern's `marked()` speaks of: they attend to all tokens and all attend to them."""
 
 
-class SparseMixin(_Model):
+class SparseMixin(SavedByOthers, _Model):
     """Attention by the configuration's pattern, marks from `global_attention_mask` or `global_token_ids`.
 
     Comes before the dense class among the bases: `class SparseBertModel(SparseMixin, BertModel)`.
@@ -76,13 +76,6 @@ class SparseMixin(_Model):
         """As Transformers'; `sparse_attention` names a pattern for each layer that there is by then."""
         with self.config.saved_as(layer_numbers(self, self.config.stacks)):
             super().save_pretrained(*args, **kwargs)
-
-    def state_dict(self, *args, **kwargs):
-        """As torch's; inside a model that is saved, it warns if what is saved does not name the pattern."""
-        prefix = kwargs.get("prefix") or (args[1] if len(args) > 1 else "")
-        if prefix:
-            warn_of_lost_pattern(self, prefix)
-        return super().state_dict(*args, **kwargs)
 
     def default_marks(self, input_ids: Tensor) -> Tensor | None:
         """What a head marks by itself where no `global_attention_mask` is given."""

@@ -18,41 +18,51 @@ from .config import SparseConfigMixin
 
 logger = logging.get_logger(__name__)
 
-_SAVES = inspect.unwrap(PreTrainedModel.save_pretrained).__code__
+
+class SavedByOthers:
+    """Of a sparse model: it warns where another one that holds it is saved without its pattern."""
+
+    config: SparseConfigMixin
+
+    def state_dict(self, *args, **kwargs):
+        """As torch's. Transformers asks a model that it saves for its weights, which asks the models inside."""
+        prefix = kwargs.get("prefix") or (args[1] if len(args) > 1 else "")
+        saved = _saved_model() if prefix else None
+        if saved is not None:
+            _warn_of_lost_pattern(self, prefix.rstrip("."), saved)
+        return super().state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - of a mixin's model
 
 
-def warn_of_lost_pattern(model: Any, prefix: str) -> None:
-    """Warn if `model` is being saved by another that does not name its pattern.
+def _saved_model() -> PreTrainedModel | None:
+    """The model of which `save_pretrained` asks the weights, found among the callers; None where nobody saves.
 
-    Transformers asks a model that it saves for its weights, which asks the models inside, and tells them not for what. So the
-    saving model is found among the callers.
-
-    Args:
-        model: a sparse model that is asked for its weights.
-        prefix: what their names begin with.
+    Nor where a sparse model is in between, which says all that there is to say.
     """
-    saved = _saved_model()
-    if saved is None or any(_names(config, model.config) for config in _configurations(saved.config)):
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _SAVES:
+        if frame.f_code is _ASKED and frame.f_locals.get("prefix"):
+            return None
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("model_to_save", frame.f_locals.get("self"))
+
+
+_SAVES, _ASKED = inspect.unwrap(PreTrainedModel.save_pretrained).__code__, SavedByOthers.state_dict.__code__
+
+
+def _warn_of_lost_pattern(model: Any, name: str, saved: PreTrainedModel) -> None:
+    """Warn if the configuration of the model that is saved names no such pattern as that of the sparse one within it."""
+    if any(_names(config, model.config) for config in _configurations(saved.config)):
         return
-    name, parts = prefix.rstrip("."), getattr(type(saved.config), "sub_configs", None)
-    within = next((part for part in parts or () if getattr(saved.config, part, None) is not None), None)
+    dense_type = type(model.config).__bases__[1].model_type
+    alike = [key for key, value in vars(saved.config).items() if getattr(value, "model_type", None) == dense_type]
     remedy = f"save {name!r} by itself, or apply sparse_hf.sparsify again after loading"
-    if within is not None:
-        remedy = f"set its configuration first, as in model.config.{within} = model.{name}.config"
+    if alike:
+        part = name if name in alike else alike[0]
+        remedy = f"set model.config.{part} = model.{name}.config before saving"
     logger.warning(
         f"what {type(saved).__name__} saves says nothing of the pattern of {name!r}, a sparse {type(model).__name__} within it, and "
         f"loads as a dense model: {remedy}"
     )
-
-
-def _saved_model() -> PreTrainedModel | None:
-    """The outermost model that is being saved by `save_pretrained`; None if none is."""
-    frame, found = sys._getframe(2), None
-    while frame is not None:
-        if frame.f_code is _SAVES:
-            found = frame.f_locals.get("model_to_save", frame.f_locals.get("self"))
-        frame = frame.f_back
-    return found
 
 
 def _configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

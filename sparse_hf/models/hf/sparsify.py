@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .layer_spec import LayersLike
-from .register import dense_class, family_of
+from .register import dense_class, family_of, find_family
 
 # after the name of a model that was made sparse and has no folder yet
 UNSAVED = " (made sparse in memory: save_pretrained it, and load that folder)"
@@ -43,6 +43,9 @@ def sparsify(
             f"sparsify takes a model of Transformers that is loaded, and got {_spelt(model)}; load it with from_pretrained, or "
             "make a sparse folder with sparse_hf.convert"
         )
+    family = find_family(model.config.model_type)
+    if family is None or type(model) not in COUNTERPARTS and type(model) not in family.classes:
+        _refuse_around(model)
     family = family_of(model.config.model_type)
     if type(model) not in COUNTERPARTS and type(model) not in family.classes:
         heads = ", ".join(dense_class(c).__name__ for c in family.classes)
@@ -74,6 +77,30 @@ def _name_no_folder(sparse: PreTrainedModel) -> None:
         if isinstance(module, PreTrainedModel):
             vars(module)["name_or_path"] = name and f"{name.removesuffix(UNSAVED)}{UNSAVED}"
             module.config._name_or_path = ""
+
+
+def _refuse_around(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model without a sparse counterpart that holds models with one, and say how to make these sparse."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        is_within = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not is_within and isinstance(module, PreTrainedModel):
+            family = find_family(module.config.model_type)
+            if family is not None and (type(module) in COUNTERPARTS or type(module) in family.classes):
+                found[name] = module
+    if not found:
+        return
+    first, child = next(iter(found.items()))
+    part = next((key for key, value in vars(model.config).items() if value is child.config), None)
+    then = (
+        ""
+        if part is None
+        else f", and model.config.{part} = model.{first}.config, so that what is saved names the pattern"
+    )
+    raise ValueError(
+        f"{type(model).__name__} has no sparse counterpart, and models within it have: {', '.join(found)}. Make each sparse by itself, "
+        f"model.{first} = sparse_hf.sparsify(model.{first}, pattern){then}"
+    )
 
 
 def _spelt(value: Any) -> str:
