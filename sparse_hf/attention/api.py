@@ -13,7 +13,7 @@ from torch import Tensor
 from ..pattern.base import as_pattern
 from ..pattern.forms import read_hashes
 from ..pattern.like import PatternLike
-from ..plan import BlockPlan, of_batch
+from ..plan import NOTHING, BlockPlan, of_batch
 from .autograd import attend
 from .backend import AttentionCall, Backend, PlanLike
 from .composite.global_tokens import takes_pattern, why_not_tensors
@@ -78,8 +78,9 @@ def sparse_attention(
     if isinstance(pattern, BlockPlan):
         plan = _checked_plan(pattern, q, k, (*batch, q_offset))
         scoring.check(q.shape[1], plan.q_offset + q.shape[2] - 1, k.shape[2])
-        call = AttentionCall(q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), wants_lse=return_lse)
-        call.chosen_plan = plan
+        call = AttentionCall(
+            q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), NOTHING, return_lse, chosen_plan=plan
+        )
         out, lse = attend(call, route(call, backend))
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
-from ..plan import NOTHING, BatchInfo, BlockPlan, PlanKey, find_plan
+from ..plan import BatchInfo, BlockPlan, PlanKey, find_plan
 from .dropout import NO_DROPOUT, Dropout
 from .scoring import Scoring
 
@@ -83,8 +83,9 @@ class AttentionCall:
     pattern: Pattern | str | None
     q_offset: int
     scoring: Scoring
-    dropout: Dropout = NO_DROPOUT
-    batch: BatchInfo = NOTHING
+    # no defaults, which torch 2.11 cannot trace the making of
+    dropout: Dropout
+    batch: BatchInfo
     wants_lse: bool = True
     recorded: bool = False
     chosen_plan: Any = None
@@ -146,7 +147,7 @@ class AttentionCall:
 
 
 class Backend(Protocol):
-    """How a call is computed. One file holds one; `dispatch.BACKENDS` and `dispatch.LADDER` list them.
+    """How a call is computed. One file holds one; `dispatch.BACKENDS` lists those that have a name for users.
 
     `name` is what a user says. `forward` and `backward` write to nothing but what they give. All backends agree with
     `reference` in out, lse and gradients; the exactness tests take in whatever is registered. A row that may see nothing

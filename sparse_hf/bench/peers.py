@@ -19,9 +19,11 @@ from ..attention import BACKENDS, sparse_attention
 from ..attention.api import BackendName
 from ..attention.backend import AttentionCall
 from ..attention.backends.flash.window_kernels import FA4, KERNELS, only
+from ..attention.dropout import NO_DROPOUT
 from ..attention.scoring import Scoring
 from ..pattern import Pattern, Window, causal, full
 from ..pattern.forms import read_window
+from ..plan import NOTHING
 
 # torch evaluates all pairs to make a mask for FlexAttention
 MAX_FLEX_TOKENS = 16384
@@ -135,7 +137,7 @@ def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
 
     By default on all that can run the call.
     """
-    call = AttentionCall(q, k, v, pattern, 0, Scoring(q.shape[-1] ** -0.5))
+    call = AttentionCall(q, k, v, pattern, 0, Scoring(q.shape[-1] ** -0.5), NO_DROPOUT, NOTHING)
     for name in backends or [name for name in BACKENDS if name != "reference"]:
         if not backends and (BACKENDS[name].why_not(call) is not None or (name == "blockwise" and q.is_cuda)):
             continue

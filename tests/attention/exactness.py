@@ -17,7 +17,7 @@ from sparse_hf.attention.composite.strided import Strided
 from sparse_hf.attention.dropout import NO_DROPOUT, Dropout
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.pattern.base import as_pattern
-from sparse_hf.plan import BlockPlan, of_batch
+from sparse_hf.plan import NOTHING, BlockPlan, of_batch
 from tests import oracle
 from tests.table import LENGTHS, PATTERNS, SCENARIOS, SHAPES, causal_form, scenario
 
@@ -113,7 +113,7 @@ def call_of(
     """A call as the front door makes it of a pattern, its text, or a plan."""
     scoring = Scoring(q.shape[-1] ** -0.5) if scoring is None else scoring
     if isinstance(pattern, BlockPlan):
-        return AttentionCall(q, k, v, None, pattern.q_offset, scoring, dropout, chosen_plan=pattern, **rest)
+        return AttentionCall(q, k, v, None, pattern.q_offset, scoring, dropout, NOTHING, chosen_plan=pattern, **rest)
     batch = of_batch(key_padding_mask, segment_ids, marks)
     return AttentionCall(q, k, v, as_pattern(pattern), k.shape[2] - q.shape[2], scoring, dropout, batch, **rest)
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from sparse_hf import build_plan, sparse_attention
+from sparse_hf import Pattern, PerHead, Window, build_plan, sparse_attention
+from sparse_hf.attention import BACKENDS, route
+from sparse_hf.attention.backend import AttentionCall, Backend, Given, Gradients, Results
+from tests import oracle
+from tests.attention.exactness import call_of, compare, tensors
+from tests.table import SCENARIOS
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,95 @@ def test_bad_input_is_refused(change, error, message):
         "pattern": "first(1)",
     }
     given = {**given, **change}
-    tensors = [given.pop(name) for name in ("q", "k", "v", "pattern")]
+    qkv_pattern = [given.pop(name) for name in ("q", "k", "v", "pattern")]
     with pytest.raises(error, match=message):
-        sparse_attention(*tensors, **given)
+        sparse_attention(*qkv_pattern, **given)
+
+
+class Scaled(Backend):
+    """A backend of a user's own, with gradients of its own: dense attention by products of whole matrices."""
+
+    name = "scaled"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return None if call.scoring.is_plain and not call.dropout else "it knows plain scores only"
+
+    def forward(self, call: AttentionCall) -> Results:
+        scores, v = self._scores(call)
+        sees = scores.isfinite().any(-1)
+        lse = torch.where(sees[..., None], scores, 0).logsumexp(-1)
+        weights = (scores - lse[..., None]).exp()
+        return (weights @ v).to(call.q.dtype), lse.masked_fill(~sees, -torch.inf)
+
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        scores, v = self._scores(call)
+        repeats, lse = call.q.shape[1] // call.k.shape[1], given.lse.where(given.lse > -torch.inf, torch.inf)
+        weights = (scores - lse[..., None]).exp()
+        change = weights * (given.some_grad_out @ v.mT - (given.some_grad_out * given.out).sum(-1, keepdim=True))
+        if given.grad_lse is not None:
+            change = change + weights * given.grad_lse[..., None]
+        change = change * call.scoring.scale
+        k = call.k.repeat_interleave(repeats, 1)
+        of_keys = (t.unflatten(1, (-1, repeats)).sum(2) for t in (change.mT @ call.q, weights.mT @ given.some_grad_out))
+        return change @ k, *of_keys, None
+
+    @staticmethod
+    def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = call.blocks.to_dense()[:, list(call.blocks.heads) or [0]]
+        k, v = (t.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1) for t in (call.k, call.v))
+        return (call.q @ k.mT * call.scoring.scale).masked_fill(~mask, -torch.inf), v
+
+
+@dataclass(frozen=True)
+class EveryThird(Pattern):
+    """A pattern of a user's own."""
+
+    offset: int
+
+    def allows(self, q, k, marks=None):
+        return (q >= 0) & (k % 3 == self.offset)
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        return torch.ones_like(q0 + k0, dtype=torch.int8)
+
+    def reachable(self, k, q):
+        return self.allows(q, k)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    monkeypatch.setitem(BACKENDS, Scaled.name, Scaled())
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("case", SCENARIOS)
+@pytest.mark.parametrize(
+    "pattern",
+    [EveryThird(1), EveryThird(2) | Window(5, 0), Window(9, 9), PerHead(*[EveryThird(i % 3) for i in range(4)])],
+    ids=str,
+)
+def test_a_users_own_backend_is_exact(pattern, case):
+    compare(Scaled.name, str(pattern), 100, case, (4, 2, 16), torch.float32)
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_users_own_backend_is_compiled_regrouped_and_refuses():
+    torch._dynamo.reset()
+    drawn = tensors((4, 2, 16), 608, 608, torch.float64)
+    mask = oracle.dense_mask("stride(16)", 608, 608)
+    exact = oracle.gradients(lambda *t: oracle.attention(*t, mask), *drawn)
+
+    def attend(q, k, v):
+        return sparse_attention(q, k, v, "stride(16)", backend=Scaled.name, return_lse=True)
+
+    # tokens of a stride side by side are what it is given
+    assert route(call_of(*drawn, "stride(16)"), Scaled.name).name == "strided"
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        for one, other in zip(oracle.gradients(function, *drawn), exact, strict=True):
+            torch.testing.assert_close(one, other)
+    with pytest.raises(NotImplementedError, match="backend 'scaled' cannot run this call: it knows plain scores only"):
+        sparse_attention(*drawn, "window(3, 3)", backend=Scaled.name, softcap=2.0)
+    with pytest.raises(ValueError, match="backend is 'fast'; the known ones are .*, 'scaled'"):
+        sparse_attention(*drawn, "window(3, 3)", backend="fast")
+    # "auto" takes what its ladder names
+    assert route(call_of(*drawn, "window(3, 3)"), "auto").name == "blockwise"

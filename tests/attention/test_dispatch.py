@@ -14,7 +14,7 @@ import torch
 from sparse_hf import build_plan, sparse_attention
 from sparse_hf.attention import attention, dispatch, route
 from sparse_hf.attention.backend import AttentionCall
-from sparse_hf.attention.dropout import Dropout
+from sparse_hf.attention.dropout import NO_DROPOUT, Dropout
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.pattern.base import as_pattern
 from sparse_hf.plan import block_plan, lookup, of_batch, strided
@@ -225,7 +225,7 @@ def decode_token(patterns: list[str], position: int, device: str, **batch) -> No
     info = of_batch(*(None if t is None else t.to(device) for t in named))
     for layer in range(LAYERS):
         text = patterns[layer % len(patterns)]
-        call = AttentionCall(q, k, v, as_pattern(text), position, Scoring(0.25), batch=info, wants_lse=False)
+        call = AttentionCall(q, k, v, as_pattern(text), position, Scoring(0.25), NO_DROPOUT, info, wants_lse=False)
         out, _ = attention(call, "auto")
         real, documents, marks = named
         mask = oracle.dense_mask(text, 1, keys, real, documents, marks)
@@ -273,13 +273,16 @@ def test_a_whole_text_makes_one_plan(planned):
             info = of_batch(given.get("key_padding_mask"), None, None)
             for _ in range(LAYERS):
                 leaf = q.clone().requires_grad_()
-                call = AttentionCall(leaf, k, v, as_pattern(pattern), 0, Scoring(0.25), batch=info, wants_lse=False)
+                call = AttentionCall(
+                    leaf, k, v, as_pattern(pattern), 0, Scoring(0.25), NO_DROPOUT, info, wants_lse=False
+                )
                 attention(call, "auto")[0].sum().backward()
             assert planned.since() == (1, 1)
             # another pass with another tensor of the same content
             again = of_batch(*(None if t is None else t.clone() for t in info.tensors))
             attention(
-                AttentionCall(q, k, v, as_pattern(pattern), 0, Scoring(0.25), batch=again, wants_lse=False), "auto"
+                AttentionCall(q, k, v, as_pattern(pattern), 0, Scoring(0.25), NO_DROPOUT, again, wants_lse=False),
+                "auto",
             )
             assert planned.since() == (0, 0)
 
@@ -291,7 +294,7 @@ def test_a_batch_is_let_go_with_its_last_user():
         for real in (torch.arange(LENGTH).expand(2, -1) >= 9, torch.ones(2, LENGTH, dtype=torch.bool)):
             info = of_batch(real.clone(), None, None)
             for pattern in ("window(20, 20) | first(2)", "full()", "window(5, 0) | lsh(4, 2, 8)"):
-                call = AttentionCall(q, k, v, as_pattern(pattern), 0, Scoring(0.25), batch=info, wants_lse=False)
+                call = AttentionCall(q, k, v, as_pattern(pattern), 0, Scoring(0.25), NO_DROPOUT, info, wants_lse=False)
                 attention(call, "auto")
             gone = weakref.ref(info)
             del info, call

@@ -1,6 +1,7 @@
 """Marked tokens whose number only the kernels read, so that a CUDA graph may hold the call: what tables weigh depends on lengths alone.
 
-A window is any backend's; marked keys are merged into it in one pass (`marked_kernels.py`); rows of marked queries are FlashAttention's,
+A window is any backend's; marked keys are merged into it in one pass (`global_token_kernels.py`); rows of marked queries are
+FlashAttention's,
 side by side and packed. Other batches mark other tokens in the same graph, and the host never waits to hear how many.
 
 Legend: B batch, N tokens, H query heads, G key heads, D head dim.

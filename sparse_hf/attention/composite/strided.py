@@ -1,6 +1,6 @@
 """StrideForm by regrouping: a window on tokens that lie `step` apart, the rest as it is, merged by log-sum-exp.
 
-Every attention that this is made of is another backend's; `plan/regroup.py` says which pairs are in which. The backward pass
+Every attention that this is made of is another backend's; `plan/strided.py` says which pairs are in which. The backward pass
 hands each part the merged out and lse, so that gradients add up.
 
 Legend: B batch, H query heads, G key heads, K tokens, D head dim; s the step, N = ceil(K / s), f residues that stand in the

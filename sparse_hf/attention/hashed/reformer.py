@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...plan import NOTHING
 from ...plan.hash_order import Chunking, plan_chunks
 from ..autograd import AutogradBackend, attend
 from ..backend import AttentionCall, Backend, Results
-from ..dropout import Dropout
+from ..dropout import NO_DROPOUT, Dropout
 from ..operator import has_no_content, register
 from ..scoring import Scoring
 from . import hash_order, kernels
@@ -102,7 +103,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, buckets, real, chunking: Chunking, se
     plan = plan_chunks(
         buckets, real, shape, chunking, is_causal=sees[0], sees_itself=sees[1], device=q.device
     )  # fmt: skip
-    return AttentionCall(q, k, v, None, 0, Scoring(1.0), chosen_plan=plan)
+    return AttentionCall(q, k, v, None, 0, Scoring(1.0), NO_DROPOUT, NOTHING, chosen_plan=plan)
 
 
 def _backend(call: AttentionCall, is_reference: bool) -> Backend:

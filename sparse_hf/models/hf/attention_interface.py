@@ -23,7 +23,7 @@ from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
 from ...pattern import Pattern, full
-from ...plan import BlockPlan, build_plan
+from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import PaddingFirst, counts_positions
 from .mask_request import DENSE, MaskRequest, TokenData, layer_pattern
@@ -97,12 +97,13 @@ def sparse_attention_forward(
         request = request.of_held(kwargs["streaming_cache"], query, key)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, pattern)
+    shifts = not stack.counts_padding and counts_positions(pattern)
+    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info, wants_lse=False
     )
-    order = batch.padding_first if batch.padding_first is not None and counts_positions(pattern) else None
+    order = batch.padding_first if shifts else None
     if order is not None and bias is None:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
@@ -201,7 +202,7 @@ def attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """The output `[B, H, Q, D]` of a plan, and the weights `[B, H, Q, K]` on the way to it. O(n^2)."""
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale)
-    call = AttentionCall(q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), chosen_plan=plan)
+    call = AttentionCall(q, k, v, None, plan.q_offset, scoring, Dropout.draw(dropout), NOTHING, chosen_plan=plan)
     out, _, weights = with_weights(call)
     return out, weights
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ...attention.operator import has_no_content
+from ...attention.written_out import in_onnx_export
 from ...plan import BatchInfo, of_batch
 from .config import SparseConfigMixin, past
 from .documents import documents_of_bounds, number_documents
-from .inner_padding import PaddingFirst, counts_positions, has_inner_padding, without_inner_padding
+from .inner_padding import PaddingFirst, has_inner_padding, without_inner_padding
 from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function
 from .streaming_cache import StreamingCache
 
@@ -30,11 +31,20 @@ DENSE = (
 
 @dataclass(frozen=True)
 class StackFacts:
-    """What the layers of a stack share: its name, its heads, and the pattern of each layer before it is cut to the past."""
+    """What the layers of a stack share.
+
+    Args:
+        name: of the stack.
+        heads: query heads of a layer.
+        patterns: of each layer, before it is cut to the past.
+        counts_padding: does padding inside a row count as tokens? It does in families that are sparse by themselves, whose
+            published classes count blocks by index.
+    """
 
     name: str
     heads: int
     patterns: list[str]
+    counts_padding: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +112,7 @@ class MaskRequest:
             if not isinstance(config, SparseConfigMixin):
                 raise ValueError(DENSE.format(type(module).__name__, config._attn_implementation))
             name = _stack(module)
-            found = StackFacts(name, config.heads_of(name), config.layer_patterns(name))
+            found = StackFacts(name, config.heads_of(name), config.layer_patterns(name), config.implies_pattern)
             if not torch.compiler.is_compiling():
                 self.memo[own] = found
         return found
@@ -124,10 +134,10 @@ class MaskRequest:
             self.memo[own] = MaskRequest(cache.real(held, key.device), self.mask_function, held - query.shape[2])
         return self.memo[own]
 
-    def batch(self, tokens: TokenData, query: Tensor, key: Tensor, pattern: str) -> Batch:
+    def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """Padding, documents and marks of a layer, made once for layers that hand over the same tensors."""
         if has_no_content(query):
-            return self._batch_in_graph(tokens, query, key, pattern)
+            return self._batch_in_graph(tokens, query, key, shifts)
         own = tuple(map(id, tokens.tensors)), query.shape[2], key.shape[2], query.device
         if own not in self.memo:
             # the tensors are kept, so that no others get their numbers
@@ -146,10 +156,10 @@ class MaskRequest:
         cut = of_batch(*(None if t is None else t[:, :end] for t in info.tensors))
         return Batch(info, PaddingFirst.of(cut, query.shape[2]))
 
-    def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, pattern: str) -> Batch:
+    def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """The same where nothing can be read off tensors: padding inside a row is refused when the graph runs."""
         real, documents = self.attention_mask, self._documents(tokens, query, key)
-        if real is not None and counts_positions(pattern):
+        if real is not None and shifts and not in_onnx_export():
             real = without_inner_padding(real, documents)
         return Batch(of_batch(real, documents, _marks(tokens.marks, query, key, None)))
 

@@ -8,9 +8,11 @@ import torch
 from sparse_hf.attention import attend
 from sparse_hf.attention.backend import AttentionCall
 from sparse_hf.attention.backends.triton import walk
+from sparse_hf.attention.dropout import NO_DROPOUT
 from sparse_hf.attention.hashed import hash_order, kernels
 from sparse_hf.attention.hashed.reformer import chunked_attention, chunked_weights
 from sparse_hf.attention.scoring import Scoring
+from sparse_hf.plan import NOTHING
 from sparse_hf.plan.hash_order import Chunking, plan_chunks
 from tests import oracle
 from tests.attention.exactness import DEVICE, tensors
@@ -48,7 +50,7 @@ def test_chunks_that_see_many_are_exact():
     chunking = Chunking(16, 140, 0, 16, 0)
     plan = plan_chunks(None, None, tuple(q.shape[:3]), chunking, is_causal=True, sees_itself=True, device=q.device)
     assert kernels.can_run(q, v, plan)
-    call = AttentionCall(q, k, v, None, 0, Scoring(0.25), chosen_plan=plan)
+    call = AttentionCall(q, k, v, None, 0, Scoring(0.25), NO_DROPOUT, NOTHING, chosen_plan=plan)
     got, right = attend(call, hash_order.HashOrder()), hash_order.with_weights(call)
     for one, other in zip(got, right, strict=False):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,6 @@
 """FlashAttention windows, with the rest of the pattern merged exactly: FA4 if it is installed, else torch's own FA2.
 
-The plan is a window and global tokens (`plan/split.py`); any other goes to FA4's block lists (`block_lists.py`). The window is
+The plan is a window and global tokens (`plan/window_tables.py`); any other goes to FA4's block lists (`block_lists.py`). The window is
 one call of a window kernel; global keys are columns merged into it in one pass; global queries are a second call on a few
 rows. Padding and packed documents are sequences of the kernels. No part is n x n, and none is computed twice.
 

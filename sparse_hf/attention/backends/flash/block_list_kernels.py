@@ -21,7 +21,7 @@ from ...backend import Given
 
 @cute.jit
 def _bit(b, h, line, other, q, k, tables):
-    """Whether query `q` sees key `k`, of the blocks `line` and `other`: see `fa_blocks.Walk`."""
+    """Whether query `q` sees key `k`, of the blocks `line` and `other`: see `block_lists.Walk`."""
     sizes, groups, lines, starts, words = tables
     place = (groups[b * sizes[0] + h] * sizes[1] + line) * 2
     begin = Uint32(lines[place + 1])
