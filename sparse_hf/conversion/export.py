@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+
 from ..models.hf.config import SparseConfigMixin, dense_values
 from ..models.hf.register import FAMILIES, Family, family_of
 from ..pattern import First, Pattern, Stride, Window
@@ -20,6 +23,8 @@ from .shards import Shard
 from .source import Source, find_folder, open_source
 from .weights import Work, write_weights
 from .windows import BIASES, BY_LAYER, FULL, SLIDING, TYPED, UNIFORM, mistral_values, size_values
+
+logger = logging.get_logger(__name__)
 
 FORMS = ("dense", "native")
 EVERYTHING, PAST = Window(None, None), Window(None, 0)
@@ -83,7 +88,7 @@ def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = Fa
     values["architectures"] = _stock_names(source, family)
     if to == "native":
         family, values = _native(source, family, values)
-    _write(source, family, values, target, progress)
+    _write(source, family, values, target, is_native=to == "native", progress=progress)
     return Path(out)
 
 
@@ -93,8 +98,9 @@ def _stock_names(source: Source, family: Family) -> list[str]:
     return [stock.get(name, name) for name in named]
 
 
-def _write(source: Source, family: Family, values: dict, target: Path, progress: bool) -> None:
+def _write(source: Source, family: Family, values: dict, target: Path, *, is_native: bool, progress: bool) -> None:
     config = family.dense_config_class(**values)
+    slides_over_one = is_native and getattr(config, "sliding_window", None) == 1
     shards = source.shards
     model, old = meta_model(family, values), meta_model(family_of(source.config["model_type"]), source.config)
     if model.base_model_prefix != old.base_model_prefix:
@@ -112,8 +118,23 @@ def _write(source: Source, family: Family, values: dict, target: Path, progress:
         write_weights(work, folder, advance)
         carry(carried, source.folder, folder)
         declare_classes(folder, tokenizer, family.dense_type)
+        if slides_over_one and model.can_generate():
+            _keep_one_key(config, folder)
         # last, so that a folder without it never loads
         config.save_pretrained(folder)
+
+
+def _keep_one_key(config: PreTrainedConfig, folder: Path) -> None:
+    """Have `generate` take a static cache: Transformers' growing one keeps all keys where it should keep none of the past."""
+    named = (folder / GENERATION_CONFIG_NAME).is_file()
+    generation = GenerationConfig.from_pretrained(folder) if named else GenerationConfig.from_model_config(config)
+    generation.cache_implementation = "static"
+    generation.save_pretrained(folder)
+    logger.warning(
+        "a sliding_window of 1, as of window(0, 0), is decoded wrongly with Transformers' DynamicCache(config=...), so %s has "
+        "generate take a static cache; in a loop of your own pass a StaticCache, or DynamicCache() without the configuration",
+        GENERATION_CONFIG_NAME,
+    )
 
 
 def _renamed(shard: Shard, old: str, new: str) -> Shard:

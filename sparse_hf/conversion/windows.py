@@ -8,11 +8,11 @@ from typing import Any
 from ..models.hf.config import SparseConfigMixin
 
 # families with one window on all layers; with layers that have it and layers that have none; and with layers of two
-# kinds that also turn their angles at different speeds, so that a layer's kind must stay
+# kinds that also turn their angles at different speeds, or not at all, so that a layer's kind must stay
 UNIFORM, BY_LAYER, TYPED = (
     ("mistral", "mixtral", "phi3", "qwen3_moe"),
     ("gemma2", "qwen2", "qwen3", "smollm3"),
-    ("gemma3_text", "modernbert"),
+    ("gemma3_text", "modernbert", "cohere2"),
 )
 # what Llama has and Mistral, the same code with a window, has not
 BIASES = ("attention_bias", "mlp_bias")

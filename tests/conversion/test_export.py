@@ -97,6 +97,7 @@ NATIVE = {
         "Gemma2ForCausalLM", FULL, "0=dense", "Gemma2ForCausalLM", {"layer_types": ["full_attention"] * 2},
     ),
     "gemma3": ("Gemma3ForCausalLM", "window(14, 0)", "1=dense", "Gemma3ForCausalLM", {"sliding_window": 15}),
+    "cohere2": ("Cohere2ForCausalLM", "window(14, 0)", "1=dense", "Cohere2ForCausalLM", {"sliding_window": 15}),
     "modernbert": (
         "ModernBertForMaskedLM", "window(9, 9)", "0=dense", "ModernBertForMaskedLM", {"local_attention": 18},
     ),
@@ -117,6 +118,45 @@ def test_native_answers_as_the_sparse_model(case, tmp_path):
     assert {key: config[key] for key in fields} == fields
     assert ("layer_types" in config) is ("layer_types" in json.loads((tmp_path / "sparse" / "config.json").read_text()))
     compare(sparse, tmp_path / "out", stock)
+
+
+# a window of one key on all layers, on one of them, beside layers that keep their kind, in an encoder
+ONE_KEY = {
+    "LlamaForCausalLM": None, "MixtralForCausalLM": None, "Phi3ForCausalLM": None, "Qwen2ForCausalLM": "1=dense",
+    "Gemma2ForCausalLM": None, "Gemma3ForCausalLM": "1=dense", "ModernBertForMaskedLM": "0=dense",
+    "LlamaForSequenceClassification": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ONE_KEY)
+@pytest.mark.parametrize("has_settings", [True, False], ids=["generation_config", "none"])
+def test_a_window_of_one_key_is_decoded_alike(head, has_settings, tmp_path, caplog):
+    """Transformers' growing cache of one key keeps the whole past (`[-0:]`), in every family that slides."""
+    changes = {"layer_types": ["full_attention", "sliding_attention"]} if head == "ModernBertForMaskedLM" else {}
+    if head == "Gemma3ForCausalLM":
+        changes = {"layer_types": ["sliding_attention", "full_attention"]}
+    sparse = saved(head, tmp_path / "sparse", "window(0, 0)", ONE_KEY[head], **changes)
+    if not has_settings:
+        (tmp_path / "sparse" / "generation_config.json").unlink(missing_ok=True)
+    export(tmp_path / "sparse", tmp_path / "native", "native", progress=False)
+    generates = sparse.can_generate()
+    assert ("decoded wrongly with Transformers' DynamicCache" in caplog.text) == generates
+    stock = next(
+        dense
+        for dense, made in sparse_hf.FAMILIES[sparse.config.model_type.removeprefix("sparse_")].architectures.items()
+        if made == type(sparse).__name__
+    )
+    native = auto_class(stock.replace("Llama", "Mistral")).from_pretrained(tmp_path / "native").eval()
+    ids = torch.randint(4, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            native(ids, use_cache=False).logits if generates else native(ids).logits, sparse(ids).logits
+        )
+    if generates:
+        settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "disable_compile": True}
+        wanted = sparse.generate(ids, **settings)
+        assert torch.equal(native.generate(ids, **settings), wanted)
+        assert torch.equal(native.generate(ids, use_cache=True, **settings), wanted)
 
 
 @pytest.mark.parametrize(
