@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,6 +25,8 @@ from ..hf.attention_interface import MaskRequest
 from ..hf.cache import CACHE_NAMES
 from ..hf.config import SparseConfigMixin
 
+# the mixin stands before a dense class, whose attributes a type checker finds here
+_Module = nn.Module if TYPE_CHECKING else object
 # the path through the parents' code that hands masks on as they are; which pairs there are is the pattern's matter
 PATH = "original_full"
 FULL = str(full())
@@ -126,13 +128,20 @@ class BlockSparseConfigMixin(SparseConfigMixin):
         return super().uses_marks and (self.sparse_attention is not None or self.attention_type != PATH)
 
 
-class BlockSparseAttentionMixin:
+class BlockSparseAttentionMixin(_Module):
     """Before `BigBirdSelfAttention` among the bases: the same projections, and attention through Transformers' interface.
 
     `config` and `layer_idx` are set when the model adopts its parts. Attention weights are dropped out with the
     configuration's probability, which Transformers' block-sparse path forgets.
     """
 
+    config: BlockSparseConfigMixin
+    layer_idx: int
+    num_attention_heads: int
+    attention_head_size: int
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
     # attention of a decoder's second kind, whose `attention_mask` is that of the encoder's states
     reads_encoder = False
 

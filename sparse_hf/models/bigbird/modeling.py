@@ -4,6 +4,7 @@ Without `sparse_attention` in the configuration, `attention_type`, `block_size` 
 """
 
 from functools import wraps
+from typing import Any
 
 from transformers import BigBirdConfig, BigBirdModel
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdSelfAttention
@@ -30,6 +31,9 @@ class SparseBigBirdSelfAttention(BlockSparseAttentionMixin, BigBirdSelfAttention
 
 class OwnPathMixin(SparseMixin):
     """Hands on to the attention what `BigBirdModel` keeps to itself, and keeps to the one path through its code."""
+
+    encoder: Any
+    attention_type: str
 
     @wraps(BigBirdModel.forward)
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, **kwargs):

@@ -4,6 +4,8 @@ Without `sparse_attention` in the configuration the encoder is what `attention_t
 say, and the decoder sees all of its past.
 """
 
+from typing import Any
+
 from transformers import BigBirdPegasusConfig
 from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import (
     BigBirdPegasusBlockSparseAttention,
@@ -46,7 +48,8 @@ class SparseBigBirdPegasusEncoder(SparseEncoderMixin, BigBirdPegasusEncoder):
 
     def number_layers(self) -> None:
         self.attention_type = PATH
-        for number, layer in enumerate(self.layers):
+        layers: list[Any] = list(self.layers)
+        for number, layer in enumerate(layers):
             attention = layer.self_attn
             attention.attention_type = PATH
             attention.self.config, attention.self.layer_idx, attention.self.is_decoder = self.config, number, False
@@ -59,8 +62,9 @@ class SparseBigBirdPegasusDecoder(BigBirdPegasusDecoder):
     config: SparseBigBirdPegasusConfig
 
     def number_layers(self) -> None:
-        for layer in self.layers:
-            # Transformers leaves it to the mask to say so, and tells self-attention and cross-attention apart by names
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            # Transformers leaves it to the mask to say so, and knows self-attention from cross-attention by names
             layer.self_attn.is_causal = True
 
 

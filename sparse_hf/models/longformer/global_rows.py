@@ -86,7 +86,7 @@ class GlobalRowsMixin(_Module):
         """
         query, key, value = projections = self._projections(GLOBAL)
         most = len(where.index) // len(states)
-        # few queries are brought to the states rather than all states to them. Weights are read for it
+        # rare queries are brought to the states rather than all states to them. Weights are read for it
         is_less_work = 2 * most * self.num_heads <= states.shape[2]
         if not of_marked and is_less_work and are_plain(projections):
             return unprojected_rows(out, states, where, self.head_dim, (query, key, value))

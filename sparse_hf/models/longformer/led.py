@@ -73,7 +73,7 @@ class SparseLEDEncoder(SparseEncoderMixin, LEDEncoder):
         layerdrop = self.layerdrop if self.training else 0.0
         last, states, weights = run_layers(self.layers, states, tokens, with_weights, with_states, layerdrop)
         if not as_dict:
-            return tuple(part for part in (last, states, weights) if part is not None)
+            return tuple(value for value in (last, states, weights) if value is not None)
         return LEDEncoderBaseModelOutput(last_hidden_state=last, hidden_states=states, attentions=weights)
 
 

@@ -99,7 +99,7 @@ class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
         last, states, weights = run_layers(self.encoder.layer, states, tokens, with_weights, with_states)
         pooled = None if self.pooler is None else self.pooler(last)
         if not as_dict:
-            return last, pooled, *(part for part in (states, weights) if part is not None)
+            return last, pooled, *(value for value in (states, weights) if value is not None)
         return LongformerBaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=weights
         )

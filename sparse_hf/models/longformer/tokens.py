@@ -21,7 +21,7 @@ GLOBAL = 2
 class MarkedRows:
     """Where the marked tokens stand, and what they see; absent in a graph, which cannot read values.
 
-    A batch row with fewer marked tokens than M has others of its own in their place, whose rows nobody writes.
+    A batch row with fewer marked tokens than M is filled up with others of its own, whose rows nobody writes.
     """
 
     index: Tensor  # [B * M] int64: tokens in the B * N of all rows

@@ -1,6 +1,6 @@
-"""The rows of a few global tokens with projections of their own, with no key or value of all tokens ever made.
+"""The rows of global tokens, where they are rare, with no key or value of all tokens ever made.
 
-q @ (W x + b) = (q @ W) x + q @ b, where the last part is the same for all keys and drops out of the softmax; and a mean of
+q @ (W x + b) = (q @ W) x + q @ b, where the last term is the same for all keys and drops out of the softmax; and a mean of
 values W x + b is W (mean of x) + b. So M queries are brought to the N states rather than N states to the queries: exact, for
 M * N * E work instead of N * E * E. One autograd node, since the host would otherwise launch more slowly than a GPU computes.
 
@@ -36,7 +36,8 @@ def unprojected_rows(
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out, states, where, head_dim, w_query, b_query, w_key, b_key, w_value, b_value):
+    def forward(ctx, out: Tensor, states: Tensor, where: MarkedRows, head_dim: int, *weights: Tensor):
+        w_query, b_query, w_key, _, w_value, b_value = weights
         batch, length, width = states.shape
         heads, scale = w_query.shape[0] // head_dim, head_dim**-0.5
         marked = states.reshape(-1, width).index_select(0, where.index)  # [B * M, E]
@@ -46,19 +47,19 @@ class _Rows(torch.autograd.Function):
         scores = directions @ states.mT
         if where.hidden is not None:
             scores.view(batch, heads, -1, length).masked_fill_(where.hidden[:, None], -torch.inf)
-        weights = scores.softmax(-1)
-        means = weights @ states  # [B, H * M, E]
+        shares = scores.softmax(-1)
+        means = shares @ states  # [B, H * M, E]
         values = w_value.view(heads, head_dim, width).mT
         rows = torch.baddbmm(b_value.view(heads, 1, head_dim), _by_head(means, heads), values)
         rows = rows.transpose(0, 1).flatten(1)  # [B * M, E]
-        ctx.save_for_backward(states, w_query, w_key, w_value, marked, q, directions, weights, means)
+        ctx.save_for_backward(states, w_query, w_key, w_value, marked, q, directions, shares, means)
         ctx.where = where
         return written(out, marked_only(rows, where), where.marked)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        states, w_query, w_key, w_value, marked, q, directions, weights, means = ctx.saved_tensors
+        states, w_query, w_key, w_value, marked, q, directions, shares, means = ctx.saved_tensors
         where, (heads, _, head_dim), width = ctx.where, q.shape, states.shape[2]
         grad_out, given = split_gradient(grad, where.marked)
         if where.slots is not None:
@@ -68,8 +69,8 @@ class _Rows(torch.autograd.Function):
         grad_w_value = given.mT @ _by_head(means, heads)
         grad_means = _by_row(given @ w_value.view(heads, head_dim, width), states.shape[0])
         # of the scores; a type checker finds what is not in torch's list of public names in its operators alone
-        change = torch.ops.aten._softmax_backward_data(grad_means @ states.mT, weights, -1, weights.dtype)
-        grad_states = torch.baddbmm(weights.mT @ grad_means, change.mT, directions)
+        change = torch.ops.aten._softmax_backward_data(grad_means @ states.mT, shares, -1, shares.dtype)
+        grad_states = torch.baddbmm(shares.mT @ grad_means, change.mT, directions)
         grad_directions = _by_head(change @ states, heads)
         grad_w_key = q.mT @ grad_directions
         grad_q = torch.baddbmm(q, grad_directions, w_key.view(heads, head_dim, width).mT, beta=0, alpha=head_dim**-0.5)

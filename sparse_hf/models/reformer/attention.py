@@ -33,7 +33,7 @@ class Text:
     least: int
     rounds: int | None  # of hashing, if the caller wants others than the configuration
     with_weights: bool
-    # the batch as plans want it; that of a ring, of which right padding is a part that nobody sees, says so by marks
+    # the batch as plans want it; that of a ring, which right padding belongs to and nobody sees, says so by marks
     batch: BatchInfo
     ring_batch: BatchInfo
 

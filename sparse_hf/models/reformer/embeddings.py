@@ -59,14 +59,14 @@ class SparseAxialPositionEmbeddings(AxialPositionEmbeddings):
                 f"axial_pos_shape {tuple(self.axial_pos_shape)} has room for {room} positions; the text has position "
                 f"{int(position_ids.max())}"
             )
-        parts, after = [], room
+        axes, after = [], room
         for axis, (weight, size) in enumerate(zip(self.weights, self.axial_pos_shape, strict=True)):
             after //= size
-            places = position_ids // after % size
-            parts.append(torch.nn.functional.embedding(places, weight.flatten(0, -2)))
+            index = position_ids // after % size
+            axes.append(torch.nn.functional.embedding(index, weight.flatten(0, -2)))
             if axis == min(1, len(self.axial_pos_shape) - 1):
-                column = places
-        positions = torch.cat(parts, dim=-1)
+                column = index
+        positions = torch.cat(axes, dim=-1)
         if self.training and self.dropout > 0:
             # Transformers drops all positions that agree in the second axis, text by text
             size = self.axial_pos_shape[min(1, len(self.axial_pos_shape) - 1)]

@@ -150,7 +150,7 @@ class SparseReformerModel(SparseMixin, ReformerModel):
             _check_one_text(position_ids, text.real)
         last, states, weights = self.encoder(states, text, self.config.hashed_from, cache, with_states)
         if not as_dict:
-            return tuple(part for part in (last, cache, states, weights) if part is not None)
+            return tuple(value for value in (last, cache, states, weights) if value is not None)
         # Transformers writes down another type for the cache than it gives
         past: Any = cache
         return ReformerModelOutput(
