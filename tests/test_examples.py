@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import runpy
@@ -25,6 +26,20 @@ def test_quickstart_runs():
     )
     assert done.returncode == 0, done.stderr
     assert "SparseLlamaForCausalLM" in done.stdout
+
+
+# what examples may import: what users may; and what makes cards and reads GGUF files
+PUBLIC = {"sparse_hf", "sparse_hf.bench", "sparse_hf.testing", "sparse_hf.train"}
+OF_CONVERSION = {"make_cards": "sparse_hf.conversion.card", "checkpoints": "sparse_hf.conversion.gguf"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_import_public_names(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    ours = {name for name in found if name.partition(".")[0] == "sparse_hf"}
+    assert ours <= {*PUBLIC, OF_CONVERSION.get(path.stem)}
 
 
 @pytest.mark.parametrize("spec", make_cards.CARDS, ids=lambda s: s["name"])
