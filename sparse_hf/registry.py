@@ -1,4 +1,4 @@
-"""Registry: the families by name, before any is derived, and their entry in Transformers' table of configurations.
+"""Registry: families and attention functions by name, before any is made, and their entry in Transformers' tables.
 
 Deriving all families means importing torch and thirty modelling files, which takes several times as long as
 `import transformers`. So names are entered, and a family is derived when its configuration or one of its classes is first
@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import UserDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -18,8 +19,9 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-# the module of Transformers that holds the table
+# the modules of Transformers that hold the table of configurations and that of attention functions
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+ATTENTION = "transformers.modeling_utils"
 
 
 class Entry(ABC):
@@ -44,6 +46,8 @@ class Entry(ABC):
 
 # every family that can be derived, in the order of entering; filled by `enter`
 ENTRIES: list[Entry] = []
+# names of attention functions -> the module that registers them when it is imported; filled by `enter_attention`
+ATTENTION_NAMES: dict[str, str] = {}
 # families that are derived or being derived; whichever thread asks first does it, and others wait
 _DERIVED: set[str] = set()
 _DERIVING = RLock()
@@ -52,6 +56,11 @@ _DERIVING = RLock()
 def enter(entries: Iterable[Entry]) -> None:
     """Make families known by name."""
     ENTRIES.extend(entries)
+
+
+def enter_attention(names: Iterable[str], module: str) -> None:
+    """Make attention functions known by name, which `module` registers with Transformers when it is imported."""
+    ATTENTION_NAMES.update(dict.fromkeys(names, module))
 
 
 def entry_of_class(name: str) -> Entry | None:
@@ -100,25 +109,46 @@ class LazyTable(UserDict):
 
 
 def announce() -> None:
-    """Enter the sparse model types in Transformers' table of configurations, now or when Transformers makes it."""
-    if CONFIGURATIONS in sys.modules:
-        _announce_to(sys.modules[CONFIGURATIONS])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Enter the sparse model types and attention functions in Transformers' tables, now or when Transformers makes them."""
+    for name, enter_in in TABLES.items():
+        if name in sys.modules:
+            enter_in(sys.modules[name])
+        elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(name, enter_in))
 
 
-def _announce_to(configurations: ModuleType) -> None:
+def _enter_configurations(configurations: ModuleType) -> None:
     table = configurations.CONFIG_MAPPING
     # what was registered beside Transformers' own; `register` would want the classes
     if not isinstance(table._extra_content, LazyTable):
         table._extra_content = LazyTable({entry.sparse_type: entry for entry in ENTRIES} | table._extra_content)
 
 
+def _enter_attention(modeling: ModuleType) -> None:
+    table = modeling.AttentionInterface
+    for name in ATTENTION_NAMES:
+        if name not in table._global_mapping:
+            table.register(name, partial(_attention, modeling, name))
+
+
+def _attention(modeling: ModuleType, name: str, *args, **kwargs) -> Any:
+    """Stand for an attention function until its module is imported."""
+    import_module(ATTENTION_NAMES[name])
+    return modeling.AttentionInterface._global_mapping[name](*args, **kwargs)
+
+
+# modules of Transformers -> what enters ours in their tables
+TABLES: dict[str, Callable[[ModuleType], None]] = {CONFIGURATIONS: _enter_configurations, ATTENTION: _enter_attention}
+
+
 class _Finder(MetaPathFinder):
-    """Finds the module of the table as others find it, and enters our model types after it was executed."""
+    """Finds the module of a table as others find it, and enters what is ours after it was executed."""
+
+    def __init__(self, name: str, enter_in: Callable[[ModuleType], None]):
+        self.name, self.enter_in = name, enter_in
 
     def find_spec(self, name, path=None, target=None):
-        if name != CONFIGURATIONS:
+        if name != self.name:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec: ModuleSpec | None = next(filter(None, others), None)
@@ -141,6 +171,6 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _announce_to(module)
+        self.finder.enter_in(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)

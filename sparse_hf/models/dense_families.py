@@ -13,6 +13,7 @@ from __future__ import annotations
 from .. import registry
 from .hf.dense_family import DenseFamily, OtherFamily
 from .hf.positions import ROTARY, Positions
+from .names import IMPLEMENTATIONS
 
 # a table of positions in the embeddings, as BERT has it
 EMBEDDED = Positions(
@@ -78,6 +79,7 @@ OTHER_FAMILIES = (
 )
 
 registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES))
+registry.enter_attention(IMPLEMENTATIONS, f"{__package__}.hf.attention_interface")
 
 
 def __getattr__(name: str):

@@ -1,4 +1,20 @@
-"""Public names of `sparse_hf.models` beside the classes of the families."""
+"""Public names of `sparse_hf.models` beside the classes of the families, and those of attention implementations.
+
+Nothing here imports torch or Transformers.
+"""
+
+from typing import Literal
+
+Implementation = Literal["sparse", "sparse_reference", "sparse_blockwise", "sparse_flex", "sparse_fa", "sparse_triton"]
+# the attention implementations of a sparse model -> the backend that each takes
+IMPLEMENTATIONS: dict[str, str] = {
+    "sparse": "auto",
+    "sparse_reference": "reference",
+    "sparse_blockwise": "blockwise",
+    "sparse_flex": "flex",
+    "sparse_fa": "fa",
+    "sparse_triton": "triton",
+}
 
 # name -> the module that defines it, imported when the name is first asked for
 PUBLIC = {

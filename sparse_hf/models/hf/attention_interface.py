@@ -26,7 +26,7 @@ from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import PaddingFirst, counts_positions
-from .mask_request import DENSE, MaskRequest, TokenData, layer_pattern
+from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
@@ -47,7 +47,7 @@ def sparse_mask(
 ) -> MaskRequest:
     """What Transformers calls once per forward pass, with keywords."""
     if config is not None and not isinstance(config, SparseConfigMixin):
-        raise ValueError(DENSE.format(type(config).__name__.removesuffix("Config"), config._attn_implementation))
+        raise ValueError(why_dense(config))
     if not isinstance(kv_offset, int) or kv_offset:
         raise NotImplementedError(
             "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "

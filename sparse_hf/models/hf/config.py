@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -21,22 +21,13 @@ from transformers.utils import logging
 
 from ...pattern import First, Marked, Pattern, Window, causal, full
 from ...pattern.like import PatternLike
+from ..names import IMPLEMENTATIONS, Implementation
 from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
 from .positions import Positions
 from .remote_code import RemoteCode
 
 logger = logging.get_logger(__name__)
 
-# the attention implementations of a sparse model -> the backend that each takes
-Implementation = Literal["sparse", "sparse_reference", "sparse_blockwise", "sparse_flex", "sparse_fa", "sparse_triton"]
-IMPLEMENTATIONS: dict[str, str] = {
-    "sparse": "auto",
-    "sparse_reference": "reference",
-    "sparse_blockwise": "blockwise",
-    "sparse_flex": "flex",
-    "sparse_fa": "fa",
-    "sparse_triton": "triton",
-}
 # what stock names stand for on a sparse model: never silently dense
 STOCK_NAMES: dict[str, Implementation] = {"eager": "sparse_reference", "sdpa": "sparse"}
 KEYS = ("patterns", "layers", "global_token_ids")

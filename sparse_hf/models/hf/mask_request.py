@@ -22,11 +22,13 @@ from .inner_padding import PaddingFirst, has_inner_padding, without_inner_paddin
 from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function
 from .streaming_cache import StreamingCache
 
-# why a model of Transformers cannot take one of our names for its attention
-DENSE = (
-    "{} is a dense model and has no pattern, so that attn_implementation={!r} does not know what its layers see; make it sparse "
-    "with sparse_hf.sparsify(model, 'window(255, 0) | first(4)'), or convert its folder with `sparse-hf convert`"
-)
+def why_dense(config: Any) -> str:
+    """The message for a dense model that was given one of our names for its attention."""
+    return (
+        f"{type(config).__name__.removesuffix('Config')} is a dense model without a pattern, so that attn_implementation="
+        f"{config._attn_implementation!r} does not know what its layers see: make it sparse with "
+        "sparse_hf.sparsify(model, 'window(255, 0) | first(4)'), or convert its folder with `sparse-hf convert`"
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class MaskRequest:
         found = self.memo.get(own)
         if found is None:
             if not isinstance(config, SparseConfigMixin):
-                raise ValueError(DENSE.format(type(module).__name__, config._attn_implementation))
+                raise ValueError(why_dense(config))
             name = _stack(module)
             found = StackFacts(name, config.heads_of(name), config.layer_patterns(name), config.implies_pattern)
             if not torch.compiler.is_compiling():
