@@ -92,7 +92,7 @@ class _Slab:
             q = self.group.i[:, None] * size + place
             k = (self.group.columns[:, :, None] * size + place).flatten(1)
             pair = x, torch.tensor(self.number, device=x.device), q[:, :, None], k[:, None, :]
-        return kept_at(dropout.seed.to(x.device), *pair, dropout.p) / (1 - dropout.p)
+        return kept_at(dropout.seed.to(x.device), *pair, dropout.p).float() / (1 - dropout.p)
 
 
 def _slabs(plan: HashedPlan) -> Iterator[tuple[_Slab, Tensor, Tensor]]:

@@ -339,7 +339,8 @@ class Change:
         q, k = self.share.places(self.piece, self.rows, self.tile)
         b = torch.tensor(self.share.b, device=q.device)
         kept = kept_at(dropout.seed.to(q.device), b, self.share.heads[..., None, None], q[:, None], k, dropout.p)
-        return kept / (1 - dropout.p)
+        # a quotient of no floating tensor would have torch's default dtype
+        return kept.float() / (1 - dropout.p)
 
     def add_gradient(self, total: Tensor | None, grad: Tensor) -> None:
         if total is None:
