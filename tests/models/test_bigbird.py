@@ -294,7 +294,7 @@ def test_without_a_mask_a_cuda_graph_may_hold_its_attention(real):
 
     torch.compile(sparse_model("BigBirdModel"), fullgraph=True, backend=backend)(TEXT, attention_mask=real)
     # what padding there is can be read outside of graphs alone
-    wanted = "attention_of_lengths" if real is None else "sparse_hf.attention.default"
+    wanted = "attention_recorded" if real is None else "sparse_hf.attention.default"
     assert called and all(wanted in name for name in called)
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import sparse_hf
-from tests.models import bigbirds, longformers
+from tests.models import bigbirds, families, longformers
 
 HEADS = (
     "LongformerForMaskedLM",
@@ -129,3 +129,132 @@ def test_generates_the_same_with_a_cache_and_without(head, beams):
     del batch["labels"]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": beams, "do_sample": False}
     assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
+
+
+# where embeddings of words are, and what a checkpoint holds beside them; Reformer's and Perceiver's have tests of their own
+@pytest.mark.parametrize("count", [103, 90])
+@pytest.mark.parametrize("head", [*HEADS, "LongformerForTokenClassification"])
+def test_resized_and_saved(head, count, tmp_path):
+    model, batch = sparse_model(head), inputs(head, labels=False)
+    batch["input_ids"] = batch["input_ids"].clamp(max=89)
+    if "decoder_input_ids" in batch:
+        batch["decoder_input_ids"] = batch["decoder_input_ids"].clamp(max=89)
+    before = model(**batch).logits
+    model.resize_token_embeddings(count)
+    model.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).eval()(**batch).logits
+    assert torch.equal(found, model(**batch).logits)
+    shared = min(found.shape[-1], before.shape[-1])
+    torch.testing.assert_close(found[..., :shared], before[..., :shared])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_loaded_in_half_precision(head, dtype, tmp_path):
+    sparse_model(head).save_pretrained(tmp_path)
+    auto = transformers.AutoModelForMaskedLM if "Masked" in head else transformers.AutoModelForSeq2SeqLM
+    loaded = auto.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded(**inputs(head, labels=False)).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_trains_under_another_default_dtype(head):
+    rates = {"attention_dropout": 0.1} if "Generation" in head else {"attention_probs_dropout_prob": 0.1}
+    model = sparse_model(head, **rates).train()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = model(**inputs(head)).loss
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+# decoders with a table of positions, alone and behind an encoder -> tokens that they have rows for
+TABLES = {
+    "LEDForConditionalGeneration": (lambda: longformers.stock_model("LEDForConditionalGeneration"), 64),
+    "BigBirdPegasusForConditionalGeneration": (None, 512),
+    "BartForConditionalGeneration": (None, 40),
+    "MBartForConditionalGeneration": (None, 40),
+    "PegasusForConditionalGeneration": (None, 40),
+    "GPT2LMHeadModel": (None, 40),
+    "OPTForCausalLM": (None, 40),
+}
+LIMITS = {"GPT2LMHeadModel": "n_positions"}
+
+
+def limited(head: str):
+    make, most = TABLES[head]
+    if make is not None:
+        return sparse_hf.sparsify(make(), **families.pattern_layers(head)), most
+    if head.startswith("BigBird"):
+        return sparse_model(head), sparse_model(head).config.max_position_embeddings
+    stock = families.dense_model(head, **{LIMITS.get(head, "max_position_embeddings"): most})
+    return sparse_hf.sparsify(stock, "window(9, 0)"), most
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("head", [head for head in TABLES if not head.startswith("BigBird")])
+def test_generating_ends_with_the_table_of_positions(head, padded):
+    """With a cache the model sees one token at a time, and torch would find no row for it."""
+    model, most = limited(head)
+    ids = torch.randint(4, 90, (2, 20))
+    real = torch.ones_like(ids)
+    real[0, :5] = 1 - int(padded)
+    batch = {"input_ids": ids * real + model.config.pad_token_id * (1 - real), "attention_mask": real}
+    begun = 1 if model.config.is_encoder_decoder else 20
+    options = {"do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
+    found = model.generate(**batch, max_new_tokens=most - begun, min_new_tokens=most - begun, **options)
+    assert found.shape[1] == most
+    with pytest.raises(ValueError, match="position"):
+        model.generate(**batch, max_new_tokens=most + 9, min_new_tokens=most + 9, **options)
+
+
+@pytest.mark.parametrize("head", [head for head in TABLES if head.endswith("ForConditionalGeneration")])
+def test_targets_end_with_the_table_of_positions(head):
+    model, most = limited(head)
+    text = torch.randint(4, 90, (1, 12))
+    long = torch.randint(4, 90, (1, most + 1))
+    message = f"a target has {most + 1} tokens; .* has positions for {most} in its decoder"
+    for name in ("labels", "decoder_input_ids"):
+        with pytest.raises(ValueError, match=message):
+            model(text, **{name: long})
+    states = torch.zeros(1, most + 1, model.config.d_model)
+    with pytest.raises(ValueError, match=message):
+        model(text, decoder_inputs_embeds=states)
+    assert model(text, labels=long[:, :9]).loss.isfinite()
+
+
+@pytest.mark.parametrize("head", ["LEDModel", "LEDForQuestionAnswering"])
+def test_a_text_that_is_made_a_target_must_fit(head):
+    """Without decoder ids they are made of the text, for which the encoder has more positions."""
+    model = sparse_hf.sparsify(longformers.stock_model(head))
+    with pytest.raises(
+        ValueError, match="no decoder_input_ids are given, so that they are made of the text, which has 100"
+    ):
+        model(torch.randint(4, 90, (2, 100)))
+    assert model(torch.randint(4, 90, (2, 60)))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "head", ["BertModel", "ElectraModel", "RobertaModel", "BigBirdModel", "LongformerModel", "AlbertModel"]
+)
+def test_token_types_are_those_of_the_configuration(head):
+    if head == "LongformerModel":
+        model = sparse_hf.sparsify(longformers.stock_model(head, type_vocab_size=1))
+    else:
+        pattern = None if head.startswith("BigBird") else "window(9, 9)"
+        model = sparse_hf.sparsify(families.dense_model(head), pattern)
+    ids, count = torch.randint(4, 90, (2, 20)), model.config.type_vocab_size
+    model(ids, token_type_ids=torch.full_like(ids, count - 1))
+    for value in (count, -1):
+        with pytest.raises(ValueError, match=f"token_type_ids hold {value}; .* has the types 0 to {count - 1}"):
+            model(ids, token_type_ids=torch.full_like(ids, value))
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head.endswith("ForConditionalGeneration")])
+def test_ids_of_the_target_are_those_of_the_vocabulary(head):
+    model, batch = sparse_model(head), inputs(head, labels=False)
+    batch["decoder_input_ids"][0, 3] = model.config.vocab_size
+    with pytest.raises(ValueError, match="decoder_input_ids hold"):
+        model(**batch)
