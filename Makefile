@@ -49,7 +49,7 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
 
 bench: $(STAMP)  ## attention beside dense SDPA on this machine, into docs/results
-	$(BIN)/sparse-hf bench attention --out docs/results/attention-local.json
+	$(BIN)/sparse-hf bench attention --out docs/results
 
 cards: $(STAMP)  ## write model_cards/ from docs/results
 	$(BIN)/python examples/make_cards.py

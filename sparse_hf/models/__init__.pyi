@@ -268,6 +268,7 @@ from .hf.register import family_of as family_of
 from .hf.register import register_family as register_family
 from .hf.sparsify import sparsify as sparsify
 from .hf.streaming_cache import StreamingCache as StreamingCache
+from .longformer.attention_window import AttentionWindowConfigMixin, AttentionWindowEncoderConfigMixin
 from .longformer.modeling import SparseLongformerForMaskedLM as SparseLongformerForMaskedLM
 from .longformer.modeling import SparseLongformerForMultipleChoice as SparseLongformerForMultipleChoice
 from .longformer.modeling import SparseLongformerForQuestionAnswering as SparseLongformerForQuestionAnswering
@@ -1116,7 +1117,7 @@ class SparseDistilBertForMultipleChoice(SparseMixin, DistilBertForMultipleChoice
     config: SparseDistilBertConfig
 
 @dataclass(kw_only=True)
-class SparseLEDConfig(SparseEncoderDecoderConfigMixin, LEDConfig):
+class SparseLEDConfig(AttentionWindowEncoderConfigMixin, LEDConfig):
     pattern: InitVar[PatternLike | None] = None
     layers: InitVar[LayersLike] = None
     global_token_ids: InitVar[Sequence[int]] = ()
@@ -1131,7 +1132,7 @@ class SparseLEDForQuestionAnswering(SparseMixin, LEDForQuestionAnswering):
     config: SparseLEDConfig
 
 @dataclass(kw_only=True)
-class SparseLongformerConfig(SparseConfigMixin, LongformerConfig):
+class SparseLongformerConfig(AttentionWindowConfigMixin, LongformerConfig):
     pattern: InitVar[PatternLike | None] = None
     layers: InitVar[LayersLike] = None
     global_token_ids: InitVar[Sequence[int]] = ()
