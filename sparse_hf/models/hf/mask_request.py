@@ -22,6 +22,7 @@ from .inner_padding import PaddingFirst, has_inner_padding, without_inner_paddin
 from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function
 from .streaming_cache import StreamingCache
 
+
 def why_dense(config: Any) -> str:
     """The message for a dense model that was given one of our names for its attention."""
     return (
