@@ -117,8 +117,11 @@ print(type(model.encoder).__name__, *sparse_hf.FAMILIES.derived())
 
 
 def test_threads_derive_a_family_once():
+    # Transformers' own lazy imports are not safe for threads: what they would import is there before
     code = """
 import threading, sparse_hf
+import transformers.models.bert.modeling_bert, transformers.models.llama.modeling_llama, transformers.models.t5.modeling_t5
+from transformers import BertConfig, LlamaConfig, T5Config
 names = ["SparseLlamaConfig", "SparseLlamaModel", "SparseBertModel", "SparseBertConfig", "SparseT5Model"] * 4
 found, gate = [], threading.Barrier(len(names))
 def ask(name):

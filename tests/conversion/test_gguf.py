@@ -34,6 +34,10 @@ def write(
         "bos_token_id": 1, "eos_token_id": 2, "token_list": [f"t{i}" for i in range(WORDS)], "token_scores": [0.0] * WORDS,
         "token_types": [1] * WORDS,
     }  # fmt: skip
+    if architecture == "qwen2":
+        # older versions of Transformers read its tokenizer with merges alone
+        words = [*common["token_list"][:-2], "t0t1", "t2t3"]
+        common |= {"tokenizer_model": "gpt2", "token_list": words, "token_merges": ["t0 t1", "t2 t3"]}
     for name, *values in (*common.items(), *keys):
         getattr(writer, f"add_{name}")(*values)
     shapes = {"token_embd": (WORDS, WIDTH), "output_norm": (WIDTH,)}

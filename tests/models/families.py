@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 import sparse_hf
+from sparse_hf.models.hf.cache import CACHE_NAMES
 from tests import oracle
 
 VOCABULARY, LENGTH, TARGET, BATCH = 97, 150, 90, 2
@@ -152,6 +154,11 @@ def dense_model(head: str, **changes):
         if parameter.ndim == 2:
             parameter.data.mul_(3)
     return model
+
+
+def named_cache(model, cache) -> dict:
+    """A cache as `forward` and `generate` take it, whose name for it has changed."""
+    return {next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters): cache}
 
 
 def pattern_layers(head: str) -> dict:

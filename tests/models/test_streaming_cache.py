@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 from itertools import cycle
 
 import pytest
@@ -12,13 +12,14 @@ from transformers import DynamicCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
-from sparse_hf.models.hf.cache import CACHE_NAMES
+from sparse_hf.models.hf.cache import logger as cache_logger
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import (
     VOCABULARY,
     dense_model,
     explicit_mask,
     has_two_stacks,
+    named_cache,
     one_head,
     slow_but_for,
 )
@@ -49,14 +50,10 @@ def text(rows: int = 2, length: int = 90) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length))
 
 
-def named(model, cache) -> dict:
-    return {next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters): cache}
-
-
 @torch.no_grad()
 def in_pieces(model, ids: Tensor, cache, real: Tensor | None = None, pieces=PIECES) -> Tensor:
     """The answers to all tokens, piece by piece."""
-    answers, begin, sizes, given = [], 0, cycle(pieces), named(model, cache)
+    answers, begin, sizes, given = [], 0, cycle(pieces), named_cache(model, cache)
     while begin < ids.shape[1]:
         end = begin + next(sizes)
         if real is not None:
@@ -139,18 +136,18 @@ def test_generation(head, way):
         texts = []
         for cache in (StreamingCache(sparse.config), DynamicCache()):
             torch.manual_seed(5)
-            texts.append(sparse.generate(**given, **named(sparse, cache), **{**GREEDY, **way}))
+            texts.append(sparse.generate(**given, **named_cache(sparse, cache), **{**GREEDY, **way}))
         assert torch.equal(*texts)
 
 
 def test_generation_goes_on_and_begins_anew():
     sparse, ids = sparse_model(), text(1, 60)
     cache, wanted = StreamingCache(sparse.config), sparse.generate(ids, use_cache=False, **GREEDY)
-    begun = sparse.generate(ids, **named(sparse, cache), **{**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5})
+    begun = sparse.generate(ids, **named_cache(sparse, cache), **{**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5})
     rest = {**GREEDY, "max_new_tokens": 7, "min_new_tokens": 7}
-    assert torch.equal(sparse.generate(begun, **named(sparse, cache), **rest), wanted)
+    assert torch.equal(sparse.generate(begun, **named_cache(sparse, cache), **rest), wanted)
     cache.reset()
-    assert torch.equal(sparse.generate(ids, **named(sparse, cache), **GREEDY), wanted)
+    assert torch.equal(sparse.generate(ids, **named_cache(sparse, cache), **GREEDY), wanted)
 
 
 def test_rows_of_a_batch_can_be_chosen_and_repeated():
@@ -161,7 +158,7 @@ def test_rows_of_a_batch_can_be_chosen_and_repeated():
     cache.batch_repeat_interleave(2)
     rows = ids[[2, 2, 0, 0]]
     with torch.no_grad():
-        found = sparse(rows[:, 100:], **named(sparse, cache)).logits
+        found = sparse(rows[:, 100:], **named_cache(sparse, cache)).logits
     torch.testing.assert_close(found, sparse(rows, use_cache=False).logits[:, 100:], **LIMIT)
 
 
@@ -237,7 +234,7 @@ def test_refuses_padding_that_it_cannot_keep_apart():
     late[0, :30] = 0
     with pytest.raises(ValueError, match="30 tokens of padding, and in the first pass it had at most 25"):
         in_pieces(sparse, ids, StreamingCache(sparse.config), late, pieces=(25,))
-    given = named(sparse, StreamingCache(sparse.config))
+    given = named_cache(sparse, StreamingCache(sparse.config))
     for mask in (real[:, :40], torch.ones(2, 1, 50, 50, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"it must be \[batch, 50\], a number for each token so far"):
             sparse(ids, attention_mask=mask, **given)
@@ -247,7 +244,7 @@ def test_refuses_to_take_tokens_back():
     sparse, ids = sparse_model(), text(1, 50)
     cache = StreamingCache(sparse.config)
     with pytest.raises((NotImplementedError, ValueError), match="DynamicCache"):
-        sparse.generate(ids, **named(sparse, cache), **GREEDY, prompt_lookup_num_tokens=2)
+        sparse.generate(ids, **named_cache(sparse, cache), **GREEDY, prompt_lookup_num_tokens=2)
     cache.crop(0)
     with pytest.raises(NotImplementedError, match="takes tokens back; use a DynamicCache"):
         cache.crop(-1)
@@ -270,4 +267,50 @@ def test_a_compiled_model():
     sparse, ids = sparse_model(), text(length=60)
     wanted = sparse.generate(ids, use_cache=False, **GREEDY)
     sparse.forward = torch.compile(sparse.forward, backend="eager")
-    assert torch.equal(sparse.generate(ids, **named(sparse, StreamingCache(sparse.config)), **GREEDY), wanted)
+    assert torch.equal(sparse.generate(ids, **named_cache(sparse, StreamingCache(sparse.config)), **GREEDY), wanted)
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, "window(20, 0)", "window(9, 0) | (first(4) & window(40, 0))"])
+@pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel"])
+def test_gradients_are_those_of_one_pass(head, pattern):
+    sparse, ids = sparse_model(head, pattern), text()
+    weights = list(sparse.parameters())
+    wanted = torch.autograd.grad(sparse(ids, use_cache=False).logits.square().sum(), weights)
+    cache, answers, begin = StreamingCache(sparse.config), [], 0
+    for size in (7, 1, 1, 31, 1, 49):
+        answers.append(sparse(ids[:, begin : begin + size], **named_cache(sparse, cache)).logits)
+        begin += size
+    assert begin == ids.shape[1]
+    found = torch.autograd.grad(torch.cat(answers, 1).square().sum(), weights)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_read_in_inference_mode():
+    sparse, ids = sparse_model(), text()
+    cache = StreamingCache(sparse.config)
+    with torch.inference_mode():
+        sparse(ids[:, :50], **named_cache(sparse, cache))
+    with torch.no_grad():
+        found = sparse(ids[:, 50:], **named_cache(sparse, cache)).logits
+        torch.testing.assert_close(found, sparse(ids, use_cache=False).logits[:, 50:], **LIMIT)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_refuses_another_number_of_rows(rows):
+    sparse = sparse_model()
+    cache = StreamingCache(sparse.config)
+    sparse.generate(text(2, 40), **named_cache(sparse, cache), **GREEDY)
+    with pytest.raises(ValueError, match=rf"of 2 rows, and this batch has {rows}: begin anew with cache.reset\(\)"):
+        sparse.generate(text(rows, 90), **named_cache(sparse, cache), **GREEDY)
+    cache.reset()
+    sparse.generate(text(rows, 90), **named_cache(sparse, cache), **GREEDY)
+
+
+def test_says_once_that_positions_have_an_end(caplog):
+    logging.getLogger("sparse_hf").propagate = True
+    sparse, short = sparse_model(), sparse_hf.sparsify(dense_model(LLAMA, max_position_embeddings=64), SPARSE)
+    cache_logger.warning_once.cache_clear()
+    for model, times in ((sparse, 0), (short, 1)):
+        in_pieces(model, text(1, 90), StreamingCache(model.config))
+        assert caplog.text.count("behind a StreamingCache has more tokens than") == times

@@ -26,6 +26,7 @@ from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import PaddingFirst, counts_positions
+from .input_checks import refuse_tracing
 from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -121,11 +122,7 @@ def _refuse_what_is_not_computed(module, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError(
             f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
         )
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] - documented there
-        raise NotImplementedError(
-            "torch.jit.trace would keep the mask of the example for every later text; use torch.compile or torch.export "
-            "(torch.onnx.export with dynamo=True)"
-        )
+    refuse_tracing()
 
 
 def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
@@ -215,6 +212,10 @@ def _crosses(module, stack: str) -> bool:
     return stack == "decoder" and not module.is_causal
 
 
+# where a graph breaks before such a plan, nothing of its making is traced either
+_build_untraced: Any = torch.compiler.disable(build_plan)
+
+
 def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
     """The plan of a mask that can only be evaluated element by element."""
     if torch.compiler.is_compiling():
@@ -227,7 +228,7 @@ def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
         # an opaque mask may differ from row to row, which the plan learns from the batch size of its data
         padding = torch.ones(call.q.shape[0], call.k.shape[2], dtype=torch.bool, device=call.k.device)
     call.pattern = _parsed(call.pattern)
-    return build_plan(
+    return _build_untraced(
         call.pattern, call.q.shape[2], call.k.shape[2], q_offset=call.q_offset, key_padding_mask=padding,
         segment_ids=segments, marks=marks, mask_function=mask_function, device=call.k.device,
     )  # fmt: skip

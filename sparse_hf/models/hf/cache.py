@@ -71,28 +71,35 @@ def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
         )
 
 
-def kept_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Cache]:
-    """The cache for a step of `generate`, where the dense class has thrown it away to compute all tokens again.
+def lost_cache(model: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
+    """What a cache is called that the dense class has thrown away, to compute all tokens again; None if it has not.
 
     Phi-3 does so where its angles change, and would go on with one that keeps all keys.
 
     Args:
         model: that generates.
-        input_ids: the text so far, without what only a cache holds.
         given: arguments of `prepare_inputs_for_generation`.
         inputs: what it gives to `forward`.
+    """
+    if given_cache(given) is None or given_cache(inputs) is not None:
+        return None
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in takes), None)
+
+
+def emptied_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> Cache:
+    """The cache that was given, empty for the tokens that are computed again.
+
+    Args:
+        model, given, inputs: see `lost_cache`.
+        input_ids: the text so far, without what only a cache holds.
 
     Raises:
         ValueError: tokens that only the cache holds would have to be computed again.
     """
-    cache = given_cache(given)
-    if cache is None or given_cache(inputs) is not None:
-        return {}
-    takes = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHE_NAMES if name in takes), None)
-    if name is None:
-        return {}
-    held, tokens = cached_tokens(cache), new_tokens(inputs)
+    cache, tokens = given_cache(given), new_tokens(inputs)
+    assert cache is not None
+    held = cached_tokens(cache)
     if held:
         if tokens is None or tokens.shape[1] != text_length(input_ids, given):
             raise ValueError(
@@ -100,7 +107,7 @@ def kept_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], inputs: 
                 "them are only in the cache; pass the whole text to generate, not new tokens alone"
             )
         cache.reset()
-    return {name: cache}
+    return cache
 
 
 def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
@@ -133,6 +140,9 @@ def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
         cache = cache.self_attention_cache
     if cache is None:
         return
+    # masks are made for all layers by the length of one
+    static = (layer for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding)
+    longest = max((layer.max_cache_len for layer in static), default=0)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = _filled(DynamicLayer(), layer)
@@ -140,7 +150,8 @@ def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
             room, needed = layer.max_cache_len, length or int(layer.get_seq_length()) + new
             if layer.is_sliding or room < needed:
                 # by hand, as many again: each time that it grows, all is copied
-                cache.layers[index] = _filled(GrownStaticLayer(max(needed, room if length else 2 * room)), layer)
+                wanted = max(needed, room if length else 2 * room, longest)
+                cache.layers[index] = _filled(GrownStaticLayer(wanted), layer)
 
 
 def _filled(new: DynamicLayer | StaticLayer, old: CacheLayerMixin) -> CacheLayerMixin:

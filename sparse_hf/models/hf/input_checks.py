@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from transformers.utils import logging
@@ -27,6 +28,15 @@ ANSWERS = {
     ("ForTokenClassification", "ForSequenceClassification"): "num_labels",
     ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"): "vocab_size",
 }
+
+
+def refuse_tracing() -> None:
+    """Raise NotImplementedError while torch.jit.trace or an exporter by tracing runs a model."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] - documented there
+        raise NotImplementedError(
+            "torch.jit.trace would keep the mask of the example for every later text; use torch.compile or torch.export "
+            "(torch.onnx.export with dynamo=True)"
+        )
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ def generation_marks(
     if given is not None:
         # of the end of a prompt that is taken in pieces nothing is said yet; what was generated is marked by its ids alone
         given = torch.nn.functional.pad(given[:, :length], (0, max(0, length - given.shape[1])))
+        hidden = length - input_ids.shape[1]
+        before = marks_in_cache(given_cache(kwargs), len(input_ids), hidden) if config.global_token_ids else None
+        if before is not None:
+            given = given.bool() | torch.nn.functional.pad(before.to(given.device), (0, length - hidden))
     return find_marks(config, input_ids, given)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .cache import begin_streaming, given_cache, keep_all, kept_cache, new_tokens
+from .cache import begin_streaming, emptied_cache, given_cache, keep_all, lost_cache, new_tokens
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
-from .input_checks import Limits, check_no_positions
+from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
@@ -162,10 +162,16 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = parent(self, input_ids, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        lost = lost_cache(self, given, inputs)
+        if lost is not None and given.get("next_sequence_length") is not None:
+            # older versions forget that all tokens are needed then
+            inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
         marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
             inputs["global_attention_mask"] = marks
-        return inputs | kept_cache(self, input_ids, given, inputs)
+        if lost is not None:
+            inputs[lost] = emptied_cache(self, input_ids, given, inputs)
+        return inputs
 
     return prepare_inputs_for_generation
 
@@ -186,6 +192,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         if num_items_in_batch is not None and self.training:
             num_items_in_batch = at_least_one(num_items_in_batch)
         if not torch.compiler.is_compiling():
+            refuse_tracing()
             check_spelling(kwargs, signature.parameters)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
