@@ -164,6 +164,7 @@ def test_a_streaming_cache_refuses_it():
 
 @pytest.mark.compiles
 def test_compiled_code_refuses_it():
+    torch._dynamo.reset()
     sparse = sparse_hf.sparsify(dense_model(LLAMA), PATTERNS[0])
     ids, compiled = text(2, 60), torch.compile(sparse, backend="eager", fullgraph=True)
     with torch.no_grad():
