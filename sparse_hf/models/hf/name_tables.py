@@ -58,8 +58,12 @@ def enter_names(dense_type: str, config_class: type[PreTrainedConfig], classes: 
 
 def _enter_attributes(transformers: ModuleType, names: Names) -> None:
     """`getattr(transformers, config.architectures[0])`, by which servers and TRL find a class."""
-    for made in (names.config_class, *names.classes.values()):
-        setattr(transformers, made.__name__, made)
+    # importing its processors makes Transformers run its `__init__` again, so that modules imported before hold another object
+    held = (vars(module).get("transformers") for module in list(sys.modules.values()) if isinstance(module, ModuleType))
+    copies = {id(copy): copy for copy in held if isinstance(copy, ModuleType) and copy.__name__ == "transformers"}
+    for copy in (transformers, *copies.values()):
+        for made in (names.config_class, *names.classes.values()):
+            setattr(copy, made.__name__, made)
 
 
 def _enter_models(module: ModuleType, names: Names) -> None:
@@ -75,9 +79,10 @@ def _enter_models(module: ModuleType, names: Names) -> None:
 def _enter_processors(module: ModuleType, names: Names) -> None:
     """Classes of tokenizers and processors, by type and by configuration."""
     for table in _tables(module, CLASS_NAMES):
-        names.copy_entry(table)
         by_config: Any = getattr(table, "_model_mapping", None)
+        # the table of configurations, which lies beside, is not one of these
         if by_config is not None and names.dense_type in table:
+            names.copy_entry(table)
             by_config._reverse_config_mapping[names.config_class.__name__] = names.sparse_type
     # types whose folders declare a wrong class
     misdeclared: set[str] = getattr(module, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
