@@ -113,8 +113,8 @@ def announce() -> None:
     for name, enter_in in TABLES.items():
         if name in sys.modules:
             enter_in(sys.modules[name])
-        elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder(name, enter_in))
+        elif not any(isinstance(hook, _TableHook) and hook.name == name for hook in sys.meta_path):
+            sys.meta_path.insert(0, _TableHook(name, enter_in))
 
 
 def _enter_configurations(configurations: ModuleType) -> None:
@@ -141,14 +141,19 @@ def _attention(modeling: ModuleType, name: str, *args, **kwargs) -> Any:
 TABLES: dict[str, Callable[[ModuleType], None]] = {CONFIGURATIONS: _enter_configurations, ATTENTION: _enter_attention}
 
 
-class _Finder(MetaPathFinder):
-    """Finds the module of a table as others find it, and enters what is ours after it was executed."""
+class ImportHook(MetaPathFinder):
+    """Finds modules that are waited for as others find them, and enters what is ours after they were executed."""
 
-    def __init__(self, name: str, enter_in: Callable[[ModuleType], None]):
-        self.name, self.enter_in = name, enter_in
+    @abstractmethod
+    def awaits(self, name: str) -> bool:
+        """Whether a module of this name is waited for."""
+
+    @abstractmethod
+    def enter_in(self, module: ModuleType) -> None:
+        """Enter what is ours in a module that was just executed."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name:
+        if not self.awaits(name):
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec: ModuleSpec | None = next(filter(None, others), None)
@@ -158,8 +163,8 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    def __init__(self, finder: _Finder, spec: ModuleSpec, loader: Loader):
-        self.finder, self.spec, self.loader = finder, spec, loader
+    def __init__(self, hook: ImportHook, spec: ModuleSpec, loader: Loader):
+        self.hook, self.spec, self.loader = hook, spec, loader
 
     def __getattr__(self, name: str):
         # sources and resources, for those who inspect the module without importing it
@@ -171,6 +176,19 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.finder.enter_in(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
+        self.hook.enter_in(module)
+
+
+class _TableHook(ImportHook):
+    """Waits for the module of one table."""
+
+    def __init__(self, name: str, enter: Callable[[ModuleType], None]):
+        self.name, self.enter = name, enter
+
+    def awaits(self, name: str) -> bool:
+        return name == self.name
+
+    def enter_in(self, module: ModuleType) -> None:
+        self.enter(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...plan import BlockPlan, remembered
 from ..autograd import AutogradBackend
 from ..backend import AttentionCall, Results
-from ..devices import generation
+from ..devices import HALF_TYPES, generation
 from ..merge import merge
 from ..scoring import Scoring
 
@@ -88,7 +88,7 @@ def _call(inputs: tuple[Tensor, ...], piece: Piece, scale: float, score_mod) -> 
 
 def _options(q: Tensor) -> dict[str, int] | None:
     """Sizes of the kernels' tiles where others than torch's own are faster."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in HALF_TYPES:
         return None
     return OPTIONS.get((generation(q.device), q.shape[-1]))
 

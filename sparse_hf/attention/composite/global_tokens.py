@@ -20,13 +20,12 @@ from ...plan import NOTHING, AnyPlan, find_plan
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
 from ..backends.flash.window_kernels import EVERYTHING, FA2
 from ..backends.triton.walk import IS_INSTALLED
-from ..devices import generation
+from ..devices import HALF_TYPES, generation
 from ..strides import as_tokens_first, readable
 from .marked_places import Places, find
 
 # numbers in q up to which the host is what a call waits for; beyond, calls that know how many marks there are are faster
 MAX_ELEMENTS = 1 << 24
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.auto_mappings import SPECIAL_MODEL_TYPE_TO_MODULE_NAME
 from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from ...registry import ImportHook
 
 # how Transformers names its tables of class names, and peft its tables of modules to adapt
 CLASS_NAMES, TARGET_MODULES = "_MAPPING_NAMES", "TRANSFORMERS_MODELS_TO_"
@@ -52,8 +52,8 @@ def enter_names(dense_type: str, config_class: type[PreTrainedConfig], classes: 
             enter(sys.modules[module], names)
         else:
             _AWAITED.setdefault(module, []).append(names)
-    if _AWAITED and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if _AWAITED and not any(isinstance(hook, _NamesHook) for hook in sys.meta_path):
+        sys.meta_path.insert(0, _NamesHook())
 
 
 def _enter_attributes(transformers: ModuleType, names: Names) -> None:
@@ -154,32 +154,12 @@ def _tables(module: ModuleType, ending: str) -> Iterable[Any]:
     return [value for name, value in vars(module).items() if name.endswith(ending) and isinstance(value, dict)]
 
 
-class _Finder(MetaPathFinder):
-    """Finds modules that are waited for as others find them, and enters names once they were executed."""
+class _NamesHook(ImportHook):
+    """Enters the names that wait for a module in its tables."""
 
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _AWAITED:
-            return None
-        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec: ModuleSpec | None = next(filter(None, others), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec, spec.loader)
-        return spec
+    def awaits(self, name: str) -> bool:
+        return name in _AWAITED
 
-
-class _Loader(Loader):
-    def __init__(self, spec: ModuleSpec, loader: Loader):
-        self.spec, self.loader = spec, loader
-
-    def __getattr__(self, name: str):
-        # sources and resources, for those who inspect the module without importing it
-        return getattr(self.loader, name)
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.spec.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
+    def enter_in(self, module: ModuleType) -> None:
         for names in _AWAITED.pop(module.__name__, ()):
             TABLES[module.__name__](module, names)

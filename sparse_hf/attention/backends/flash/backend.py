@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ....plan import BlockPlan, Split, remembered, split
 from ...backend import AttentionCall, Backend, Given, Gradients, Results
+from ...devices import HALF_TYPES
 from ...strides import as_tokens_first
 from . import block_lists, columns, window_kernels
 from .window_kernels import WindowKernels
@@ -25,7 +26,6 @@ from .window_kernels import WindowKernels
 MAX_COLUMNS = 256
 # numbers in q from which FA4 overtakes `triton`, whose few launches take the host less time than calls to be merged
 FA4_MIN_ELEMENTS = 1 << 24
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class Flash(Backend):

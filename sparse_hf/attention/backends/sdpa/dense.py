@@ -14,11 +14,11 @@ from ....pattern import Pattern
 from ....pattern.forms import read_window
 from ...autograd import AutogradBackend
 from ...backend import AttentionCall, Results
+from ...devices import HALF_TYPES
 from ...merge import NO_LSE
 
 # head dims that have kernels without n x n scores
 MAX_HEAD_DIM = 256
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class Dense(AutogradBackend):
