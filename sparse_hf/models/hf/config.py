@@ -249,6 +249,11 @@ class SparseConfigMixin(_Config):
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
         """
         values = dense_values(dense if isinstance(dense, Mapping) else dense.to_dict())
+        if values.pop("output_attentions", None):
+            logger.warning_once(
+                "output_attentions of the dense configuration is left out: attention weights are n x n, and only "
+                "attn_implementation='sparse_reference' makes them"
+            )
         plain = cls(**values)
         return cls(**values, sparse_attention=plain.describe(pattern, layers, global_token_ids))
 
