@@ -149,6 +149,7 @@ def canvas(height: float) -> tuple[Figure, Axes]:
 LADDER = (
     ("Does the pattern leave out no pair of this text?", "Dense", "PyTorch's attention"),
     ("Are there fewer than 128 queries (decoding)?", "Decode", "PyTorch's attention, slices of keys"),
+    ("A window over a short text, on a GPU?", "SlidingWindow", "PyTorch's FlashAttention-2"),
     ("Are pairs chosen by content, lsh(...)?", "HashedPairs", "positions and hashes, merged"),
     ("Marks in a call that a CUDA graph records?", "GlobalTokens", "window and marked tokens, merged"),
     ("A stride that pays when put side by side?", "Strided", "each part on a backend for blocks"),
@@ -158,7 +159,7 @@ BLOCKS = (("fa", "long texts"), ("triton", "a GPU"), ("flex", "a GPU"), ("blockw
 
 def backends() -> Figure:
     """The ladder of "auto"."""
-    height, step, top = 5.35, 0.72, 4.72
+    height, step, top = 6.07, 0.72, 5.44
     figure, axes = canvas(height)
     question, answer = (3.15, 0.46), (2.75, 0.46)
     for number, (asked, name, what) in enumerate(LADDER):
@@ -168,7 +169,7 @@ def backends() -> Figure:
         arrow(axes, (3.4, y + 0.23), (4.0, y + 0.23), "yes")
         arrow(axes, (1.8, y), (1.8, y - step + 0.46), "no")
     y = top - len(LADDER) * step
-    box(axes, 0.25, y, question, "6. A plan in blocks: the first that can, and pays", fontsize=8.5)
+    box(axes, 0.25, y, question, "7. A plan in blocks: the first that can, and pays", fontsize=8.5)
     width, gap = 1.5, 0.19
     for number, (name, where) in enumerate(BLOCKS):
         x = 0.25 + number * (width + gap)

@@ -21,6 +21,7 @@ from .backends.flex import Flex
 from .backends.reference import Reference
 from .backends.sdpa.decode import MAX_QUERIES, Decode
 from .backends.sdpa.dense import Dense
+from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
 from .composite.global_tokens import GlobalTokens
 from .composite.lsh import DenseHashedPairs, HashedPairs
@@ -36,7 +37,7 @@ BACKENDS: dict[str, Backend] = {
 FOR_BLOCKS, FOR_FEW_BLOCKS = ("fa", "triton", "flex", "blockwise"), ("blockwise",)
 # backends that can compute in hash order
 FOR_HASHES = ("auto", "blockwise", "reference")
-DENSE, DECODE = Dense(), Decode()
+DENSE, DECODE, SLIDING = Dense(), Decode(), SlidingWindow()
 
 
 def route(call: AttentionCall, name: str) -> Backend:
@@ -70,21 +71,24 @@ def _decided(call: AttentionCall, name: str) -> Backend:
         # 2. a few queries, as in decoding: slices of the keys that they see
         if DECODE.why_not(call) is None and DECODE.is_fastest(call):
             return _said(DECODE, call, f"of fewer than {MAX_QUERIES} queries", " over the keys that they see")
-    # 3. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
+        # 3. a window over a text that its host takes longer for than a GPU
+        if SLIDING.is_fastest(call) and SLIDING.why_not(call) is None:
+            return _said(SLIDING, call, "by a window over a short text", " with a window")
+    # 4. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
     if isinstance(call.pattern, Pattern) and call.pattern.uses_content:
         return _for_hashes(call, name)
-    # 4. marks that only kernels look at, so that a CUDA graph may record the call
+    # 5. marks that only kernels look at, so that a CUDA graph may record the call
     if name == "auto" and call.recorded:
         recorded = GlobalTokens(partial(_for_blocks, name))
         if recorded.why_not(call) is None:
             return recorded
-    # 5. strides, regrouped so that they are windows, on a backend for each of their plans
+    # 6. strides, regrouped so that they are windows, on a backend for each of their plans
     if name != "reference" and call.chosen_plan is None:
         strided = Strided(partial(_for_blocks, name, regrouped=True))
         if strided.why_not(call) is None and (plan := find_strided_plan(call.plan_key, call.batch)) is not None:
             call.chosen_plan = plan
             return strided
-    # 6. blocks
+    # 7. blocks
     return _for_blocks(name, call)
 
 
