@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from .backend import AttentionCall, Backend, Given, Gradients, Results
+from .devices import is_autocast
 
 
 class AutogradBackend(Backend):
@@ -52,7 +52,7 @@ def recording() -> Iterator[None]:
 
 def attend(call: AttentionCall, backend: Backend) -> Results:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]` of a call, differentiable."""
-    if _is_autocast(call.q):
+    if is_autocast(call.q):
         # tensors have the dtype that autocast gave them, and a backend computes in the precision that it needs
         with torch.autocast(call.q.device.type, enabled=False):
             return attend(call, backend)
@@ -83,14 +83,10 @@ class _Attention(torch.autograd.Function):
         scoring = scoring if bias is None else replace(scoring, bias=bias)
         call = AttentionCall(q, k, v, pattern, q_offset, scoring, dropout, batch, True, recorded, plan)
         given = Given(out, lse, grad_out, grad_lse)
-        if _is_autocast(q):
+        if is_autocast(q):
             with torch.autocast(q.device.type, enabled=False):
                 return *ctx.backend.backward(call, given), None, None
         return *ctx.backend.backward(call, given), None, None
-
-
-def _is_autocast(t: Tensor) -> bool:
-    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
 
 def _without_tensors(call: AttentionCall) -> tuple:

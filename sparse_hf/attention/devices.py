@@ -10,6 +10,12 @@ import torch
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
+def is_autocast(t: torch.Tensor) -> bool:
+    """Does autocast choose the dtype of operations on such a tensor? Devices without autocast are never asked."""
+    # torch 2.11 cannot trace `torch.amp.is_autocast_available`
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
+
+
 # asked with every call, and torch is slow to answer
 @lru_cache
 def generation(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function
 
 from ...attention import attend, attention, hashed_weights, route, uses_hashes, with_weights
 from ...attention.backend import AttentionCall
+from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
 from ...pattern import Pattern, full
@@ -187,10 +188,9 @@ def _parsed(pattern: Pattern | str | None) -> Pattern:
 
 def _of_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast gives SDPA: rotary positions leave queries and keys in float32 beside values in bfloat16."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not is_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention, ReformerDynamicCache
 
+from ...attention.devices import is_autocast
 from ...attention.hashed.reformer import chunked_attention, chunked_weights
 from ...pattern import LSHChunks, MarkedKeys, Pattern, Ring
 from ...plan import NOTHING, BatchInfo, of_batch
@@ -243,16 +244,11 @@ class SparseLocalSelfAttention(LocalSelfAttention):
 
 def _without_autocast(t: Tensor) -> AbstractContextManager:
     """Tensors have the dtype that autocast gave them, and what computes with them takes the precision that it needs."""
-    return torch.autocast(t.device.type, enabled=False) if _is_autocast(t) else nullcontext()
+    return torch.autocast(t.device.type, enabled=False) if is_autocast(t) else nullcontext()
 
 
 def _projected_dtype(states: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(states.device.type) if _is_autocast(states) else states.dtype
-
-
-def _is_autocast(t: Tensor) -> bool:
-    kind = t.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(states.device.type) if is_autocast(states) else states.dtype
 
 
 def _heads(states: Tensor, module) -> Tensor:

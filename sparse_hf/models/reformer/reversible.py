@@ -28,6 +28,7 @@ from transformers.models.reformer.modeling_reformer import (
     ReformerOnlyLMHead,
 )
 
+from ...attention.devices import is_autocast
 from ..hf.processes import owes_gradients
 from .attention import SparseReformerCache, Text
 
@@ -283,7 +284,7 @@ class _Half:
             out = self.function(leaf)
         grad_out, kind = grad_out.to(out.dtype), states.device.type
         # a backward pass computes in the precision of its forward pass by itself
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with torch.autocast(kind, enabled=False) if is_autocast(states) else nullcontext():
             grad, *grads = torch.autograd.grad(out, [leaf, *self.trained], grad_out, allow_unused=True)
         for number, value in zip(self.numbers, grads, strict=True):
             if value is not None:
