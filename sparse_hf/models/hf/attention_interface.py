@@ -23,6 +23,7 @@ from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
+from ...attention.slots import MAX_TOKENS, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
@@ -102,6 +103,16 @@ def sparse_attention_forward(
     shifts = not stack.counts_padding and counts_positions(pattern)
     batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
+    if (
+        isinstance(request.q_offset, Tensor)
+        and opaque is None
+        and backend == "auto"
+        and _goes_by_slots(query, scoring, pattern)
+    ):
+        real, _, marks = batch.info.tensors
+        seen = request.q_offset.reshape(())
+        out = slots_attention(query, key, value, seen, real, marks, pattern, scoring)
+        return out.transpose(1, 2).contiguous(), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info, wants_lse=False
     )
@@ -133,6 +144,12 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
     # of an encoder-decoder, the encoder's tokens are marked
     marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
     return TokenData(positions, bounds, marks)
+
+
+def _goes_by_slots(query: Tensor, scoring: Scoring, pattern: str) -> bool:
+    """Are these new tokens of a static cache, whose graph serves all lengths? It has no gradient."""
+    few = query.shape[2] < MAX_TOKENS and scoring.bias is None
+    return few and not torch.is_grad_enabled() and takes_slots(pattern)
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -38,6 +39,19 @@ def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
 def cached_tokens(cache: Cache | None) -> int:
     """Tokens in a cache. Those of a static one on a GPU are waited for."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`[B, N]` of the tokens so far, as `[B, K]` over all slots of a cache whose graph of a step is to serve all steps.
+
+    Args:
+        of_tokens: a mask or marks, zeros where nobody is yet.
+        kwargs: arguments of `prepare_inputs_for_generation`. The prompt is computed without a graph, and others' caches grow.
+    """
+    cache = given_cache(kwargs)
+    if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
+        return of_tokens
+    return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
 def new_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -149,8 +149,8 @@ class MaskRequest:
 
     def _batch(self, tokens: TokenData, query: Tensor, key: Tensor) -> Batch:
         real, end = self.attention_mask, int(self.q_offset) + query.shape[2]
-        # a mask of ones says nothing
-        real = None if real is None or bool(real.all()) else real
+        # a mask of ones says nothing, and slots behind the last token are seen by nobody
+        real = None if real is None or bool(real[:, :end].all()) else real
         documents = self._documents(tokens, query, key)
         documents = None if documents is None or not bool(documents.any()) else documents
         info = of_batch(real, documents, _marks(tokens.marks, query, key, end))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .cache import begin_streaming, emptied_cache, given_cache, keep_all, lost_cache, new_tokens
+from .cache import begin_streaming, emptied_cache, given_cache, keep_all, lost_cache, new_tokens, over_slots
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
@@ -121,8 +121,11 @@ class SparseMixin(SavedByOthers, _Model):
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
-        # `generate` would make the mask ahead for static caches and take it for a tensor
-        return attention_mask
+        """The mask of tokens as it is: `generate` would make one of pairs ahead for static caches, and take it for a tensor.
+
+        Of tokens behind a prompt it covers all slots of the cache, so that a graph of a step serves all steps.
+        """
+        return over_slots(attention_mask, kwargs)
 
 
 class SparseEncoderMixin(SparseMixin):
@@ -168,7 +171,7 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
         marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
-            inputs["global_attention_mask"] = marks
+            inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
         return inputs

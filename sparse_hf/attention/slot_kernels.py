@@ -1,0 +1,142 @@
+"""Triton kernels for a few new tokens over the slots of a static cache: a causal window with first tokens, read where it lies.
+
+Keys are split over programs, since a row and key head alone would keep a GPU waiting, and the query heads of a key head are
+computed together, so that each key is read once (as in FlashDecoding). A second kernel merges what the splits found. How many
+slots are filled is read on the device.
+
+Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D head dim; M = R * Q rows of a key head.
+"""
+
+# Triton's types say that a kernel's helper never returns
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scoring import Scoring
+from .strides import like, readable
+
+if TYPE_CHECKING:
+    from .slots import Reach
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# keys of a step of the loop, by the width of a head
+BLOCK = {64: 128, 128: 64, 256: 32}
+# programs that keep a GPU busy, splits that one program merges, and keys below which another costs more than it saves
+PROGRAMS, MAX_SPLITS, LEAST_KEYS = 512, 64, 128
+# the matrix units take rows from 16
+LEAST_ROWS = 16
+
+
+@triton.jit
+def split(
+    q_ptr, k_ptr, v_ptr, seen_ptr, begins_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
+    scale, cap, left, first, chunk,
+    G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PADDED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Out and lse, in float32, of the keys of one split, for all rows of a key head."""
+    part, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = pair // G, pair % G
+    seen = tl.load(seen_ptr).to(tl.int32)
+    begin = 0
+    if PADDED:
+        begin = tl.load(begins_ptr + b).to(tl.int32)
+    m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    head, new = m // Q, m % Q
+    rows = m < R * Q
+    place = seen + new
+    q_at = q_ptr + b * q_b + (g * R + head)[:, None] * q_h + new[:, None] * q_n + d[None, :]
+    q = tl.load(q_at, mask=rows[:, None] & (d[None, :] < D), other=0.0)
+    # visible slots in a row: first tokens, then the window, each once
+    start = tl.maximum(begin + first, seen - left)
+    total = tl.minimum(first, seen + Q - begin) + tl.maximum(seen + Q - start, 0)
+    ahead = tl.minimum(first, seen + Q - begin)
+    out = tl.zeros((BM, BD), tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    for at in range(part * chunk, tl.minimum((part + 1) * chunk, total), BN):
+        number = at + n
+        slot = tl.where(number < ahead, begin + number, start + number - ahead)
+        there = number < tl.minimum((part + 1) * chunk, total)
+        box = there[:, None] & (d[None, :] < D)
+        k = tl.load(k_ptr + b * k_b + g * k_g + slot.to(tl.int64)[:, None] * k_n + d[None, :], mask=box, other=0.0)
+        v = tl.load(v_ptr + b * v_b + g * v_g + slot.to(tl.int64)[:, None] * v_n + d[None, :], mask=box, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if HAS_CAP:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            scores = (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / cap)) + 1)) * cap
+        scores *= LOG2_E
+        distance = place[:, None] - slot[None, :]
+        visible = (distance >= 0) & ((distance <= left) | (slot[None, :] < begin + first)) & there[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        weight = weight * shrink + tl.sum(weights, 1)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    lse = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), float("-inf"))
+    out = out / tl.where(weight > 0, weight, 1.0)[:, None]
+    spot = (part * tl.num_programs(1) + pair) * BM + m
+    tl.store(lse_ptr + spot, lse)
+    tl.store(out_ptr + spot[:, None] * BD + d[None, :], out)
+
+
+@triton.jit
+def join(
+    part_out, part_lse, out_ptr, o_b, o_h, o_n, splits,
+    G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BS: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one row of a key head."""
+    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    s, d = tl.arange(0, BS), tl.arange(0, BD)
+    spot = (s * tl.num_programs(1) + pair) * BM + row
+    lse = tl.load(part_lse + spot, mask=s < splits, other=float("-inf"))
+    top = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(top > float("-inf"), top, 0.0))
+    parts = tl.load(part_out + spot[:, None] * BD + d[None, :], mask=(s < splits)[:, None], other=0.0)
+    total = tl.sum(weights, 0)
+    out = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    b, h = pair // G, pair % G * R + row // Q
+    at = out_ptr + b * o_b + h * o_h + row % Q * o_n + d
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, begins: Tensor | None, reach: Reach, scoring: Scoring
+) -> Tensor:  # fmt: skip
+    """Attention `[B, H, Q, D]`; arguments are those of `slots_attention`, and `begins` `[B]` the slots of first tokens."""
+    q, k, v = readable(q), readable(k), readable(v)
+    batch, heads, new, dim = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    rows, width = heads // groups * new, max(16, triton.next_power_of_2(dim))
+    keys = min(slots, reach.first + reach.left + new)
+    most = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, triton.cdiv(keys, LEAST_KEYS)))
+    block = BLOCK[max(64, width)]
+    chunk = triton.cdiv(triton.cdiv(keys, most), block) * block
+    splits = triton.cdiv(keys, chunk)
+    held = max(LEAST_ROWS, triton.next_power_of_2(rows))
+    part_out = q.new_empty((splits, batch * groups, held, width), dtype=torch.float32)
+    part_lse = q.new_empty((splits, batch * groups, held), dtype=torch.float32)
+    out = like(q)
+    sizes = {"G": groups, "R": heads // groups, "Q": new, "D": dim, "BD": width, "BM": held}
+    split[(splits, batch * groups)](
+        q, k, v, seen, seen if begins is None else begins, part_out, part_lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scoring.scale, float(scoring.softcap or 1),
+        min(reach.left, slots), reach.first, chunk, **sizes, BN=block, PADDED=begins is not None,
+        HAS_CAP=scoring.softcap is not None, PRECISION="ieee", num_warps=4, num_stages=2,
+    )  # fmt: skip
+    join[(rows, batch * groups)](
+        part_out, part_lse, out, *out.stride()[:3], splits, **sizes, BS=triton.next_power_of_2(splits), num_warps=4
+    )
+    return out

@@ -1,0 +1,178 @@
+"""New tokens over the slots of a cache that was allocated ahead, in one graph for all lengths of the text.
+
+A static cache has as many keys from the first token to the last. How many of them are filled is a number on the device, which
+nobody reads here: what is visible is computed from it there, so that a graph of a decoding step is compiled and recorded once.
+
+Windows with first tokens read just those slots that some new token may see. Of other patterns all slots are scored, and a mask
+`[Q, K]` says which count; both are linear in the text.
+
+Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D head dim; n slots that are read.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..pattern import Pattern
+from ..pattern.base import Marks
+from ..pattern.forms import read_window
+from .backends.triton.walk import why_unfit
+from .scoring import Scoring
+from .strides import like
+
+# new tokens from which a pass is one over a prompt
+MAX_TOKENS = 128
+# query heads of a key head times new tokens, whose sums fit into a program's registers
+MAX_ROWS = 64
+
+
+class Reach(NamedTuple):
+    """The pairs of a causal window with first tokens: query x sees keys 0 .. first - 1 and x - left .. x."""
+
+    left: int
+    first: int
+
+
+def slots_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, marks: Tensor | None, pattern: str, scoring: Scoring
+) -> Tensor:  # fmt: skip
+    """Attention `[B, H, Q, D]` of new tokens, which stand in slots `seen` .. `seen + Q - 1` already. It has no gradient.
+
+    Args:
+        q: `[B, H, Q, D]`.
+        k, v: `[B, G, K, D]`, filled up to the new tokens; what lies behind them is read by nobody.
+        seen: `[]`, whole number: tokens that came before.
+        real: `[B, K]` bool, false on padding, which must stand before all tokens of its row; None where there is none.
+        marks: `[B, K]` bool, the tokens that `marked()` speaks of.
+        pattern: the text of a causal pattern.
+        scoring: scale and soft cap; a bias is refused.
+    """
+    if scoring.bias is not None:
+        raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
+    return _operator(q, k, v, seen, real, marks, pattern, scoring.scale, scoring.softcap)
+
+
+# a graph takes the answer as a constant instead of tracing the parser
+@torch.compiler.assume_constant_result
+def takes_slots(pattern: str) -> bool:
+    """Is a pattern one of positions, and not of what queries and keys are?"""
+    return not _parsed(pattern).uses_content
+
+
+@torch.library.custom_op("sparse_hf::slots", mutates_args=())
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, marks: Tensor | None, pattern: str, scale: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    form = _parsed(pattern)
+    reach = read_reach(form, k.shape[2])
+    begins = None if real is None else real.int().argmax(1)
+    if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
+        from .slot_kernels import decode
+
+        return decode(q, k, v, seen, begins, reach, Scoring(scale, softcap))
+    if reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
+        slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
+        k, v = (_taken(t, slots) for t in (k, v))
+        places = slots if begins is None else slots - begins[:, None]
+        mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
+    else:
+        mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])
+    return _dense(q, k, v, mask, Scoring(scale, softcap))
+
+
+@_operator.register_fake
+def _fake(q, k, v, *rest):
+    return like(q, v.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _parsed(pattern: str) -> Pattern:
+    return Pattern.parse(pattern)
+
+
+@lru_cache(maxsize=256)
+def read_reach(pattern: Pattern, slots: int) -> Reach | None:
+    """A pattern as a causal window with first tokens; None if it is none."""
+    form = read_window(pattern, slots)
+    if isinstance(form, str) or form.marked or form.window is None or form.window.right != 0:
+        return None
+    if form.has_globals and (form.clip.left is not None or form.clip.right != 0):
+        return None
+    return Reach(slots if form.window.left is None else form.window.left, form.first)
+
+
+def visible_slots(
+    reach: Reach, seen: Tensor, begins: Tensor | None, new: int, slots: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The slots that new tokens may see, each once, `[B or 1, n]`, and which of them are there.
+
+    Args:
+        begins: `[B]`, the slot of each row's first token; None is 0.
+    """
+    device = seen.device
+    first = torch.zeros(1, 1, dtype=torch.long, device=device) if begins is None else begins[:, None]
+    ahead = first + torch.arange(reach.first, device=device)
+    start = torch.maximum(first + reach.first, seen - reach.left)
+    behind = start + torch.arange(reach.left + new, device=device)
+    found = torch.cat((ahead, behind), 1)
+    exists = found < seen + new
+    return found.clamp(max=slots - 1), exists
+
+
+def _new(seen: Tensor, begins: Tensor | None, new: int) -> Tensor:
+    """The places of new tokens in their own texts, `[B or 1, Q]`."""
+    slots = seen + torch.arange(new, device=seen.device)[None]
+    return slots if begins is None else slots - begins[:, None]
+
+
+def _window_mask(reach: Reach, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
+    """`[B or 1, 1, Q, n]` of places `[B or 1, Q]` and `[B or 1, n]`."""
+    q, k = q[:, None, :, None], k[:, None, None, :]
+    return (k <= q) & ((q - k <= reach.left) | (k < reach.first)) & exists[:, None, None, :]
+
+
+def _mask(
+    pattern: Pattern, seen: Tensor, real: Tensor | None, marks: Tensor | None, new: int, slots: int
+) -> Tensor:  # fmt: skip
+    """`[B or 1, H or 1, Q, K]`: what a pattern holds of all slots."""
+    device = seen.device
+    every, own = torch.arange(slots, device=device)[None], seen + torch.arange(new, device=device)
+    there = every < seen + new
+    places = every if real is None else (real.long().cumsum(1) - 1).clamp(min=0)
+    q = places.expand(places.shape[0], -1).index_select(1, own)[:, :, None]
+    k = places[:, None, :]
+    there = there if real is None else there & real
+    of_marks = [None, None] if marks is None else [marks.index_select(1, own)[:, :, None], marks[:, None, :]]
+    about = Marks(*of_marks, q[:, -1:] + 1)
+    found = [one.allows(q, k, about) & there[:, None, :] for one in pattern.heads or (pattern,)]
+    return torch.stack(torch.broadcast_tensors(*found), 1)
+
+
+def _taken(t: Tensor, slots: Tensor) -> Tensor:
+    """`[B, G, n, D]` of `[B, G, K, D]`."""
+    if slots.shape[0] == 1:
+        return t.index_select(2, slots[0])
+    return t.gather(2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+    """Attention under a mask; what sees nothing gives 0."""
+    groups = k.shape[1]
+    blind = ~mask.any(-1, keepdim=True)
+    mask = mask | blind
+    # the query heads of a key head are queries of it, whose keys are not repeated
+    mask = mask.expand(-1, q.shape[1], -1, -1).unflatten(1, (groups, -1)).flatten(2, 3)
+    queries = q.unflatten(1, (groups, -1)).flatten(2, 3)
+    if scoring.softcap is None:
+        out = scaled_dot_product_attention(queries, k, v, mask, scale=scoring.scale)
+    else:
+        scores = scoring.softcap * torch.tanh(queries.float() @ k.float().mT * (scoring.scale / scoring.softcap))
+        out = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+    out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).masked_fill(blind, 0)
+    return like(q, v.shape[-1]).copy_(out)

@@ -1,0 +1,134 @@
+"""New tokens over the slots of a static cache, whose filled number is on the device, against attention in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_hf.attention import slots
+from sparse_hf.attention.scoring import Scoring
+from sparse_hf.pattern import Pattern
+from sparse_hf.testing import AllocationInterceptor
+from tests import oracle
+from tests.attention.exactness import DEVICE, ROUNDINGS
+
+SLOTS = 150
+WINDOWS = ("window(20, 0)", "window(20, 0) | first(3)", "window(None, 0)", "window(0, 0)", "first(9) & window(None, 0)")
+OTHERS = (
+    "stride(4) & window(None, 0)", "window(5, 0) | marked() & window(None, 0)", "chunk(16) & window(None, 0)",
+    "per_head(window(3, 0), window(20, 0) | first(2), window(None, 0), stride(3) & window(None, 0))",
+    "window(9, 0) | first(40) & window(None, 0)", "fixed(16, 2) & window(None, 0)",
+)  # fmt: skip
+# tokens that came before, and new ones: the first ever, in the middle, up to the last slot
+COUNTS = [(0, 1), (0, 5), (30, 1), (77, 5), (SLOTS - 1, 1), (SLOTS - 17, 17)]
+
+
+def compare(pattern: str, seen: int, new: int, shape, dtype, padded: bool, softcap=None, device="cpu") -> None:
+    heads, groups, dim = shape
+    generator = torch.Generator().manual_seed(seen + new)
+    sizes = ((heads, new), (groups, SLOTS), (groups, SLOTS))
+    q, k, v = (torch.randn(2, h, n, dim, generator=generator).to(torch.bfloat16) for h, n in sizes)
+    # what lies behind the new tokens is of another text
+    k[:, :, seen + new :], v[:, :, seen + new :] = 1e3, 1e3
+    real = torch.ones(2, SLOTS, dtype=torch.bool)
+    real[:, seen + new :] = False
+    if padded:
+        real[1, : min(seen, 11)] = False
+    marks = torch.rand(2, SLOTS, generator=generator) < 0.1
+    filled = seen + new
+    mask = oracle.dense_mask(pattern, new, filled, real[:, :filled], None, marks[:, :filled])
+    exact, _ = capped(q.double(), k[:, :, :filled].double(), v[:, :, :filled].double(), mask, softcap)
+    count = torch.tensor(seen, device=device)
+    got = slots.slots_attention(
+        *(t.to(device, dtype) for t in (q, k, v)), count, real.to(device) if padded else None, marks.to(device), pattern,
+        Scoring(dim**-0.5, softcap),
+    )  # fmt: skip
+    assert got.dtype == dtype and int(count) == seen
+    torch.testing.assert_close(got.cpu().double(), exact, atol=10 * ROUNDINGS[dtype], rtol=10 * ROUNDINGS[dtype])
+
+
+def capped(q, k, v, mask, softcap):
+    if softcap is None:
+        return oracle.attention(q, k, v, mask)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.where(mask.any(-1, keepdim=True), weights, 0) @ v, None
+
+
+@pytest.mark.parametrize(("seen", "new"), COUNTS)
+@pytest.mark.parametrize("pattern", WINDOWS + OTHERS)
+def test_exact(pattern, seen, new):
+    for i, padded in enumerate((False, True)):
+        compare(pattern, seen, new, ((4, 2, 16), (4, 4, 8))[i], torch.float32, padded)
+
+
+@pytest.mark.parametrize("pattern", ["window(20, 0) | first(3)", "stride(4) & window(None, 0)"])
+def test_soft_cap(pattern):
+    compare(pattern, 77, 5, (4, 2, 16), torch.float32, True, softcap=2.0)
+
+
+# the interpreter takes a second for each
+KERNEL = [("window(20, 0) | first(3)", 77, 5, True), ("window(None, 0)", 30, 1, False), ("window(20, 0)", 149, 1, True)]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("pattern", "seen", "new", "padded"), KERNEL)
+def test_the_kernels_are_exact(pattern, seen, new, padded, softcap, monkeypatch):
+    if DEVICE == "cpu":
+        from sparse_hf.attention import slot_kernels
+
+        # several splits, of which some hold nothing
+        monkeypatch.setattr(slot_kernels, "LEAST_KEYS", 16)
+        monkeypatch.setattr(slot_kernels, "BLOCK", {64: 16, 128: 16, 256: 16})
+    compare(pattern, seen, new, (4, 2, 16), torch.float32, padded, softcap, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 4, 64), (8, 2, 128), (6, 2, 80), (4, 1, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("seen", "new"), COUNTS)
+def test_the_kernels_are_exact_on_a_gpu(seen, new, dtype, shape):
+    if dtype == torch.float32 and shape[2] > 128:
+        pytest.skip("kernels in float32 take head dims up to 128")
+    for pattern in (*WINDOWS, *OTHERS[:3]):
+        compare(pattern, seen, new, shape, dtype, True, device="cuda")
+        compare(pattern, seen, new, shape, dtype, False, device="cuda")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_window_reads_no_more_than_it_holds(padded):
+    """Nothing is as long as the cache but the mask of tokens that is given."""
+    k, v = (torch.randn(1, 2, 9973, 8) for _ in range(2))
+    real = torch.ones(1, 9973, dtype=torch.bool) if padded else None
+    with AllocationInterceptor(9973) as found:
+        slots.slots_attention(
+            torch.randn(1, 4, 1, 8), k, v, torch.tensor(5000), real, None, "window(20, 0) | first(3)", Scoring(1.0)
+        )
+    assert not found.quadratic
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reach"),
+    [
+        ("window(20, 0)", (20, 0)),
+        ("window(20, 0) | first(4) & window(None, 0)", (20, 4)),
+        ("window(None, 0)", (100, 0)),
+        ("window(20, 5)", None),
+        ("window(20, 0) | marked()", None),
+        ("stride(4)", None),
+        ("per_head(window(1, 0), window(2, 0))", None),
+    ],
+)
+def test_what_is_read_as_a_window(pattern, reach):
+    assert slots.read_reach(Pattern.parse(pattern), 100) == reach
+
+
+def test_a_bias_is_refused():
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (1, 9, 9))
+    with pytest.raises(NotImplementedError, match="no relative bias"):
+        slots.slots_attention(
+            q, k, v, torch.tensor(3), None, None, "window(3, 0)", Scoring(1.0, bias=torch.zeros(2, 12))
+        )
