@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says and Transformers does not read: scaled angles, and windows over which layers slide.
+"""What the header of a GGUF file says and Transformers does not read: scaled angles, windows of layers, and soft caps.
 
 Names of keys and what they mean are those of the format (ggml's docs/gguf.md) and of llama.cpp, which writes and runs such
 files. What cannot be said in a configuration of Transformers is refused: a model that is wrong on long texts is worth less
@@ -22,6 +22,8 @@ INSTEAD = "convert the checkpoint that the file was made from"
 LLAMA3, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # of Llama 3's scaling, a file keeps the factors that follow from these, which are tried
 LLAMA3_BANDS, LLAMA3_LENGTHS = ((1.0, 4.0),), (8192, 2048, 4096, 16384, 32768)
+# soft caps of scores and of logits -> families that compute them, under the same name in their configurations
+CAPS = {"attn_logit_softcapping": ("gemma2",), "final_logit_softcapping": ("gemma2", "gemma3_text")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,17 @@ def complete(config: dict[str, Any], header: Header) -> dict[str, Any]:
         )
     if config.get("rope_parameters"):
         config = _scaled(config, header)
-    return _sliding(config, header)
+    return _sliding(_capped(config, header), header)
+
+
+def _capped(config: dict[str, Any], header: Header) -> dict[str, Any]:
+    for name, families in CAPS.items():
+        if name in header.keys and config["model_type"] in families:
+            # 0 is none
+            config = {**config, name: header.get(name) or None}
+        elif header.get(name, 0.0):
+            raise header.refusal(f"{name} is {header.get(name)}, and {config['model_type']} has no such soft cap")
+    return config
 
 
 def _scaled(config: dict[str, Any], header: Header) -> dict[str, Any]:

@@ -219,6 +219,29 @@ def test_windows_of_layers_arrive(case, tmp_path):
             assert torch.equal(model(far).logits[0, -1], model(ids).logits[0, -1])
 
 
+CAPPED = {
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2 without": ("gemma2", {"attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0}),
+    "gemma3": ("gemma3", {"final_logit_softcapping": 3.0}),
+}
+
+
+@pytest.mark.parametrize("case", CAPPED)
+def test_soft_caps_arrive(case, tmp_path):
+    architecture, caps = CAPPED[case]
+    model = converted(write(tmp_path / "m.gguf", architecture, ("sliding_window", 16), *caps.items()))
+    assert {name: getattr(model.config, name) for name in caps} == {name: cap or None for name, cap in caps.items()}
+    ids = torch.randint(3, WORDS, (1, 30), generator=torch.Generator().manual_seed(0))
+    dense = AutoModelForCausalLM.from_pretrained(
+        export(tmp_path / "sparse", tmp_path / "native", "native", progress=False), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        found = model(ids).logits
+        torch.testing.assert_close(found, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    limit = caps["final_logit_softcapping"]
+    assert not limit or found.abs().max() < limit
+
+
 REFUSED = {
     "qwen2 does not say which layers": ("qwen2", [("sliding_window", 16)], {}, "does not say which layers of qwen2"),
     "gemma3 names no window": ("gemma3", [], {}, "names no attention.sliding_window"),
@@ -231,6 +254,8 @@ REFUSED = {
     "LongRoPE without factors": ("phi3", [("rope_scaling_type", LONGROPE)], {}, "are not both in the file"),
     "YaRN of Phi-3": ("phi3", [("rope_scaling_type", YARN), ("rope_scaling_factor", 2.0)], {}, "phi3 scales by LongRoPE alone"),
     "factors of nobody": ("llama", [], {"rope_freqs.weight": [1.0, 7.0, 3.0, 2.0]}, "as no parameters do that are known here"),
+    "a cap of nobody": ("llama", [("final_logit_softcapping", 3.0)], {}, "final_logit_softcapping is 3.0, and llama has no such soft cap"),
+    "a cap of Gemma 2": ("gemma3", [("sliding_window", 16), ("attn_logit_softcapping", 3.0)], {}, "gemma3_text has no such soft cap"),
     "half of yarn": ("llama", [("rope_scaling_type", YARN), ("rope_scaling_factor", 2.0), ("rope_scaling_yarn_ext_factor", 0.5)],
                      {}, "yarn_ext_factor is 0.5"),
 }  # fmt: skip
