@@ -5,7 +5,7 @@
 set -eu
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 gguf==0.19.0 sentencepiece
+"$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 gguf==0.19.0 sentencepiece==0.2.3
 "$work/venv/bin/python" - "$work" <<'PY'
 import sys
 import gguf, torch, transformers
