@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 
@@ -126,6 +127,27 @@ def test_lora_finds_the_target_modules_of_the_dense_family():
     for given in ({}, {"target_modules": "all-linear"}):
         found = adapted_by(sparse_model(LLAMA), **given)
         assert found and found == adapted_by(dense_model(LLAMA), **given)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("head", [LLAMA, "BertForSequenceClassification"])
+def test_prompt_tuning_answers_as_in_the_dense_model(head):
+    batch, dense = unlabelled(head), dense_model(head)
+    config = peft.PromptTuningConfig(task_type=ADAPTED[head], num_virtual_tokens=5)
+    tuned = []
+    for model in (dense, sparse_model(head, FULL, copy.deepcopy(dense))):
+        torch.manual_seed(1)
+        tuned.append(peft.get_peft_model(model, config).eval())
+    found, wanted = (answers(model, batch).logits for model in tuned[::-1])
+    if head == LLAMA:
+        batch = {"input_ids": batch["input_ids"][1:, :40]}
+        real = torch.cat([torch.ones(2, 5), inputs(head)["attention_mask"]], 1).bool()
+        found, wanted = found[real], wanted[real]
+        # with the cache of Transformers 5.24 peft repeats the virtual tokens at each step, in dense models too
+        made = [model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False) for model in tuned]
+        assert torch.equal(*made)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 # --- sentence-transformers ---
