@@ -1,6 +1,7 @@
 #!/bin/sh
 # A llama GGUF file whose header says YaRN scaling (factor 4 of 128 tokens) and attention.sliding_window 16: Transformers loads it with
 # plain angles and full attention, without a warning. The header is valid: gguf's own writer makes it and its reader gives the keys back.
+# Seen: LlamaConfig {'rope_theta': 10000.0, 'rope_type': 'default'} sliding_window None
 # Fails if this changes.
 set -eu
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT

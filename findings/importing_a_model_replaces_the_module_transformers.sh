@@ -1,6 +1,7 @@
 #!/bin/sh
 # `import transformers`, then a model class: sys.modules["transformers"] is now another object than the one imported first, because
 # processing_utils runs the package's __init__ again. What is set on the one (`transformers.X = ...`) is not there on the other.
+# Seen: one object before: True - one object after a model class: False - the mark is there: False
 # Fails if this changes.
 set -eu
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prompt tuning of a Llama by peft 0.21.2, without padding: with its cache, the default, `generate` gives other tokens than without in
-# Transformers 5.24, without a warning; in 5.17 they are the same. A step's cache is called `cache` since, and peft asks for
+# Transformers 5.24, and no warning says so; in 5.17 they are the same. A step's cache is called `cache` since, and peft asks for
 # `past_key_values`: it finds none, and puts the virtual tokens before every new token again.
 # Seen: 5.17.0 same tokens: True; 5.24.0 same tokens: False
 # Fails if this changes.
