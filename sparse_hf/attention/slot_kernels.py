@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch, strides_of
 from .scoring import Scoring
 from .strides import like, readable
 
@@ -34,7 +35,8 @@ PROGRAMS, MAX_SPLITS, LEAST_KEYS = 512, 64, 128
 LEAST_ROWS = 16
 
 
-@triton.jit
+# numbers that change from call to call must not compile another kernel each
+@triton.jit(do_not_specialize=["scale", "cap", "left", "first", "chunk"])
 def split(
     q_ptr, k_ptr, v_ptr, seen_ptr, begins_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
@@ -91,7 +93,7 @@ def split(
     tl.store(out_ptr + spot[:, None] * BD + d[None, :], out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join(
     part_out, part_lse, out_ptr, o_b, o_h, o_n, splits,
     G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -119,24 +121,31 @@ def decode(
     q, k, v = readable(q), readable(k), readable(v)
     batch, heads, new, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    rows, width = heads // groups * new, max(16, triton.next_power_of_2(dim))
+    rows, width = heads // groups * new, max(16, _power_of_two(dim))
     keys = min(slots, reach.first + reach.left + new)
-    most = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, triton.cdiv(keys, LEAST_KEYS)))
+    most = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, -(-keys // LEAST_KEYS)))
     block = BLOCK[max(64, width)]
-    chunk = triton.cdiv(triton.cdiv(keys, most), block) * block
-    splits = triton.cdiv(keys, chunk)
-    held = max(LEAST_ROWS, triton.next_power_of_2(rows))
+    chunk = -(-keys // (most * block)) * block
+    splits = -(-keys // chunk)
+    held = max(LEAST_ROWS, _power_of_two(rows))
     part_out = q.new_empty((splits, batch * groups, held, width), dtype=torch.float32)
     part_lse = q.new_empty((splits, batch * groups, held), dtype=torch.float32)
     out = like(q)
-    sizes = {"G": groups, "R": heads // groups, "Q": new, "D": dim, "BD": width, "BM": held}
-    split[(splits, batch * groups)](
-        q, k, v, seen, seen if begins is None else begins, part_out, part_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scoring.scale, float(scoring.softcap or 1),
-        min(reach.left, slots), reach.first, chunk, **sizes, BN=block, PADDED=begins is not None,
-        HAS_CAP=scoring.softcap is not None, PRECISION="ieee", num_warps=4, num_stages=2,
+    shapes = {"G": groups, "R": heads // groups, "Q": new, "D": dim, "BD": width, "BM": held}
+    of_rows = seen if begins is None else begins
+    launch(
+        split, (splits, batch * groups), (q, k, v, seen, of_rows, part_out, part_lse), strides_of(q, k, v),
+        (scoring.scale, float(scoring.softcap or 1), min(reach.left, slots), reach.first, chunk),
+        {**shapes, "BN": block, "PADDED": begins is not None, "HAS_CAP": scoring.softcap is not None, "PRECISION": "ieee"},
+        num_warps=4, num_stages=2,
     )  # fmt: skip
-    join[(rows, batch * groups)](
-        part_out, part_lse, out, *out.stride()[:3], splits, **sizes, BS=triton.next_power_of_2(splits), num_warps=4
-    )
+    launch(
+        join, (rows, batch * groups), (part_out, part_lse, out), strides_of(out), (splits,),
+        {**shapes, "BS": _power_of_two(splits)}, num_warps=4,
+    )  # fmt: skip
     return out
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()

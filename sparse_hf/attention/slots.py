@@ -148,8 +148,8 @@ def _mask(
     q = places.expand(places.shape[0], -1).index_select(1, own)[:, :, None]
     k = places[:, None, :]
     there = there if real is None else there & real
-    of_marks = [None, None] if marks is None else [marks.index_select(1, own)[:, :, None], marks[:, None, :]]
-    about = Marks(*of_marks, q[:, -1:] + 1)
+    of_q, of_k = (None, None) if marks is None else (marks.index_select(1, own)[:, :, None], marks[:, None, :])
+    about = Marks(of_q, of_k, q[:, -1:] + 1)
     found = [one.allows(q, k, about) & there[:, None, :] for one in pattern.heads or (pattern,)]
     return torch.stack(torch.broadcast_tensors(*found), 1)
 
