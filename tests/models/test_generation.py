@@ -12,7 +12,6 @@ import logging
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
@@ -252,8 +251,6 @@ def longrope(**changes):
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static", "streaming"])
 def test_angles_that_change_keep_the_cache(kind, length):
     """Of Phi-3, whose keys are computed again beyond the length that it was trained on first."""
-    if length == 60 and kind in ("none", "dynamic") and Version(transformers.__version__) < Version("5.24"):
-        pytest.xfail("older versions of Transformers go on with keys of the angles before, in a DynamicCache")
     model, ids = sparse_hf.sparsify(longrope(), SPARSE), text(1, length)
     made = {
         "none": lambda: None,

@@ -120,8 +120,18 @@ def emptied_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], input
                 f"{type(model).__name__} computes all tokens again at this length, where its positions are scaled anew, and {held} of "
                 "them are only in the cache; pass the whole text to generate, not new tokens alone"
             )
-        cache.reset()
+        _empty(cache)
     return cache
+
+
+def _empty(cache: Cache) -> None:
+    """Have a cache begin anew, in its own objects."""
+    cache.reset()
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            # older versions write zeros over the keys, and go on behind them
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
 
 def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
