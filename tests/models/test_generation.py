@@ -192,6 +192,22 @@ def test_marks_of_new_tokens_only(by, beams):
     assert torch.equal(model.generate(ids[:, 35:], **given, **beams, **GREEDY)[:, 10:], wanted)
 
 
+@pytest.mark.parametrize("by", ["mask", "ids", "both"])
+@pytest.mark.parametrize("way", ["assistant", "lookup"])
+@pytest.mark.parametrize("head", [LLAMA, MISTRAL])
+def test_marks_with_tokens_that_are_taken_back(head, way, by):
+    """An assistant is given the marks of the first prompt in every round; what it drafts is cut off its cache again."""
+    ids = text(1, 40).repeat(1, 2)
+    named = [] if by == "mask" else [*ids[0, 8:10].tolist(), 5]
+    model, assistant = (sparse_model(head, MARKED, global_token_ids=named) for _ in range(2))
+    # one that drafts what is accepted only in part
+    assistant.get_output_embeddings().weight.data[50:] = 0
+    given = {} if by == "ids" else {"global_attention_mask": marked(ids)}
+    wanted = model.generate(ids, use_cache=False, **given, **GREEDY)
+    how = {"prompt_lookup_num_tokens": 3} if way == "lookup" else {"assistant_model": assistant}
+    assert torch.equal(model.generate(ids, **how, **given, **GREEDY), wanted)
+
+
 def test_marks_by_hand_are_remembered():
     ids, model = text(2, 45), sparse_model(LLAMA, MARKED)
     marks, cache = marked(ids), DynamicCache()
@@ -234,6 +250,19 @@ def test_nothing_marked_is_said_once(caplog):
         model(ids, global_attention_mask=marked(ids))
         assert "nothing is marked" not in caplog.text
         model(ids), model(ids)
+    assert caplog.text.count("nothing is marked") == 1
+
+
+@pytest.mark.parametrize("head", ["BigBirdModel", "BigBirdPegasusModel"])
+def test_published_models_that_mark_nothing_are_left_in_peace(head, caplog):
+    transformers.utils.logging.get_logger("sparse_hf.models.hf.marks").warning_once.cache_clear()
+    logging.getLogger("sparse_hf").propagate = True
+    dense, ids = dense_model(head, attention_type="block_sparse", block_size=8, num_random_blocks=1), text(1, 70)
+    layers = {"layers": {"decoder": SPARSE}} if has_two_stacks(head) else {}
+    with torch.no_grad():
+        sparse_hf.sparsify(dense)(ids)
+        assert "nothing is marked" not in caplog.text
+        sparse_hf.sparsify(dense, "chunk(8, 1, 1) | marked()", **layers)(ids)
     assert caplog.text.count("nothing is marked") == 1
 
 

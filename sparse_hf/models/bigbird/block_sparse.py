@@ -122,6 +122,7 @@ class BlockSparseConfigMixin(SparseConfigMixin):
     """If `sparse_attention` is given, it alone says what attends to what, and `attention_type` says nothing."""
 
     implies_pattern = True
+    marks_are_optional = True
 
     @property
     def uses_marks(self) -> bool:

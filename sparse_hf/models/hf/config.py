@@ -114,6 +114,8 @@ class SparseConfigMixin(_Config):
     implies_pattern: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
+    # do published models mark nothing, though the implied pattern has marked() for those who do?
+    marks_are_optional: ClassVar[bool] = False
     # how the family knows where a token stands, and its classes by name: both written by `register_family`
     positions: ClassVar[Positions | None] = None
     remote_code: ClassVar[RemoteCode | None] = None

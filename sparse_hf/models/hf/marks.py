@@ -65,12 +65,19 @@ def forward_marks(
 
 def _warn_of_none(config: SparseConfigMixin) -> None:
     # families whose heads mark by themselves do without marks in others
-    if config.sparse_attention is None or config.heads_mark or torch.compiler.is_compiling():
+    needs_none = config.sparse_attention is None or config.heads_mark
+    if needs_none or torch.compiler.is_compiling() or (config.marks_are_optional and _is_implied(config)):
         return
     logger.warning_once(
         f"a pattern of this {config.model_type} model has marked(), and nothing is marked, so that it holds no more than the rest of "
         "the pattern: pass global_attention_mask, name global_token_ids when the pattern is given, or write first(1) for the first token"
     )
+
+
+def _is_implied(config: SparseConfigMixin) -> bool:
+    """Is the pattern, by that of the first layer, what the family's own configuration implies?"""
+    stack = next(iter(config.stacks))
+    return config.layer_patterns(stack)[0] == config.implied_pattern(stack, 0)
 
 
 def _marks_behind(
@@ -154,12 +161,15 @@ def prompt_length(generation_config: Any, kwargs: Mapping[str, Any]) -> int | No
     return length if length is not None or positions is None else positions.shape[-1]
 
 
-def whole_marks(config: SparseConfigMixin, kwargs: Mapping[str, Any], prompt: int | None) -> Tensor | None:
+def whole_marks(
+    config: SparseConfigMixin, kwargs: Mapping[str, Any], prompt: int | None, assists: bool = False
+) -> Tensor | None:
     """The `global_attention_mask` of a prompt with what its beginning in a cache has marked; None if nothing is marked.
 
     Args:
         kwargs: of the model in `generate`, with a cache among them.
         prompt: tokens of the prompt, those in the cache included; None if that is not known.
+        assists: an assistant's prompt grows from round to round, and its marks are those of the first one.
 
     Raises:
         ValueError: marks of another length than the prompt's, or than its new tokens'.
@@ -167,6 +177,8 @@ def whole_marks(config: SparseConfigMixin, kwargs: Mapping[str, Any], prompt: in
     given, cache = kwargs.get("global_attention_mask"), given_cache(kwargs)
     if not config.uses_marks or config.is_encoder_decoder or prompt is None:
         return given
+    if assists and given is not None:
+        given = torch.nn.functional.pad(given, (0, max(0, prompt - given.shape[1])))
     past = cached_tokens(cache)
     is_whole = given is not None and given.shape[1] == prompt
     if not past or is_whole and not config.global_token_ids or given is None and not config.global_token_ids:

@@ -152,7 +152,8 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         keep_all(given_cache(model_kwargs), 0, max_length)
-        marks = whole_marks(self.config, model_kwargs, prompt_length(generation_config, model_kwargs))
+        prompt = prompt_length(generation_config, model_kwargs)
+        marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
 
