@@ -24,6 +24,7 @@ setup(
         "train": train,
         "eval": evaluate,
         "gguf": gguf,
+        # run with 4.0.0b16 and 4.0.0b36
         "flash": ["flash-attn-4>=4.0.0b16"],
         "plot": ["matplotlib>=3.9"],
         "dev": [

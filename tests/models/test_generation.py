@@ -241,6 +241,14 @@ def test_a_misspelt_mask_is_refused(name):
         sparse_model(LLAMA, MARKED).generate(ids, **{name: marked(ids)})
 
 
+@pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel", "BartForConditionalGeneration"])
+def test_continuous_batching_is_refused(head):
+    model = sparse_model(head)
+    for call in (lambda: model.generate_batch([[5, 6, 7]]), lambda: model.init_continuous_batching()):
+        with pytest.raises(NotImplementedError, match="does not take continuous batching .*; use generate"):
+            call()
+
+
 def test_nothing_marked_is_said_once(caplog):
     logger = logging.getLogger("sparse_hf")
     transformers.utils.logging.get_logger("sparse_hf.models.hf.marks").warning_once.cache_clear()

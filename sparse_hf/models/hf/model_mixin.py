@@ -157,6 +157,13 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: what reads the pages of that cache is attention of Transformers' own, which has no place for a pattern."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not take continuous batching (generate_batch, `transformers serve --continuous-batching`), whose "
+            "cache in pages is read by attention of Transformers' own, without a pattern; use generate, which takes padded batches"
+        )
+
 
 def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """`prepare_inputs_for_generation` with marks and the user's cache; `generate` reads the parent's signature off it."""

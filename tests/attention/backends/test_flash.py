@@ -5,6 +5,8 @@ On a GPU it runs on the kernels of torch and, if it is installed, of flash-attn-
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -70,6 +72,32 @@ def test_what_it_cannot_run_is_refused_with_a_reason(change, message):
     q = torch.zeros(1, 2, 20, 8)
     with pytest.raises(NotImplementedError, match=message):
         sparse_attention(q, q, q, "window(3, 0)", backend="fa", **change)
+
+
+SAID = "Argument aux_data (position 17) cannot be converted to a JitArgument for function 'cutlass___call___{}'. Its type is not supported."
+
+
+def test_one_warning_of_a_compiler_is_left_out_and_no_other():
+    """By its source and its text; the first is what flash-attn-4 4.0.0b36 has said of each kernel."""
+    others = [
+        (SAID.format("flash_attncuteflash_fwd_sm90"), UserWarning, "somebody.else"),
+        (SAID.format("kernels_of_others"), UserWarning, "cutlass.base_dsl.dsl"),
+        (SAID.format("flash_attncuteflash_fwd_sm90").replace("aux_data", "q"), UserWarning, "cutlass.base_dsl.dsl"),
+        (SAID.format("flash_attncuteflash_fwd_sm90"), RuntimeWarning, "cutlass.base_dsl.dsl"),
+    ]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        before = len(warnings.filters)
+        flash.quiet_fa4()
+        flash.quiet_fa4()
+        assert len(warnings.filters) == before + 1
+        warnings.warn_explicit(
+            SAID.format("flash_attncuteflash_fwd_sm90"), UserWarning, "dsl.py", 1, "cutlass.base_dsl.dsl"
+        )
+        assert not heard
+        for text, category, module in others:
+            warnings.warn_explicit(text, category, "dsl.py", 1, module)
+        assert [(str(w.message), w.category) for w in heard] == [(text, category) for text, category, _ in others]
 
 
 # flash-attn-4 compiles a kernel per head dim, head ratio, kind of window and packing: fewer of them

@@ -54,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, walk, scale: float) -> tuple[Tensor
     return _flash_attn_fwd(
         q, k, v, softmax_scale=scale, return_lse=True, pack_gqa=False, mask_mod=by_query,
         block_sparse_tensors=_lists(walk), aux_tensors=walk.masks,
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, given: Given, walk, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,7 @@ def kernels() -> ModuleType:
     """`forward` and `backward` of block lists. CuTe is imported when it is first needed."""
     from . import block_list_kernels
 
+    flash.quiet_fa4()
     return block_list_kernels
 
 

@@ -13,6 +13,8 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +167,7 @@ class _FA4:
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
 
+        quiet_fa4()
         return _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **_fa4_arguments(packed, window))[:2]
 
     def backward(
@@ -172,6 +175,7 @@ class _FA4:
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
+        quiet_fa4()
         return _flash_attn_bwd(
             q, k, v, given.out, given.grad_out, given.lse, softmax_scale=scale, dlse=given.grad_lse,
             deterministic=torch.are_deterministic_algorithms_enabled(), **_fa4_arguments(packed, window),
@@ -180,6 +184,24 @@ class _FA4:
 
 FA2: WindowKernels = _FA2()
 FA4: WindowKernels = _FA4()
+
+
+# what the compiler of flash-attn-4 4.0.0b36 says of every kernel: an argument of flash-attn-4's own is none that it knows
+_SAID_OF_KERNELS = (
+    "ignore",
+    re.compile(r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument for function .*flash_attn", re.I),
+    UserWarning,
+    re.compile(r"cutlass\.base_dsl\.dsl"),
+    0,
+)
+
+
+def quiet_fa4() -> None:
+    """Leave out that warning, which is nothing to who calls us, and no other."""
+    # not `catch_warnings`: threads would put back each other's filters
+    if _SAID_OF_KERNELS not in warnings.filters:
+        action, message, category, module, _ = _SAID_OF_KERNELS
+        warnings.filterwarnings(action, message.pattern, category, module.pattern)
 
 
 def _fa4_arguments(packed: Packed | None, window: Window) -> dict:
