@@ -189,10 +189,11 @@ def answers(model, head: str) -> torch.Tensor:
 @pytest.mark.parametrize("several", [False, True], ids=["one pattern", "several patterns"])
 @pytest.mark.parametrize("renumber", [True, False], ids=["renumbered", "as they were"])
 @pytest.mark.parametrize("head", WITH_LAYERS)
-def test_dropped_layers_are_saved_so_that_they_load(head, renumber, several, tmp_path):
+def test_dropped_layers_are_saved_so_that_they_load(head, renumber, several, tmp_path, warnings):
     model = chosen(four_layers(head, several), [0, 3], renumber)
     wanted = answers(model, head)
     model.save_pretrained(tmp_path)
+    assert not any("loads as a dense model" in message for message in warnings.messages)
     assert torch.equal(answers(model, head), wanted)
     loaded = sparse_class(head).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(answers(loaded, head), wanted)

@@ -329,6 +329,37 @@ def test_older_marks_in_the_attention_mask_are_those_of_stock(head):
         unmarked(**older)
 
 
+@pytest.mark.parametrize("described", [True, False], ids=["with a pattern", "by its widths"])
+@pytest.mark.parametrize("head", ["LongformerForMaskedLM", "LEDForConditionalGeneration"])
+def test_dropped_layers_take_their_widths_along(head, described, tmp_path):
+    """What the stock class saves then does not load: it wants a width for each layer."""
+    model = sparse_hf.sparsify(stock_model(head))
+    if not described:
+        model.config.sparse_attention = None
+    is_led = head.startswith("LED")
+    owner, name = (model.led.encoder, "layers") if is_led else (model.longformer.encoder, "layer")
+    before = model.config.attention_window
+    setattr(owner, name, torch.nn.ModuleList([getattr(owner, name)[1]]))
+    setattr(model.config, "encoder_layers" if is_led else "num_hidden_layers", 1)
+    batch = inputs(head, 50)
+    wanted = answers(model, batch)
+    model.save_pretrained(tmp_path)
+    assert model.config.attention_window == before
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.config.attention_window == before[1:2]
+    for key, value in answers(loaded, batch).items():
+        torch.testing.assert_close(value, wanted[key])
+
+
+def test_fewer_layers_and_other_widths_asked_for_at_load(tmp_path):
+    sparse_hf.sparsify(stock_model("LongformerModel")).save_pretrained(tmp_path)
+    few = sparse_hf.SparseLongformerModel.from_pretrained(tmp_path, num_hidden_layers=1)
+    assert len(few.encoder.layer) == len(few.config.attention_window) == 1
+    for widths in (4, [4, 8]):
+        # beside a pattern they change nothing, which is said
+        sparse_hf.SparseLongformerModel.from_pretrained(tmp_path, attention_window=widths)
+
+
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 @pytest.mark.parametrize("head", [h for h in HEADS["longformer"] if not h.endswith("Model")])
 def test_heads_that_mark_run_with_patterns_without_marks(head, given, monkeypatch):

@@ -237,7 +237,8 @@ def test_a_text_that_is_made_a_target_must_fit(head):
 
 
 @pytest.mark.parametrize(
-    "head", ["BertModel", "ElectraModel", "RobertaModel", "BigBirdModel", "LongformerModel", "AlbertModel"]
+    "head",
+    ["BertModel", "ElectraModel", "RobertaModel", "BigBirdModel", "LongformerModel", "AlbertModel", "GPT2LMHeadModel"],
 )
 def test_token_types_are_those_of_the_configuration(head):
     if head == "LongformerModel":
@@ -245,7 +246,9 @@ def test_token_types_are_those_of_the_configuration(head):
     else:
         pattern = None if head.startswith("BigBird") else "window(9, 9)"
         model = sparse_hf.sparsify(families.dense_model(head), pattern)
-    ids, count = torch.randint(4, 90, (2, 20)), model.config.type_vocab_size
+    # GPT-2 looks types up in the table of ids
+    count = model.config.vocab_size if head.startswith("GPT2") else model.config.type_vocab_size
+    ids = torch.randint(4, 90, (2, 20))
     model(ids, token_type_ids=torch.full_like(ids, count - 1))
     for value in (count, -1):
         with pytest.raises(ValueError, match=f"token_type_ids hold {value}; .* has the types 0 to {count - 1}"):

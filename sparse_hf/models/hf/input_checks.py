@@ -68,7 +68,7 @@ class Limits:
         if self.vocabulary is not None:
             for name in ("input_ids", "decoder_input_ids"):
                 check_ids(self.vocabulary, batch.get(name), name)
-        _check_types(self.config, batch.get("token_type_ids"))
+        _check_types(self.config, self.vocabulary, batch.get("token_type_ids"))
         scheme = self.config.positions
         if scheme is not None and scheme.has_table and not scheme.checked_by_model:
             _check_positions(self.config, batch)
@@ -118,15 +118,17 @@ def check_ids(vocabulary: int, ids: Tensor | None, name: str = "input_ids") -> N
         )
 
 
-def _check_types(config, types: Tensor | None) -> None:
-    count = getattr(config, "type_vocab_size", None)
+def _check_types(config, vocabulary: int | None, types: Tensor | None) -> None:
+    # GPT-2 looks types up in the table of ids
+    field = "type_vocab_size" if getattr(config, "type_vocab_size", None) else "vocab_size"
+    count = vocabulary if field == "vocab_size" else config.type_vocab_size
     if not count or not _is_readable(types):
         return
     low, high = (int(value) for value in types.aminmax())
     if low < 0 or high >= count:
         raise ValueError(
             f"token_type_ids hold {low if low < 0 else high}; {config.model_type} has the types 0 to {count - 1} "
-            "(type_vocab_size): leave them out, or use the model's own tokenizer"
+            f"({field}): leave them out, or use the model's own tokenizer"
         )
 
 

@@ -189,7 +189,9 @@ FA4: WindowKernels = _FA4()
 # what the compiler of flash-attn-4 4.0.0b36 says of every kernel: an argument of flash-attn-4's own is none that it knows
 _SAID_OF_KERNELS = (
     "ignore",
-    re.compile(r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument for function .*flash_attn", re.I),
+    re.compile(
+        r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument for function .*flash_attn", re.I
+    ),
     UserWarning,
     re.compile(r"cutlass\.base_dsl\.dsl"),
     0,
