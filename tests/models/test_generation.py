@@ -249,6 +249,25 @@ def test_continuous_batching_is_refused(head):
             call()
 
 
+@pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel", "BartForConditionalGeneration"])
+def test_a_cache_by_either_name_is_used_or_refused(head):
+    """Older versions know the older name only, and the dense class forgets what is given by the newer one."""
+    model, ids = sparse_model(head), text(1, 12)
+    given = {"input_ids": ids} if not has_two_stacks(head) else {"input_ids": ids, "decoder_input_ids": ids}
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache()
+        cache = EncoderDecoderCache(cache, DynamicCache()) if has_two_stacks(head) else cache
+        with torch.no_grad():
+            if name == "cache" and name not in model.forward.__signature__.parameters:
+                with pytest.raises(
+                    ValueError, match="no argument 'cache' in this version of Transformers, which calls it past_key"
+                ):
+                    model(**given, **{name: cache})
+            else:
+                model(**given, **{name: cache})
+                assert cache.get_seq_length() == 12
+
+
 def test_nothing_marked_is_said_once(caplog):
     logger = logging.getLogger("sparse_hf")
     transformers.utils.logging.get_logger("sparse_hf.models.hf.marks").warning_once.cache_clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,13 @@ class GrownStaticLayer(StaticLayer):
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def check_cache_name(given: Mapping[str, Any], known: Container[str]) -> None:
+    """Raise ValueError if `cache` is given where an older version of Transformers would take it for anything and forget it."""
+    new, old = CACHE_NAMES
+    if isinstance(given.get(new), Cache) and new not in known and old in known:
+        raise ValueError(f"forward has no argument {new!r} in this version of Transformers, which calls it {old}")
 
 
 def cached_tokens(cache: Cache | None) -> int:

@@ -12,7 +12,16 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from .cache import begin_streaming, emptied_cache, given_cache, keep_all, lost_cache, new_tokens, over_slots
+from .cache import (
+    begin_streaming,
+    check_cache_name,
+    emptied_cache,
+    given_cache,
+    keep_all,
+    lost_cache,
+    new_tokens,
+    over_slots,
+)
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
@@ -205,6 +214,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_compiling():
             refuse_tracing()
             check_spelling(kwargs, signature.parameters)
+            check_cache_name(kwargs, signature.parameters)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
