@@ -249,6 +249,7 @@ def test_continuous_batching_is_refused(head):
             call()
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel", "BartForConditionalGeneration"])
 def test_a_cache_by_either_name_is_used_or_refused(head):
     """Older versions know the older name only, and the dense class forgets what is given by the newer one."""
