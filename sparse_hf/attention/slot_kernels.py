@@ -38,8 +38,8 @@ LEAST_ROWS = 16
 # numbers that change from call to call must not compile another kernel each
 @triton.jit(do_not_specialize=["scale", "cap", "left", "first", "chunk"])
 def split(
-    q_ptr, k_ptr, v_ptr, seen_ptr, begins_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
+    q_ptr, k_ptr, v_ptr, seen_ptr, real_ptr, begins_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, r_b,
     scale, cap, left, first, chunk,
     G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PADDED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,6 +77,8 @@ def split(
             scores = (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / cap)) + 1)) * cap
         scores *= LOG2_E
         distance = place[:, None] - slot[None, :]
+        if PADDED:
+            there = there & (tl.load(real_ptr + b * r_b + slot, mask=there, other=0) != 0)
         visible = (distance >= 0) & ((distance <= left) | (slot[None, :] < begin + first)) & there[None, :]
         scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -115,7 +117,7 @@ def join(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, begins: Tensor | None, reach: Reach, scoring: Scoring
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, reach: Reach, scoring: Scoring
 ) -> Tensor:  # fmt: skip
     """Attention `[B, H, Q, D]`; arguments are those of `slots_attention`, and `begins` `[B]` the slots of first tokens."""
     q, k, v = readable(q), readable(k), readable(v)
@@ -132,11 +134,12 @@ def decode(
     part_lse = q.new_empty((splits, batch * groups, held), dtype=torch.float32)
     out = like(q)
     shapes = {"G": groups, "R": heads // groups, "Q": new, "D": dim, "BD": width, "BM": held}
-    of_rows = seen if begins is None else begins
+    # without padding neither is read: anything will do
+    of_rows = (seen, seen) if real is None or begins is None else (real.contiguous().view(torch.uint8), begins)
     launch(
-        split, (splits, batch * groups), (q, k, v, seen, of_rows, part_out, part_lse), strides_of(q, k, v),
+        split, (splits, batch * groups), (q, k, v, seen, *of_rows, part_out, part_lse), (*strides_of(q, k, v), slots),
         (scoring.scale, float(scoring.softcap or 1), min(reach.left, slots), reach.first, chunk),
-        {**shapes, "BN": block, "PADDED": begins is not None, "HAS_CAP": scoring.softcap is not None, "PRECISION": "ieee"},
+        {**shapes, "BN": block, "PADDED": real is not None, "HAS_CAP": scoring.softcap is not None, "PRECISION": "ieee"},
         num_warps=4, num_stages=2,
     )  # fmt: skip
     launch(

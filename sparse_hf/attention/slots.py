@@ -47,14 +47,17 @@ def slots_attention(
         q: `[B, H, Q, D]`.
         k, v: `[B, G, K, D]`, filled up to the new tokens; what lies behind them is read by nobody.
         seen: `[]`, whole number: tokens that came before.
-        real: `[B, K]` bool, false on padding, which must stand before all tokens of its row; None where there is none.
+        real: `[B, K]` bool, false on padding; None where there is none. But under patterns that hold the whole past, padding must stand
+            before all tokens of its row.
         marks: `[B, K]` bool, the tokens that `marked()` speaks of.
         pattern: the text of a causal pattern.
         scoring: scale and soft cap; a bias is refused.
     """
     if scoring.bias is not None:
         raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
-    return _operator(q, k, v, seen, real, marks, pattern, scoring.scale, scoring.softcap)
+    # traced, so that a graph finds where texts begin once for all layers
+    begins = None if real is None else real.int().argmax(1)
+    return _operator(q, k, v, seen, real, begins, marks, pattern, scoring.scale, scoring.softcap)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -66,20 +69,20 @@ def takes_slots(pattern: str) -> bool:
 
 @torch.library.custom_op("sparse_hf::slots", mutates_args=())
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, marks: Tensor | None, pattern: str, scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
+    pattern: str, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     form = _parsed(pattern)
     reach = read_reach(form, k.shape[2])
-    begins = None if real is None else real.int().argmax(1)
     if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
         from .slot_kernels import decode
 
-        return decode(q, k, v, seen, begins, reach, Scoring(scale, softcap))
+        return decode(q, k, v, seen, real, begins, reach, Scoring(scale, softcap))
     if reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
         places = slots if begins is None else slots - begins[:, None]
+        exists = exists if real is None else exists & real.gather(1, slots)
         mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
     else:
         mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])

@@ -47,6 +47,22 @@ def compare(pattern: str, seen: int, new: int, shape, dtype, padded: bool, softc
     torch.testing.assert_close(got.cpu().double(), exact, atol=10 * ROUNDINGS[dtype], rtol=10 * ROUNDINGS[dtype])
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("pattern", ["window(None, 0)", "full() & window(None, 0)"])
+def test_padding_inside_a_row_under_the_whole_past(pattern, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(slots, "MAX_ROWS", 0)
+    q, k, v = (torch.randn(2, h, n, 16, device=DEVICE) for h, n in ((4, 3), (2, SLOTS), (2, SLOTS)))
+    real = torch.rand(2, SLOTS, device=DEVICE) < 0.7
+    real[:, 60:63] = True
+    count = torch.tensor(60, device=DEVICE)
+    got = slots.slots_attention(q, k, v, count, real, None, pattern, Scoring(0.25))
+    seen = torch.arange(SLOTS) <= torch.arange(60, 63)[:, None]
+    right, _ = oracle.attention(*(t.cpu().double() for t in (q, k, v)), seen & real.cpu()[:, None, None])
+    torch.testing.assert_close(got.cpu().double(), right, atol=1e-5, rtol=1e-5)
+
+
 def capped(q, k, v, mask, softcap):
     if softcap is None:
         return oracle.attention(q, k, v, mask)
