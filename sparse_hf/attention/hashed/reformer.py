@@ -66,8 +66,8 @@ def chunked_attention(
         # kernels alone look at the buckets; padding and dropout are looked at by the host
         is_plain = real is None and not dropout and not is_reference
         by_kernels = is_plain and kernels.take_tensors(q, v, chunking.side(q.shape[2]))
-        operator = _between_graphs, _recorded
-        return operator[by_kernels](
+        operator = _recorded if by_kernels else _between_graphs
+        return operator(
             q, k, v, buckets, real, drop.seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference
         )
     call = _call(q, k, v, buckets, real, chunking, (is_causal, sees_itself))
