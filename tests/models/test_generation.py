@@ -241,14 +241,6 @@ def test_a_misspelt_mask_is_refused(name):
         sparse_model(LLAMA, MARKED).generate(ids, **{name: marked(ids)})
 
 
-@pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel", "BartForConditionalGeneration"])
-def test_continuous_batching_is_refused(head):
-    model = sparse_model(head)
-    for call in (lambda: model.generate_batch([[5, 6, 7]]), lambda: model.init_continuous_batching()):
-        with pytest.raises(NotImplementedError, match="does not take continuous batching .*; use generate"):
-            call()
-
-
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("head", [LLAMA, "GPT2LMHeadModel", "BartForConditionalGeneration"])
 def test_a_cache_by_either_name_is_used_or_refused(head):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import sparse_hf
 from tests.models.families import dense_model, has_two_stacks, sparse_class
@@ -153,13 +153,9 @@ def test_captum_attributes_as_in_the_dense_model():
 # --- what is refused ---
 
 
-def test_continuous_batching_is_refused():
-    """By Transformers, or, as the names that it advises, by us: they would ignore the pattern."""
-    sparse, config = sparse_model(LLAMA), GenerationConfig(max_new_tokens=2, eos_token_id=None, pad_token_id=0)
-    with pytest.raises(ValueError, match="not supported for continuous batching|would ignore the sparse pattern"):
-        sparse.generate_batch(ids(2, 20).tolist(), generation_config=config, progress_bar=False)
+def test_paged_names_of_attention_are_refused():
     with pytest.raises(ValueError, match="would ignore the sparse pattern"):
-        sparse.set_attn_implementation("paged|sdpa")
+        sparse_model(LLAMA).set_attn_implementation("paged|sdpa")
 
 
 def test_optimum_asks_for_the_task():

@@ -67,9 +67,7 @@ def chunked_attention(
         is_plain = real is None and not dropout and not is_reference
         by_kernels = is_plain and kernels.take_tensors(q, v, chunking.side(q.shape[2]))
         operator = _recorded if by_kernels else _between_graphs
-        return operator(
-            q, k, v, buckets, real, drop.seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference
-        )
+        return operator(q, k, v, buckets, real, drop.seed, *sizes, is_causal, sees_itself, scale, dropout, is_reference)
     call = _call(q, k, v, buckets, real, chunking, (is_causal, sees_itself))
     call.scoring, call.dropout = Scoring(scale), drop
     return attend(call, _backend(call, is_reference))

@@ -30,6 +30,7 @@ from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
+from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
@@ -93,6 +94,10 @@ def sparse_attention_forward(
     if _crosses(module, stack.name) if crosses is None else crosses:
         assert bias is None
         return _cross_attention(query, key, value, attention_mask, scaling, dropout, wants_weights)
+    if kwargs.get("page_bounds") is not None:
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
+        pattern = layer_pattern(module, stack, True)
+        return paged_attention(query, key, value, pattern, scoring, kwargs["page_bounds"], backend), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
     if kwargs.get("streaming_cache") is not None:

@@ -29,6 +29,7 @@ from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
+from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .tensor_parallel import check_division
 
@@ -166,12 +167,15 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: what reads the pages of that cache is attention of Transformers' own, which has no place for a pattern."""
-        raise NotImplementedError(
-            f"{type(self).__name__} does not take continuous batching (generate_batch, `transformers serve --continuous-batching`), whose "
-            "cache in pages is read by attention of Transformers' own, without a pattern; use generate, which takes padded batches"
-        )
+    @torch.no_grad()
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+        """As Transformers', for `generate_batch` and `transformers serve --continuous-batching`; each request is computed as alone.
+
+        Raises:
+            NotImplementedError: a model whose requests would be computed otherwise; the message says why.
+        """
+        known = getattr(self, "_cached_continuous_batching_manager", None)
+        return known or make_manager(self, generation_config, continuous_batching_config, workload_hints)
 
 
 def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -215,6 +219,11 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             refuse_tracing()
             check_spelling(kwargs, signature.parameters)
             check_cache_name(kwargs, signature.parameters)
+        if kwargs.get("read_index") is not None:
+            # continuous batching, whose row has no mask, marks or cache of a single text
+            if "page_bounds" not in kwargs:
+                kwargs["page_bounds"] = bounds_of_pages(kwargs)
+            return parent(self, *args, **kwargs)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
