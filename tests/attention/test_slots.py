@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf.attention import slots
 from sparse_hf.attention.scoring import Scoring
+from sparse_hf.attention.slots import new_tokens
+from sparse_hf.attention.slots.new_tokens import Filled, slots_attention
+from sparse_hf.attention.slots.reach import read_reach
 from sparse_hf.pattern import Pattern
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
@@ -39,10 +41,8 @@ def compare(pattern: str, seen: int, new: int, shape, dtype, padded: bool, softc
     mask = oracle.dense_mask(pattern, new, filled, real[:, :filled], None, marks[:, :filled])
     exact, _ = capped(q.double(), k[:, :, :filled].double(), v[:, :, :filled].double(), mask, softcap)
     count = torch.tensor(seen, device=device)
-    got = slots.slots_attention(
-        *(t.to(device, dtype) for t in (q, k, v)), count, real.to(device) if padded else None, marks.to(device), pattern,
-        Scoring(dim**-0.5, softcap),
-    )  # fmt: skip
+    held = Filled(count, real.to(device) if padded else None, marks.to(device))
+    got = slots_attention(*(t.to(device, dtype) for t in (q, k, v)), held, pattern, Scoring(dim**-0.5, softcap))
     assert got.dtype == dtype and int(count) == seen
     torch.testing.assert_close(got.cpu().double(), exact, atol=10 * ROUNDINGS[dtype], rtol=10 * ROUNDINGS[dtype])
 
@@ -52,12 +52,12 @@ def compare(pattern: str, seen: int, new: int, shape, dtype, padded: bool, softc
 @pytest.mark.parametrize("pattern", ["window(None, 0)", "full() & window(None, 0)"])
 def test_padding_inside_a_row_under_the_whole_past(pattern, kernels, monkeypatch):
     if not kernels:
-        monkeypatch.setattr(slots, "MAX_ROWS", 0)
+        monkeypatch.setattr(new_tokens, "MAX_ROWS", 0)
     q, k, v = (torch.randn(2, h, n, 16, device=DEVICE) for h, n in ((4, 3), (2, SLOTS), (2, SLOTS)))
     real = torch.rand(2, SLOTS, device=DEVICE) < 0.7
     real[:, 60:63] = True
     count = torch.tensor(60, device=DEVICE)
-    got = slots.slots_attention(q, k, v, count, real, None, pattern, Scoring(0.25))
+    got = slots_attention(q, k, v, Filled(count, real), pattern, Scoring(0.25))
     seen = torch.arange(SLOTS) <= torch.arange(60, 63)[:, None]
     right, _ = oracle.attention(*(t.cpu().double() for t in (q, k, v)), seen & real.cpu()[:, None, None])
     torch.testing.assert_close(got.cpu().double(), right, atol=1e-5, rtol=1e-5)
@@ -94,11 +94,11 @@ KERNEL = [("window(20, 0) | first(3)", 77, 5, True), ("window(None, 0)", 30, 1, 
 @pytest.mark.parametrize(("pattern", "seen", "new", "padded"), KERNEL)
 def test_the_kernels_are_exact(pattern, seen, new, padded, softcap, monkeypatch):
     if DEVICE == "cpu":
-        from sparse_hf.attention import slot_kernels
+        from sparse_hf.attention.slots import kernels
 
         # several splits, of which some hold nothing
-        monkeypatch.setattr(slot_kernels, "LEAST_KEYS", 16)
-        monkeypatch.setattr(slot_kernels, "BLOCK", {64: 16, 128: 16, 256: 16})
+        monkeypatch.setattr(kernels, "LEAST_KEYS", 16)
+        monkeypatch.setattr(kernels, "BLOCK", {64: 16, 128: 16, 256: 16})
     compare(pattern, seen, new, (4, 2, 16), torch.float32, padded, softcap, DEVICE)
 
 
@@ -120,8 +120,8 @@ def test_a_window_reads_no_more_than_it_holds(padded):
     k, v = (torch.randn(1, 2, 9973, 8) for _ in range(2))
     real = torch.ones(1, 9973, dtype=torch.bool) if padded else None
     with AllocationInterceptor(9973) as found:
-        slots.slots_attention(
-            torch.randn(1, 4, 1, 8), k, v, torch.tensor(5000), real, None, "window(20, 0) | first(3)", Scoring(1.0)
+        slots_attention(
+            torch.randn(1, 4, 1, 8), k, v, Filled(torch.tensor(5000), real), "window(20, 0) | first(3)", Scoring(1.0)
         )
     assert not found.quadratic
 
@@ -139,12 +139,10 @@ def test_a_window_reads_no_more_than_it_holds(padded):
     ],
 )
 def test_what_is_read_as_a_window(pattern, reach):
-    assert slots.read_reach(Pattern.parse(pattern), 100) == reach
+    assert read_reach(Pattern.parse(pattern), 100) == reach
 
 
 def test_a_bias_is_refused():
     q, k, v = (torch.randn(1, 2, n, 8) for n in (1, 9, 9))
     with pytest.raises(NotImplementedError, match="no relative bias"):
-        slots.slots_attention(
-            q, k, v, torch.tensor(3), None, None, "window(3, 0)", Scoring(1.0, bias=torch.zeros(2, 12))
-        )
+        slots_attention(q, k, v, Filled(torch.tensor(3)), "window(3, 0)", Scoring(1.0, bias=torch.zeros(2, 12)))

@@ -23,7 +23,7 @@ from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
-from ...attention.slots import MAX_TOKENS, slots_attention, takes_slots
+from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
@@ -115,8 +115,8 @@ def sparse_attention_forward(
         and _goes_by_slots(query, scoring, pattern)
     ):
         real, _, marks = batch.info.tensors
-        seen = request.q_offset.reshape(())
-        out = slots_attention(query, key, value, seen, real, marks, pattern, scoring)
+        filled = Filled(request.q_offset.reshape(()), real, marks)
+        out = slots_attention(query, key, value, filled, pattern, scoring)
         return out.transpose(1, 2).contiguous(), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info, wants_lse=False

@@ -12,19 +12,15 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, strides_of
-from .scoring import Scoring
-from .strides import like, readable
-
-if TYPE_CHECKING:
-    from .slots import Reach
+from ..launch import launch, strides_of
+from ..scoring import Scoring
+from ..strides import like, readable
+from .reach import Reach
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # keys of a step of the loop, by the width of a head
@@ -117,10 +113,18 @@ def join(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, reach: Reach, scoring: Scoring
+    inputs: tuple[Tensor, Tensor, Tensor], seen: Tensor, real: Tensor | None, begins: Tensor | None, reach: Reach, scoring: Scoring
 ) -> Tensor:  # fmt: skip
-    """Attention `[B, H, Q, D]`; arguments are those of `slots_attention`, and `begins` `[B]` the slots of first tokens."""
-    q, k, v = readable(q), readable(k), readable(v)
+    """Attention `[B, H, Q, D]`.
+
+    Args:
+        inputs: q, k and v.
+        seen, real: see `Filled`.
+        begins: `[B]`, the slots of first tokens; None where there is no padding.
+        reach: the pairs.
+        scoring: scale and soft cap.
+    """
+    q, k, v = (readable(t) for t in inputs)
     batch, heads, new, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     rows, width = heads // groups * new, max(16, _power_of_two(dim))

@@ -11,19 +11,19 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..pattern import Pattern
-from ..pattern.base import Marks
-from ..pattern.forms import read_window
-from .backends.triton.walk import why_unfit
-from .scoring import Scoring
-from .strides import like
+from ...pattern import Pattern
+from ...pattern.base import Marks
+from ..backends.triton.walk import why_unfit
+from ..scoring import Scoring
+from ..strides import like
+from .reach import Reach, read_reach
 
 # new tokens from which a pass is one over a prompt
 MAX_TOKENS = 128
@@ -31,33 +31,37 @@ MAX_TOKENS = 128
 MAX_ROWS = 64
 
 
-class Reach(NamedTuple):
-    """The pairs of a causal window with first tokens: query x sees keys 0 .. first - 1 and x - left .. x."""
-
-    left: int
-    first: int
-
-
-def slots_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, marks: Tensor | None, pattern: str, scoring: Scoring
-) -> Tensor:  # fmt: skip
-    """Attention `[B, H, Q, D]` of new tokens, which stand in slots `seen` .. `seen + Q - 1` already. It has no gradient.
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """What stands in the slots of a cache, of which new tokens fill `seen` .. `seen + Q - 1` already.
 
     Args:
-        q: `[B, H, Q, D]`.
-        k, v: `[B, G, K, D]`, filled up to the new tokens; what lies behind them is read by nobody.
         seen: `[]`, whole number: tokens that came before.
         real: `[B, K]` bool, false on padding; None where there is none. But under patterns that hold the whole past, padding must stand
             before all tokens of its row.
         marks: `[B, K]` bool, the tokens that `marked()` speaks of.
+    """
+
+    seen: Tensor
+    real: Tensor | None = None
+    marks: Tensor | None = None
+
+
+def slots_attention(q: Tensor, k: Tensor, v: Tensor, filled: Filled, pattern: str, scoring: Scoring) -> Tensor:
+    """Attention `[B, H, Q, D]` of new tokens to a cache that holds them already. It has no gradient.
+
+    Args:
+        q: `[B, H, Q, D]`.
+        k, v: `[B, G, K, D]`; what lies behind the new tokens is read by nobody.
+        filled: what stands in the slots.
         pattern: the text of a causal pattern.
         scoring: scale and soft cap; a bias is refused.
     """
     if scoring.bias is not None:
         raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
     # traced, so that a graph finds where texts begin once for all layers
-    begins = None if real is None else real.int().argmax(1)
-    return _operator(q, k, v, seen, real, begins, marks, pattern, scoring.scale, scoring.softcap)
+    begins = None if filled.real is None else filled.real.int().argmax(1)
+    return _operator(q, k, v, filled.seen, filled.real, begins, filled.marks, pattern, scoring.scale, scoring.softcap)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -75,9 +79,9 @@ def _operator(
     form = _parsed(pattern)
     reach = read_reach(form, k.shape[2])
     if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
-        from .slot_kernels import decode
+        from .kernels import decode
 
-        return decode(q, k, v, seen, real, begins, reach, Scoring(scale, softcap))
+        return decode((q, k, v), seen, real, begins, reach, Scoring(scale, softcap))
     if reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
@@ -97,17 +101,6 @@ def _fake(q, k, v, *rest):
 @lru_cache(maxsize=256)
 def _parsed(pattern: str) -> Pattern:
     return Pattern.parse(pattern)
-
-
-@lru_cache(maxsize=256)
-def read_reach(pattern: Pattern, slots: int) -> Reach | None:
-    """A pattern as a causal window with first tokens; None if it is none."""
-    form = read_window(pattern, slots)
-    if isinstance(form, str) or form.marked or form.window is None or form.window.right != 0:
-        return None
-    if form.has_globals and (form.clip.left is not None or form.clip.right != 0):
-        return None
-    return Reach(slots if form.window.left is None else form.window.left, form.first)
 
 
 def visible_slots(
