@@ -7,6 +7,7 @@ Legend: B batch, N tokens, Q queries, K keys.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -94,9 +95,10 @@ def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _name(mask_function: Callable) -> str:
-    # in a graph, `getattr` with a default gives the default for functions that have closures
+    # in a graph, `getattr` with a default gives the default for functions that have closures, and torch 2.11 reads no qualified
+    # name but that of the code, which has one from Python 3.11 on
     if torch.compiler.is_compiling() and not isinstance(mask_function, partial):
-        return mask_function.__qualname__
+        return mask_function.__code__.co_qualname if sys.version_info >= (3, 11) else mask_function.__qualname__
     return getattr(mask_function, "__qualname__", "")
 
 
