@@ -7,9 +7,9 @@ Legend: B batch, N tokens, Q queries, K keys.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ KNOWN = {
     "sliding_window_overlay.<locals>.inner_mask",
     "sliding_window_bidirectional_overlay.<locals>.inner_mask",
 }
+# from Python 3.11 on
+CODE_HAS_NAME = hasattr(causal_mask_function.__code__, "co_qualname")
 COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
 
 
@@ -96,9 +98,10 @@ def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
 
 def _name(mask_function: Callable) -> str:
     # in a graph, `getattr` with a default gives the default for functions that have closures, and torch 2.11 reads no qualified
-    # name but that of the code, which has one from Python 3.11 on
+    # name but that of the code
     if torch.compiler.is_compiling() and not isinstance(mask_function, partial):
-        return mask_function.__code__.co_qualname if sys.version_info >= (3, 11) else mask_function.__qualname__
+        code: Any = mask_function.__code__
+        return code.co_qualname if CODE_HAS_NAME else mask_function.__qualname__
     return getattr(mask_function, "__qualname__", "")
 
 
