@@ -28,7 +28,7 @@ def __getattr__(name: str):
         return _public()
     if name in _PACKAGES:
         return _package(name)
-    package = "models" if registry.entry_of_class(name) else _PACKAGE_OF.get(name)
+    package = _PACKAGE_OF.get(name, "models" if name.startswith("Sparse") else None)
     if package is None and (name.startswith("_") or name not in _package("pattern").__all__):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_package(package or "pattern"), name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import UserDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -48,6 +48,8 @@ class Entry(ABC):
 ENTRIES: list[Entry] = []
 # names of attention functions -> the module that registers them when it is imported; filled by `enter_attention`
 ATTENTION_NAMES: dict[str, str] = {}
+# look up families that nobody entered, by their dense or sparse model type; filled by `enter_finder`
+FINDERS: list[Callable[[str], Entry | None]] = []
 # families that are derived or being derived; whichever thread asks first does it, and others wait
 _DERIVED: set[str] = set()
 _DERIVING = RLock()
@@ -56,6 +58,17 @@ _DERIVING = RLock()
 def enter(entries: Iterable[Entry]) -> None:
     """Make families known by name."""
     ENTRIES.extend(entries)
+
+
+def enter_finder(find: Callable[[str], Entry | None]) -> None:
+    """Have families looked up that are not entered, by a function of their dense or sparse model type."""
+    FINDERS.append(find)
+
+
+def find_entry(model_type: str) -> Entry | None:
+    """The family of a dense or sparse model type that nobody entered; None if nobody finds one."""
+    found = next((entry for find in FINDERS if (entry := find(model_type)) is not None), None)
+    return None if found is None or any(entry.dense_type == found.dense_type for entry in ENTRIES) else found
 
 
 def enter_attention(names: Iterable[str], module: str) -> None:
@@ -94,14 +107,31 @@ def sparse_class(name: str) -> Any:
 
 
 class LazyTable(UserDict):
-    """A table in which an `Entry` stands for what it registers under the same key when it is derived."""
+    """A table in which an `Entry` stands for what it registers under the same key when it is derived.
+
+    Families that nobody entered are found when they are asked for, and listed from then on.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], name: str):
+        """`name` is the attribute of an entry that is its key."""
+        super().__init__(entries)
+        self.name = name
+
+    def __contains__(self, key):
+        return key in self.data or self._found(key) is not None
 
     def __getitem__(self, key):
-        value = super().__getitem__(key)
+        value = self.data[key] if key in self.data else self._found(key)
+        if value is None:
+            raise KeyError(key)
         if isinstance(value, Entry):
             derive(value)
-            value = super().__getitem__(key)
+            value = self.data[key]
         return value
+
+    def _found(self, key: Any) -> Entry | None:
+        entry = find_entry(key) if isinstance(key, str) else None
+        return entry if entry is not None and getattr(entry, self.name) == key else None
 
     def derived(self) -> dict[str, Any]:
         """What has been derived so far."""
@@ -121,7 +151,9 @@ def _enter_configurations(configurations: ModuleType) -> None:
     table = configurations.CONFIG_MAPPING
     # what was registered beside Transformers' own; `register` would want the classes
     if not isinstance(table._extra_content, LazyTable):
-        table._extra_content = LazyTable({entry.sparse_type: entry for entry in ENTRIES} | table._extra_content)
+        table._extra_content = LazyTable(
+            {entry.sparse_type: entry for entry in ENTRIES} | table._extra_content, "sparse_type"
+        )
 
 
 def _enter_attention(modeling: ModuleType) -> None:

@@ -7,7 +7,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..models.derived.tiny_config import tiny_config
+from ..models.derived.tiny_model import apart
 from ..models.hf.positions import Positions
 from ..models.hf.register import Family
 from .shards import DTYPES, Stored
@@ -73,6 +76,40 @@ def set_length(config, positions: Positions, max_length: int | None) -> tuple[in
     return old, max_length
 
 
+def check_growth(positions: Positions, model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse a greater length where nothing of what was found of a family's positions says how they grow.
+
+    Args:
+        model: the dense model, without weights.
+
+    Raises:
+        ValueError: a table of which nobody knows the rows, or whose content is computed in another way than ours.
+    """
+    old = positions.length_of(model.config)
+    if max_length is None or max_length == old or not positions.has_table:
+        return
+    kind = type(model).__name__
+    if old is None or not positions.grows or (positions.scheme == "learned" and not positions.tables):
+        raise ValueError(
+            f"max_length is {max_length}, and the positions of {kind} were not found to be a table of tokens in a row that could "
+            "grow: leave max_length out"
+        )
+    if positions.scheme == "sinusoidal" and positions.tables and not _computes_alike(positions, model):
+        raise ValueError(
+            f"max_length is {max_length}, and the sinusoidal table of {kind} is not computed as Pegasus computes it: leave "
+            "max_length out"
+        )
+
+
+def _computes_alike(positions: Positions, model: PreTrainedModel) -> bool:
+    """Does a dense class fill its table as `sinusoidal` does? Seen on a tiny copy."""
+    with apart():
+        tiny = type(model)(tiny_config(model.config))
+    tables = [table for name, table in tiny.state_dict().items() if name.endswith(positions.tables)]
+    rows = [table[positions.offset :] for table in tables]
+    return all(torch.allclose(table, sinusoidal(table, len(table)), atol=1e-4) for table in rows)
+
+
 def scale_rope(config, family: Family, rope: str | None, old: int | None, new: int | None) -> None:
     """Write `rope_parameters` that spread the old angles over the new length."""
     if rope is None:
@@ -86,7 +123,12 @@ def scale_rope(config, family: Family, rope: str | None, old: int | None, new: i
         raise ValueError(
             f"rope is {rope!r}, and nothing gets longer; give a max_length beyond the model's {old} tokens"
         )
-    parameters = dict(config.rope_parameters)
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if not parameters or any(isinstance(p, dict) for p in parameters.values()) and "full_attention" not in parameters:
+        raise ValueError(
+            f"rope is {rope!r}, and the configuration of {family.dense_type} has no rope_parameters that could be scaled as a whole: "
+            "leave rope out"
+        )
     if "full_attention" in parameters:
         # layers that slide over a window see no new distances
         parameters["full_attention"] = _scaled(parameters["full_attention"], rope, old, new)

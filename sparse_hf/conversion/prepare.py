@@ -8,13 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..models.derived.check import check_once
 from ..models.hf.config import SparseConfigMixin
 from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
 from ..pattern.like import PatternLike
 from .check import check_fits, is_causal, meta_model, sparse_config
-from .positions import changes, check_choice, scale_rope, set_length
+from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
 from .weights import Work
@@ -69,8 +70,13 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     if source.config.get("sparse_attention") is not None:
         # it will be replaced, but one that does not fit says that something else is wrong
         sparse_config(family, source.config)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
     model = meta_model(family, source.config)
+    if not family.verified:
+        check_once(type(model), model.config)
+    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
+    if not family.verified:
+        family = dataclasses.replace(family, positions=config.positions)
+        check_growth(family.positions, model, choice.max_length)
     config.architectures = _architectures(source.config, family, model)
     computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
     # quantised weights are stored packed, under shapes of their own

@@ -116,7 +116,7 @@ def _note(prepared: Prepared) -> str | None:
         return None
     if scheme == "rotary" and not choice.rope:
         return "rotary positions have no table; only the limit was raised"
-    if scheme == "relative":
+    if scheme in ("relative", "alibi", "none"):
         return "relative positions have no table and no limit; their buckets stay as they are"
     return None
 

@@ -6,7 +6,7 @@ What is public is imported, and a family derived, when it is first asked for; `_
 from importlib import import_module
 
 from .. import registry
-from . import dense_families  # enters the families
+from . import dense_families, derived_families  # enter the families, and look up others
 from .names import PUBLIC
 
 
@@ -15,9 +15,11 @@ def __getattr__(name: str):
         return _public()
     if name in PUBLIC:
         return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
-    if registry.entry_of_class(name) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return registry.sparse_class(name)
+    entry = registry.entry_of_class(name)
+    # of two families, one may be called as the other begins
+    if entry is not None and hasattr(import_module(entry.module), name):
+        return registry.sparse_class(name)
+    return getattr(derived_families, name)
 
 
 def __dir__() -> list[str]:
@@ -26,4 +28,4 @@ def __dir__() -> list[str]:
 
 def _public() -> list[str]:
     families = import_module(".hf.register", __name__).FAMILIES
-    return [*PUBLIC, *(name for family in families.values() for name in family.names)]
+    return [*PUBLIC, *(name for family in families.values() if family.verified for name in family.names)]

@@ -51,7 +51,7 @@ class Limits:
     def of(cls, model) -> Limits:
         # if embeddings are resized, the configuration of a stack inside a model does not say so
         scheme = model.config.positions
-        embeddings = None if scheme is None or scheme.checked_by_model else model.get_input_embeddings()
+        embeddings = None if scheme is None or scheme.checked_by_model else _embeddings(model)
         return cls(model.config, type(model).__name__, getattr(embeddings, "num_embeddings", None))
 
     def check(self, batch: Mapping[str, Any], beyond: bool = True) -> None:
@@ -75,6 +75,14 @@ class Limits:
             _check_target(self.config, self.head, batch)
         elif scheme is not None and scheme.scheme == "rotary":
             _check_rotary(self.config, batch, beyond)
+
+
+def _embeddings(model) -> Any:
+    """The embeddings of tokens; None of a model that takes none, of images or sounds."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def check_no_positions(config: Any, head: str) -> None:

@@ -99,6 +99,9 @@ class MaskRequest:
         queries, keys = query.shape[2], key.shape[2]
         if given is None:
             return cls(None, None, keys - queries)
+        if given.ndim == 4 and given.shape[1:3] == (1, 1) and queries > 1:
+            # the same for every query: padding, as older classes write it
+            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries)
         allowed = as_allowed(given, queries, keys)
         return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, reads_documents=False)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Scheme = Literal["learned", "sinusoidal", "rotary", "relative"]
+Scheme = Literal["learned", "sinusoidal", "rotary", "relative", "alibi", "none"]
 # what conversion to a greater length does, for people
 CONVERSIONS: dict[Scheme, str] = {
     "learned": "table grown by tiled copy or interpolation",
     "sinusoidal": "table computed again",
     "rotary": "limit raised; scaled with --rope",
     "relative": "kept as it is",
+    "alibi": "kept as it is",
+    "none": "kept as it is",
 }
 
 
@@ -20,7 +22,8 @@ class Positions:
     """How a family knows where a token stands, and what conversion does when it gets longer.
 
     Attributes:
-        scheme: "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary" or "relative" (nothing to grow).
+        scheme: "learned" (tables, grown), "sinusoidal" (tables, computed again), "rotary", "relative",
+            "alibi" or "none" (nothing to grow).
         tables: suffixes of the state-dict keys of position tables.
         buffers: suffixes of the state-dict keys of saved buffers with one entry per position.
         offset: the first rows of a table that are no positions.
@@ -28,6 +31,7 @@ class Positions:
         limit: the name of the configuration's limit.
         skips_padding: whether padding takes no positions.
         checked_by_model: whether the model itself refuses ids and lengths that it cannot take.
+        grows: whether a table can be made longer; of some derived families nobody knows which rows are positions.
     """
 
     scheme: Scheme
@@ -38,6 +42,7 @@ class Positions:
     limit: str = "max_position_embeddings"
     skips_padding: bool = False
     checked_by_model: bool = False
+    grows: bool = True
 
     @property
     def has_table(self) -> bool:
@@ -54,10 +59,10 @@ class Positions:
 
         Their limit is what angles are scaled to, if that is more than `max_position_embeddings`.
         """
-        most = None if self.scheme == "relative" else self.length_of(config)
+        most = None if self.scheme in ("relative", "alibi", "none") else self.length_of(config)
         if most is None or self.scheme != "rotary":
             return most
-        scaling = config.rope_parameters or {}
+        scaling = getattr(config, "rope_parameters", None) or {}
         scaling = scaling.get("full_attention", scaling)
         # some configurations keep the limit of what was trained first, and name the factor beside
         first, factor = (scaling.get(key) for key in ("original_max_position_embeddings", "factor"))

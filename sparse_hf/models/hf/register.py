@@ -38,6 +38,8 @@ class Family:
     config_class: type[SparseConfigMixin]
     classes: tuple[type[PreTrainedModel], ...]
     positions: Positions
+    # is it an entry of the table, or of a user, rather than derived when it was met?
+    verified: bool = True
 
     @property
     def sparse_type(self) -> str:
@@ -64,7 +66,7 @@ class Family:
 
 
 # dense model type -> family, which is derived when it is first looked at
-FAMILIES = LazyTable({entry.dense_type: entry for entry in ENTRIES})
+FAMILIES = LazyTable({entry.dense_type: entry for entry in ENTRIES}, "dense_type")
 
 
 def dense_class(sparse_class: type) -> type[PreTrainedModel]:
@@ -77,6 +79,8 @@ def register_family(
     positions: Positions,
     parts: Mapping[type, type] | None = None,
     heads: Iterable[type[PreTrainedModel]] = (),
+    of_heads: Mapping[str, Any] | None = None,
+    verified: bool = True,
 ) -> Family:
     """Make the sparse class of every head of a family and register it with the Auto classes that find the dense one.
 
@@ -88,18 +92,24 @@ def register_family(
         positions: the scheme of its positions.
         parts: modules inside the model that need a counterpart of their own, dense class -> sparse class.
         heads: dense classes that no Auto class knows.
+        of_heads: class attributes of every sparse class that is derived here.
+        verified: is the family tested by name, and not derived when it was met?
     """
     config_class.positions = positions
     dense_config = config_class.__bases__[1]
     AutoConfig.register(config_class.model_type, config_class)
-    autos_of = {**_heads(dense_config), **{dense: [] for dense in heads}}
-    classes = tuple(_counterpart(dense, config_class) for dense in autos_of)
+    autos_of = _heads(dense_config)
+    if not verified:
+        # two types may share a class, which is the one's whose configuration it takes
+        autos_of = {dense: autos for dense, autos in autos_of.items() if dense.config_class is dense_config}
+    autos_of |= {dense: [] for dense in heads if dense not in autos_of}
+    classes = tuple(_counterpart(dense, config_class, of_heads or {}) for dense in autos_of)
     COUNTERPARTS.update(zip(autos_of, classes, strict=True))
     COUNTERPARTS.update(parts or {})
     _register_heads(config_class, autos_of)
     _enter_recorders((*classes, *(parts or {}).values()))
     _rename_alike(dense_config.model_type, config_class.model_type, classes)
-    family = Family(dense_config.model_type, config_class, classes, positions)
+    family = Family(dense_config.model_type, config_class, classes, positions, verified)
     config_class.remote_code = RemoteCode(
         family.dense_type, family.sparse_type, config_class.__name__, family.architectures
     )
@@ -108,10 +118,12 @@ def register_family(
     return family
 
 
-def _counterpart(dense: type[PreTrainedModel], config_class: type[SparseConfigMixin]) -> type[PreTrainedModel]:
+def _counterpart(
+    dense: type[PreTrainedModel], config_class: type[SparseConfigMixin], more: Mapping[str, Any]
+) -> type[PreTrainedModel]:
     """The sparse class of a head: the one that the family's module defines, or a derived one, which it gets."""
     module = sys.modules[config_class.__module__]
-    sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class)
+    sparse = vars(module).get(f"Sparse{dense.__name__}") or _derive(dense, config_class, more)
     setattr(module, sparse.__name__, sparse)
     return sparse
 
@@ -165,13 +177,16 @@ def _heads(dense_config: type[PreTrainedConfig]) -> dict[type[PreTrainedModel], 
     return found
 
 
-def _derive(dense: type[PreTrainedModel], config_class: type[SparseConfigMixin]) -> type[PreTrainedModel]:
+def _derive(
+    dense: type[PreTrainedModel], config_class: type[SparseConfigMixin], more: Mapping[str, Any]
+) -> type[PreTrainedModel]:
     mixin = SparseGenerationMixin if issubclass(dense, GenerationMixin) else SparseMixin
     content: dict[str, Any] = {
         "__module__": config_class.__module__,
         "__doc__": f"[`{dense.__name__}`] with sparse attention by its configuration's patterns.",
         "__annotations__": {"config": config_class},
         "config_class": config_class,
+        **more,
     }
     if dense.__name__.endswith(UNCOUNTED):
         content["accepts_loss_kwargs"] = False
@@ -207,8 +222,6 @@ def _reason(model_type: str) -> str:
     spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
     if spec is None or spec.origin is None:
         return "it has no attention of its own"
-    if "ALL_ATTENTION_FUNCTIONS.get_interface(" in Path(spec.origin).read_text(encoding="utf-8"):
-        return (
-            "it is on Transformers' attention interface, but nobody has added and tested it yet (see CONTRIBUTING.md)"
-        )
+    if ".get_interface(" in Path(spec.origin).read_text(encoding="utf-8"):
+        return "it has no layers of its own, and the models within it have: make each of these sparse by itself"
     return "it computes attention by itself, not through Transformers' attention interface, so no pattern can reach it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from importlib import import_module
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .layer_spec import LayersLike
-from .register import dense_class, family_of, find_family
+from .register import Family, dense_class, family_of, find_family
 
 # after the name of a model that was made sparse and has no folder yet
 UNSAVED = " (made sparse in memory: save_pretrained it, and load that folder)"
@@ -56,14 +57,37 @@ def sparsify(
             f"accelerate's hooks on {hooked[0] or 'the model'!r} hold on to the dense modules; call sparsify before "
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
+    _check_derived(family, model)
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
+    sparse = _around_weights(model, config)
+    _name_no_folder(sparse)
+    return sparse
+
+
+def _check_derived(family: Family, model: PreTrainedModel) -> None:
+    """Have a family that is no entry of the table compared with its dense class, on a tiny copy."""
+    if not family.verified and not isinstance(model.config, family.config_class):
+        # by name, because it makes models sparse itself
+        import_module("..derived.check", __package__).check_once(type(model), model.config)
+
+
+def shared_sparse(model: PreTrainedModel, pattern: PatternLike, named: bool = False) -> PreTrainedModel:
+    """As `sparsify`, of a class that is known to have a counterpart; `named` leaves no layer its own window."""
+    config_class = family_of(model.config.model_type).config_class
+    stacks = config_class.from_dense(model.config, "window(None, None)").stacks
+    layers: dict[str | int, Any] = {stack: [pattern] * count for stack, count in stacks.items()}
+    every = layers.get("", layers) if named else None
+    return _around_weights(model, config_class.from_dense(model.config, pattern, every))
+
+
+def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """The sparse model of a configuration around the parameters and buffers of a dense one."""
     # chosen when the dense model was built, and not part of what a configuration says of itself
     experts = getattr(model.config, "_experts_implementation", None)
     if experts is not None:
         config._experts_implementation = experts
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
-    _name_no_folder(sparse)
     return sparse
 
 
@@ -126,7 +150,9 @@ def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> 
     """A copy of the module tree around the same parameters and buffers."""
     if id(module) in done:
         return done[id(module)]
-    twin = copy.copy(module)
+    # some classes refuse to be copied, those of weights that are computed of others among them
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     done[id(module)] = twin
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()

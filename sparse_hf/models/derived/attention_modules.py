@@ -1,0 +1,48 @@
+"""The attention modules of a model that call Transformers' attention interface."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@cache
+def calls_interface(kind: type[nn.Module]) -> bool:
+    """Does the `forward` of a class of modules ask Transformers' attention interface for its function?"""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "get_interface" in code.co_names
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model that call the attention interface, by name."""
+    return ((name, module) for name, module in model.named_modules() if calls_interface(type(module)))
+
+
+def number_attention(model: PreTrainedModel) -> None:
+    """Tell attention modules the number of their layer, their configuration and their stack, where they do not know them."""
+    stacks = model.config.stacks
+    for name, module in attention_modules(model):
+        own: dict[str, Any] = vars(module)
+        if not isinstance(own.get("layer_idx"), int):
+            own["layer_idx"] = _number(name, module, model, set(stacks.values()))
+        if not isinstance(own.get("config"), type(model.config)):
+            own["config"] = model.config
+        if "" not in stacks and "is_decoder" not in own:
+            own["is_decoder"] = "decoder" in name
+
+
+def _number(name: str, attention: nn.Module, model: nn.Module, counts: set[int]) -> int:
+    """The place of an attention module in the list of layers that it is in; 0 where layers are shared."""
+    found = getattr(attention, "layer_id", None)
+    if isinstance(found, int):
+        return found
+    words = name.split(".")
+    lists = [i for i in range(len(words)) if isinstance(model.get_submodule(".".join(words[:i])), nn.ModuleList)]
+    as_long = [i for i in lists if len(model.get_submodule(".".join(words[:i]))) in counts]  # pyright: ignore[reportArgumentType]
+    place = next(iter(as_long or lists[-1:]), None)
+    return 0 if place is None else int(words[place])

@@ -1,0 +1,324 @@
+"""Is a derived family what its dense class is? A tiny copy of its configuration says so, in a second or two.
+
+The copy is compared with the dense class under a pattern of all pairs, and under a narrow pattern that the dense class
+takes as an explicit mask, where it takes one. A token that is changed must have no influence beyond what the pattern
+reaches. And every layer that mixes tokens must be seen to have asked our attention function, or be of another kind: a
+family whose attention goes another way would stay dense without a word.
+
+Legend: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from ...pattern import Pattern
+from ..hf.attention_interface import sparse_attention_forward, sparse_mask
+from ..hf.mask_request import MaskRequest
+from .tiny_config import tiny_config
+from .tiny_model import FAILURES, apart, tiny_with_inputs
+
+FULL, NARROW, NEXT = "window(None, None)", "window(2, 1) | first(1)", "window(1, 1)"
+# answers that differ by less, beside the greatest of them, are the same
+TOLERANCE = 2e-4
+# modules that mix tokens and are no attention over pairs: they stay what they are
+OTHER_KIND = re.compile(
+    r"mamba|conv(?!ersion)|ssm|delta|linear_?att|lightning|recurrent|rwkv|retention|lstm|gru|kda|lru|fourier|shift|spatial|pooling",
+    re.IGNORECASE,
+)
+SEEN = "sparse_seen"
+
+
+@dataclass
+class Arrivals:
+    """The attention modules that asked our attention function, by their identity."""
+
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    is_causal: bool = False
+    # answer zeros in place of attention, to see what else mixes tokens
+    is_silent: bool = False
+
+
+_ARRIVALS: ContextVar[Arrivals | None] = ContextVar("arrivals", default=None)
+
+
+def _seen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+    arrivals = _ARRIVALS.get()
+    out, weights = sparse_attention_forward(module, query, key, value, *args, backend="reference", **kwargs)
+    if arrivals is not None:
+        arrivals.modules[id(module)] = module
+        arrivals.is_causal |= _is_causal(module, args, kwargs)
+        out = torch.zeros_like(out) if arrivals.is_silent else out
+    return out, weights
+
+
+def _is_causal(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    request = args[0] if args else kwargs.get("attention_mask")
+    own = kwargs.get("is_causal", getattr(module, "is_causal", False))
+    return request.reading(own)[0] if isinstance(request, MaskRequest) else bool(own)
+
+
+AttentionInterface.register(SEEN, _seen)
+AttentionMaskInterface.register(SEEN, sparse_mask)
+
+
+class RefusedError(ValueError):
+    """A family that is on the attention interface and cannot be made sparse as it is; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a check has seen.
+
+    Attributes:
+        arrived: attention modules that asked our function.
+        mixing: layers that mix tokens in another way.
+        took_mask: was the dense class compared under an explicit mask?
+    """
+
+    arrived: int
+    mixing: tuple[str, ...]
+    took_mask: bool
+
+
+# configuration class and tiny configuration -> the dense classes that were compared and are alike
+_PASSED: dict[tuple[type, str], dict[type, Seen]] = {}
+_WITHIN: ContextVar[bool] = ContextVar("within", default=False)
+
+
+def check_once(dense_class: type[PreTrainedModel], config: PreTrainedConfig, any_class: bool = False) -> None:
+    """As `check`, remembered as long as the process lives.
+
+    Args:
+        any_class: be content if another class passed with this configuration.
+
+    Raises:
+        RefusedError: what was seen says that no pattern would hold.
+    """
+    if _WITHIN.get():
+        return
+    passed = _PASSED.setdefault((type(config), _digest(config)), {})
+    if dense_class in passed or any_class and passed:
+        return
+    passed[dense_class] = check(dense_class, config)
+
+
+def _digest(config: PreTrainedConfig) -> str:
+    """What two configurations share that have the same tiny copy."""
+    try:
+        return json.dumps(tiny_config(config).to_dict(), sort_keys=True, default=str)
+    except FAILURES:
+        return ""
+
+
+def check(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> Seen:
+    """Compare a tiny sparse model with the dense one.
+
+    Args:
+        dense_class: a class of Transformers.
+        config: its configuration, of any size.
+
+    Raises:
+        RefusedError: what was seen says that no pattern would hold.
+    """
+    token = _WITHIN.set(True)
+    with apart():
+        try:
+            return _compared(dense_class, config)
+        finally:
+            _WITHIN.reset(token)
+
+
+def _compared(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> Seen:
+    try:
+        dense, inputs, answer = tiny_with_inputs(dense_class, config)
+    except FAILURES as error:
+        raise RefusedError(f"no tiny copy of {dense_class.__name__} could be made: {_line(error)}") from error
+    return _Trial(dense, inputs, answer).run()
+
+
+class _Trial:
+    """A tiny dense model, and sparse ones that share its weights."""
+
+    def __init__(self, dense: PreTrainedModel, inputs: dict[str, Any], answer: Any):
+        self.dense, self.inputs = dense, inputs
+        self.wanted = _tensors(answer)
+        self.name = type(dense).__name__
+
+    def run(self) -> Seen:
+        arrivals = Arrivals()
+        found = self.answers(self.sparse(FULL), arrivals)
+        if not arrivals.modules:
+            raise RefusedError(f"no attention of {self.name} asked Transformers' attention interface for its function")
+        off = _difference(found, self.wanted)
+        if not off <= TOLERANCE:
+            raise RefusedError(
+                f"{self.name} under a pattern of all pairs is not what the dense class is: answers differ by {off:.1e}"
+            )
+        took_mask = self.compare_mask()
+        mixing = self.check_leaks(len(arrivals.modules))
+        return Seen(len(arrivals.modules), mixing, took_mask)
+
+    def sparse(self, pattern: str) -> PreTrainedModel:
+        """A sparse model with this pattern in each layer, whatever window the family has."""
+        from ..hf.sparsify import shared_sparse
+
+        try:
+            made = shared_sparse(self.dense, pattern, named=pattern != FULL)
+        except FAILURES as error:
+            raise RefusedError(f"{self.name} cannot be made sparse: {_line(error)}") from error
+        for module in made.modules():
+            own = vars(module).get("config")
+            if isinstance(own, PreTrainedConfig):
+                vars(own)["_attn_implementation_internal"] = SEEN
+        return made
+
+    def answers(self, model: PreTrainedModel, arrivals: Arrivals) -> list[Tensor]:
+        token = _ARRIVALS.set(arrivals)
+        try:
+            return _tensors(model(**self.inputs))
+        except FAILURES as error:
+            raise RefusedError(f"the attention of {self.name} does not fit ours: {_line(error)}") from error
+        finally:
+            _ARRIVALS.reset(token)
+
+    def compare_mask(self) -> bool:
+        """Compare with the dense class under an explicit mask; False if it takes none."""
+        ids = self.inputs.get("input_ids")
+        if ids is None or self.dense.config.is_encoder_decoder or "attention_mask" in self.inputs:
+            return False
+        arrivals = Arrivals()
+        found = self.answers(self.sparse(NARROW), arrivals)
+        pattern, place = Pattern.parse(NARROW), torch.arange(ids.shape[1])
+        held = pattern.allows(place[:, None], place)
+        if arrivals.is_causal:
+            held = held & (place[:, None] >= place)
+        mask = torch.where(held, 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
+        try:
+            wanted = _tensors(self.dense(**self.inputs, attention_mask=mask))
+        except FAILURES:
+            return False
+        if _difference(wanted, self.wanted) <= TOLERANCE:
+            # it goes unread
+            return False
+        off = _difference(found, wanted)
+        if not off <= TOLERANCE:
+            raise RefusedError(
+                f"{self.name} under {NARROW} is not what the dense class is under that mask: answers differ by {off:.1e}"
+            )
+        return True
+
+    def check_leaks(self, count: int) -> tuple[str, ...]:
+        """Change a token within a layer, and see which others change behind it; returns layers that mix in another way."""
+        sparse, arrivals = self.sparse(NEXT), Arrivals()
+        self.answers(sparse, arrivals)
+        if len(arrivals.modules) != count:
+            raise RefusedError(
+                f"{self.name} asked for attention {count} times under one pattern, {len(arrivals.modules)} under another"
+            )
+        mixing = []
+        for name, layer in _layers(sparse, arrivals.modules):
+            attends = any(id(m) in arrivals.modules for m in layer.modules())
+            reach = 1 if attends else 0
+            changed = self.influence(sparse, layer, Arrivals())
+            if changed is None or int(changed.max()) <= reach:
+                continue
+            alone = self.influence(sparse, layer, Arrivals(is_silent=True)) if attends else changed
+            other = [f"{name}.{n}" for n, m in layer.named_modules() if OTHER_KIND.search(type(m).__name__)]
+            if not other or alone is None or int(alone.max()) <= reach:
+                how = "beyond its pattern" if attends else "without asking for our attention"
+                raise RefusedError(f"{name} of {self.name}, a {type(layer).__name__}, mixes tokens {how}")
+            mixing.append(other[0])
+        return tuple(mixing)
+
+    def influence(self, model: PreTrainedModel, layer: nn.Module, arrivals: Arrivals) -> Tensor | None:
+        """How far from a token, of which a layer's input is changed, its output changes; None where it has no tokens."""
+        found: list[Tensor] = []
+
+        def change(_module: nn.Module, args: tuple, kwargs: dict, place: int | None):
+            states = args[0] if args else kwargs.get("hidden_states")
+            if place is None or not isinstance(states, Tensor) or states.ndim < 2:
+                return None
+            states = states.clone()
+            states.select(-2, place).add_(torch.linspace(-1, 1, states.shape[-1]))
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any):
+            states = args[0] if args else kwargs.get("hidden_states")
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, Tensor) and isinstance(states, Tensor) and out.shape == states.shape and out.ndim >= 2:
+                found.append(out.clone())
+
+        tokens = None
+        for place in (None, "middle"):
+            at = None if tokens is None else tokens // 2
+            before = layer.register_forward_pre_hook(partial(_with_place, change, at), with_kwargs=True)
+            after = layer.register_forward_hook(keep, with_kwargs=True)
+            try:
+                self.answers(model, arrivals)
+            finally:
+                before.remove()
+                after.remove()
+            if not found:
+                return None
+            tokens = found[0].shape[-2] if place is None else tokens
+        assert tokens is not None
+        half = len(found) // 2
+        off = [(a - b).abs().amax(-1).flatten(0, -2).amax(0) if a.ndim > 2 else (a - b).abs().amax(-1)
+               for a, b in zip(found[:half], found[half:], strict=True)]  # fmt: skip
+        touched = torch.stack(off).amax(0) > 1e-5 * max(1.0, float(found[0].abs().max()))
+        distance = (torch.arange(tokens) - tokens // 2).abs()
+        return torch.where(touched, distance, torch.zeros_like(distance))
+
+
+def _with_place(change: Any, place: int | None, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    return change(module, args, kwargs, place)
+
+
+def _layers(model: nn.Module, arrived: dict[int, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The layers of the lists that hold attention modules, those without any among them."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        holds = [any(id(m) in arrived for m in layer.modules()) for layer in module]
+        nested = any(isinstance(m, nn.ModuleList) and any(id(a) in arrived for a in m.modules())
+                     for layer in module for m in layer.modules())  # fmt: skip
+        if any(holds) and not nested:
+            found |= {id(layer): (f"{name}.{i}", layer) for i, layer in enumerate(module)}
+    return list(found.values())
+
+
+def _tensors(answer: Any) -> list[Tensor]:
+    """The floating tensors of an answer, in order."""
+    if isinstance(answer, Tensor):
+        return [answer] if answer.is_floating_point() else []
+    if isinstance(answer, dict):
+        skipped = ("attentions", "cross_attentions", "decoder_attentions", "encoder_attentions", "past_key_values")
+        return [t for name, value in answer.items() if name not in skipped for t in _tensors(value)]
+    return [t for value in answer for t in _tensors(value)] if isinstance(answer, (list, tuple)) else []
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The greatest difference beside the greatest value; infinite where answers have other shapes."""
+    if [t.shape for t in found] != [t.shape for t in wanted] or not found:
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.numel()]
+    off = []
+    for a, b in pairs:
+        same = (a == b) | (a.isnan() & b.isnan())
+        off.append(float(torch.where(same, 0.0, (a - b).abs()).max()) / max(1.0, float(b[b.isfinite()].abs().max())))
+    return max(off)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

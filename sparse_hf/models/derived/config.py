@@ -1,0 +1,108 @@
+"""Configurations of derived families: stacks, heads and kinds of layers, read off fields by the names that they have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from ...pattern.like import PatternLike
+from ..hf.config import SparseConfigMixin, dense_values
+from ..hf.layer_spec import LayersLike, named_layers
+from .entry import LAYERS
+
+# what configurations call the number of heads, and that of layers and heads of two stacks
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "encoder_attention_heads", "heads")
+SIDES = {
+    "encoder": (("encoder_layers", "num_encoder_layers", "num_layers"), ("encoder_attention_heads", "num_heads")),
+    "decoder": (("decoder_layers", "num_decoder_layers"), ("decoder_attention_heads", "num_heads")),
+}
+# lists with the kind of each layer, and the kinds that have no attention over pairs of tokens
+KINDS = ("layer_types", "layers_block_type", "block_types")
+OF_ANOTHER_KIND = re.compile(
+    r"mamba.*|.*linear.*|.*conv.*|recurrent|.*ssm.*|.*lru.*|.*delta.*|lightning.*|mlp|moe|.*lstm.*|rwkv.*|kda|feed_?forward"
+)
+
+
+class DerivedConfigMixin(SparseConfigMixin):
+    """Of one stack of layers, some of which may be of another kind than attention; these stay what they are."""
+
+    # raises for a dense configuration whose tiny copy is not what the dense class is; written by `derive`
+    check_dense: ClassVar[Callable[[PreTrainedConfig], None] | None] = None
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        return {"": _first(self, LAYERS)}
+
+    def heads_of(self, stack: str) -> int:
+        return _first(self, HEADS)
+
+    @property
+    def attention_layers(self) -> list[int] | None:
+        """The layers that have attention over pairs of tokens; None if the configuration tells no kinds apart."""
+        count = self.stacks.get("")
+        kinds = next((k for name in KINDS if (k := _kinds(self, name, count)) is not None), None)
+        if kinds is None:
+            return None
+        return [layer for layer, kind in enumerate(kinds) if not OF_ANOTHER_KIND.fullmatch(kind)]
+
+    def describe(
+        self, pattern: PatternLike | None = None, layers: LayersLike = None, global_token_ids: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        attending = self.attention_layers
+        if attending is not None:
+            _refuse_other_kinds(self, attending, layers)
+        spec = super().describe(pattern, layers, global_token_ids)
+        if self.check_dense is not None:
+            self.check_dense(type(self).__bases__[1](**dense_values(self.to_dict())))
+        return spec
+
+
+class DerivedEncoderDecoderConfigMixin(DerivedConfigMixin):
+    """`sparse_attention.layers` is `{"encoder": [...], "decoder": [...]}`; cross-attention stays dense."""
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        return {stack: _first(self, names) for stack, (names, _) in SIDES.items()}
+
+    def heads_of(self, stack: str) -> int:
+        return _first(self, (*SIDES[stack][1], *HEADS))
+
+
+def _refuse_other_kinds(config: DerivedConfigMixin, attending: list[int], layers: LayersLike) -> None:
+    if not attending:
+        raise ValueError(f"{config.model_type} has no attention layer, so that no pattern can hold in it")
+    if layers is None or not isinstance(layers, (str, dict)):
+        return
+    others = [layer for _, layer in named_layers(layers, config.stacks) if layer not in attending]
+    if others:
+        raise ValueError(
+            f"layers names layer {others[0]}, which is of another kind than attention and stays what it is; the attention layers of "
+            f"this {config.model_type} model are {', '.join(map(str, attending))}"
+        )
+
+
+def _kinds(config: Any, name: str, count: int | None) -> list[str] | None:
+    # some are properties, and some of these raise where the fields that they read are not set
+    found = getattr(config, name, None)
+    is_list = isinstance(found, (list, tuple)) and len(found) == count and all(isinstance(k, str) for k in found)
+    return list(found) if is_list else None
+
+
+def field_of(config: Any, names: Sequence[str]) -> str | None:
+    """The first of these names under which a configuration has a whole number."""
+    alias = config.attribute_map or {}
+    for name in names:
+        value = vars(config).get(alias.get(name, name))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return name
+    return None
+
+
+def _first(config: Any, names: Sequence[str]) -> int:
+    name = field_of(config, names)
+    if name is None:
+        raise ValueError(f"{config.model_type} says nowhere how many there are of what its {names[0]} would be")
+    return vars(config)[(config.attribute_map or {}).get(name, name)]

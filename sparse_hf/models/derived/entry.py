@@ -1,0 +1,97 @@
+"""Families that are no entry of the table: found by their model type when somebody asks for them.
+
+Nothing here imports torch or Transformers before a model type is looked up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ...registry import Entry
+
+# what a modelling file calls that hands its attention to Transformers' interface
+INTERFACE = ".get_interface("
+# what configurations call the number of their layers
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks", "encoder_layers", "layers")
+
+
+@dataclass(frozen=True)
+class DerivedFamily(Entry):
+    """A dense family of Transformers that is derived without a line of ours, and checked when it is made sparse.
+
+    Its classes are attributes of `sparse_hf.models.derived_families`.
+
+    Attributes:
+        prefix: the name of its configuration class, without `Config`.
+    """
+
+    dense_type: str
+    prefix: str
+    module: str = "sparse_hf.models.derived_families"
+
+    @property
+    def sparse_type(self) -> str:
+        return sparse_type(self.dense_type)
+
+    def derive(self) -> None:
+        import_module(".derive", __package__).derive(self)
+
+
+def sparse_type(dense_type: str) -> str:
+    return f"sparse_{dense_type}".replace("-", "_")
+
+
+@cache
+def find_derived(model_type: str) -> DerivedFamily | None:
+    """The family of a dense or sparse model type that Transformers routes through its attention interface; None if it does not."""
+    dense_type = dense_types().get(model_type, model_type)
+    names = _configurations()
+    if dense_type not in names or not calls_interface(dense_type) or not has_layers(dense_type):
+        return None
+    return DerivedFamily(dense_type, names[dense_type].removesuffix("Config"))
+
+
+@cache
+def dense_types() -> dict[str, str]:
+    """Sparse model type -> dense model type, of all that Transformers knows."""
+    return {sparse_type(name): name for name in _configurations()}
+
+
+def _configurations() -> dict[str, str]:
+    """Model type -> the name of its configuration class."""
+    return dict(_table().CONFIG_MAPPING_NAMES)
+
+
+def dense_config_class(dense_type: str) -> Any:
+    """The configuration class of a model type of Transformers. Its own table would ask us first."""
+    module = import_module(f"transformers.models.{_table().model_type_to_module_name(dense_type)}")
+    name = _configurations()[dense_type]
+    return getattr(module, name) if hasattr(module, name) else getattr(import_module("transformers"), name)
+
+
+def calls_interface(dense_type: str) -> bool:
+    """Does the modelling file of a model type speak of Transformers' attention interface? Read off its source."""
+    try:
+        name = dense_config_class(dense_type).__module__.replace(".configuration_", ".modeling_")
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, AttributeError):
+        return False
+    return spec is not None and spec.origin is not None and INTERFACE in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def has_layers(dense_type: str) -> bool:
+    """Has a model type layers of its own? A model of several, of text and images, has those of the models within it."""
+    config_class = dense_config_class(dense_type)
+    if not config_class.sub_configs:
+        return True
+    fields = {*config_class.__dataclass_fields__, *(config_class.attribute_map or {})}
+    return not fields.isdisjoint(LAYERS)
+
+
+def _table() -> Any:
+    return import_module("transformers.models.auto.configuration_auto")

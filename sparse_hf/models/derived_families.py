@@ -1,0 +1,19 @@
+"""The classes of families that are no entry of the table, made when one of them is first asked for."""
+
+from __future__ import annotations
+
+from .. import registry
+from .derived.entry import find_derived
+
+registry.enter_finder(find_derived)
+
+
+def __getattr__(name: str):
+    if name.startswith("Sparse"):
+        # by name, because it imports torch and Transformers
+        from .derived.names import derive_class
+
+        derive_class(name)
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
