@@ -26,3 +26,13 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     shares = [part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights, strict=True)]
     out = reduce(torch.add, shares)
     return out.to(parts[0][0].dtype), (finite + total.log()).where(seen, -torch.inf)
+
+
+def with_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Out `[B, H, Q, D]` as if each head had one more key, with the logit `sinks` `[H]` for every query and no value.
+
+    Only the denominator grows: weights shrink by exp(lse) / (exp(lse) + exp(sink)). Differentiable in all three. A row that saw
+    nothing stays 0.
+    """
+    share = (lse - sinks.to(lse.dtype)[:, None]).sigmoid()  # [B, H, Q]
+    return (out * share[..., None]).to(out.dtype)

@@ -22,6 +22,7 @@ from ...attention import attend, attention, hashed_weights, route, uses_hashes, 
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
+from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
@@ -33,9 +34,6 @@ from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
 from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
-
-# arguments of other models' attention that would change the scores: refused rather than ignored
-UNSUPPORTED = ("s_aux",)
 
 
 def sparse_mask(
@@ -82,7 +80,7 @@ def sparse_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
-    _refuse_what_is_not_computed(module, kwargs)
+    refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
     request = MaskRequest.of(attention_mask, query, key)
     stack = request.stack(module)
@@ -108,38 +106,31 @@ def sparse_attention_forward(
     shifts = not stack.counts_padding and counts_positions(pattern)
     batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
-    if (
-        isinstance(request.q_offset, Tensor)
-        and opaque is None
-        and backend == "auto"
-        and _goes_by_slots(query, scoring, pattern)
-    ):
-        real, _, marks = batch.info.tensors
-        filled = Filled(request.q_offset.reshape(()), real, marks)
-        out = slots_attention(query, key, value, filled, pattern, scoring)
-        return out.transpose(1, 2).contiguous(), None
+    # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
+    sinks = kwargs.get("s_aux")
+    if isinstance(request.q_offset, Tensor) and opaque is None and sinks is None and backend == "auto":
+        if _goes_by_slots(query, scoring, pattern):
+            real, _, marks = batch.info.tensors
+            filled = Filled(request.q_offset.reshape(()), real, marks)
+            out = slots_attention(query, key, value, filled, pattern, scoring)
+            return out.transpose(1, 2).contiguous(), None
     call = AttentionCall(
-        query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info, wants_lse=False
-    )
+        query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
+        wants_lse=sinks is not None,
+    )  # fmt: skip
     order = batch.padding_first if shifts else None
     if order is not None and bias is None:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, weights = _computed(call, opaque, backend, wants_weights)
+    out, lse, weights = _computed(call, opaque, backend, wants_weights)
+    if sinks is not None:
+        out = with_sink(out, lse, sinks)
+        weights = None if weights is None else with_sink(weights, lse, sinks)
     if order is not None and bias is None:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
-
-
-def _refuse_what_is_not_computed(module, kwargs: dict[str, Any]) -> None:
-    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-    if unsupported:
-        raise NotImplementedError(
-            f"{type(module).__name__} passes {unsupported}, which sparse attention does not compute"
-        )
-    refuse_tracing()
 
 
 def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
@@ -185,22 +176,19 @@ def _as_mask(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) 
 
 def _computed(
     call: AttentionCall, opaque: Callable | None, backend: str, wants_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Out `[B, H, Q, D]`, and the weights if they are wanted."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Out `[B, H, Q, D]`, lse `[B, H, Q]` if the call wants it, and the weights if they are wanted."""
     if opaque is not None:
         call.chosen_plan = _opaque_plan(call, opaque)
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
         by_hashes = opaque is None and uses_hashes(str(pattern))
-        out, _, weights = hashed_weights(call) if by_hashes else with_weights(call)
-        return out, weights
+        return hashed_weights(call) if by_hashes else with_weights(call)
     if opaque is not None:
-        out, _ = attend(call, route(call, backend))
-        return out, None
+        return *attend(call, route(call, backend)), None
     if not call.scoring.is_plain:
         call.scoring.check(call.q.shape[1], call.q_offset + call.q.shape[2] - 1, call.k.shape[2])
-    out, _ = attention(call, backend)
-    return out, None
+    return *attention(call, backend), None
 
 
 def _parsed(pattern: Pattern | str | None) -> Pattern:
