@@ -285,16 +285,21 @@ def _with_place(change: Any, place: int | None, module: nn.Module, args: tuple, 
 
 
 def _layers(model: nn.Module, arrived: dict[int, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The layers of the lists that hold attention modules, those without any among them."""
+    """The elements of every list of modules, but for those of lists within layers that attend."""
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+    within: list[str] = []
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # the innermost lists that hold attention first
+    for name, module in sorted(lists, key=lambda entry: -entry[0].count(".")):
+        holds = any(id(m) in arrived for m in module.modules())
+        if holds and any(inner.startswith(f"{name}.") for inner in within):
             continue
-        holds = [any(id(m) in arrived for m in layer.modules()) for layer in module]
-        nested = any(isinstance(m, nn.ModuleList) and any(id(a) in arrived for a in m.modules())
-                     for layer in module for m in layer.modules())  # fmt: skip
-        if any(holds) and not nested:
+        if holds:
+            within.append(name)
             found |= {id(layer): (f"{name}.{i}", layer) for i, layer in enumerate(module)}
+    for name, module in lists:
+        if not any(name.startswith(f"{outer}.") or outer.startswith(f"{name}.") for outer in within):
+            found |= {id(layer): (f"{name}.{i}", layer) for i, layer in enumerate(module) if id(layer) not in found}
     return list(found.values())
 
 

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ...pattern import Pattern
 from ...pattern.like import PatternLike
 from ..hf.config import SparseConfigMixin, dense_values
 from ..hf.layer_spec import LayersLike, named_layers
-from .entry import LAYERS
+from .entry import KINDS, LAYERS
+from .own_masks import OwnMasks, kind_of
 
 # what configurations call the number of heads, and that of layers and heads of two stacks
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "encoder_attention_heads", "heads")
@@ -19,8 +21,7 @@ SIDES = {
     "encoder": (("encoder_layers", "num_encoder_layers", "num_layers"), ("encoder_attention_heads", "num_heads")),
     "decoder": (("decoder_layers", "num_decoder_layers"), ("decoder_attention_heads", "num_heads")),
 }
-# lists with the kind of each layer, and the kinds that have no attention over pairs of tokens
-KINDS = ("layer_types", "layers_block_type", "block_types")
+# kinds of layers that have no attention over pairs of tokens
 OF_ANOTHER_KIND = re.compile(
     r"mamba.*|.*linear.*|.*conv.*|recurrent|.*ssm.*|.*lru.*|.*delta.*|lightning.*|mlp|moe|.*lstm.*|rwkv.*|kda|feed_?forward"
 )
@@ -32,12 +33,22 @@ class DerivedConfigMixin(SparseConfigMixin):
     # raises for a dense configuration whose tiny copy is not what the dense class is; written by `derive`
     check_dense: ClassVar[Callable[[PreTrainedConfig], None] | None] = None
 
+    # which window or chunk each kind of layers has of its own; written by `derive`
+    own_masks: ClassVar[OwnMasks] = {}
+
     @property
     def stacks(self) -> dict[str, int]:
         return {"": _first(self, LAYERS)}
 
     def heads_of(self, stack: str) -> int:
         return _first(self, HEADS)
+
+    def own_window(self, layer: int) -> Pattern | None:
+        kind = kind_of(self, layer)
+        if kind not in self.own_masks:
+            return super().own_window(layer)
+        own = self.own_masks[kind]
+        return None if own is None else own.pattern(self)
 
     @property
     def attention_layers(self) -> list[int] | None:

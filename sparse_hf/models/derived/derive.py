@@ -17,8 +17,11 @@ from ..hf.register import Family, modeling_module, register_family
 from .attention_modules import number_attention
 from .check import check_once
 from .config import SIDES, DerivedConfigMixin, DerivedEncoderDecoderConfigMixin, field_of
+from .distance_bias import biased_parts
 from .entry import DerivedFamily, dense_config_class
+from .own_masks import OVERLAYS, OwnMasks, find_own_masks
 from .positions import UNKNOWN, FoundPositions, find_positions
+from .tiny_model import FAILURES, apart, tiny_with_inputs
 
 # class attributes of every head
 OF_HEADS = {"number_layers": number_attention}
@@ -40,7 +43,9 @@ def derive(entry: DerivedFamily) -> Family:
     )
     setattr(module, config_class.__name__, config_class)
     heads = _other_heads(dense_config)
-    parts = {}
+    parts = biased_parts(modeling_module(dense_config), entry.module)
+    for made in parts.values():
+        setattr(module, made.__name__, made)
     if has_two:
         for dense in [head for head in heads if head.__name__.endswith("Encoder")]:
             heads.remove(dense)
@@ -57,8 +62,19 @@ def derive(entry: DerivedFamily) -> Family:
     family = register_family(config_class, found, parts=parts, heads=heads, of_heads=OF_HEADS, verified=False)
     if main is not None:
         config_class.positions = FoundPositions(main, found)
+        config_class.own_masks = _own_masks(main, dense_config())
+        config_class.own_mask_functions = frozenset(OVERLAYS) if config_class.own_masks else frozenset()
         config_class.check_dense = partial(check_once, main, any_class=True)
     return family
+
+
+def _own_masks(main: type[PreTrainedModel], config: PreTrainedConfig) -> OwnMasks:
+    with apart():
+        try:
+            model, inputs, _ = tiny_with_inputs(main, config)
+        except FAILURES:
+            return {}
+        return find_own_masks(model, inputs)
 
 
 def main_class(

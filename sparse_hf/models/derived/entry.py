@@ -18,6 +18,8 @@ from ...registry import Entry
 INTERFACE = ".get_interface("
 # what configurations call the number of their layers
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks", "encoder_layers", "layers")
+# and lists with the kind of each
+KINDS = ("layer_types", "layers_block_type", "block_types")
 
 
 @dataclass(frozen=True)

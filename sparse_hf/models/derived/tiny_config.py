@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .config import KINDS
+from .entry import KINDS
 
 HEADS, HEAD_DIM, VOCABULARY, WINDOW, MOST_KINDS, MOST_LAYERS = 4, 16, 128, 8, 6, 8
 # tokens that tables of positions have rows for; a prime, so that it is not taken for another size

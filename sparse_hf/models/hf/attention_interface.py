@@ -64,7 +64,8 @@ def sparse_mask(
     if isinstance(q_offset, Tensor):
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
-    return MaskRequest(attention_mask, mask_function, q_offset)
+    own = frozenset() if config is None else config.own_mask_functions
+    return MaskRequest(attention_mask, mask_function, q_offset, own=own)
 
 
 def sparse_attention_forward(
@@ -90,10 +91,13 @@ def sparse_attention_forward(
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
-        assert bias is None
-        return _cross_attention(query, key, value, attention_mask, scaling, dropout, wants_weights)
+        return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
     if kwargs.get("page_bounds") is not None:
-        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
+        if bias is not None or kwargs.get("s_aux") is not None:
+            raise NotImplementedError(
+                "continuous batching knows no bias by distance and no sinks; use generate, which takes padded batches"
+            )
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
         pattern = layer_pattern(module, stack, True)
         return paged_attention(query, key, value, pattern, scoring, kwargs["page_bounds"], backend), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
@@ -255,6 +259,15 @@ def _check_streaming(cache: StreamingCache, layer: int, pattern: str, opaque: Ca
             f"the StreamingCache keeps what {cache.patterns[layer]} sees, and the pattern of layer {layer} is {pattern}; make it of "
             "this model's own configuration, StreamingCache(model.config)"
         )
+
+
+def _with_bias(attention_mask, bias: Tensor | None):
+    """The mask of another text with a bias of pairs, `[1, H, Q, K]`, which some families hand over where all of it is 0."""
+    mask = attention_mask.attention_mask if isinstance(attention_mask, MaskRequest) else attention_mask
+    if bias is None or mask is None:
+        return attention_mask if bias is None else bias
+    mask = mask[:, None, None, :] if mask.ndim == 2 else mask
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 def _cross_attention(

@@ -119,6 +119,8 @@ class SparseConfigMixin(_Config):
     # how the family knows where a token stands, and its classes by name: both written by `register_family`
     positions: ClassVar[Positions | None] = None
     remote_code: ClassVar[RemoteCode | None] = None
+    # names of Transformers' mask functions whose pairs the patterns hold already, beside those that all families share
+    own_mask_functions: ClassVar[frozenset[str]] = frozenset()
     # the message for marks that no pattern of the model asks for
     why_no_marks: ClassVar[str] = "no pattern of this model has marked(); add `| marked()`"
 
@@ -279,7 +281,7 @@ class SparseConfigMixin(_Config):
     def heads_of(self, stack: str) -> int:
         return self.num_attention_heads
 
-    def own_window(self, layer: int) -> Window | None:
+    def own_window(self, layer: int) -> Pattern | None:
         """The window over which the dense family's layer slides, or None.
 
         `sliding_window` counts the query itself, so the farthest key is `sliding_window - 1` back.
@@ -376,7 +378,7 @@ def _by_stack(layers, stacks: Mapping[str, int]) -> dict[str, list]:
     return named
 
 
-def _cut(pattern: Pattern, window: Window | None) -> Pattern:
+def _cut(pattern: Pattern, window: Pattern | None) -> Pattern:
     if window is None:
         return pattern
     if pattern == full():

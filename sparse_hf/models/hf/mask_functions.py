@@ -30,8 +30,14 @@ CODE_HAS_NAME = hasattr(causal_mask_function.__code__, "co_qualname")
 COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
 
 
-def read_mask_function(mask_function: Callable | None, module_is_causal: bool) -> tuple[bool, Callable | None]:
-    """Is the mask causal, and what of it must be evaluated pair by pair (None: nothing)?"""
+def read_mask_function(
+    mask_function: Callable | None, module_is_causal: bool, own: frozenset[str] = frozenset()
+) -> tuple[bool, Callable | None]:
+    """Is the mask causal, and what of it must be evaluated pair by pair (None: nothing)?
+
+    Args:
+        own: names of further mask functions whose pairs the patterns of the model hold already.
+    """
     if mask_function is causal_mask_function:
         return True, None
     if mask_function is bidirectional_mask_function:
@@ -40,11 +46,11 @@ def read_mask_function(mask_function: Callable | None, module_is_causal: bool) -
         return bool(module_is_causal), None
     if torch.compiler.is_compiling():
         # a graph cannot read closures; the families join functions for packing and for their windows alone
-        is_known = _name(mask_function) in KNOWN or _name(mask_function) in COMBINATORS
+        is_known = name_of(mask_function) in KNOWN or name_of(mask_function) in COMBINATORS
         return bool(module_is_causal), None if is_known else mask_function
-    leaves = list(_leaves(mask_function))
-    if all(_name(leaf) in KNOWN for leaf in leaves):
-        return any(leaf is causal_mask_function for leaf in leaves), None
+    parts = list(leaves(mask_function))
+    if all(name_of(part) in KNOWN or name_of(part) in own for part in parts):
+        return any(part is causal_mask_function for part in parts), None
     return False, mask_function
 
 
@@ -56,9 +62,9 @@ def packed_documents(mask_function: Callable | None, rows: int, length: int, dev
     if mask_function is None or mask_function in (causal_mask_function, bidirectional_mask_function):
         return None
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not any(_name(leaf) == PACKED for leaf in _leaves(mask_function)):
+    if not is_compiling and not any(name_of(leaf) == PACKED for leaf in leaves(mask_function)):
         return None
-    if is_compiling and _name(mask_function) not in COMBINATORS:
+    if is_compiling and name_of(mask_function) not in COMBINATORS:
         return None
     row = torch.arange(rows, device=device)[:, None]
     here = torch.arange(1, length, device=device)[None]
@@ -96,7 +102,8 @@ def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
     return allowed
 
 
-def _name(mask_function: Callable) -> str:
+def name_of(mask_function: Callable) -> str:
+    """The qualified name of a mask function, "" of one that has none."""
     # in a graph, `getattr` with a default gives the default for functions that have closures, and torch 2.11 reads no qualified
     # name but that of the code
     if torch.compiler.is_compiling() and not isinstance(mask_function, partial):
@@ -105,13 +112,13 @@ def _name(mask_function: Callable) -> str:
     return getattr(mask_function, "__qualname__", "")
 
 
-def _leaves(mask_function: Callable) -> Iterator[Callable]:
+def leaves(mask_function: Callable) -> Iterator[Callable]:
     """The mask functions that Transformers joined into this one."""
-    if _name(mask_function) not in COMBINATORS:
+    if name_of(mask_function) not in COMBINATORS:
         yield mask_function
         return
     for cell in mask_function.__closure__ or ():
         inner = cell.cell_contents
         for part in inner if isinstance(inner, tuple) else (inner,):
             if callable(part):
-                yield from _leaves(part)
+                yield from leaves(part)

@@ -89,6 +89,8 @@ class MaskRequest:
     q_offset: int | Tensor
     # with a mask of pairs, positions say nothing of documents
     reads_documents: bool = True
+    # names of mask functions whose pairs the patterns of the model hold already
+    own: frozenset[str] = frozenset()
     memo: dict = field(default_factory=dict)
 
     @classmethod
@@ -107,7 +109,7 @@ class MaskRequest:
 
     def to(self, device) -> MaskRequest:
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents)
+        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
@@ -126,10 +128,10 @@ class MaskRequest:
     def reading(self, module_is_causal: bool) -> tuple[bool, Callable | None]:
         """Is the mask causal, and what of it must be evaluated pair by pair (None: nothing)?"""
         if torch.compiler.is_compiling():
-            return read_mask_function(self.mask_function, module_is_causal)
+            return read_mask_function(self.mask_function, module_is_causal, self.own)
         own = "reading", bool(module_is_causal)
         if own not in self.memo:
-            self.memo[own] = read_mask_function(self.mask_function, module_is_causal)
+            self.memo[own] = read_mask_function(self.mask_function, module_is_causal, self.own)
         return self.memo[own]
 
     def of_held(self, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
@@ -137,7 +139,8 @@ class MaskRequest:
         held = key.shape[2]
         own = "held", held, key.device
         if own not in self.memo:
-            self.memo[own] = MaskRequest(cache.real(held, key.device), self.mask_function, held - query.shape[2])
+            real = cache.real(held, key.device)
+            self.memo[own] = MaskRequest(real, self.mask_function, held - query.shape[2], own=self.own)
         return self.memo[own]
 
     def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
