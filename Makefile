@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -q -n 2
 
-.PHONY: help demo test test-oldest check test-all test-transformers test-gpu bench cards
+.PHONY: help demo test test-oldest check test-all zoo test-transformers test-gpu bench cards
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,11 @@ check: $(STAMP)  ## lint, format, types, and the table of who may import whom
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-test-all: $(STAMP)  ## every test that needs no GPU
+test-all: $(STAMP) zoo  ## every test that needs no GPU
 	$(BIN)/python -m pytest $(FAST) -m "not gpu and not transformers"
+
+zoo: $(STAMP)  ## try every model type of Transformers, and write docs/zoo.md
+	$(BIN)/python -m tests.zoo
 
 test-transformers: $(STAMP)  ## Transformers' own common tests, on our classes beside the dense ones
 	$(BIN)/python -m pytest $(FAST) -m transformers tests/transformers

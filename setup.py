@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sparse_hf", "sparse_hf.*"]),
-    package_data={"sparse_hf": ["py.typed", "*.pyi"], "sparse_hf.models": ["*.pyi"]},
+    package_data={"sparse_hf": ["py.typed", "*.pyi"], "sparse_hf.models": ["*.pyi", "derived/*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0", "typer>=0.15", "rich>=13"],
     extras_require={

@@ -228,6 +228,7 @@ from .models import SparseXLMRobertaForTokenClassification as SparseXLMRobertaFo
 from .models import SparseXLMRobertaModel as SparseXLMRobertaModel
 from .models import StreamingCache as StreamingCache
 from .models import dense_class as dense_class
+from .models import derived_types as derived_types
 from .models import family_of as family_of
 from .models import parse_layers as parse_layers
 from .models import register_family as register_family
@@ -275,6 +276,7 @@ __all__ = [
     "SparseMixin",
     "StreamingCache",
     "dense_class",
+    "derived_types",
     "family_of",
     "parse_layers",
     "register_family",

@@ -48,8 +48,8 @@ class Entry(ABC):
 ENTRIES: list[Entry] = []
 # names of attention functions -> the module that registers them when it is imported; filled by `enter_attention`
 ATTENTION_NAMES: dict[str, str] = {}
-# look up families that nobody entered, by their dense or sparse model type; filled by `enter_finder`
-FINDERS: list[Callable[[str], Entry | None]] = []
+# modules that look up families which nobody entered; filled by `enter_finder`
+FINDERS: list[str] = []
 # families that are derived or being derived; whichever thread asks first does it, and others wait
 _DERIVED: set[str] = set()
 _DERIVING = RLock()
@@ -60,14 +60,15 @@ def enter(entries: Iterable[Entry]) -> None:
     ENTRIES.extend(entries)
 
 
-def enter_finder(find: Callable[[str], Entry | None]) -> None:
-    """Have families looked up that are not entered, by a function of their dense or sparse model type."""
-    FINDERS.append(find)
+def enter_finder(module: str) -> None:
+    """Have families looked up that are not entered, by the function `find_entry` of a module, which is imported then."""
+    FINDERS.append(module)
 
 
 def find_entry(model_type: str) -> Entry | None:
     """The family of a dense or sparse model type that nobody entered; None if nobody finds one."""
-    found = next((entry for find in FINDERS if (entry := find(model_type)) is not None), None)
+    entries = (import_module(module).find_entry(model_type) for module in FINDERS)
+    found = next((entry for entry in entries if entry is not None), None)
     return None if found is None or any(entry.dense_type == found.dense_type for entry in ENTRIES) else found
 
 

@@ -111,9 +111,13 @@ def test_export_and_card(tmp_path):
 
 def test_list_names_every_family():
     text = invoke("list")
-    assert all(name in text for name in sparse_hf.FAMILIES) and "NextSentencePrediction" in text and "…" not in text
+    verified = {name for name, family in sparse_hf.FAMILIES.items() if family.verified}
+    assert all(name in text for name in verified) and "NextSentencePrediction" in text and "…" not in text
     rows = {row["family"]: row for row in json.loads(invoke("list", "--json"))}
-    assert set(rows) == set(sparse_hf.FAMILIES) and "SparseT5EncoderModel" in rows["t5"]["heads"]
+    assert {name for name, row in rows.items() if row["kind"] == "verified"} == verified
+    assert {name for name, row in rows.items() if row["kind"] == "derived"} == set(
+        sparse_hf.derived_types()
+    ) and "SparseT5EncoderModel" in rows["t5"]["heads"]
     assert rows["bart"]["positions"] == "learned" and rows["llama"]["conversion"] == "limit raised; scaled with --rope"
 
 

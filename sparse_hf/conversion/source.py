@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -77,10 +78,19 @@ def open_source(folder: Path, name: str) -> Source:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved checkpoint")
-    config = read_json(path)
+    config = _with_floats(read_json(path))
     if not config.get("model_type"):
         raise ValueError(f'{path} names no model_type, so its family is unknown; add it, like "model_type": "bert"')
     return Source(name, folder, config, tuple(read_shard(shard) for shard in _shards(folder)))
+
+
+def _with_floats(value: Any) -> Any:
+    """A configuration with the infinities that Transformers writes as `{"__float__": "Infinity"}`, which JSON has not."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"]) if set(value) == {"__float__"} else {k: _with_floats(v) for k, v in value.items()}
+        )
+    return [_with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def card_metadata(folder: Path) -> dict:

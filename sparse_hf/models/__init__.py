@@ -6,7 +6,7 @@ What is public is imported, and a family derived, when it is first asked for; `_
 from importlib import import_module
 
 from .. import registry
-from . import dense_families, derived_families  # enter the families, and look up others
+from . import dense_families  # enters the families
 from .names import PUBLIC
 
 
@@ -19,7 +19,9 @@ def __getattr__(name: str):
     # of two families, one may be called as the other begins
     if entry is not None and hasattr(import_module(entry.module), name):
         return registry.sparse_class(name)
-    return getattr(derived_families, name)
+    if not name.startswith("Sparse"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".derived_families", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -254,6 +254,7 @@ from .bigbird.block_sparse import BlockSparseConfigMixin
 from .bigbird.block_sparse import transformers_random_blocks as transformers_random_blocks
 from .bigbird.modeling import SparseBigBirdModel as SparseBigBirdModel
 from .bigbird.pegasus import BlockSparseEncoderConfigMixin
+from .derived.entry import derived_types as derived_types
 from .hf.config import SparseConfigMixin as SparseConfigMixin
 from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from .hf.layer_spec import LayersLike
@@ -300,6 +301,7 @@ __all__ = [
     "SparseMixin",
     "StreamingCache",
     "dense_class",
+    "derived_types",
     "family_of",
     "parse_layers",
     "register_family",

@@ -79,6 +79,7 @@ OTHER_FAMILIES = (
 )
 
 registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES))
+registry.enter_finder(f"{__package__}.derived.entry")
 registry.enter_attention(IMPLEMENTATIONS, f"{__package__}.hf.attention_interface")
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from .. import registry
-from .derived.entry import find_derived
-
-registry.enter_finder(find_derived)
+from .derived.names import derive_class
 
 
 def __getattr__(name: str):
     if name.startswith("Sparse"):
-        # by name, because it imports torch and Transformers
-        from .derived.names import derive_class
-
         derive_class(name)
         if name in globals():
             return globals()[name]

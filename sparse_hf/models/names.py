@@ -25,6 +25,7 @@ PUBLIC = {
     "SparseMixin": "hf.model_mixin",
     "StreamingCache": "hf.streaming_cache",
     "dense_class": "hf.register",
+    "derived_types": "derived.entry",
     "family_of": "hf.register",
     "parse_layers": "hf.layer_spec",
     "register_family": "hf.register",

@@ -151,7 +151,7 @@ class _Trial:
 
     def __init__(self, dense: PreTrainedModel, inputs: dict[str, Any], answer: Any):
         self.dense, self.inputs = dense, inputs
-        self.wanted = _tensors(answer)
+        self.wanted = tensors_of(answer)
         self.name = type(dense).__name__
 
     def run(self) -> Seen:
@@ -185,7 +185,7 @@ class _Trial:
     def answers(self, model: PreTrainedModel, arrivals: Arrivals) -> list[Tensor]:
         token = _ARRIVALS.set(arrivals)
         try:
-            return _tensors(model(**self.inputs))
+            return tensors_of(model(**self.inputs))
         except FAILURES as error:
             raise RefusedError(f"the attention of {self.name} does not fit ours: {_line(error)}") from error
         finally:
@@ -204,7 +204,7 @@ class _Trial:
             held = held & (place[:, None] >= place)
         mask = torch.where(held, 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
         try:
-            wanted = _tensors(self.dense(**self.inputs, attention_mask=mask))
+            wanted = tensors_of(self.dense(**self.inputs, attention_mask=mask))
         except FAILURES:
             return False
         if _difference(wanted, self.wanted) <= TOLERANCE:
@@ -303,14 +303,14 @@ def _layers(model: nn.Module, arrived: dict[int, nn.Module]) -> list[tuple[str, 
     return list(found.values())
 
 
-def _tensors(answer: Any) -> list[Tensor]:
+def tensors_of(answer: Any) -> list[Tensor]:
     """The floating tensors of an answer, in order."""
     if isinstance(answer, Tensor):
         return [answer] if answer.is_floating_point() else []
     if isinstance(answer, dict):
         skipped = ("attentions", "cross_attentions", "decoder_attentions", "encoder_attentions", "past_key_values")
-        return [t for name, value in answer.items() if name not in skipped for t in _tensors(value)]
-    return [t for value in answer for t in _tensors(value)] if isinstance(answer, (list, tuple)) else []
+        return [t for name, value in answer.items() if name not in skipped for t in tensors_of(value)]
+    return [t for value in answer for t in tensors_of(value)] if isinstance(answer, (list, tuple)) else []
 
 
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -321,7 +321,9 @@ def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     off = []
     for a, b in pairs:
         same = (a == b) | (a.isnan() & b.isnan())
-        off.append(float(torch.where(same, 0.0, (a - b).abs()).max()) / max(1.0, float(b[b.isfinite()].abs().max())))
+        off.append(
+            float(torch.where(same, 0.0, (a - b).detach().abs()).max()) / max(1.0, float(b[b.isfinite()].abs().max()))
+        )
     return max(off)
 
 

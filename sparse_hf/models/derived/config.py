@@ -98,8 +98,9 @@ def _refuse_other_kinds(config: DerivedConfigMixin, attending: list[int], layers
 def _kinds(config: Any, name: str, count: int | None) -> list[str] | None:
     # some are properties, and some of these raise where the fields that they read are not set
     found = getattr(config, name, None)
-    is_list = isinstance(found, (list, tuple)) and len(found) == count and all(isinstance(k, str) for k in found)
-    return list(found) if is_list else None
+    if not isinstance(found, (list, tuple)) or len(found) != count or not all(isinstance(k, str) for k in found):
+        return None
+    return list(found)
 
 
 def field_of(config: Any, names: Sequence[str]) -> str | None:

@@ -41,7 +41,11 @@ class DistanceBias(_Attention):
 
     def forward(self, hidden_states, *args, **kwargs):
         takes = inspect.signature(super().forward).parameters
-        if "position_bias" in takes and not self.has_relative_attention_bias and self._bias_of(takes, args, kwargs) is None:
+        if (
+            "position_bias" in takes
+            and not self.has_relative_attention_bias
+            and self._bias_of(takes, args, kwargs) is None
+        ):
             # cross-attention has none, and the parent would make `[1, heads, queries, keys]` of zeros
             kwargs = {**dict(zip(list(takes)[1:], args, strict=False)), **kwargs}
             return super().forward(hidden_states, **{**kwargs, "position_bias": hidden_states.new_zeros(0)})

@@ -6,6 +6,7 @@ Nothing here imports torch or Transformers before a model type is looked up.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -14,6 +15,8 @@ from typing import Any
 
 from ...registry import Entry
 
+# model types that worked when all were tried, written by `make zoo`
+WORKED = Path(__file__).parent / "worked.json"
 # what a modelling file calls that hands its attention to Transformers' interface
 INTERFACE = ".get_interface("
 # what configurations call the number of their layers
@@ -49,22 +52,30 @@ def sparse_type(dense_type: str) -> str:
 
 
 @cache
-def find_derived(model_type: str) -> DerivedFamily | None:
+def find_entry(model_type: str) -> DerivedFamily | None:
     """The family of a dense or sparse model type that Transformers routes through its attention interface; None if it does not."""
     dense_type = dense_types().get(model_type, model_type)
-    names = _configurations()
+    names = configurations()
     if dense_type not in names or not calls_interface(dense_type) or not has_layers(dense_type):
         return None
     return DerivedFamily(dense_type, names[dense_type].removesuffix("Config"))
 
 
+def derived_types() -> list[str]:
+    """The dense model types that are no entry of the table, and worked when all of them were tried (`docs/zoo.md`).
+
+    Others are tried when they are first met, and either work or are refused with what was seen.
+    """
+    return json.loads(WORKED.read_text(encoding="utf-8"))["types"]
+
+
 @cache
 def dense_types() -> dict[str, str]:
     """Sparse model type -> dense model type, of all that Transformers knows."""
-    return {sparse_type(name): name for name in _configurations()}
+    return {sparse_type(name): name for name in configurations()}
 
 
-def _configurations() -> dict[str, str]:
+def configurations() -> dict[str, str]:
     """Model type -> the name of its configuration class."""
     return dict(_table().CONFIG_MAPPING_NAMES)
 
@@ -72,7 +83,7 @@ def _configurations() -> dict[str, str]:
 def dense_config_class(dense_type: str) -> Any:
     """The configuration class of a model type of Transformers. Its own table would ask us first."""
     module = import_module(f"transformers.models.{_table().model_type_to_module_name(dense_type)}")
-    name = _configurations()[dense_type]
+    name = configurations()[dense_type]
     return getattr(module, name) if hasattr(module, name) else getattr(import_module("transformers"), name)
 
 

@@ -135,7 +135,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     asked = _ASKED.get()
     if asked is not None:
         asked.append((module, mask.function if isinstance(mask, _Asked) else None))
-    rows, heads, queries, _ = query.shape
+    rows, heads, queries = query.shape[:3]
     return value.new_zeros(rows, queries, heads, value.shape[-1]), None
 
 

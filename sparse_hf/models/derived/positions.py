@@ -101,7 +101,7 @@ def _grown(
     try:
         with torch.device("meta"):
             shapes = [
-                {k: v.shape for k, v in dense_class(tiny_config(config, **{limit: rows})).state_dict().items()}
+                {k: v.shape for k, v in dense_class(tiny_config(config, changes={limit: rows})).state_dict().items()}
                 for rows in (POSITIONS, LONGER)
             ]
     except FAILURES:

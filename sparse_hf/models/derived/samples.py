@@ -30,8 +30,9 @@ def sample_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
             with torch.no_grad():
                 return inputs, model(**inputs)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError) as error:
-            # the first candidates are the likeliest
-            problem = problem or f"{type(error).__name__}: {error}"
+            # the first candidates are the likeliest, but for those that lack an argument
+            if problem is None or "missing" in problem and "missing" not in str(error):
+                problem = f"{type(error).__name__}: {error}"
     problem = problem or "its forward has no input that is known"
     raise ValueError(f"no sample fits {type(model).__name__} ({' '.join(problem.split())[:200]})")
 
@@ -40,7 +41,9 @@ def _candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     names = set(inspect.signature(model.forward).parameters)
     common = {"use_cache": False} if "use_cache" in names else {}
     if "input_ids" in names and model.main_input_name in ("input_ids", "inputs_embeds"):
-        yield from ({**text, **common} for text in _texts(model.config, names))
+        # some tables of positions are shorter than the first text
+        for tokens in (TOKENS, TOKENS // 2):
+            yield from ({**text, **common} for text in _texts(model.config, names, tokens))
     for name, make in (
         ("pixel_values", _images),
         ("pixel_values_videos", _videos),
@@ -52,7 +55,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         if name in names:
             yield from ({name: tensor, **more, **common} for tensor, more in make(model, names))
     if "input_ids" in names:
-        yield from ({**text, **common} for text in _texts(model.config, names))
+        yield from ({**text, **common} for text in _texts(model.config, names, TOKENS))
 
 
 def token_ids(config: Any, tokens: int = TOKENS) -> Tensor:
@@ -63,16 +66,16 @@ def token_ids(config: Any, tokens: int = TOKENS) -> Tensor:
     return torch.tensor(free)[torch.randint(len(free), (ROWS, tokens))]
 
 
-def _texts(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
-    ids = token_ids(config)
-    more = {"decoder_input_ids": token_ids(config)} if "decoder_input_ids" in names else {}
+def _texts(config: Any, names: set[str], tokens: int) -> Iterator[dict[str, Tensor]]:
+    ids = token_ids(config, tokens)
+    more = {"decoder_input_ids": token_ids(config, tokens)} if "decoder_input_ids" in names else {}
     yield {"input_ids": ids, **more}
     # of images in a document, boxes of words
     if "bbox" in names:
-        yield {"input_ids": ids, "bbox": torch.zeros(ROWS, TOKENS, 4, dtype=torch.long), **more}
+        yield {"input_ids": ids, "bbox": torch.zeros(ROWS, tokens, 4, dtype=torch.long), **more}
     width = getattr(config, "hidden_size", None)
     if "encoder_hidden_states" in names and isinstance(width, int):
-        yield {"input_ids": ids, "encoder_hidden_states": torch.randn(ROWS, TOKENS, width), **more}
+        yield {"input_ids": ids, "encoder_hidden_states": torch.randn(ROWS, tokens, width), **more}
 
 
 def _sides(config: Any) -> tuple[int, int]:
@@ -95,8 +98,11 @@ def _images(model: PreTrainedModel, names: set[str]) -> Iterator[tuple[Tensor, d
             {"spatial_shapes": torch.tensor([[8, 8]]), "pixel_attention_mask": torch.ones(1, 64, dtype=torch.long)},
         )
         yield flat, {"attention_mask": torch.ones(1, 64, dtype=torch.long), "spatial_shapes": torch.tensor([[8, 8]])}
-        yield flat[0], {"grid_thw": torch.tensor([[1, 8, 8]])}
-        yield flat[0], {"image_grid_thw": torch.tensor([[1, 8, 8]])}
+        grid = next((name for name in ("grid_thw", "image_grid_thw", "target_sizes") if name in names), "grid_thw")
+        # rows of numbers, or small images
+        for patches in (flat[0], torch.randn(64, channels, patch, patch)):
+            merged = {"merge_sizes": torch.tensor([1])} if "merge_sizes" in names else {}
+            yield patches, {grid: torch.tensor([[1, 8, 8]]), **merged}
 
 
 def _videos(model: PreTrainedModel, names: set[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -149,6 +155,18 @@ def _features(model: PreTrainedModel, names: set[str]) -> Iterator[tuple[Tensor,
     for width in widths:
         if isinstance(frames, int):
             yield torch.randn(ROWS, width, 2 * frames), more
+        if "feature_lens" in names:
+            # several sounds one behind the other
+            yield torch.randn(width, 160), {"feature_lens": torch.tensor([100, 60]), **more}
+        if "input_features_mask" in names:
+            yield (
+                torch.randn(ROWS, width, 192),
+                {"input_features_mask": torch.ones(ROWS, 192, dtype=torch.long), **more},
+            )
+            yield (
+                torch.randn(ROWS, 192, width),
+                {"input_features_mask": torch.ones(ROWS, 192, dtype=torch.long), **more},
+            )
         for length in (192, 64, 160):
             yield torch.randn(ROWS, length, width), more
             yield (

@@ -95,7 +95,9 @@ LEFT_OUT = (
 )  # fmt: skip
 
 
-def tiny_config(config: PreTrainedConfig, sizes: Sizes = SMALLEST, **changes: Any) -> PreTrainedConfig:
+def tiny_config(
+    config: PreTrainedConfig, sizes: Sizes = SMALLEST, changes: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
     """A tiny configuration of the same class.
 
     Args:
@@ -108,7 +110,7 @@ def tiny_config(config: PreTrainedConfig, sizes: Sizes = SMALLEST, **changes: An
     values = {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
     # some kinds of layers are told by what is computed of fields
     kinds = {name: getattr(config, name, None) for name in KINDS}
-    return type(config)(**{**_shrunk(values, config.attribute_map or {}, sizes, kinds), **changes})
+    return type(config)(**{**_shrunk(values, config.attribute_map or {}, sizes, kinds), **(changes or {})})
 
 
 def head_dim_of(config: Any) -> int | None:
@@ -174,6 +176,12 @@ class _Shrink:
             return self.sizes.head_dim if name == "head_dim" else HEADS
         return value if isinstance(value, bool) or not isinstance(value, int) else self.number(name, value)
 
+    @property
+    def latent_head_dim(self) -> int | None:
+        """The head dim of latent attention: a part with rotary positions and one without."""
+        parts = self.values.get("qk_rope_head_dim"), self.values.get("qk_nope_head_dim")
+        return sum(p for p in parts if p) if all(isinstance(p, int) for p in parts) else None
+
     def inside(self, name: str, value: dict[Any, Any]) -> dict[Any, Any]:
         if name == "per_layer_config":
             return {
@@ -196,6 +204,8 @@ class _Shrink:
             return value if value <= POSITIONS or any(scaled in self.values for scaled in SCALING) else POSITIONS
         if KEY_HEADS.fullmatch(name):
             return min(value, HEADS if value == self.old["num_attention_heads"] else 2)
+        if name == "head_dim" and value == self.latent_head_dim:
+            return 2 * HEAD_DIM
         if name in ("image_size", "input_size") and isinstance(self.values.get("patch_size"), int):
             return min(value, 8 * self.values["patch_size"])
         for pattern, most in SMALL:

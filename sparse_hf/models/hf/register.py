@@ -7,7 +7,6 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
+from ..derived.entry import has_layers
 from . import attention_interface  # noqa: F401  # registers our attention with Transformers
 from .auto_classes import auto_classes, known_names
 from .config import SparseConfigMixin
@@ -218,10 +218,10 @@ def _reason(model_type: str) -> str:
     """Why a model type is not in the table, read off Transformers' own source."""
     if model_type not in CONFIG_MAPPING:
         return "Transformers does not know it either"
+    if not has_layers(model_type):
+        return "it has no layers of its own, and the models within it have: make each of these sparse by itself"
     config = CONFIG_MAPPING[model_type].__module__
     spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
-    if spec is None or spec.origin is None:
-        return "it has no attention of its own"
-    if ".get_interface(" in Path(spec.origin).read_text(encoding="utf-8"):
-        return "it has no layers of its own, and the models within it have: make each of these sparse by itself"
+    if spec is None:
+        return "Transformers has no model class for it"
     return "it computes attention by itself, not through Transformers' attention interface, so no pattern can reach it"

@@ -1,0 +1,144 @@
+"""Try every model type, write `docs/zoo.md`, `docs/zoo.json` and what `sparse-hf list` names, and fail if one that worked does so no more.
+
+Types are shared out among processes. The files are written with the version of Transformers that `constraints.txt` names; with another
+one the types that it has are tried, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from sparse_hf.models.derived.entry import WORKED
+from tests.zoo.trial import trial
+
+ROOT = Path(__file__).parents[2]
+JSON, TEXT = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
+WRITTEN_WITH = re.search(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+# tests of `trial` and what they are called in the table
+COLUMNS = {
+    "mask": "mask",
+    "gradients": "gradients",
+    "padding": "padding",
+    "cache": "cache",
+    "saved": "saved",
+    "exported": "exported",
+    "checkpointing": "checkpointing",
+}
+HEAD = """\
+# The zoo
+
+Every model type of Transformers {version}, tried with a tiny random model by `make zoo`, which writes
+this page and `zoo.json`. {works} of {all} work: {verified} are **verified** (an entry of the table, and
+tests of their own), {derived} are **derived** when they are first met. {refused} are refused; the last
+table says why.
+
+A derived type is compared with its dense class when it is made sparse, on a tiny copy of its
+configuration: under a pattern of all pairs, under a narrow pattern as an explicit mask where the class
+takes one (`mask`), and for tokens that reach further than the pattern. The other columns are what was
+tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy tokens with a
+`cache` equal to those without, a folder `saved` and loaded, `exported` back to the dense class, and
+gradient `checkpointing`. `-` is what a class does not have.
+
+## Verified
+
+{names}
+
+## Derived
+
+{table}
+
+## Refused
+
+{reasons}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; by default all of them")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    known: dict[str, Any] = json.loads(JSON.read_text(encoding="utf-8"))["types"] if JSON.exists() else {}
+    found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes)
+    worse = [line for name, entry in found.items() for line in _worse(name, known.get(name, {}), entry)]
+    counts = Counter(entry["status"] for entry in found.values())
+    print(
+        f"Transformers {transformers.__version__}:", ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    )
+    if given.types:
+        print(json.dumps(found, indent=2))
+    if worse:
+        print("\n".join(worse))
+        return 1
+    if not given.types and transformers.__version__ == WRITTEN_WITH:
+        JSON.write_text(json.dumps({"transformers": WRITTEN_WITH, "types": found}, indent=1) + "\n", encoding="utf-8")
+        TEXT.write_text(_page(found), encoding="utf-8")
+        worked = [name for name, entry in found.items() if entry["status"] == "derived"]
+        WORKED.write_text(json.dumps({"transformers": WRITTEN_WITH, "types": worked}) + "\n", encoding="utf-8")
+    return 0
+
+
+def _tried(types: list[str], processes: int) -> dict[str, Any]:
+    # libraries read these when a process imports them
+    os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+    # a process of its own is fresh in what it has derived, and ends before memory grows
+    with get_context("spawn").Pool(processes, maxtasksperchild=60) as pool:
+        return dict(zip(types, pool.imap(_answer, types), strict=True))
+
+
+def _answer(model_type: str) -> dict[str, Any]:
+    """What a trial found; a class that fails in a way that nobody foresaw is refused for it."""
+    try:
+        return trial(model_type)
+    except Exception as error:  # noqa: BLE001 - whatever a class of others does, it shall be in the table
+        return {"status": "refused", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What worked in a type and does no more."""
+    if before.get("status", "refused") == "refused" or now["status"] == "verified":
+        return []
+    if now["status"] == "refused":
+        return [f"{name} worked, and is refused: {now['reason']}"]
+    return [f"{name}: {column} worked, and gives {now.get(column)!r}" for column in COLUMNS
+            if before.get(column) is True and now.get(column) is not True]  # fmt: skip
+
+
+def _page(found: dict[str, Any]) -> str:
+    by = {s: {n: e for n, e in found.items() if e["status"] == s} for s in ("verified", "derived", "refused")}
+    rows = ["| type | class | positions | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for name, entry in by["derived"].items():
+        cells = [_cell(entry.get(column)) for column in COLUMNS]
+        rows.append(f"| {name} | {entry['class']} | {entry['positions']} | {' | '.join(cells)} |")
+    reasons = ["| type | reason |", "|---|---|"]
+    reasons += [f"| {name} | {entry['reason'].replace('|', '/')} |" for name, entry in by["refused"].items()]
+    return HEAD.format(
+        version=WRITTEN_WITH,
+        works=len(by["verified"]) + len(by["derived"]),
+        all=len(found),
+        verified=len(by["verified"]),
+        derived=len(by["derived"]),
+        refused=len(by["refused"]),
+        names=", ".join(by["verified"]),
+        table="\n".join(rows),
+        reasons="\n".join(reasons),
+    )
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else "yes" if value is True else "no"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""One model type, tried on a tiny random model: is it what its dense class is, and in what else does it work?"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+import sparse_hf
+from sparse_hf.conversion import convert
+from sparse_hf.conversion.export import export
+from sparse_hf.models.dense_families import DENSE_FAMILIES, OTHER_FAMILIES
+from sparse_hf.models.derived.check import FULL, NARROW, check, tensors_of
+from sparse_hf.models.derived.entry import dense_config_class, find_entry
+from sparse_hf.models.derived.positions import find_positions
+from sparse_hf.models.derived.tiny_model import FAILURES, apart, tiny_with_inputs
+from sparse_hf.models.hf.register import Family, dense_class, family_of
+
+VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES)}
+# fields without which a configuration describes no model, or none with an attention layer
+NEEDED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "informer": {"prediction_length": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "time_series_transformer": {"prediction_length": 8},
+}
+# rotary angles of several axes, of which a configuration must say how long they are
+AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+NEEDED |= {
+    name: {"rope_parameters": AXES} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text")
+}
+HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+TOLERANCE, GENERATED, PADDING = 5e-4, 6, 3
+
+
+def trial(model_type: str) -> dict[str, Any]:
+    """What became of a model type: its status, the class, and either the reason of a refusal or what works."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    if model_type in VERIFIED:
+        return {"status": "verified"}
+    try:
+        entry = find_entry(model_type)
+        family = family_of(model_type)
+        config = dense_config_class(model_type)(**NEEDED.get(model_type, {}))
+    except FAILURES as error:
+        return {"status": "refused", "reason": _reason(error)}
+    assert entry is not None
+    refusal = "it has no model class of its own"
+    for dense in _classes(family):
+        try:
+            seen = check(dense, config)
+        except ValueError as error:
+            refusal = refusal if "no tiny copy" in str(error) and "own" not in refusal else _reason(error)
+            continue
+        works = _works(dense, config)
+        mixing = sorted({name.split(".")[-1] for name in seen.mixing})
+        return {
+            "status": "derived",
+            "class": dense.__name__,
+            "positions": find_positions(dense, config).scheme,
+            "mask": seen.took_mask,
+            **({"other layers": mixing} if mixing else {}),
+            **works,
+        }
+    return {"status": "refused", "reason": refusal}
+
+
+def _classes(family: Family) -> list[type[PreTrainedModel]]:
+    """The class that is tried, and those that are where it has no input that is known: a language model first."""
+    known = [dense_class(c) for c in family.classes]
+    heads = [c for ending in HEADS for c in known if c.__name__.endswith(ending)]
+    return list(dict.fromkeys([*heads[:1], *known]))[:4]
+
+
+def _works(dense_class: type[PreTrainedModel], config: Any) -> dict[str, Any]:
+    """What works beyond the answers: None where a class does not have it."""
+    found = {}
+    for name, test in TESTS.items():
+        with apart(), torch.enable_grad():
+            try:
+                dense, inputs, _ = tiny_with_inputs(dense_class, config)
+                dense.config._attn_implementation = "sdpa" if dense._supports_sdpa else "eager"
+                found[name] = test(dense, inputs)
+            except FAILURES as error:
+                found[name] = _reason(error)
+    return found
+
+
+def _gradients(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Under a pattern of all pairs, are gradients those of the dense class?"""
+    return _alike(_gradients_of(sparse_hf.sparsify(dense, FULL), inputs), _gradients_of(dense, inputs))
+
+
+def _gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(1)
+    answers = [t for t in tensors_of(model(**inputs)) if t.requires_grad]
+    loss = torch.stack([(t * torch.randn_like(t)).sum() for t in answers]).sum()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
+
+
+def _padding(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
+    """Are answers of real tokens those of the dense class, padded on either side?"""
+    ids = inputs.get("input_ids")
+    if ids is None or dense.config.is_encoder_decoder:
+        return None
+    sparse, places = sparse_hf.sparsify(dense, FULL), torch.arange(ids.shape[1])
+    for real in (places >= PADDING, places < ids.shape[1] - PADDING):
+        mask = real.long().expand(len(ids), -1)
+        # as the dense class has it on the eager implementation
+        found, wanted = (tensors_of(m(**inputs, attention_mask=mask))[0] for m in (sparse, dense))
+        is_by_token = found.ndim > 1 and found.shape[1] == len(real)
+        if not _alike([found[:, real]] if is_by_token else [found], [wanted[:, real]] if is_by_token else [wanted]):
+            return False
+    return True
+
+
+def _cached(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
+    """Are greedy tokens with a cache those without?"""
+    if not isinstance(dense, GenerationMixin) or "input_ids" not in inputs or not dense.can_generate():
+        return None
+    sparse = sparse_hf.sparsify(dense, NARROW)
+    more: dict[str, Any] = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
+    given = {k: v for k, v in inputs.items() if k == "input_ids"}
+    tokens = [sparse.generate(**given, **more, use_cache=cache) for cache in (True, False)]
+    return bool(torch.equal(*tokens))
+
+
+def _saved(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Does a saved folder load as the sparse class, with the same answers, and back as the dense one?"""
+    sparse = sparse_hf.sparsify(dense, NARROW)
+    wanted = tensors_of(sparse(**inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        sparse.save_pretrained(Path(folder, "sparse"))
+        assert type(AutoConfig.from_pretrained(Path(folder, "sparse"))) is type(sparse.config)
+        loaded = type(sparse).from_pretrained(Path(folder, "sparse")).eval()
+        return _alike(tensors_of(loaded(**inputs)), wanted)
+
+
+def _exported(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Does a converted folder go back to one of the dense class, with the same answers?"""
+    wanted = tensors_of(dense(**inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(Path(folder, "dense"))
+        convert(Path(folder, "dense"), Path(folder, "sparse"), NARROW, progress=False)
+        export(Path(folder, "sparse"), Path(folder, "back"), "dense", progress=False)
+        loaded = type(dense).from_pretrained(
+            Path(folder, "back"), attn_implementation=dense.config._attn_implementation
+        )
+        return _alike(tensors_of(loaded.eval()(**inputs)), wanted)
+
+
+def _checkpointed(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
+    """Are gradients the same where activations are computed again?"""
+    if not dense.supports_gradient_checkpointing:
+        return None
+    sparse = sparse_hf.sparsify(dense, NARROW)
+    for module in sparse.modules():
+        # nothing is drawn, though Transformers keeps activations in training alone
+        for name in vars(module):
+            if "drop" in name and isinstance(vars(module)[name], float) or name == "p":
+                vars(module)[name] = 0.0
+    # sounds are masked at random too
+    vars(sparse.config)["apply_spec_augment"] = False
+    sparse.train()
+    wanted = _gradients_of(sparse, inputs)
+    sparse.gradient_checkpointing_enable()
+    return _alike(_gradients_of(sparse, inputs), wanted)
+
+
+TESTS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], bool | None]] = {
+    "gradients": _gradients,
+    "padding": _padding,
+    "cache": _cached,
+    "saved": _saved,
+    "exported": _exported,
+    "checkpointing": _checkpointed,
+}
+
+
+def _alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return False
+    scale = max([1.0, *(float(t.detach()[t.isfinite()].abs().max()) for t in wanted if t[t.isfinite()].numel())])
+    return all(
+        torch.allclose(a, b, atol=TOLERANCE * scale, rtol=0, equal_nan=True) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The message of a refusal in one line, without the list of what is supported."""
+    text = " ".join(str(error).split()).split("; supported are")[0]
+    text = text.split("has no sparse counterpart: ")[-1]
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:240]
