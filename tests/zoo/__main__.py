@@ -20,7 +20,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sparse_hf.models.derived.entry import WORKED
-from tests.zoo.trial import trial
+from tests.zoo.trial import answer
 
 ROOT = Path(__file__).parents[2]
 JSON, TEXT = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
@@ -94,15 +94,7 @@ def _tried(types: list[str], processes: int) -> dict[str, Any]:
     os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
     # a process of its own is fresh in what it has derived, and ends before memory grows
     with get_context("spawn").Pool(processes, maxtasksperchild=60) as pool:
-        return dict(zip(types, pool.imap(_answer, types), strict=True))
-
-
-def _answer(model_type: str) -> dict[str, Any]:
-    """What a trial found; a class that fails in a way that nobody foresaw is refused for it."""
-    try:
-        return trial(model_type)
-    except Exception as error:  # noqa: BLE001 - whatever a class of others does, it shall be in the table
-        return {"status": "refused", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return dict(zip(types, pool.imap(answer, types), strict=True))
 
 
 def _worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -80,6 +80,14 @@ def trial(model_type: str) -> dict[str, Any]:
     return {"status": "refused", "reason": refusal}
 
 
+def answer(model_type: str) -> dict[str, Any]:
+    """What a trial found; a class that fails in a way that nobody foresaw is refused for it."""
+    try:
+        return trial(model_type)
+    except Exception as error:  # noqa: BLE001 - whatever a class of others does, it shall be in the table
+        return {"status": "refused", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
 def _classes(family: Family) -> list[type[PreTrainedModel]]:
     """The class that is tried, and those that are where it has no input that is known: a language model first."""
     known = [dense_class(c) for c in family.classes]

@@ -25,7 +25,7 @@ from ...pattern import Pattern
 from ..hf.attention_interface import sparse_attention_forward, sparse_mask
 from ..hf.mask_request import MaskRequest
 from .tiny_config import tiny_config
-from .tiny_model import FAILURES, apart, tiny_with_inputs
+from .tiny_model import FAILURES, apart, quiet, tiny_with_inputs
 
 FULL, NARROW, NEXT = "window(None, None)", "window(2, 1) | first(1)", "window(1, 1)"
 # answers that differ by less, beside the greatest of them, are the same
@@ -115,7 +115,8 @@ def check_once(dense_class: type[PreTrainedModel], config: PreTrainedConfig, any
 def _digest(config: PreTrainedConfig) -> str:
     """What two configurations share that have the same tiny copy."""
     try:
-        return json.dumps(tiny_config(config).to_dict(), sort_keys=True, default=str)
+        with quiet():
+            return json.dumps(tiny_config(config).to_dict(), sort_keys=True, default=str)
     except FAILURES:
         return ""
 

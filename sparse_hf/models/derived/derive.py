@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from importlib import import_module
-from types import new_class
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ..hf.derive import subclass
 from ..hf.model_mixin import SparseEncoderMixin
 from ..hf.register import Family, modeling_module, register_family
 from .attention_modules import number_attention
@@ -21,51 +20,65 @@ from .distance_bias import biased_parts
 from .entry import DerivedFamily, dense_config_class
 from .own_masks import OVERLAYS, OwnMasks, find_own_masks
 from .positions import UNKNOWN, FoundPositions, find_positions
-from .tiny_model import FAILURES, apart, tiny_with_inputs
+from .tiny_model import FAILURES, apart, quiet, tiny_with_inputs
 
 # class attributes of every head
 OF_HEADS = {"number_layers": number_attention}
 
 
 def derive(entry: DerivedFamily) -> Family:
-    """Make the classes of a family and register them. They become attributes of `entry.module`."""
+    """Make the classes of a family and register them. They become attributes of `entry.module`.
+
+    Raises:
+        ValueError: a configuration class that needs arguments, so that nothing can be found of it.
+    """
     dense_config = dense_config_class(entry.dense_type)
-    module = import_module(entry.module)
-    has_two = _has_two_stacks(dense_config)
+    default = _default(dense_config)
+    has_two = _has_two_stacks(default)
     mixin = DerivedEncoderDecoderConfigMixin if has_two else DerivedConfigMixin
-    content: dict[str, Any] = {
-        "__module__": entry.module,
-        "__doc__": f"[`{dense_config.__name__}`] with a pattern for each layer.",
-        "model_type": entry.sparse_type,
-    }
-    config_class: Any = new_class(
-        f"Sparse{dense_config.__name__}", (mixin, dense_config), exec_body=lambda body: body.update(content)
-    )
-    setattr(module, config_class.__name__, config_class)
+    doc = f"[`{dense_config.__name__}`] with a pattern for each layer."
+    config_class = subclass(entry.module, (mixin, dense_config), model_type=entry.sparse_type, __doc__=doc)
     heads = _other_heads(dense_config)
     parts = biased_parts(modeling_module(dense_config), entry.module)
-    for made in parts.values():
-        setattr(module, made.__name__, made)
     if has_two:
-        for dense in [head for head in heads if head.__name__.endswith("Encoder")]:
-            heads.remove(dense)
-            made = new_class(
-                f"Sparse{dense.__name__}",
-                (SparseEncoderMixin, dense),
-                exec_body=lambda body: body.update(__module__=entry.module, __annotations__={"config": config_class}),
-            )
-            setattr(module, made.__name__, made)
-            parts[dense] = made
-        heads = [head for head in heads if hasattr(transformers, head.__name__)]
+        # encoders find marks by themselves; other stacks are made as the heads around them are
+        encoders = [head for head in heads if head.__name__.endswith("Encoder")]
+        annotations = {"config": config_class}
+        parts |= {e: subclass(entry.module, (SparseEncoderMixin, e), __annotations__=annotations) for e in encoders}
+        heads = [head for head in heads if head not in encoders and hasattr(transformers, head.__name__)]
     main = main_class(dense_config, heads)
-    found = UNKNOWN if main is None else find_positions(main, dense_config())
+    found = UNKNOWN if main is None else find_positions(main, default)
     family = register_family(config_class, found, parts=parts, heads=heads, of_heads=OF_HEADS, verified=False)
     if main is not None:
         config_class.positions = FoundPositions(main, found)
-        config_class.own_masks = _own_masks(main, dense_config())
+        config_class.own_masks = _own_masks(main, default)
         config_class.own_mask_functions = frozenset(OVERLAYS) if config_class.own_masks else frozenset()
         config_class.check_dense = partial(check_once, main, any_class=True)
     return family
+
+
+def main_class(
+    dense_config: type[PreTrainedConfig], others: Iterable[type[PreTrainedModel]] = ()
+) -> type[PreTrainedModel] | None:
+    """The class of Transformers that stands for a family: the model without a head, or the first that there is."""
+    # the table's type says tuple, which it holds for some configurations
+    known: Any = MODEL_MAPPING.get(dense_config, None)
+    known = known[0] if isinstance(known, (list, tuple)) else known
+    # two types may share a class, which is the one's whose configuration it takes
+    return known if known is not None and known.config_class is dense_config else next(iter(others), None)
+
+
+def _default(dense_config: type[PreTrainedConfig]) -> PreTrainedConfig:
+    try:
+        with quiet():
+            return dense_config()
+    except FAILURES as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{dense_config.__name__} cannot be made without arguments: {reason}") from error
+
+
+def _has_two_stacks(config: Any) -> bool:
+    return bool(config.is_encoder_decoder) and all(field_of(config, names) for names, _ in SIDES.values())
 
 
 def _own_masks(main: type[PreTrainedModel], config: PreTrainedConfig) -> OwnMasks:
@@ -75,21 +88,6 @@ def _own_masks(main: type[PreTrainedModel], config: PreTrainedConfig) -> OwnMask
         except FAILURES:
             return {}
         return find_own_masks(model, inputs)
-
-
-def main_class(
-    dense_config: type[PreTrainedConfig], others: Iterable[type[PreTrainedModel]] = ()
-) -> type[PreTrainedModel] | None:
-    """The class of Transformers that stands for a family: the model without a head, or the first that there is."""
-    known = MODEL_MAPPING.get(dense_config, None)
-    known = known[0] if isinstance(known, (list, tuple)) else known
-    # two types may share a class, which is the one's whose configuration it takes
-    return known if known is not None and known.config_class is dense_config else next(iter(others), None)
-
-
-def _has_two_stacks(dense_config: type[PreTrainedConfig]) -> bool:
-    config = dense_config()
-    return bool(config.is_encoder_decoder) and all(field_of(config, names) for names, _ in SIDES.values())
 
 
 def _other_heads(dense_config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType, new_class
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from ..hf.derive import subclass
 
 # a mixin stands before a dense class, whose attributes a type checker finds here
 if TYPE_CHECKING:
@@ -60,16 +62,13 @@ def biased_parts(module: ModuleType, home: str) -> dict[type, type]:
     """Counterparts of the attention classes of a modelling file that have such a bias.
 
     Args:
-        home: the module that they shall say that they are of.
+        home: the module that they become attributes of.
     """
     made = {}
     for dense in list(vars(module).values()):
         has_bias = isinstance(dense, type) and issubclass(dense, nn.Module) and dense.__module__ == module.__name__
         if has_bias and {"compute_bias", "_relative_position_bucket"} <= set(vars(dense)) and _tells_past(dense):
-            content = {"__module__": home}
-            made[dense] = new_class(
-                f"Sparse{dense.__name__}", (DistanceBias, dense), exec_body=lambda body, own=content: body.update(own)
-            )
+            made[dense] = subclass(home, (DistanceBias, dense))
     return made
 
 

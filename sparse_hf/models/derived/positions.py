@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..hf.positions import Positions
 from .tiny_config import LIMITS, POSITIONS, tiny_config
-from .tiny_model import FAILURES, apart, tiny_with_inputs
+from .tiny_model import FAILURES, apart, quiet, tiny_with_inputs
 
 # a limit that is no other size of a tiny model either
 LONGER = POSITIONS + 8
@@ -53,7 +53,8 @@ def _choices(config: Any) -> tuple[tuple[str, Any], ...]:
 
 @lru_cache(maxsize=256)
 def _of_choices(found: FoundPositions, dense_config: type[PreTrainedConfig], choices: tuple) -> Positions:
-    names = dense_config().to_dict()
+    with quiet():
+        names = dense_config().to_dict()
     chosen = {k: v for k, v in choices if k in names and names[k] != v and k not in ("model_type", "dtype")}
     if not chosen:
         return found.of_class

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .samples import sample_inputs
 from .tiny_config import SMALLEST, Sizes, head_dim_of, tiny_config
@@ -22,10 +23,21 @@ FAILURES = (
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Have Transformers say nothing of what it minds in a tiny configuration, which nobody wrote."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
 def apart() -> Iterator[None]:
     """Leave the random generator and torch's defaults as they are outside."""
     dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), quiet():
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import new_class
+from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
@@ -19,8 +20,8 @@ def derive_dense(entry: DenseFamily) -> Family:
     """Make the classes of an entry and register them. They become attributes of `entry.module`."""
     dense_config: type[PreTrainedConfig] = getattr(transformers, entry.config or f"{entry.prefix}Config")
     mixin = SparseEncoderDecoderConfigMixin if entry.encoder else SparseConfigMixin
-    config_class = _subclass(
-        entry,
+    config_class = subclass(
+        entry.module,
         (mixin, dense_config),
         model_type=entry.sparse_type,
         __doc__=f"[`{dense_config.__name__}`] with a pattern for each layer. The family is described in {entry.source}.",
@@ -28,8 +29,8 @@ def derive_dense(entry: DenseFamily) -> Family:
     parts = {}
     if entry.encoder:
         dense_encoder = getattr(modeling_module(dense_config), entry.encoder)
-        parts[dense_encoder] = _subclass(
-            entry,
+        parts[dense_encoder] = subclass(
+            entry.module,
             (SparseEncoderMixin, dense_encoder),
             __annotations__={"config": config_class},
             __doc__=f"[`{entry.encoder}`] with sparse attention by its configuration's patterns.",
@@ -37,9 +38,9 @@ def derive_dense(entry: DenseFamily) -> Family:
     return register_family(config_class, entry.positions, parts=parts)
 
 
-def _subclass(entry: DenseFamily, bases: tuple[type, type], **content) -> type:
-    """`Sparse{dense}`, derived from a mixin and a dense class, as an attribute of the entry's module."""
+def subclass(module: str, bases: tuple[type, type], **content: Any) -> Any:
+    """`Sparse{dense}`, derived from a mixin and a dense class, as an attribute of a module."""
     name = f"Sparse{bases[1].__name__}"
-    made = new_class(name, bases, exec_body=lambda body: body.update(content, __module__=entry.module))
-    setattr(import_module(entry.module), name, made)
+    made = new_class(name, bases, exec_body=lambda body: body.update(content, __module__=module))
+    setattr(import_module(module), name, made)
     return made
