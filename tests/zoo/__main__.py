@@ -94,7 +94,7 @@ def _tried(types: list[str], processes: int) -> dict[str, Any]:
     os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
     # a process of its own is fresh in what it has derived, and ends before memory grows
     with get_context("spawn").Pool(processes, maxtasksperchild=60) as pool:
-        return dict(zip(types, pool.imap(answer, types), strict=True))
+        return dict(zip(types, pool.imap(answer, types, chunksize=2), strict=True))
 
 
 def _worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -142,11 +142,12 @@ def _cached(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
     """Are greedy tokens with a cache those without?"""
     if not isinstance(dense, GenerationMixin) or "input_ids" not in inputs or not dense.can_generate():
         return None
-    sparse = sparse_hf.sparsify(dense, NARROW)
     more: dict[str, Any] = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
     given = {k: v for k, v in inputs.items() if k == "input_ids"}
-    tokens = [sparse.generate(**given, **more, use_cache=cache) for cache in (True, False)]
-    return bool(torch.equal(*tokens))
+    # some classes have a cache that is for other inputs, or for a configuration as a decoder
+    models = (dense, sparse_hf.sparsify(dense, NARROW))
+    of_dense, of_sparse = ([m.generate(**given, **more, use_cache=cache) for cache in (True, False)] for m in models)
+    return bool(torch.equal(*of_sparse)) if torch.equal(*of_dense) else None
 
 
 def _saved(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:

@@ -131,10 +131,10 @@ def _mask(*_: Any, mask_function: Callable | None = None, **__: Any) -> _Asked:
     return _Asked(mask_function)
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any, **__: Any):
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **_: Any):
     asked = _ASKED.get()
     if asked is not None:
-        asked.append((module, mask.function if isinstance(mask, _Asked) else None))
+        asked.append((module, attention_mask.function if isinstance(attention_mask, _Asked) else None))
     rows, heads, queries = query.shape[:3]
     return value.new_zeros(rows, queries, heads, value.shape[-1]), None
 
