@@ -63,10 +63,10 @@ def check_fits(tensors: Iterable[Stored], model: PreTrainedModel, tables: tuple[
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     for tensor in tensors:
-        name, converter = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, wanted)
-        there.add(name)
-        # what a converter merges has its final shape only afterwards
-        if converter is None and name in wanted and tuple(wanted[name].shape) != tensor.shape:
+        name, matched = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, wanted)
+        there |= _made_of(name, matched, converters)
+        # what a converter merges or splits has its final shape only afterwards
+        if matched is None and name in wanted and tuple(wanted[name].shape) != tensor.shape:
             wrong.append(f"{tensor.name} is {list(tensor.shape)} and should be {list(wanted[name].shape)}")
     lost = [
         f"{name} {list(wanted[name].shape)} is missing"
@@ -74,6 +74,15 @@ def check_fits(tensors: Iterable[Stored], model: PreTrainedModel, tables: tuple[
         if not (tables and name.endswith(tables))
     ]
     _refuse(wrong + lost, model, folder, bool(lost) and not wrong)
+
+
+def _made_of(name: str, matched: str | None, converters: list[WeightConverter]) -> set[str]:
+    """The names that a tensor has in the model: several, where one is split. Renaming gives the first of them."""
+    converter = next((c for c in converters if matched in c.source_patterns), None)
+    if converter is None:
+        return {name}
+    first, *_ = targets = converter.target_patterns
+    return {name.replace(first, target, 1) for target in targets}
 
 
 def _dispensable(model: PreTrainedModel, there: set[str]) -> set[str]:

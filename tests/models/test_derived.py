@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -268,14 +267,3 @@ def test_sinks_of_gpt_oss_are_alike_on_every_backend():
     for found in grads.values():
         torch.testing.assert_close(found, grads["sparse_reference"], atol=1e-5, rtol=1e-4)
     assert all(g.abs().max() > 0 for g in grads["sparse"])
-
-
-def test_files_of_the_zoo_agree():
-    import json
-
-    root = Path(__file__).parents[2] / "docs"
-    types = json.loads((root / "zoo.json").read_text(encoding="utf-8"))["types"]
-    derived = [name for name, entry in types.items() if entry["status"] == "derived"]
-    assert derived == sparse_hf.derived_types() and all(
-        f"| {name} |" in (root / "zoo.md").read_text() for name in derived
-    )

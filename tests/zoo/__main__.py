@@ -20,7 +20,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sparse_hf.models.derived.entry import WORKED
-from tests.zoo.trial import answer
+from tests.zoo.trial import answer, be_quiet
 
 ROOT = Path(__file__).parents[2]
 JSON, TEXT = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
@@ -71,7 +71,7 @@ def main() -> int:
     given = parser.parse_args()
     known: dict[str, Any] = json.loads(JSON.read_text(encoding="utf-8"))["types"] if JSON.exists() else {}
     found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes)
-    worse = [line for name, entry in found.items() for line in _worse(name, known.get(name, {}), entry)]
+    worse = [line for name, entry in found.items() for line in worse(name, known.get(name, {}), entry)]
     counts = Counter(entry["status"] for entry in found.values())
     print(
         f"Transformers {transformers.__version__}:", ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
@@ -93,11 +93,11 @@ def _tried(types: list[str], processes: int) -> dict[str, Any]:
     # libraries read these when a process imports them
     os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
     # a process of its own is fresh in what it has derived, and ends before memory grows
-    with get_context("spawn").Pool(processes, maxtasksperchild=60) as pool:
+    with get_context("spawn").Pool(processes, be_quiet, maxtasksperchild=60) as pool:
         return dict(zip(types, pool.imap(answer, types, chunksize=2), strict=True))
 
 
-def _worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What worked in a type and does no more."""
     if before.get("status", "refused") == "refused" or now["status"] == "verified":
         return []

@@ -47,10 +47,6 @@ TOLERANCE, GENERATED, PADDING = 5e-4, 6, 3
 
 def trial(model_type: str) -> dict[str, Any]:
     """What became of a model type: its status, the class, and either the reason of a refusal or what works."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
-    torch.set_num_threads(1)
     if model_type in VERIFIED:
         return {"status": "verified"}
     try:
@@ -78,6 +74,14 @@ def trial(model_type: str) -> dict[str, Any]:
             **works,
         }
     return {"status": "refused", "reason": refusal}
+
+
+def be_quiet() -> None:
+    """Have a process say nothing of tiny configurations, and use one thread."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 def answer(model_type: str) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""What `make zoo` has written, and what it minds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+import sparse_hf
+from tests.zoo.__main__ import JSON, TEXT, WRITTEN_WITH, worse
+from tests.zoo.trial import answer
+
+TYPES = json.loads(JSON.read_text(encoding="utf-8"))["types"]
+# a decoder, layers of another kind, sinks, two stacks, images, sounds; one of the table, and three that are refused
+SOME = ("glm", "lfm2", "gpt_oss", "mt5", "dinov2", "wav2vec2", "bert", "longt5", "llava", "mpnet")
+
+
+def test_its_files_agree():
+    derived = [name for name, entry in TYPES.items() if entry["status"] == "derived"]
+    assert derived == sparse_hf.derived_types()
+    page = TEXT.read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name, entry in TYPES.items() if entry["status"] != "verified")
+
+
+@pytest.mark.skipif(transformers.__version__ != WRITTEN_WITH, reason="written with another version of Transformers")
+@pytest.mark.parametrize("name", SOME)
+def test_some_types_are_what_it_says(name):
+    assert answer(name) == TYPES[name]
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"status": "derived", "cache": True}, []),
+        ({"status": "derived", "cache": False}, ["one: cache worked, and gives False"]),
+        ({"status": "verified"}, []),
+        ({"status": "refused", "reason": "so"}, ["one worked, and is refused: so"]),
+    ],
+)
+def test_a_type_that_works_no_more_is_minded(now, said):
+    assert worse("one", {"status": "derived", "cache": True, "padding": False}, now) == said
+    assert worse("one", {}, now) == []
