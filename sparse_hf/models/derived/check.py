@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -219,7 +219,7 @@ class _Trial:
         return True
 
     def check_leaks(self, count: int) -> tuple[str, ...]:
-        """Change a token within a layer, and see which others change behind it; returns layers that mix in another way."""
+        """Change a token within a layer, and see which others change behind it; returns modules that mix in another way."""
         sparse, arrivals = self.sparse(NEXT), Arrivals()
         self.answers(sparse, arrivals)
         if len(arrivals.modules) != count:
@@ -230,59 +230,92 @@ class _Trial:
         for name, layer in _layers(sparse, arrivals.modules):
             attends = any(id(m) in arrivals.modules for m in layer.modules())
             reach = 1 if attends else 0
-            changed = self.influence(sparse, layer, Arrivals())
-            if changed is None or int(changed.max()) <= reach:
+            if self.influence(sparse, layer) <= reach:
                 continue
-            alone = self.influence(sparse, layer, Arrivals(is_silent=True)) if attends else changed
-            other = [f"{name}.{n}" for n, m in layer.named_modules() if OTHER_KIND.search(type(m).__name__)]
-            if not other or alone is None or int(alone.max()) <= reach:
+            # what is known to be of another kind may mix, and nothing else
+            others = _of_another_kind(layer, type(self.dense.config).__name__.removesuffix("Config"))
+            if not others or self.influence(sparse, layer, silent=list(others.values())) > 0:
                 how = "beyond its pattern" if attends else "without asking for our attention"
                 raise RefusedError(f"{name} of {self.name}, a {type(layer).__name__}, mixes tokens {how}")
-            mixing.append(other[0])
+            mixing.append(f"{name}.{next(iter(others))}")
         return tuple(mixing)
 
-    def influence(self, model: PreTrainedModel, layer: nn.Module, arrivals: Arrivals) -> Tensor | None:
-        """How far from a token, of which a layer's input is changed, its output changes; None where it has no tokens."""
+    def influence(self, model: PreTrainedModel, layer: nn.Module, silent: Sequence[nn.Module] = ()) -> int:
+        """How far from a token, of which a layer's input is changed, its output changes; 0 where it has no tokens.
+
+        Args:
+            silent: modules whose output is zero meanwhile, and that of our attention with them.
+        """
+        plain = self.outputs(model, layer, None, silent)
+        if not plain:
+            return 0
+        tokens = plain[0].shape[-2]
+        changed = self.outputs(model, layer, tokens // 2, silent)
+        off = torch.stack([_by_token(a - b) for a, b in zip(plain, changed, strict=True)]).amax(0)
+        touched = off > 1e-5 * max(1.0, float(plain[0].abs().max()))
+        distance = (torch.arange(tokens) - tokens // 2).abs()
+        return int(torch.where(touched, distance, 0).max())
+
+    def outputs(
+        self, model: PreTrainedModel, layer: nn.Module, place: int | None, silent: Sequence[nn.Module]
+    ) -> list[Tensor]:
+        """What a layer gives for states `[..., N, D]`, each time that it is called; one token of them changed."""
         found: list[Tensor] = []
 
-        def change(_module: nn.Module, args: tuple, kwargs: dict, place: int | None):
-            states = args[0] if args else kwargs.get("hidden_states")
-            if place is None or not isinstance(states, Tensor) or states.ndim < 2:
+        def change(_: nn.Module, args: tuple, kwargs: dict):
+            states = _states(args, kwargs)
+            if place is None or states is None:
                 return None
             states = states.clone()
             states.select(-2, place).add_(torch.linspace(-1, 1, states.shape[-1]))
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-        def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any):
-            states = args[0] if args else kwargs.get("hidden_states")
-            out = output[0] if isinstance(output, tuple) else output
-            if isinstance(out, Tensor) and isinstance(states, Tensor) and out.shape == states.shape and out.ndim >= 2:
+        def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any):
+            states, out = _states(args, kwargs), output[0] if isinstance(output, tuple) else output
+            if states is not None and isinstance(out, Tensor) and out.shape == states.shape:
                 found.append(out.clone())
 
-        tokens = None
-        for place in (None, "middle"):
-            at = None if tokens is None else tokens // 2
-            before = layer.register_forward_pre_hook(partial(_with_place, change, at), with_kwargs=True)
-            after = layer.register_forward_hook(keep, with_kwargs=True)
-            try:
-                self.answers(model, arrivals)
-            finally:
-                before.remove()
-                after.remove()
-            if not found:
-                return None
-            tokens = found[0].shape[-2] if place is None else tokens
-        assert tokens is not None
-        half = len(found) // 2
-        off = [(a - b).abs().amax(-1).flatten(0, -2).amax(0) if a.ndim > 2 else (a - b).abs().amax(-1)
-               for a, b in zip(found[:half], found[half:], strict=True)]  # fmt: skip
-        touched = torch.stack(off).amax(0) > 1e-5 * max(1.0, float(found[0].abs().max()))
-        distance = (torch.arange(tokens) - tokens // 2).abs()
-        return torch.where(touched, distance, torch.zeros_like(distance))
+        hooks = [layer.register_forward_pre_hook(change, with_kwargs=True)]
+        hooks += [layer.register_forward_hook(keep, with_kwargs=True)]
+        hooks += [module.register_forward_hook(_silenced) for module in silent]
+        try:
+            self.answers(model, Arrivals(is_silent=bool(silent)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
 
-def _with_place(change: Any, place: int | None, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    return change(module, args, kwargs, place)
+def _states(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    states = args[0] if args else kwargs.get("hidden_states")
+    return states if isinstance(states, Tensor) and states.ndim >= 2 and states.is_floating_point() else None
+
+
+def _silenced(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    """Zeros in place of what a module gives; of several things, in place of the first."""
+    if isinstance(output, tuple) and output:
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output) if isinstance(output, Tensor) else output
+
+
+def _by_token(difference: Tensor) -> Tensor:
+    """`[..., N, D]` -> `[N]`: the greatest difference of each token."""
+    return difference.abs().amax(-1).reshape(-1, difference.shape[-2]).amax(0)
+
+
+def _of_another_kind(layer: nn.Module, family: str) -> dict[str, nn.Module]:
+    """The outermost modules of a layer that mix tokens in another way, told by the names of their classes or by their own.
+
+    Args:
+        family: what all classes of the family begin with, which says nothing of a module.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in layer.named_modules():
+        is_within = any(name.startswith(f"{outer}.") for outer in found)
+        names = f"{type(module).__name__.removeprefix(family)} {name.rpartition('.')[2]}"
+        if name and not is_within and OTHER_KIND.search(names) and "norm" not in names.lower():
+            found[name] = module
+    return found
 
 
 def _layers(model: nn.Module, arrived: dict[int, nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -115,6 +115,8 @@ def field_of(config: Any, names: Sequence[str]) -> str | None:
 
 def _first(config: Any, names: Sequence[str]) -> int:
     name = field_of(config, names)
-    if name is None:
+    # some compute it of other fields
+    found = getattr(config, names[0] if name is None else name, None)
+    if not isinstance(found, int):
         raise ValueError(f"{config.model_type} says nowhere how many there are of what its {names[0]} would be")
-    return vars(config)[(config.attribute_map or {}).get(name, name)]
+    return found

@@ -39,7 +39,7 @@ _SMALL: tuple[tuple[str, int | str], ...] = (
     # recurrent and state-space layers: `expand` times the width is heads times their dims
     (r"(mamba_(n_heads|num_heads)|n_mamba_heads_)", 8),
     (r"(mamba_(d_state|chunk_size)|chunk_size|ssm_state_size|state_size|mamba_dt_rank|time_step_rank)", 16),
-    (r"mamba_(d_head|head_dim)|linear_(key|value)?_?head_dim|mamba_headdim", HEAD_DIM),
+    (r"mamba_head_dim|linear_(key|value)?_?head_dim|mamba_headdim", HEAD_DIM),
     (r"(mamba_n_groups|n_groups)", 1),
     (r"(mamba_d_ssm|mamba_intermediate_size)", 2 * HEADS * HEAD_DIM),
     (r"linear_num_(key_heads|query_heads)", 2),
@@ -126,6 +126,9 @@ def _shrunk(
     values: dict[str, Any], alias: Mapping[str, str], sizes: Sizes, kinds: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     count = values.get(alias.get("num_hidden_layers", "num_hidden_layers"))
+    if not isinstance(count, int):
+        # as long as the list of their kinds
+        count = next((len(v) for name in KINDS if isinstance(v := values.get(name), list)), None)
     told = [v for v in {**values, **(kinds or {})}.values() if _tells(v, count)]
     kept = _kept_layers(told, count) if isinstance(count, int) else [0, 1]
     old = {name: values.get(alias.get(name, name)) for name in ("hidden_size", "num_attention_heads", "head_dim")}
@@ -204,6 +207,9 @@ class _Shrink:
             return value if value <= POSITIONS or any(scaled in self.values for scaled in SCALING) else POSITIONS
         if KEY_HEADS.fullmatch(name):
             return min(value, HEADS if value == self.old["num_attention_heads"] else 2)
+        if name == "mamba_d_head":
+            # heads times this is another field
+            return HEAD_DIM
         if name == "head_dim" and value == self.latent_head_dim:
             return 2 * HEAD_DIM
         if name in ("image_size", "input_size") and isinstance(self.values.get("patch_size"), int):
