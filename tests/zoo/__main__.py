@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,17 +39,17 @@ COLUMNS = {
 HEAD = """\
 # The zoo
 
-Every model type of Transformers {version}, tried with a tiny random model by `make zoo`, which writes
-this page and `zoo.json`. {works} of {all} work: {verified} are **verified** (an entry of the table, and
-tests of their own), {derived} are **derived** when they are first met. {refused} are refused; the last
-table says why.
+Every model type of Transformers {version}, tried with a tiny random model by `make zoo`, which
+writes this page and `zoo.json`. {works} of {all} work: {verified} are **verified** (an entry of the
+table, and tests of their own), {derived} are **derived** when they are first met. {refused} are
+refused; the last table says why.
 
 A derived type is compared with its dense class when it is made sparse, on a tiny copy of its
-configuration: under a pattern of all pairs, under a narrow pattern as an explicit mask where the class
-takes one (`mask`), and for tokens that reach further than the pattern. The other columns are what was
-tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy tokens with a
-`cache` equal to those without, a folder `saved` and loaded, `exported` back to the dense class, and
-gradient `checkpointing`. `-` is what a class does not have.
+configuration: under a pattern of all pairs, under a narrow pattern as an explicit mask where the
+class takes one (`mask`), and for tokens that reach further than the pattern. The other columns are
+what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
+tokens with a `cache` equal to those without, a folder `saved` and loaded, `exported` back to the
+dense class, and gradient `checkpointing`. `-` is what a class does not have.
 
 ## Verified
 
@@ -71,15 +72,15 @@ def main() -> int:
     given = parser.parse_args()
     known: dict[str, Any] = json.loads(JSON.read_text(encoding="utf-8"))["types"] if JSON.exists() else {}
     found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes)
-    worse = [line for name, entry in found.items() for line in worse(name, known.get(name, {}), entry)]
+    lost = [line for name, entry in found.items() for line in worse(name, known.get(name, {}), entry)]
     counts = Counter(entry["status"] for entry in found.values())
     print(
         f"Transformers {transformers.__version__}:", ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     )
     if given.types:
         print(json.dumps(found, indent=2))
-    if worse:
-        print("\n".join(worse))
+    if lost:
+        print("\n".join(lost))
         return 1
     if not given.types and transformers.__version__ == WRITTEN_WITH:
         JSON.write_text(json.dumps({"transformers": WRITTEN_WITH, "types": found}, indent=1) + "\n", encoding="utf-8")
@@ -122,7 +123,7 @@ def _page(found: dict[str, Any]) -> str:
         verified=len(by["verified"]),
         derived=len(by["derived"]),
         refused=len(by["refused"]),
-        names=", ".join(by["verified"]),
+        names=textwrap.fill(", ".join(by["verified"]), 100, break_on_hyphens=False),
         table="\n".join(rows),
         reasons="\n".join(reasons),
     )
