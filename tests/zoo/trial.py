@@ -82,7 +82,6 @@ def trial(model_type: str) -> dict[str, Any]:
 def be_quiet() -> None:
     """Have a process say nothing of tiny configurations, and use one thread."""
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     disable_progress_bar()
     torch.set_num_threads(1)
 
@@ -90,7 +89,10 @@ def be_quiet() -> None:
 def answer(model_type: str) -> dict[str, Any]:
     """What a trial found; a class that fails in a way that nobody foresaw is refused for it."""
     try:
-        return trial(model_type)
+        # what a class warns of is no matter of ours
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return trial(model_type)
     except Exception as error:  # noqa: BLE001 - whatever a class of others does, it shall be in the table
         return {"status": "refused", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 

@@ -42,6 +42,8 @@ SOURCES_OF_PATTERNS = (
     "local_attn_chunk_length", "lsh_num_chunks_before", "lsh_num_chunks_after", "local_num_chunks_before",
     "local_num_chunks_after",
 )  # fmt: skip
+# kinds of layers of which Transformers' caches drop keys
+SLIDING_KINDS = ("sliding_attention", "chunked_attention")
 # the word of all patterns that speak of marked tokens
 MARKED = Marked.word
 
@@ -190,7 +192,9 @@ class SparseConfigMixin(_Config):
         if not decoder or encoder or not slides:
             return found
         twin = copy.copy(found)
-        twin.__dict__["layer_types"] = ["full_attention"] * found.num_hidden_layers
+        # layers of another kind than attention keep states of their own
+        kinds = types or ["sliding_attention"] * found.num_hidden_layers
+        twin.__dict__["layer_types"] = ["full_attention" if kind in SLIDING_KINDS else kind for kind in kinds]
         return twin
 
     @contextmanager
