@@ -112,12 +112,11 @@ def sparse_attention_forward(
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
-    if isinstance(request.q_offset, Tensor) and opaque is None and sinks is None and backend == "auto":
-        if _goes_by_slots(query, scoring, pattern):
-            real, _, marks = batch.info.tensors
-            filled = Filled(request.q_offset.reshape(()), real, marks)
-            out = slots_attention(query, key, value, filled, pattern, scoring)
-            return out.transpose(1, 2).contiguous(), None
+    if opaque is None and sinks is None and backend == "auto" and _goes_by_slots(request, query, scoring, pattern):
+        real, _, marks = batch.info.tensors
+        filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
+        out = slots_attention(query, key, value, filled, pattern, scoring)
+        return out.transpose(1, 2).contiguous(), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
         wants_lse=sinks is not None,
@@ -146,10 +145,11 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
     return TokenData(positions, bounds, marks)
 
 
-def _goes_by_slots(query: Tensor, scoring: Scoring, pattern: str) -> bool:
+def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:
     """Are these new tokens of a static cache, whose graph serves all lengths? It has no gradient."""
-    few = query.shape[2] < MAX_TOKENS and scoring.bias is None
-    return few and not torch.is_grad_enabled() and takes_slots(pattern)
+    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS or scoring.bias is not None:
+        return False
+    return not torch.is_grad_enabled() and takes_slots(pattern)
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:
