@@ -311,3 +311,12 @@ def test_without_a_pattern_such_fields_have_their_effect(family, field, warnings
 def test_sparsify_takes_loaded_models(given, got):
     with pytest.raises(ValueError, match=f"takes a model of Transformers that is loaded, and got {got}; load it"):
         sparse_hf.sparsify(given, "window(3, 3)")
+
+
+def test_an_encoder_with_a_window_of_its_own_is_asked_itself():
+    """Transformers' own tests scale rotary positions by this way; caches of decoders are made by a copy that does not slide."""
+    config = sparse_hf.sparsify(dense_model("ModernBertModel"), "window(7, 7)").config
+    assert "sliding_attention" in config.layer_types and config.get_text_config(decoder=True) is config
+    decoder = sparse_hf.sparsify(dense_model("Gemma2ForCausalLM"), "window(7, 0)").config
+    assert "sliding_attention" in decoder.layer_types
+    assert set(decoder.get_text_config(decoder=True).layer_types) == {"full_attention"}

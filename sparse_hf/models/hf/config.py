@@ -189,7 +189,8 @@ class SparseConfigMixin(_Config):
         found = super().get_text_config(decoder, encoder)
         types = getattr(found, "layer_types", None)
         slides = getattr(found, "sliding_window", None) is not None if types is None else "sliding_attention" in types
-        if not decoder or encoder or not slides:
+        # an encoder's configuration has no word on caches, and what is set on it must not be set on a copy
+        if not decoder or encoder or not slides or not hasattr(found, "use_cache"):
             return found
         twin = copy.copy(found)
         # layers of another kind than attention keep states of their own
