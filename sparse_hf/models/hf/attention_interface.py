@@ -112,8 +112,9 @@ def sparse_attention_forward(
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
-    if opaque is None and sinks is None and backend == "auto" and _goes_by_slots(request, query, scoring, pattern):
-        real, _, marks = batch.info.tensors
+    real, documents, marks = batch.info.tensors
+    by_slots = opaque is None and sinks is None and documents is None and backend == "auto"
+    if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
         out = slots_attention(query, key, value, filled, pattern, scoring)
         return out.transpose(1, 2).contiguous(), None
