@@ -74,6 +74,7 @@ def test_a_derived_model_is_the_dense_one_under_the_same_mask(name):
     ("name", "changes", "patterns"),
     [
         ("Starcoder2ForCausalLM", {"sliding_window": 9}, ["window(8, 0)"] * 3),
+        ("PhimoeForCausalLM", {**MOE, "sliding_window": 9}, ["window(8, 0)"] * 3),
         ("GptOssForCausalLM", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
          ["window(8, 0)", "window(None, None)", "window(8, 0)"]),
         ("Llama4ForCausalLM", {"attention_chunk_size": 16, "layer_types": ["chunked_attention", "full_attention", "chunked_attention"]},

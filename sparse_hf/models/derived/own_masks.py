@@ -28,7 +28,8 @@ OVERLAYS: dict[str, tuple[Side, str]] = {
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": ("both", "sliding_window"),
     "chunked_overlay.<locals>.inner_mask": ("chunk", "chunk_size"),
 }
-FIELDS = re.compile(r".*(window|chunk|local).*")
+# but for numbers of experts and chunks of layers of another kind, beside which a window may go unset
+FIELDS = re.compile(r"(?!.*(expert|mamba|ssm|layers|feed_forward)|chunk_size$).*(window|chunk|local).*")
 
 
 @dataclass(frozen=True)
