@@ -134,7 +134,8 @@ def without_inner_padding(real: Tensor, documents: Tensor | None) -> Tensor:
     if bool(has_inner_padding(real, documents)):
         raise ValueError(
             "attention_mask has padding inside a row, between real tokens, which compiled code cannot count around; run this "
-            "batch without torch.compile, or pad on the left or on the right"
+            "batch without torch.compile (generate: disable_compile=True), or pad on the left; prompts that are padded on the right "
+            "have such padding before all tokens that follow"
         )
     return real.clone()
 
