@@ -11,6 +11,8 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 import sparse_hf
 from tests.models.families import VOCABULARY, dense_model
+from tests.models.test_derived import COMMON
+from tests.models.test_derived import dense_model as derived_model
 
 LLAMA, PATTERN = "LlamaForCausalLM", "window(7, 0) | first(2)"
 IS_TAKEN = "auto_switch_to_flash" in inspect.signature(ContinuousBatchingManager.switch_to_cb_friendly_attn).parameters
@@ -74,6 +76,35 @@ def test_keys_behind_a_window_of_the_family_are_kept():
     model = sparse_hf.sparsify(dense_model("MistralForCausalLM", sliding_window=8).eval(), PATTERN)
     assert in_batch(model) == alone(model)
     assert model.config.sliding_window == 8 and "get_text_config" not in vars(model.config)
+
+
+@needs_pages
+@pytest.mark.parametrize("name", ["GptOssForCausalLM", "DiffLlamaForCausalLM"])
+def test_sinks_and_wide_values(name):
+    """GPT-OSS has a learned logit in each head's denominator, DiffLlama values wider than its keys."""
+    model = sparse_hf.sparsify(derived_model(name, **COMMON), PATTERN)
+    assert in_batch(model) == alone(model)
+
+
+@needs_pages
+def test_what_the_caller_gave_is_read_and_stays(caplog):
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    how = GenerationConfig(**HOW)
+    how.continuous_batching_config = ContinuousBatchingConfig(block_size=8, num_blocks=64)
+    manager = model.init_continuous_batching(how)
+    assert manager.continuous_batching_config.num_blocks == 64
+    # the manager's word for none stays its own
+    assert manager.generation_config.eos_token_id == -1 and how.eos_token_id is None
+    assert "changes no pattern" not in caplog.text
+
+
+@needs_pages
+def test_layers_with_a_state_are_refused():
+    model = sparse_hf.sparsify(derived_model("Lfm2ForCausalLM"), PATTERN)
+    with pytest.raises(
+        NotImplementedError, match="layers with a state of their own, which pages do not keep.*use generate"
+    ):
+        model.generate_batch(prompts(), generation_config=GenerationConfig(**HOW))
 
 
 REFUSED = {

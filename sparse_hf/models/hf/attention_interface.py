@@ -93,13 +93,14 @@ def sparse_attention_forward(
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
     if kwargs.get("page_bounds") is not None:
-        if bias is not None or kwargs.get("s_aux") is not None:
+        if bias is not None:
             raise NotImplementedError(
-                "continuous batching knows no bias by distance and no sinks; use generate, which takes padded batches"
+                "continuous batching knows no bias by distance; use generate, which takes padded batches"
             )
         scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
-        pattern = layer_pattern(module, stack, True)
-        return paged_attention(query, key, value, pattern, scoring, kwargs["page_bounds"], backend), None
+        pattern = own_heads(layer_pattern(module, stack, True), module, query.shape[1], stack.heads)
+        bounds = kwargs["page_bounds"]
+        return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
     if kwargs.get("streaming_cache") is not None:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...attention import attention
 from ...attention.backend import AttentionCall
 from ...attention.dropout import NO_DROPOUT
+from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...plan import NOTHING
 
@@ -57,9 +57,11 @@ def make_manager(model: Any, generation_config: Any, batching_config: Any, hints
 
     given = model.generation_config if generation_config is None else generation_config
     if given.eos_token_id is None:
-        # Transformers' word for none
+        # Transformers' word for none, which the caller's own configuration need not keep
+        given = copy.copy(given)
         given.eos_token_id = -1
-    batching = ContinuousBatchingConfig() if batching_config is None else batching_config
+    # its older place
+    batching = batching_config or getattr(given, "continuous_batching_config", None) or ContinuousBatchingConfig()
     if batching.use_cuda_graph:
         raise NotImplementedError(
             "use_cuda_graph=True: requests are told apart by the host, which a CUDA graph cannot record; leave it out"
@@ -71,8 +73,15 @@ def make_manager(model: Any, generation_config: Any, batching_config: Any, hints
 
 def _check(model: Any) -> None:
     config = model.config
-    if config.is_encoder_decoder or config.uses_marks:
-        what = "two stacks" if config.is_encoder_decoder else "a pattern with marked tokens, which pages do not know of"
+    attending = getattr(config, "attention_layers", None)
+    reasons = {
+        "two stacks": config.is_encoder_decoder,
+        "a pattern with marked tokens, which pages do not know of": config.uses_marks,
+        "layers with a state of their own, which pages do not keep": model._is_stateful
+        or (attending is not None and len(attending) < config.num_hidden_layers),
+    }
+    what = next((reason for reason, holds in reasons.items() if holds), None)
+    if what is not None:
         raise NotImplementedError(
             f"{type(model).__name__} has {what}, and takes no continuous batching (generate_batch); use generate, which takes padded "
             "batches"
@@ -86,6 +95,8 @@ def _pages_are_kept(config: Any) -> Iterator[None]:
     Transformers would give pages back by the window of the dense family, which the pattern need not share.
     """
     kept = copy.deepcopy(config)
+    # nobody asks this copy for patterns, and one with patterns says that others change none
+    kept.sparse_attention = None
     kept.layer_types, kept.sliding_window = [ALL_KEPT] * config.num_hidden_layers, None
     # found before the class's own
     config.__dict__["get_text_config"] = lambda *args, **kwargs: kept
@@ -103,14 +114,20 @@ def bounds_of_pages(kwargs: Mapping[str, Any]) -> Bounds:
 
 
 def paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, pattern: str, scoring: Scoring, bounds: Bounds, backend: str
+    query: Tensor, key: Tensor, value: Tensor, pattern: str, scoring: Scoring, bounds: Bounds, backend: str,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`[1, Q, H, D]` of `[1, H, Q, D]` and `[1, G, K, D]`, request by request; places of none hold 0."""
-    found = torch.zeros_like(query.transpose(1, 2)[..., : value.shape[-1]], memory_format=torch.contiguous_format)
+    """`[1, Q, H, D]` of `[1, H, Q, D]` and `[1, G, K, D]`, request by request; places of none hold 0.
+
+    Args:
+        sinks: `[H]`, see `with_sink`.
+    """
+    found = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
     for q0, q1, k0, k1 in bounds:
         call = AttentionCall(
             query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], pattern, (k1 - k0) - (q1 - q0), scoring, NO_DROPOUT,
-            NOTHING, wants_lse=False,
+            NOTHING, wants_lse=sinks is not None,
         )  # fmt: skip
-        found[:, q0:q1] = attention(call, backend)[0].transpose(1, 2)
+        out, lse = attention(call, backend)
+        found[:, q0:q1] = (out if sinks is None else with_sink(out, lse, sinks)).transpose(1, 2)
     return found
