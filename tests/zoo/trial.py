@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -221,7 +222,8 @@ def _alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of a refusal in one line, without the list of what is supported."""
+    """The message of a refusal in one line, without the list of what is supported and without the places of files."""
     text = " ".join(str(error).split()).split("; supported are")[0]
+    text = re.sub(r"<module '([\w.]+)' from '[^']*'>", r"\1", text)
     text = text.split("has no sparse counterpart: ")[-1]
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:240]
