@@ -30,3 +30,8 @@ def as_tokens_first(t: Tensor) -> Tensor:
     """`[B, H, L, D]` as `[B, L, H, D]`, with numbers side by side and nothing expanded."""
     t = t.transpose(1, 2)
     return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
+
+
+def folded(t: Tensor, groups: int) -> Tensor:
+    """`[B, G, R * Q, ...]` of `[B, H, Q, ...]`: the query heads of a key head as queries of it, whose keys are not repeated."""
+    return t.unflatten(1, (groups, -1)).flatten(2, 3)

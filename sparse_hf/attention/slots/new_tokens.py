@@ -12,17 +12,16 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...pattern import Pattern
-from ...pattern.base import Marks
+from ...pattern.base import Marks, as_pattern
 from ..backends.triton.walk import why_unfit
 from ..scoring import Scoring
-from ..strides import like
+from ..strides import folded, like
 from .reach import Reach, read_reach
 
 # new tokens from which a pass is one over a prompt
@@ -68,7 +67,7 @@ def slots_attention(q: Tensor, k: Tensor, v: Tensor, filled: Filled, pattern: st
 @torch.compiler.assume_constant_result
 def takes_slots(pattern: str) -> bool:
     """Is a pattern one of positions, and not of what queries and keys are?"""
-    return not _parsed(pattern).uses_content
+    return not as_pattern(pattern).uses_content
 
 
 @torch.library.custom_op("sparse_hf::slots", mutates_args=())
@@ -76,7 +75,7 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
     pattern: str, scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    form = _parsed(pattern)
+    form = as_pattern(pattern)
     reach = read_reach(form, k.shape[2])
     if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
         from .kernels import decode
@@ -96,11 +95,6 @@ def _operator(
 @_operator.register_fake
 def _fake(q, k, v, *rest):
     return like(q, v.shape[-1])
-
-
-@lru_cache(maxsize=256)
-def _parsed(pattern: str) -> Pattern:
-    return Pattern.parse(pattern)
 
 
 def visible_slots(
@@ -162,9 +156,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> T
     groups = k.shape[1]
     blind = ~mask.any(-1, keepdim=True)
     mask = mask | blind
-    # the query heads of a key head are queries of it, whose keys are not repeated
-    mask = mask.expand(-1, q.shape[1], -1, -1).unflatten(1, (groups, -1)).flatten(2, 3)
-    queries = q.unflatten(1, (groups, -1)).flatten(2, 3)
+    mask = folded(mask.expand(-1, q.shape[1], -1, -1), groups)
+    queries = folded(q, groups)
     if scoring.softcap is None:
         out = scaled_dot_product_attention(queries, k, v, mask, scale=scoring.scale)
     else:

@@ -21,6 +21,7 @@ from ....plan import BlockPlan, find_plan, remembered
 from ...autograd import AutogradBackend
 from ...backend import AttentionCall, Results
 from ...merge import NO_LSE, merge
+from ...strides import folded
 
 # queries from which kernels that walk a plan are worth compiling
 MAX_QUERIES = 128
@@ -75,10 +76,10 @@ class Decode(AutogradBackend):
         q, groups, mask = call.q, call.k.shape[1], seen.mask
         k, v = (_taken(t, seen.keys) for t in (call.k, call.v))
         if mask is not None and groups != q.shape[1]:
-            mask = _folded(mask.expand(-1, q.shape[1], -1, -1), groups)
+            mask = folded(mask.expand(-1, q.shape[1], -1, -1), groups)
         mask = None if mask is None else mask.to(q.device)
         out = torch.nn.functional.scaled_dot_product_attention(
-            _folded(q, groups), k, v, mask, scale=call.scoring.scale
+            folded(q, groups), k, v, mask, scale=call.scoring.scale
         )  # fmt: skip
         out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
         return out if seen.blind is None else out.masked_fill(seen.blind.to(q.device), 0), NO_LSE
@@ -95,7 +96,7 @@ def _merges_ranges(call: AttentionCall, seen: Seen) -> bool:
 
 
 def _merged_ranges(call: AttentionCall, seen: Seen) -> Results:
-    q = _folded(call.q, call.k.shape[1])
+    q = folded(call.q, call.k.shape[1])
     found = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, call.k[:, :, begin:end], call.v[:, :, begin:end], scale=call.scoring.scale
@@ -190,8 +191,3 @@ def _taken(t: Tensor, keys: Ranges | Tensor) -> Tensor:
         return t.index_select(2, keys.to(t.device))
     slices = [t[:, :, begin:end] for begin, end in keys]
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
-
-
-def _folded(t: Tensor, groups: int) -> Tensor:
-    """`[B, G, R * Q, ...]` of `[B, H, Q, ...]`: the query heads of a key head as queries of it, whose keys are not repeated."""
-    return t.unflatten(1, (groups, -1)).flatten(2, 3)
