@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Container, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, EncoderDecoderCache
@@ -51,6 +52,8 @@ def cached_tokens(cache: Cache | None) -> int:
 def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
     """`[B, N]` of the tokens so far, as `[B, K]` over all slots of a cache whose graph of a step is to serve all steps.
 
+    A streaming cache has no slots for them: it knows the padding behind a prompt itself, and needs none.
+
     Args:
         of_tokens: a mask or marks, zeros where nobody is yet.
         kwargs: arguments of `prepare_inputs_for_generation`. The prompt is computed without a graph, and others' caches grow.
@@ -58,6 +61,8 @@ def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | 
     cache = given_cache(kwargs)
     if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
         return of_tokens
+    if isinstance(cache, StreamingCache):
+        return None if cache.rows else of_tokens
     return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
@@ -76,8 +81,9 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2])
-    _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
+    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2], config._attn_implementation == "sparse")
+    if not torch.compiler.is_compiling():
+        _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
@@ -154,6 +160,13 @@ def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
         if embeddings is not None and kwargs.get("is_first_iteration"):
             new = embeddings.shape[1]
     return cached_tokens(given_cache(kwargs)) + new
+
+
+def prepare_cache(cache: Cache | None, length: int) -> None:
+    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would."""
+    if isinstance(cache, StreamingCache):
+        cache.make_room(length)
+    keep_all(cache, 0, length)
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

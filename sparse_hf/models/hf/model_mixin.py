@@ -21,6 +21,7 @@ from .cache import (
     lost_cache,
     new_tokens,
     over_slots,
+    prepare_cache,
 )
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
@@ -161,11 +162,19 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        keep_all(given_cache(model_kwargs), 0, max_length)
+        prepare_cache(given_cache(model_kwargs), max_length)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
+        disabled, generation_config.disable_compile = generation_config.disable_compile, True
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
+        finally:
+            generation_config.disable_compile = disabled
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
