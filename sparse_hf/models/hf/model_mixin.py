@@ -19,6 +19,7 @@ from .cache import (
     given_cache,
     keep_all,
     lost_cache,
+    named_streaming,
     new_tokens,
     over_slots,
     prepare_cache,
@@ -162,6 +163,9 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        streaming = named_streaming(self, generation_config, model_kwargs)
+        if streaming is not None and generation_config.is_assistant:
+            streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         prepare_cache(given_cache(model_kwargs), max_length)

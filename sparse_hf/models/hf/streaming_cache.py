@@ -67,8 +67,8 @@ class StreamingCache(Cache):
             can_be_in_place: may attention read the slots as they lie?
 
         Raises:
-            ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`, or
-                padding elsewhere than on the left, or than it was.
+            ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`,
+                padding elsewhere than on the left or than it was, or layers that an interrupted pass has left behind.
         """
         few = new <= min(layer.spare for layer in self.layers) and can_be_in_place and not torch.is_grad_enabled()
         if is_compiling():
@@ -77,7 +77,7 @@ class StreamingCache(Cache):
             if attention_mask is not None and not self.in_place:
                 self.padding = attention_mask.shape[1] - attention_mask.sum(1)
             return
-        seen = self.get_seq_length()
+        seen = self._seen_by_all()
         if self.rows not in (None, rows):
             raise ValueError(
                 f"the StreamingCache holds {seen} tokens of {self.rows} rows, and this batch has {rows}: begin anew "
@@ -157,6 +157,15 @@ class StreamingCache(Cache):
         super().reorder_cache(beam_idx)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+
+
+def why_not_streamed(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot decode behind a StreamingCache; None if it can."""
+    try:
+        StreamingCache(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _patterns(config: PreTrainedConfig) -> list[str]:
