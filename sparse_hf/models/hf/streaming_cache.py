@@ -11,6 +11,8 @@ Legend: B batch; a token's number counts from the start of the text, padding inc
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -19,8 +21,11 @@ from transformers import Cache, PreTrainedConfig
 from ...attention.slots.new_tokens import Filled
 from .config import SparseConfigMixin
 from .kept import Kept, read_kept
+from .positions import why_not_turned
 from .streaming_layer import StreamingLayer
 
+Positioning = Literal["true", "cache", "auto"]
+POSITIONS = get_args(Positioning)
 # new tokens that are computed with nothing but themselves copied, and tokens that can always be taken back
 SPARE = 16
 # the same where drafts of an assistant are taken back
@@ -39,18 +44,33 @@ class StreamingCache(Cache):
     Args:
         config: of a sparse decoder, whose layers have patterns like `window(left, 0) | first(sinks)`.
         spare: tokens beside those that patterns ask for. So many can be taken back at any time.
+        positions: "true", keys are as far away as they are; "cache", first tokens are as far away as among the keys that are kept, for
+            streams longer than a model was trained on (StreamingLLM, arXiv:2309.17453, section 3.2), where positions are rotary; "auto",
+            that from where the trained reach ends, as `cache_implementation="streaming"` has it.
 
     Raises:
-        ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it.
+        ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it. Or positions
+            that cannot be those in a cache.
     """
 
-    def __init__(self, config: PreTrainedConfig, spare: int = SPARE):
+    def __init__(self, config: PreTrainedConfig, spare: int = SPARE, positions: Positioning = "true"):
         if isinstance(spare, bool) or not isinstance(spare, int) or spare < 1:
             raise ValueError(f"spare is {spare!r}; it must be a whole number of at least 1")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(map(repr, POSITIONS))}")
         self.patterns = _patterns(config)
         super().__init__(layers=[StreamingLayer(kept, spare) for kept in _kept(self.patterns)])
         # tokens of padding before each row `[B]`, None where there are none
         self.padding: Tensor | None = None
+        reason = why_not_turned(config)
+        if positions == "cache" and reason:
+            raise ValueError(reason)
+        # the position from which on first tokens are seen as among what is kept: None if they never are
+        self.turns_from = None if positions == "true" or reason else 0
+        if positions == "auto" and self.turns_from is not None:
+            self.turns_from = config.positions.reach_of(config)  # pyright: ignore
+        # may a token of this text be at that position?
+        self.turns = self.turns_from == 0
         # are the tokens of this pass written among the slots, which attention reads as they lie?
         self.in_place = False
 
@@ -86,7 +106,7 @@ class StreamingCache(Cache):
         for layer in self.layers:
             if layer.keys is not None and layer.keys.shape[0] != rows:
                 layer.forget()
-            layer.make_room(seen + new)
+        self.make_room(seen + new)
         if attention_mask is not None or not seen:
             self.padding = _going_on(self.padding, _padding(attention_mask, seen + new), seen)
         is_padded = self.padding is not None and bool((self.padding > seen).any())
@@ -120,7 +140,8 @@ class StreamingCache(Cache):
         return None if found is None else found.expand(rows, -1)
 
     def make_room(self, length: int) -> None:
-        """Have room for so many tokens in layers that keep all, which would grow from time to time otherwise."""
+        """Prepare for so many tokens: layers that keep all would grow from time to time otherwise."""
+        self.turns = self.turns or self.turns_from is not None and length > self.turns_from
         for layer in self.layers:
             layer.make_room(length)
 
@@ -151,7 +172,7 @@ class StreamingCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.padding, self.in_place = None, False
+        self.padding, self.in_place, self.turns = None, False, self.turns_from == 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
