@@ -19,7 +19,6 @@ from torch import Tensor
 from ...pattern import Pattern, causal, full
 from ...plan import BatchInfo, build_plan, of_batch
 
-
 # an argument of forward passes: somebody has looked at the mask already, and no padding stands between tokens of a text
 CHECKED = "padding_is_outer"
 
