@@ -26,7 +26,7 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def run_apart(*arguments: str):
-    command = [sys.executable, "-W", "ignore", "-m", "sparse_hf.cli", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "sparse_hf", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
