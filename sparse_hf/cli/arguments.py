@@ -22,6 +22,15 @@ def read_lengths(text: str) -> list[int]:
     return found
 
 
+def read_contexts(text: str) -> tuple[tuple[int, int], ...]:
+    """Tokens and rows of each: "4096,32768x8" is ((4096, 1), (32768, 8))."""
+    found = []
+    for word in words(text):
+        tokens, _, rows = word.partition("x")
+        found.append((_number(tokens), _number(rows or "1")))
+    return tuple(found)
+
+
 def _number(text: str) -> int:
     try:
         return int(text)

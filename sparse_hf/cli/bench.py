@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .arguments import OUT_HELP, PATTERN_HELP, read_lengths, words
+from .arguments import OUT_HELP, PATTERN_HELP, read_contexts, read_lengths, words
 
 
 def attention(
@@ -124,53 +125,54 @@ def plan(
     run_plan(patterns or PLAN_PATTERNS, read_lengths(lengths), device=device, budget=budget, out=out, plot=plot)
 
 
-def decode(
-    lengths: Annotated[str, typer.Option(help="Tokens of the context.")] = "1024,4096,16384",
-    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "streaming(window=1024, sinks=4)",
-    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
-    hidden_size: Annotated[int, typer.Option(help="Numbers per token, in heads of 64.")] = 512,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Timed tokens, of which the median counts.")] = 32,
-    chunk: Annotated[
-        int | None, typer.Option(help="Fill the cache by so many tokens at a time; by default all at once.")
+def generate(
+    contexts: Annotated[
+        str, typer.Option(help="Tokens of the prompt; with rows of the batch behind an x, as in '4096,32768x8'.")
+    ] = "1024,4096,16384",
+    shape: Annotated[
+        str, typer.Option(help="The dense model: 1b or smollm2-135m, a Llama of that shape with random weights.")
+    ] = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a shape: the folder or hub id of a dense decoder.")
     ] = None,
-    cache: Annotated[
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "window(4095, 0) | first(4)",
+    cases: Annotated[
         str,
         typer.Option(
-            help="dynamic (copied with every token), static (its memory is there from the start) or streaming (drops what the "
-            "pattern never sees again; the dense model has a static one)."
+            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, with commas; by "
+            "default all."
         ),
-    ] = "dynamic",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    ] = "",
+    tokens: Annotated[int, typer.Option(help="New tokens; the median gap between them counts.")] = 64,
+    chunk: Annotated[
+        int | None, typer.Option(help="Read the prompt by so many tokens at a time; by default all at once.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 on a GPU and fp32 on a CPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     budget: Annotated[
-        float, typer.Option(help="Seconds; a model that took longer to read a context is not run on longer ones.")
+        float,
+        typer.Option(
+            help="Seconds after which a call stops at its next token; a case that took longer to read a prompt is not run on "
+            "longer ones."
+        ),
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds after which a case is given up, compiling included.")] = 300,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
 ) -> None:
-    """Time tokens one at a time with a cache, context by context.
+    """Time all that `model.generate` does, prompt by prompt: tokens, first calls, memory.
 
-    A sparse decoder runs beside the dense one with the same weights. A dynamic or static cache
-    keeps all keys: a sparse decoder reads less of it, and holds as much. A streaming one keeps its
-    size.
+    A sparse decoder runs beside the dense one with the same weights, each with several caches. Dense
+    with a static cache is Transformers at its fastest.
     """
-    from ..bench import run_decode
+    from ..bench import SHAPES, Generation, run_generate
 
-    run_decode(
-        read_lengths(lengths),
-        pattern,
-        layers=layers,
-        hidden_size=hidden_size,
-        kv_heads=kv_heads,
-        batch=batch,
-        tokens=tokens,
-        chunk=chunk,
-        cache=cache,
-        dtype=dtype,
-        device=device,
-        budget=budget,
-        out=out,
-        plot=plot,
-    )
+    if model is None and shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; the known ones are {', '.join(SHAPES)}")
+    asked = Generation(read_contexts(contexts), model or shape, pattern, tokens=tokens, chunk=chunk, dtype=dtype)
+    limits = {"budget_s": budget, "limit_s": limit}
+    asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
+    result = run_generate(asked, device, out)
+    if any(found.get("failed", "").startswith("wrong") for found in result["checked"].values()):
+        raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .bench import attention, decode, models, plan
+from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
 from .families import list_families
 from .show import show
@@ -22,7 +22,7 @@ COMMANDS: dict[str, Callable] = {
     "card": card,
     "list": list_families,
 }
-BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "decode": decode}
+BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 
 app = typer.Typer(
     help="Sparse attention for Transformers: draw patterns, convert checkpoints, measure.",
