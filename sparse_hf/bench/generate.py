@@ -145,7 +145,10 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
             break
     _table(result).print(Console())
     if path is not None and any(not row.get("failed") for row in rows):
-        plot_generate(result, path.with_suffix(".png"))
+        try:
+            plot_generate(result, path.with_suffix(".png"))
+        except ImportError as error:
+            console.print(f"no picture: {error}", highlight=False, markup=False)
     return result
 
 
