@@ -89,7 +89,8 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2], config._attn_implementation == "sparse")
+    can_be_in_place = config._attn_implementation == "sparse"
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
     if not torch.compiler.is_compiling():
         _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from ...attention.scoring import Scoring
@@ -137,8 +138,8 @@ class FarSinks:
         own = own if of_rows is None else own - of_rows.to(q.device)[:, None]
         given = kwargs.get("document_positions", kwargs.get("position_ids"))
         places = given if given is not None and given.ndim == 2 and given.shape[1] == q.shape[2] else own
-        first = (first_keys(t, of_keys, self.kept.sinks) for t in (keys, values))
-        return self.attention(q, *first, Queries(own, places), scoring)
+        first, of_first = (first_keys(t, of_keys, self.kept.sinks) for t in (keys, values))
+        return self.attention(q, first, of_first, Queries(own, places), scoring)
 
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, queries: Queries, scoring: Scoring
@@ -321,7 +322,7 @@ def _keys_of_one_token(model: Any, position: int) -> list[Tensor]:
         # the same dropout, if any
         torch.manual_seed(0)
         model(ids, position_ids=place, **{cache_name(model): cache})
-    return [layer.keys for layer in cache.layers if layer.keys is not None]
+    return [layer.keys for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.keys is not None]
 
 
 def _frequencies(model: Any) -> Iterator[Tensor]:
