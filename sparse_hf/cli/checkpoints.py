@@ -29,6 +29,12 @@ def convert(
         str | None, typer.Option(help="Scale rotary angles to --max-length: yarn or linear; by default not at all.")
     ] = None,
     global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="What generate decodes with: streaming, dynamic, static; by default streaming where it can be."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
@@ -45,6 +51,7 @@ def convert(
         "positions": positions,
         "rope": rope,
         "global_token_ids": numbers(global_token_ids),
+        "cache": cache,
     }
     if dry_run:
         typer.echo(report_text(describe_conversion(source, pattern, **options)), nl=False)

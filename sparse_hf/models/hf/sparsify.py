@@ -27,6 +27,7 @@ def sparsify(
     pattern: PatternLike | None = None,
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
+    decode: str | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -35,6 +36,7 @@ def sparsify(
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
@@ -58,7 +60,7 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
     sparse = _around_weights(model, config)
     _name_no_folder(sparse)
     return sparse
