@@ -25,7 +25,7 @@ def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, s
     try:
         import matplotlib
     except ImportError:
-        raise ImportError("a plot needs matplotlib: pip install 'sparse_hf[plot]'") from None
+        raise ImportError('a plot needs matplotlib: pip install "matplotlib>=3.9"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter

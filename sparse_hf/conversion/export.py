@@ -17,10 +17,11 @@ from ..pattern.base import Intersection, Union
 from .carry import carry
 from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
 from .folder import check_target, keep_apart, whole_folder
+from .hub import Place
 from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
-from .source import Source, find_folder, open_source
+from .source import Source, find_source
 from .weights import Work, write_weights
 from .windows import BIASES, BY_LAYER, FULL, SLIDING, TYPED, UNIFORM, mistral_values, size_values
 
@@ -52,7 +53,17 @@ class Layer:
         return self.window.left
 
 
-def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: bool = True) -> Path:
+def export(
+    folder: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+) -> Path:
     """Write a sparse checkpoint as one that plain Transformers loads, without this package.
 
     Weights are copied as they are. "dense" gives the family back with full attention, but for the windows over which
@@ -65,6 +76,7 @@ def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = Fa
         to: "dense" or "native".
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
+        revision, subfolder, token: where on the hub it is, as in `convert`.
 
     Returns:
         The folder.
@@ -78,9 +90,8 @@ def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = Fa
         raise ValueError(f"to is {to!r}; it must be {' or '.join(map(repr, FORMS))}")
     keep_apart(Path(folder), Path(out))
     target = check_target(out, overwrite)
-    found = find_folder(folder)
-    keep_apart(found, target)
-    source = open_source(found, Path(folder).name)
+    source = find_source(folder, Place(revision, subfolder, token))
+    keep_apart(source.folder, target)
     family = family_of(source.config["model_type"])
     if source.config["model_type"] != family.sparse_type:
         raise ValueError(f"{folder} is {source.config['model_type']}, which is dense already; give a sparse checkpoint")
