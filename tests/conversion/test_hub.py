@@ -51,7 +51,11 @@ def bert(tmp_path) -> Path:
     dense_model("BertForMaskedLM", max_position_embeddings=160).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/bigger\n---\n# dense\n")
     (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
-    for name, content in {"1_Pooling/config.json": "{}", "2_Dense/config.json": "{ }", "extra/note.txt": "note"}.items():
+    for name, content in {
+        "1_Pooling/config.json": "{}",
+        "2_Dense/config.json": "{ }",
+        "extra/note.txt": "note",
+    }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
     save_file({"linear.weight": torch.zeros(2, 2)}, folder / "2_Dense" / "model.safetensors")
