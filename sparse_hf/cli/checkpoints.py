@@ -80,6 +80,10 @@ def export(
     to: Annotated[
         str, typer.Option(help="dense: full attention. native: Transformers' own sliding windows, the same answers.")
     ],
+    drop: Annotated[
+        str | None, typer.Option(help="A part of patterns that native leaves out, like 'first(4)'; its cost is said.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text on which to measure what --drop costs.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
@@ -88,7 +92,8 @@ def export(
     """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
     from ..conversion.export import export
 
-    written = export(folder, out, to, overwrite=overwrite, revision=revision, subfolder=subfolder, token=token)
+    where = {"revision": revision, "subfolder": subfolder, "token": token}
+    written = export(folder, out, to, drop=drop, text=text, overwrite=overwrite, **where)
     typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
 
 
