@@ -31,3 +31,8 @@ def test_what_strangers_read(tmp_path):
     # Transformers would tell people to install what it finds to be missing; `tests/models/test_anywhere.py` sees what is said
     assert get_imports(code) == []
     assert runpy.run_path(str(code))["SparseBertModel"] is sparse_hf.SparseBertModel
+
+
+def test_texts_name_this_version():
+    assert re.search(rf"^version: {re.escape(__version__)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

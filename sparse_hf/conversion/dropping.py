@@ -63,7 +63,10 @@ def _tokens(folder: Path, text: Path) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no tokenizer that could read {text}; leave the text out") from error
-    given = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", truncation=True, max_length=READ)
+    limit = read_json(folder / "config.json").get("max_position_embeddings") or READ
+    given = tokenizer(
+        text.read_text(encoding="utf-8"), return_tensors="pt", truncation=True, max_length=min(READ, limit)
+    )
     return given["input_ids"]
 
 
