@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -q -n 2
 
-.PHONY: help demo test test-oldest check test-all zoo test-transformers test-gpu bench cards
+.PHONY: help demo test test-oldest check test-all zoo test-transformers test-gpu bench cards dist
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,3 +56,6 @@ bench: $(STAMP)  ## attention beside dense SDPA on this machine, into docs/resul
 
 cards: $(STAMP)  ## write model_cards/ from docs/results
 	$(BIN)/python examples/make_cards.py
+
+dist:  ## build wheel and source archive, check them, and use the wheel alone (DEMO=1: also the demo)
+	PYTHON=$(PYTHON) .ci/dist

@@ -167,7 +167,7 @@ def save_png(
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+        raise ImportError('drawing needs matplotlib: pip install "matplotlib>=3.9"') from error
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")
