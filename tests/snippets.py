@@ -1,8 +1,8 @@
 """The blocks of code of Markdown pages: found, run, and compared with the output that stands under them.
 
 A block of Python runs after those above it on its page. A block of shell runs its lines of `sparse-hf`, in this process,
-and of `python -c`; what else it says (pip, make, programs that serve or train for long) is not run. A block of text right under a block is what it
-prints. `<!-- not run: reason -->` above a block leaves it out.
+and of `python -c`; what else it says (pip, make, programs that serve or train for long) is not run. A block of text right
+under a block is what it prints at the end, behind what training logs. `<!-- not run: reason -->` above a block leaves it out.
 
 Pages speak of `my-llama`, `my-bert` and `my-texts.jsonl`, which stand in the folder that each page runs in.
 """
@@ -95,7 +95,7 @@ def _printed(snippet: Snippet, page: Path, module: ModuleType) -> str:
 
 def _check(snippet: Snippet, said: str) -> None:
     wanted, found = (_lines(text) for text in (snippet.output or "", said))
-    assert snippet.output is None or found == wanted, f"line {snippet.line}: printed\n{said}"
+    assert snippet.output is None or found[-len(wanted) :] == wanted, f"line {snippet.line}: printed\n{said}"
 
 
 def _lines(text: str) -> list[str]:
