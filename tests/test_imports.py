@@ -25,6 +25,7 @@ ALLOWED = {
     "version": set(),
     # the command line imports the faces of packages alone
     "cli": {"sparse_hf", "FAMILIES", "derived_types", "analysis", "conversion", "bench", "version"},
+    "__main__": {"cli"},
     "__init__": {"attention", "conversion", "models", "pattern", "plan", "registry", "version"},
 }
 NO_TRANSFORMERS = {"pattern", "plan", "attention", "analysis", "testing", "registry"}

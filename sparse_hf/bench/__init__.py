@@ -7,7 +7,9 @@ it is asked for.
 """
 
 from .attention import run_attention
-from .decode import run_decode
+from .generate import Generation, run_generate
+from .generate_cases import CASES as GENERATE_CASES
+from .generate_cases import SHAPES
 from .measure import peak_bytes
 from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
@@ -15,13 +17,16 @@ from .plan import run_plan
 from .results import environment, latest_result, result_path, write_json
 
 __all__ = [
+    "GENERATE_CASES",
     "PLAN_PATTERNS",
+    "SHAPES",
+    "Generation",
     "environment",
     "latest_result",
     "peak_bytes",
     "result_path",
     "run_attention",
-    "run_decode",
+    "run_generate",
     "run_models",
     "run_plan",
     "write_json",

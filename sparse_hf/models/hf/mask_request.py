@@ -58,11 +58,13 @@ class TokenData:
         positions: `[B or 1, Q]`, from which packed documents are read.
         bounds: `cu_seq_lens` of the keys: where documents begin in a single row, and the end of the last.
         marks: `[B, K]` or of fewer keys, the `global_attention_mask`.
+        padding_is_outer: has somebody seen already that no padding stands between tokens of a text?
     """
 
     positions: Tensor | None = None
     bounds: Tensor | None = None
     marks: Tensor | None = None
+    padding_is_outer: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -134,14 +136,20 @@ class MaskRequest:
             self.memo[own] = read_mask_function(self.mask_function, module_is_causal, self.own)
         return self.memo[own]
 
-    def of_held(self, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
-        """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
-        held = key.shape[2]
-        own = "held", held, key.device
+    def of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        """The request in numbers of the keys that a layer of a cache gave: those that are held in order, and the queries' own."""
+        if torch.compiler.is_compiling():
+            return self._of_held(cache, layer, query, key)
+        # layers that keep the same share it, and with it their plan
+        own = "held", cache.layers[layer].kept, key.shape[2], key.device
         if own not in self.memo:
-            real = cache.real(held, key.device)
-            self.memo[own] = MaskRequest(real, self.mask_function, held - query.shape[2], own=self.own)
+            self.memo[own] = self._of_held(cache, layer, query, key)
         return self.memo[own]
+
+    def _of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        held, new = key.shape[2], query.shape[2]
+        real = cache.real(layer, held, new, key.shape[0])
+        return MaskRequest(real, self.mask_function, held - new, reads_documents=False, own=self.own)
 
     def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """Padding, documents and marks of a layer, made once for layers that hand over the same tensors."""
@@ -168,9 +176,16 @@ class MaskRequest:
     def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """The same where nothing can be read off tensors: padding inside a row is refused when the graph runs."""
         real, documents = self.attention_mask, self._documents(tokens, query, key)
-        if real is not None and shifts and not in_onnx_export():
-            real = without_inner_padding(real, documents)
+        if real is not None and shifts and not tokens.padding_is_outer and not in_onnx_export():
+            real = self._checked(real, documents)
         return Batch(of_batch(real, documents, _marks(tokens.marks, query, key, None)))
+
+    def _checked(self, real: Tensor, documents: Tensor | None) -> Tensor:
+        """`real`, looked at once for layers that ask the same: each look waits for the device."""
+        own = "checked", documents is None
+        if own not in self.memo:
+            self.memo[own] = without_inner_padding(real, documents)
+        return self.memo[own]
 
     def _documents(self, tokens: TokenData, query: Tensor, key: Tensor) -> Tensor | None:
         """The numbers of packed documents `[B, K]`. Whole sequences only (no cache)."""

@@ -19,18 +19,22 @@ from .cache import (
     given_cache,
     keep_all,
     lost_cache,
+    named_streaming,
     new_tokens,
     over_slots,
+    prepare_cache,
 )
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
+from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 
 logger = logging.get_logger(__name__)
@@ -159,13 +163,25 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        streaming = named_streaming(self, generation_config, model_kwargs)
+        if streaming is not None and generation_config.is_assistant:
+            streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        keep_all(given_cache(model_kwargs), 0, max_length)
+        prepare_cache(given_cache(model_kwargs), max_length)
+        _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
+        disabled, generation_config.disable_compile = generation_config.disable_compile, True
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
+        finally:
+            generation_config.disable_compile = disabled
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
@@ -176,6 +192,37 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         """
         known = getattr(self, "_cached_continuous_batching_manager", None)
         return known or make_manager(self, generation_config, continuous_batching_config, workload_hints)
+
+
+def _look_at_padding(config: SparseConfigMixin, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Look at a prompt's mask once, for compiled steps behind it, where each look would wait for the device.
+
+    Args:
+        generation_config: `disable_compile` is set, with a warning, where compiled steps could not count positions.
+        kwargs: of the model in `generate`, with the cache, which remembers for this call what was seen.
+    """
+    cache, mask = (
+        given_cache(kwargs),
+        kwargs.get("decoder_attention_mask" if config.is_encoder_decoder else "attention_mask"),
+    )
+    if cache is None or not cache.is_compileable or mask is None or mask.ndim != 2:
+        return
+    if isinstance(cache, StreamingCache):
+        # it looks itself, and keeps what it saw
+        return
+    is_outer = not has_padding_in_the_way(mask)
+    setattr(cache, CHECKED, is_outer)
+    stack = "decoder" if config.is_encoder_decoder else ""
+    if (
+        not is_outer
+        and not generation_config.disable_compile
+        and any(map(counts_positions, config.layer_patterns(stack)))
+    ):
+        generation_config.disable_compile = True
+        logger.warning_once(
+            "attention_mask has padding behind or between a prompt's real tokens, which compiled code cannot count around: this call "
+            "runs without compilation; pad on the left for speed"
+        )
 
 
 def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -190,6 +237,8 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
+        if getattr(given_cache(given), CHECKED, False):
+            inputs[CHECKED] = True
         marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
             inputs["global_attention_mask"] = over_slots(marks, given)
@@ -224,6 +273,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             if "page_bounds" not in kwargs:
                 kwargs["page_bounds"] = bounds_of_pages(kwargs)
             return parent(self, *args, **kwargs)
+        if not takes_more:
+            kwargs.pop(CHECKED, None)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
