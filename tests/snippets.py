@@ -1,4 +1,4 @@
-"""The blocks of code of Markdown pages: found, run, and compared with the output that stands under them.
+"""The blocks of code of Markdown pages, and the cells of notebooks: found, run, and compared with the output that stands under them.
 
 A block of Python runs after those above it on its page. A block of shell runs its lines of `sparse-hf`, in this process,
 and of `python -c`; what else it says (pip, make, programs that serve or train for long) is not run. A block of text right
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -52,15 +53,18 @@ def snippets(text: str) -> Iterator[Snippet]:
         yield Snippet(match["language"], line, match["code"], match["output"], match["excuse"])
 
 
-def run_pages(pages: list[str]) -> dict[str, str]:
-    """Run pages one after the other; gives what went wrong, or nothing, by page."""
+def run_all(paths: list[str]) -> dict[str, str]:
+    """Run pages and notebooks one after the other; gives what went wrong, or nothing, by path."""
     with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as cache:
         # read when the libraries are imported: nothing is fetched, and nothing outside of these folders is written
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "MPLBACKEND": "agg"}
         from examples import tiny
 
         tiny.write(Path(models))
-        return {page: run_page(Path(page), Path(models)) for page in pages}
+        return {
+            path: run_notebook(Path(path)) if path.endswith(".ipynb") else run_page(Path(path), Path(models))
+            for path in paths
+        }
 
 
 def run_page(page: Path, models: Path) -> str:
@@ -79,6 +83,23 @@ def run_page(page: Path, models: Path) -> str:
             return traceback.format_exc()
         finally:
             os.chdir(before)
+    return ""
+
+
+def run_notebook(path: Path) -> str:
+    """Run a notebook's cells, without a kernel; gives what went wrong, or nothing."""
+    space: dict[str, object] = {}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+        if cell["cell_type"] != "code":
+            continue
+        wanted = "".join("".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout")
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), space)
+            assert _lines(said.getvalue()) == _lines(wanted), f"cell {number} printed\n{said.getvalue()}"
+        except Exception:
+            return traceback.format_exc()
     return ""
 
 

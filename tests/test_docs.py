@@ -17,6 +17,7 @@ from tests.snippets import snippets
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SNIPPETS = {page: list(snippets(page.read_text(encoding="utf-8"))) for page in PAGES}
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 EXAMPLES = [page for page, found in SNIPPETS.items() if found]
 # pages whose prose keeps to this width
 MAX_LINE = 100
@@ -127,14 +128,28 @@ def test_few_blocks_are_not_run():
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
     # in a process of their own: they add patterns, backends and families
-    pages = [str(page) for page in EXAMPLES]
-    code = f"import json; from tests.snippets import run_pages; print('errors:' + json.dumps(run_pages({pages!r})))"
+    paths = [str(path) for path in (*EXAMPLES, *NOTEBOOKS)]
+    code = f"import json; from tests.snippets import run_all; print('errors:' + json.dumps(run_all({paths!r})))"
     return json.loads(printed(code).rpartition("errors:")[2])
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=name_of)
-def test_examples_run(page, errors):
-    assert not errors[str(page)], errors[str(page)]
+@pytest.mark.parametrize("path", [*EXAMPLES, *NOTEBOOKS], ids=name_of)
+def test_examples_run(path, errors):
+    assert not errors[str(path)], errors[str(path)]
+
+
+def test_every_notebook_shows_what_it_draws():
+    assert len(NOTEBOOKS) == 3
+    for path in NOTEBOOKS:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        drawing = [cell for cell in cells if cell["source"] and "plt.show()" in cell["source"][-1] and "def " not in "".join(cell["source"])]
+        assert drawing and all(any("image/png" in out.get("data", {}) for out in cell["outputs"]) for cell in drawing)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "transcripts").glob("[a-z]*.md")), ids=name_of)
+def test_transcripts_take_ten_lines(page):
+    code = "".join(snippet.code for snippet in SNIPPETS[page])
+    assert 0 < len([line for line in code.splitlines() if line]) <= 10
 
 
 @pytest.mark.parametrize("page", [*DOCS.glob("adding-*.md"), *(DOCS / "concepts").glob("*.md")], ids=name_of)
