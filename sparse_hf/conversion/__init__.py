@@ -72,6 +72,10 @@ def convert(
         FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
+
+    Example:
+        >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
+        'long-bert'
     """
     choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     # the danger that matters most is told of first; a hub id is no path yet
