@@ -38,7 +38,9 @@ def _markdown(cell: dict) -> str:
         return source
     said = "".join("".join(output.get("text", [])) for output in cell["outputs"])
     pictures = [output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output.get("data", {})]
-    shown = "".join(f"\n\n![what the cell draws](data:image/png;base64,{''.join(picture).strip()})" for picture in pictures)
+    shown = "".join(
+        f"\n\n![what the cell draws](data:image/png;base64,{''.join(picture).strip()})" for picture in pictures
+    )
     return f"```python\n{source}\n```" + (f"\n\n```text\n{said}```" if said else "") + shown
 
 

@@ -56,7 +56,11 @@ def speed() -> str:
 
 
 def quality() -> str:
-    demo, healing, real = "cpu-2-cores/2026-11-24-demo", "h200/2026-11-25-study-healing", "cpu-2-cores/2026-11-25-real-weights"
+    demo, healing, real = (
+        "cpu-2-cores/2026-11-24-demo",
+        "h200/2026-11-25-study-healing",
+        "cpu-2-cores/2026-11-25-real-weights",
+    )
     books = {name: f"{row['perplexity']:.2f}" for name, row in read(healing)["entries"].items()}
     novel = [f"{read(demo)[f'decoder {kind}']['quality']:.2f}" for kind in ("dense", "sparse")]
     dense, sparse = (read(demo)[f"encoder {kind}"]["embedding"] for kind in ("dense", "sparse"))

@@ -10,6 +10,8 @@ Pages speak of `my-llama`, `my-bert` and `my-texts.jsonl`, which stand in the fo
 from __future__ import annotations
 
 import contextlib
+import doctest
+import importlib
 import io
 import json
 import os
@@ -54,31 +56,24 @@ def snippets(text: str) -> Iterator[Snippet]:
 
 
 def run_all(paths: list[str]) -> dict[str, str]:
-    """Run pages and notebooks one after the other; gives what went wrong, or nothing, by path."""
+    """Run pages, notebooks and docstrings (by a dotted name) one after the other; gives what went wrong, or nothing, by path."""
     with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as cache:
         # read when the libraries are imported: nothing is fetched, and nothing outside of these folders is written
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "MPLBACKEND": "agg"}
         from examples import tiny
 
         tiny.write(Path(models))
-        return {
-            path: run_notebook(Path(path)) if path.endswith(".ipynb") else run_page(Path(path), Path(models))
-            for path in paths
-        }
+        return {path: _run(path, Path(models)) for path in paths}
 
 
-def run_page(page: Path, models: Path) -> str:
-    """Run a page in a folder of its own, which holds the tiny models; gives what went wrong, or nothing."""
-    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
-    sys.modules[module.__name__] = module
-    before = Path.cwd()
+def _run(path: str, models: Path) -> str:
+    """Run one in a folder of its own, which holds the tiny models; gives what went wrong, or nothing."""
+    before, run = Path.cwd(), {".md": run_page, ".ipynb": run_notebook}.get(Path(path).suffix, run_docstring)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(models, folder, dirs_exist_ok=True)
         os.chdir(folder)
         try:
-            for snippet in snippets(page.read_text(encoding="utf-8")):
-                if snippet.excuse is None:
-                    _check(snippet, _printed(snippet, page, module))
+            run(path)
         except Exception:
             return traceback.format_exc()
         finally:
@@ -86,21 +81,51 @@ def run_page(page: Path, models: Path) -> str:
     return ""
 
 
-def run_notebook(path: Path) -> str:
-    """Run a notebook's cells, without a kernel; gives what went wrong, or nothing."""
+def run_page(path: str) -> None:
+    module = ModuleType(f"docs_{Path(path).stem.replace('-', '_')}")
+    sys.modules[module.__name__] = module
+    for snippet in snippets(Path(path).read_text(encoding="utf-8")):
+        if snippet.excuse is None:
+            _check(snippet, _printed(snippet, Path(path), module))
+
+
+def run_notebook(path: str) -> None:
+    """Run a notebook's cells, without a kernel."""
     space: dict[str, object] = {}
-    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+    for number, cell in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))["cells"], 1):
         if cell["cell_type"] != "code":
             continue
         wanted = "".join("".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout")
         said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said):
-                exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), space)
-            assert _lines(said.getvalue()) == _lines(wanted), f"cell {number} printed\n{said.getvalue()}"
-        except Exception:
-            return traceback.format_exc()
-    return ""
+        with contextlib.redirect_stdout(said):
+            exec(compile("".join(cell["source"]), f"{path}, cell {number}", "exec"), space)
+        assert _lines(said.getvalue()) == _lines(wanted), f"cell {number} printed\n{said.getvalue()}"
+
+
+def run_docstring(name: str) -> None:
+    """Run the example of a docstring, which may speak of torch, the Auto classes and the padding collator."""
+    import torch
+    import transformers
+
+    known = {
+        one: getattr(transformers, one) for one in ("AutoModelForCausalLM", "AutoTokenizer", "DataCollatorWithPadding")
+    }
+    found, module = documented(name)
+    said = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder(recurse=False).find(found, name, globs={**vars(module), **known, "torch": torch}):
+        runner.run(test, out=said.write)
+    assert runner.tries and not runner.failures, said.getvalue() or f"{name} has no example"
+
+
+def documented(name: str) -> tuple[object, ModuleType]:
+    """What a dotted name of the reference stands for, and the module that it is in."""
+    try:
+        module = importlib.import_module(name)
+        return module, module
+    except ModuleNotFoundError:
+        module = importlib.import_module(name.rpartition(".")[0])
+        return getattr(module, name.rpartition(".")[2]), module
 
 
 def _printed(snippet: Snippet, page: Path, module: ModuleType) -> str:
@@ -131,7 +156,12 @@ def run_commands(code: str) -> None:
         words = shlex.split(line, comments=True)
         if words[:2] == ["python", "-c"]:
             path = {"PYTHONPATH": str(ROOT)}
-            print(subprocess.run([sys.executable, *words[1:]], env=os.environ | path, stdout=PIPE, text=True, check=True).stdout, end="")
+            print(
+                subprocess.run(
+                    [sys.executable, *words[1:]], env=os.environ | path, stdout=PIPE, text=True, check=True
+                ).stdout,
+                end="",
+            )
         if words[:1] != ["sparse-hf"]:
             continue
         with mock.patch.object(sys, "argv", words), mock.patch.dict(os.environ, {"COLUMNS": "80"}):

@@ -12,12 +12,14 @@ import pytest
 
 from tests import readme
 from tests.processes import ROOT, printed
-from tests.snippets import snippets
+from tests.snippets import documented, snippets
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SNIPPETS = {page: list(snippets(page.read_text(encoding="utf-8"))) for page in PAGES}
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+API = re.findall(r"^::: (\S+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), re.M)
+DOCUMENTED = [name for name in API if ">>>" in (documented(name)[0].__doc__ or "")]
 EXAMPLES = [page for page, found in SNIPPETS.items() if found]
 # pages whose prose keeps to this width
 MAX_LINE = 100
@@ -128,7 +130,7 @@ def test_few_blocks_are_not_run():
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
     # in a process of their own: they add patterns, backends and families
-    paths = [str(path) for path in (*EXAMPLES, *NOTEBOOKS)]
+    paths = [str(path) for path in (*EXAMPLES, *NOTEBOOKS, *DOCUMENTED)]
     code = f"import json; from tests.snippets import run_all; print('errors:' + json.dumps(run_all({paths!r})))"
     return json.loads(printed(code).rpartition("errors:")[2])
 
@@ -138,12 +140,23 @@ def test_examples_run(path, errors):
     assert not errors[str(path)], errors[str(path)]
 
 
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_examples_of_docstrings_run(name, errors):
+    assert not errors[name], errors[name]
+
+
+def test_most_of_the_reference_has_examples():
+    assert len(DOCUMENTED) >= len(API) / 2
+
+
 def test_every_notebook_shows_what_it_draws():
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        drawing = [cell for cell in cells if cell["source"] and "plt.show()" in cell["source"][-1] and "def " not in "".join(cell["source"])]
-        assert drawing and all(any("image/png" in out.get("data", {}) for out in cell["outputs"]) for cell in drawing)
+        drawn = [
+            out["data"]["image/png"] for cell in cells for out in cell["outputs"] if "image/png" in out.get("data", {})
+        ]
+        assert drawn and all(cell["execution_count"] for cell in cells)
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "transcripts").glob("[a-z]*.md")), ids=name_of)

@@ -74,12 +74,19 @@ def overview() -> Figure:
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     every, some, time = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
     place = torch.arange(OVERVIEW_TOKENS)
-    for axes, text, color, title in ((every, "full()", FAINT, "dense"), (some, OVERVIEW_PATTERN, DARK, OVERVIEW_PATTERN)):
+    for axes, text, color, title in (
+        (every, "full()", FAINT, "dense"),
+        (some, OVERVIEW_PATTERN, DARK, OVERVIEW_PATTERN),
+    ):
         held = Pattern.parse(text).allows(place[:, None], place).expand(OVERVIEW_TOKENS, OVERVIEW_TOKENS).tolist()
         cells(axes, [[color if pair else NOTHING for pair in row] for row in held], title)
     rows = json.loads((FOLDER.parent / "results" / f"{OVERVIEW_RESULT}.json").read_text(encoding="utf-8"))["rows"]
     for kind, color, name in (("dense", FAINT, "dense"), ("ours", DARK, "sparse")):
-        points = [(row["n"], row["step_s"] * 1000) for row in rows if row["model"] == "bert" and row["kind"] == kind and row.get("step_s")]
+        points = [
+            (row["n"], row["step_s"] * 1000)
+            for row in rows
+            if row["model"] == "bert" and row["kind"] == kind and row.get("step_s")
+        ]
         time.loglog(*zip(*points, strict=True), "o-", color=color, markersize=3.5, linewidth=1.6)
         # beside the middle of the line
         time.annotate(name, points[-2], (-5, 5) if kind == "dense" else (3, -12), textcoords="offset points", color=INK,

@@ -105,6 +105,10 @@ def describe_conversion(
 
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
+
+    Example:
+        >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
+        [512, 4096]
     """
     choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     if is_gguf(source):
