@@ -15,9 +15,11 @@ STEPS = (
     ("Longformer, Transformers' -> ours", "h200/2026-11-27-models-longformer", "longformer", 16384, "step_s"),
     ("BigBird, Transformers' -> ours", "h200/2026-11-27-models", "big_bird", 16384, "step_s"),
     ("a decoder of 1B, dense -> a window of 1,024, 4 sinks", "h200/2026-11-25-models-decoder-1b", "llama_1b", 65536, "step_s"),
-    ("a token of 4 layers, dense -> `StreamingCache`", "h200/2026-11-27-decode-streaming", None, 262144, "token_s"),
+    ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate", None, 262144, "token_s"),
     (f"2 CPU cores, forward, 2 layers: BERT, dense -> {WINDOW}", "cpu-2-cores/2026-11-25-models", "bert", 16384, "forward_s"),
 )  # fmt: skip
+# of caches, those that are compared: the dense model's best one, and ours that does not grow; a file of models names none
+CASES = {None, "dense-static", "streaming"}
 # what the row calls it, the checkpoint in the file, its measure
 CONVERTED = (
     ("Qwen2.5-Coder-0.5B, 2,048 tokens of a novel", "qwen2.5-coder-0.5b"),
@@ -45,7 +47,11 @@ def size(count: int) -> str:
 def speed() -> str:
     lines = ["| | tokens | before | sparse_hf | | peak memory | measured |", "|---|---|---|---|---|---|---|"]
     for label, name, model, n, timed in STEPS:
-        rows = [row for row in read(name)["rows"] if row["n"] == n and row.get("model") == model]
+        rows = [
+            row
+            for row in read(name)["rows"]
+            if row["n"] == n and row.get("model") == model and row.get("case") in CASES and row.get("rows", 1) == 1
+        ]
         (ours,), (theirs,) = ([row for row in rows if (row["kind"] == "ours") is is_ours] for is_ours in (True, False))
         faster = theirs[timed] / ours[timed]
         spent = "cache_bytes" if timed == "token_s" else "peak_bytes"
