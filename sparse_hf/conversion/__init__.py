@@ -80,6 +80,10 @@ def convert(
         FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
+
+    Example:
+        >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
+        'long-bert'
     """
     choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     place = Place(revision, subfolder, token)
@@ -113,6 +117,10 @@ def describe_conversion(
 
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
+
+    Example:
+        >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
+        [512, 4096]
     """
     choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     place = Place(revision, subfolder, token)

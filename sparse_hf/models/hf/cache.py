@@ -36,7 +36,8 @@ class GrownStaticLayer(StaticLayer):
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    # an output of Transformers that is asked for the older name says that it is old
+    return next((value for name, value in kwargs.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def cache_name(model: Any) -> str:
