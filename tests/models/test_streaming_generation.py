@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
@@ -268,6 +268,31 @@ def test_a_sparse_prompt_is_decoded_densely(where, kind):
     given = {"cache_implementation": kind}
     assert torch.equal(model.generate(ids, **given, **asked, **GREEDY), wanted)
     assert not torch.equal(model.generate(ids, **given, **asked | {"decode": "sparse"}, **GREEDY), wanted)
+
+
+def test_convert_writes_dense_decoding(folder, tmp_path):
+    sparse_hf.convert(folder / "dense", tmp_path / "densely", SPARSE, decode="dense", progress=False)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "densely").decode == "dense"
+    report = (tmp_path / "densely" / "conversion.txt").read_text()
+    assert "Decoding: dense, behind a prompt" in report and "generate keeps all keys" in report
+    dense_model("BartForConditionalGeneration").save_pretrained(tmp_path / "bart")
+    with pytest.raises(ValueError, match="decode is 'dense', and sparse_bart is no decoder with a dense counterpart"):
+        describe_conversion(tmp_path / "bart", "window(5, 0)", decode="dense")
+
+
+def test_an_exhausted_static_cache_says_so():
+    model, ids = sparse_model(), text(1, 60)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(ids, **named_cache(model, cache))
+        with pytest.raises(ValueError, match="static cache holds 64 tokens, and with this pass there would be 65"):
+            model(text(1, 5), **named_cache(model, cache))
+        # it goes on as if nothing had happened
+        found = model(text(1, 64)[:, 60:], **named_cache(model, cache)).logits
+    wanted = model(torch.cat((ids, text(1, 64)[:, 60:]), 1), use_cache=False).logits
+    torch.testing.assert_close(found, wanted[:, 60:])
+    with pytest.raises(ValueError, match="static cache holds 64 tokens, and this call may come to 89"):
+        model.generate(ids, **named_cache(model, StaticCache(config=model.config, max_cache_len=64)), **GREEDY)
 
 
 def test_dense_decoding_is_saved_and_wants_all_keys(tmp_path):

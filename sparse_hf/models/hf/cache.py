@@ -36,7 +36,8 @@ class GrownStaticLayer(StaticLayer):
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    # an output of Transformers that is asked for the older name says that it is old
+    return next((value for name, value in kwargs.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def cache_name(model: Any) -> str:
@@ -245,6 +246,30 @@ def prepare_cache(cache: Cache | None, length: int) -> None:
     if isinstance(cache, StreamingCache):
         cache.make_room(length)
     keep_all(cache, 0, length)
+    most = _room(cache)
+    if most is not None and length > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and this call may come to {length}: give a lower max_new_tokens, or a cache with a "
+            "greater max_cache_len"
+        )
+
+
+def check_room(cache: Cache | None, new: int) -> None:
+    """Raise ValueError if a static cache has no room for the `new` tokens of a pass; it is left as it is."""
+    most = _room(cache)
+    if cache is not None and most is not None and cached_tokens(cache) + new > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and with this pass there would be {cached_tokens(cache) + new}; make one with a "
+            "greater max_cache_len, or begin anew with cache.reset()"
+        )
+
+
+def _room(cache: Cache | None) -> int | None:
+    """The tokens that a static cache holds at most; None of others."""
+    if cache is None or isinstance(cache, (StreamingCache, EncoderDecoderCache)) or not cache.layers:
+        return None
+    layer = cache.layers[0]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) and not layer.is_sliding else None
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

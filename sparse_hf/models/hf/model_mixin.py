@@ -16,6 +16,7 @@ from .cache import (
     LAYERS_SEE,
     begin_streaming,
     check_cache_name,
+    check_room,
     decoding_patterns,
     emptied_cache,
     given_cache,
@@ -333,6 +334,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
+        check_room(given_cache(given), 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
