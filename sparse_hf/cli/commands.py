@@ -14,6 +14,7 @@ from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
 from .examples import epilog
 from .families import list_families
+from .info import info
 from .mistakes import MISTAKES, by_flags
 from .show import show
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable] = {
     "generate": talk.generate,
     "chat": talk.chat,
     "list": list_families,
+    "info": info,
 }
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 
