@@ -16,6 +16,7 @@ _PACKAGE_OF = {
     "BlockPlan": "plan",
     "build_plan": "plan",
     "convert": "conversion",
+    "push_to_hub": "conversion",
     "sparse_attention": "attention",
     **dict.fromkeys(PUBLIC, "models"),
 }

@@ -7,6 +7,7 @@ from . import pattern as pattern
 from . import plan as plan
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
+from .conversion import push_to_hub as push_to_hub
 from .models import FAMILIES as FAMILIES
 from .models import Family as Family
 from .models import Positions as Positions
@@ -268,6 +269,7 @@ __all__ = [
     "BlockPlan",
     "build_plan",
     "convert",
+    "push_to_hub",
     "sparse_attention",
     "FAMILIES",
     "Family",

@@ -15,7 +15,7 @@ ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
     "attention": {"plan", "pattern"},
-    "models": {"attention", "plan", "pattern", "registry"},
+    "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern"},

@@ -1,7 +1,7 @@
 """`sparse-hf bench`: is it fast? Peers beside ours, correctness checked first.
 
 This is part of the package, and no folder of scripts beside it, because figures are worth most on
-the machine that they are asked about: `pip install sparse_hf` is all that `sparse-hf bench` needs
+the machine that they are asked about: the installed package is all that `sparse-hf bench` needs
 there, no checkout. Nothing else of the package imports it but the command line, and that only when
 it is asked for.
 """
