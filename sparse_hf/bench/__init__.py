@@ -10,17 +10,19 @@ from .attention import run_attention
 from .generate import Generation, run_generate
 from .generate_cases import CASES as GENERATE_CASES
 from .generate_cases import SHAPES
-from .measure import peak_bytes
+from .measure import DTYPES, chosen_device, peak_bytes
 from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
 from .results import environment, latest_result, result_path, write_json
 
 __all__ = [
+    "DTYPES",
     "GENERATE_CASES",
     "PLAN_PATTERNS",
     "SHAPES",
     "Generation",
+    "chosen_device",
     "environment",
     "latest_result",
     "peak_bytes",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import talk
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
 from .families import list_families
@@ -20,12 +21,14 @@ COMMANDS: dict[str, Callable] = {
     "convert": convert,
     "export": export,
     "card": card,
+    "generate": talk.generate,
+    "chat": talk.chat,
     "list": list_families,
 }
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 
 app = typer.Typer(
-    help="Sparse attention for Transformers: draw patterns, convert checkpoints, measure.",
+    help="Sparse attention for Transformers: draw patterns, convert checkpoints, talk with them, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
