@@ -83,7 +83,7 @@ def convert(
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
 
-    Example:
+    Examples:
         >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
         'long-bert'
     """
@@ -121,7 +121,7 @@ def describe_conversion(
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
 
-    Example:
+    Examples:
         >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
         [512, 4096]
     """

@@ -41,7 +41,7 @@ def sparsify(
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
 
-    Example:
+    Examples:
         >>> dense = AutoModelForCausalLM.from_pretrained("my-llama")
         >>> sparse = sparsify(dense, "window(255, 0) | first(4)", layers="0=dense")
         >>> type(sparse).__name__
