@@ -1,0 +1,8 @@
+"""What a model loses by a pattern, measured before it is converted."""
+
+from .api import evaluate
+from .candidates import Candidate
+from .evaluation import Evaluation
+from .settings import Settings
+
+__all__ = ["Candidate", "Evaluation", "Settings", "evaluate"]

@@ -1,0 +1,104 @@
+"""Recall of facts in long texts, by length and depth."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import ClassVar
+
+from ..pieces import Finished, Found, Piece
+from ..recall.ask import ask
+from ..recall.filler import Filler
+from ..recall.tasks import TASKS, Question
+from ..subject import Contender
+from .base import Setup
+
+
+class Recall:
+    """The share of facts that a decoder says when it is asked for them, over lengths and depths, and its loss on their tokens.
+
+    Facts are hidden in the user's texts, at a tenth, half and nine tenths of the length by default.
+    """
+
+    name: ClassVar[str] = "recall"
+
+    def why_not(self, setup: Setup) -> str | None:
+        if setup.subject.kind != "decoder":
+            return f"{type(setup.subject.dense.model).__name__} says nothing; recall asks models ForCausalLM"
+        unknown = next((name for name in setup.settings.tasks if name not in TASKS), None)
+        if unknown is not None:
+            return f"there is no task {unknown!r}; there are {', '.join(TASKS)}"
+        try:
+            # that every question fits is known before the first is asked
+            _questions(setup)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def pieces(self, setup: Setup) -> Iterator[Piece]:
+        for i, (where, question) in enumerate(_questions(setup)):
+            for c, contender in enumerate(setup.subject.contenders):
+                what = {**where, "prompt": question.prompt, "answers": question.answers}
+                yield Piece(
+                    self.name, contender.name, what, contender.weights, (3, i, c), partial(_asked, setup, contender, question)
+                )
+
+    def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
+        cells: dict[str, dict[str, dict[tuple, list[Found]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        for piece in finished:
+            where = piece.what
+            cells[piece.candidate][where["task"]][where["length"], where["depth"]].append(piece.found)
+        return {
+            "lengths": sorted({piece.what["length"] for piece in finished}),
+            "depths": list(setup.settings.depths),
+            "candidates": {
+                name: {
+                    "recalled": _mean([_mean([f["share"] for f in found]) for by_task in tasks.values() for found in by_task.values()]),
+                    "loss": _mean([f["loss"] for by_task in tasks.values() for found in by_task.values() for f in found]),
+                    "tasks": {task: [_cell(*where, found) for where, found in by_task.items()] for task, by_task in tasks.items()},
+                }
+                for name, tasks in cells.items()
+            },
+        }
+
+
+def _questions(setup: Setup) -> list[tuple[dict, Question]]:
+    """Every question, with its task, length and depth."""
+    if "questions" not in setup.memo:
+        setup.memo["questions"] = list(_drawn(setup))
+    return setup.memo["questions"]
+
+
+def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
+    """The questions, each drawn by its task, length and depth alone, whatever else is asked."""
+    settings = setup.settings
+    filler = Filler.of(setup.texts, setup.subject.tokenizer)
+    for name in settings.tasks or TASKS:
+        task = TASKS[name]
+        for length in settings.all_lengths:
+            for depth in settings.depths if task.has_depth else (None,):
+                for repeat in range(settings.repeats):
+                    draw = random.Random(f"{settings.seed} {name} {length} {depth} {repeat}")
+                    question = task.ask(filler, length, depth or 0.0, draw)
+                    yield {"task": name, "length": length, "depth": depth, "repeat": repeat}, question
+
+
+def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
+    setup.passes.forget()
+    share, loss = ask(contender.model, setup.subject.tokenizer, question)
+    return {"share": share, "loss": loss}
+
+
+def _cell(length: int, depth: float | None, found: Sequence[Found]) -> Found:
+    return {
+        "length": length,
+        "depth": depth,
+        "recalled": _mean([f["share"] for f in found]),
+        "loss": _mean([f["loss"] for f in found]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
