@@ -44,7 +44,9 @@ class Candidate:
         written = rest if colon else str(text)
         pattern, _, layers = (part.strip() for part in written.partition(";"))
         if not pattern:
-            raise ValueError(f"{str(text)!r} has no pattern; write 'PATTERN', 'NAME: PATTERN' or 'NAME: PATTERN; LAYERS'")
+            raise ValueError(
+                f"{str(text)!r} has no pattern; write 'PATTERN', 'NAME: PATTERN' or 'NAME: PATTERN; LAYERS'"
+            )
         return Candidate(name.strip() if colon else written.strip(), Pattern.parse(pattern), layers or None)
 
 

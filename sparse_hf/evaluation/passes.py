@@ -6,6 +6,7 @@ Legend: n tokens, D hidden size, V vocabulary, S tokens whose states are compare
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +52,32 @@ def answers(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tenso
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     options = {"use_cache": False} if model.can_generate() else {}
     for start in range(0, len(states), chunk):
-        part = states[start : start + chunk]
-
-        def given(_module, _arguments, output, part=part):
-            output["last_hidden_state"] = part[None]
-            return output
-
-        hook = model.base_model.register_forward_hook(given)
-        try:
-            logits = model(input_ids=token, **options)
-        finally:
-            hook.remove()
+        with _given(model, states[start : start + chunk]):
+            output = model(input_ids=token, **options)
         # heads that were trained beside another task name them so
-        yield start, (logits["logits"] if "logits" in logits else logits["prediction_logits"])[0].float()
+        yield start, (output["logits"] if "logits" in output else output["prediction_logits"])[0].float()
+
+
+@contextmanager
+def _given(model: PreTrainedModel, states: Tensor) -> Iterator[None]:
+    """Have the head of a model be given these states `[c, D]`, whatever is below it."""
+    calls = []
+
+    def give(_module, _arguments, output):
+        calls.append(output)
+        output["last_hidden_state"] = states[None]
+        return output
+
+    # some heads pass the base model by and ask the decoder within
+    bodies = {id(body): body for body in (model.base_model, model.get_decoder()) if isinstance(body, PreTrainedModel)}
+    hooks = [body.register_forward_hook(give) for body in bodies.values() if body is not model]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        raise NotImplementedError(f"the head of {type(model).__name__} asks another model than its base model for states")
 
 
 class Passes:

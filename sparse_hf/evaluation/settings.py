@@ -48,7 +48,9 @@ class Settings:
             raise ValueError(f"lengths has {short[0]}; the shortest text that is asked about has {SHORTEST} tokens")
         outside = [depth for depth in self.depths if not 0 <= depth <= 1]
         if outside or not self.depths:
-            raise ValueError(f"depths is {self.depths}; give shares of a text between 0 (its beginning) and 1 (its end)")
+            raise ValueError(
+                f"depths is {self.depths}; give shares of a text between 0 (its beginning) and 1 (its end)"
+            )
 
     @property
     def all_lengths(self) -> tuple[int, ...]:

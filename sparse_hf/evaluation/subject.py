@@ -101,7 +101,9 @@ def open_subject(
         # what the folder has by itself comes first
         candidates = [Candidate("as saved"), *candidates]
     if not candidates:
-        raise ValueError("patterns is empty and the model is dense; give at least one, like 'window(255, 0) | first(4)'")
+        raise ValueError(
+            "patterns is empty and the model is dense; give at least one, like 'window(255, 0) | first(4)'"
+        )
     dense = sparsify(loaded, full()).eval()
     contenders = [Contender(DENSE, dense, fingerprint(dense))]
     for candidate in candidates:
@@ -125,7 +127,10 @@ def _kind(model: PreTrainedModel) -> Kind:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} has an encoder and a decoder; evaluate reads decoders and encoders")
-    if getattr(model.config, "implies_pattern", False) or family_of(model.config.model_type).config_class.implies_pattern:
+    if (
+        getattr(model.config, "implies_pattern", False)
+        or family_of(model.config.model_type).config_class.implies_pattern
+    ):
         raise ValueError(
             f"{name} is sparse by itself, so that there is no dense model to stand beside; evaluate reads families that are dense"
         )

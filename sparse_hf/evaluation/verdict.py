@@ -88,10 +88,16 @@ def _losses(name: str, results: dict[str, Found]):
 
     if of("perplexity"):
         dense, own = of("perplexity", "dense")["perplexity"], of("perplexity")["perplexity"]
-        yield _Loss(f"perplexity {own:.2f}, dense {dense:.2f} ({own / dense - 1:+.1%})", own / dense > MOST_PERPLEXITY, own / dense > FAR)
+        yield _Loss(
+            f"perplexity {own:.2f}, dense {dense:.2f} ({own / dense - 1:+.1%})",
+            own / dense > MOST_PERPLEXITY,
+            own / dense > FAR,
+        )
     if of("masked"):
         dense, own = of("masked", "dense")["accuracy"], of("masked")["accuracy"]
-        yield _Loss(f"names {own:.1%} of hidden tokens, dense {dense:.1%}", own * MOST_PERPLEXITY < dense, own * FAR < dense)
+        yield _Loss(
+            f"names {own:.1%} of hidden tokens, dense {dense:.1%}", own * MOST_PERPLEXITY < dense, own * FAR < dense
+        )
     if of("recall"):
         dense, own = of("recall", "dense")["recalled"], of("recall")["recalled"]
         worst = _worst_task(of("recall"), of("recall", "dense"))

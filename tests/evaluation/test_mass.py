@@ -11,7 +11,11 @@ from sparse_hf.testing import AllocationInterceptor
 from tests.oracle import dense_mask
 
 HEADS, GROUPS, DIM = 4, 2, 8
-PATTERNS = ("window(20, 0) & window(None, 0)", "(window(15, 15) | first(2)) & window(None, None)", "stride(7) | window(3, 3)")
+PATTERNS = (
+    "window(20, 0) & window(None, 0)",
+    "(window(15, 15) | first(2)) & window(None, None)",
+    "stride(7) | window(3, 3)",
+)
 
 
 def tensors(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +59,9 @@ def test_kept_mass_is_that_of_the_whole_matrix(length, is_causal, softcap):
 
 def test_kept_and_lost_are_one_together():
     q, k = tensors(150)
-    found = kept_mass(q, k, Scores(0.5), build_plan("window(None, 0)", 150), [build_plan("window(9, 0) | first(1)", 150)], True)
+    found = kept_mass(
+        q, k, Scores(0.5), build_plan("window(None, 0)", 150), [build_plan("window(9, 0) | first(1)", 150)], True
+    )
     whole = found.kept[0].sum() + found.lost[0].sum()
     torch.testing.assert_close(whole, torch.tensor(150.0 * HEADS, dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.dense.sum(-1), torch.full((HEADS,), 150.0, dtype=torch.float64), rtol=1e-6, atol=0)
@@ -85,7 +91,9 @@ def test_heads_have_patterns_of_their_own():
 
 def test_a_query_without_keys_has_no_weight():
     q, k = tensors(40)
-    found = kept_mass(q, k, Scores(1.0), build_plan("first(1) & window(3, 0)", 40), [build_plan("window(9, 0)", 40)], True)
+    found = kept_mass(
+        q, k, Scores(1.0), build_plan("first(1) & window(3, 0)", 40), [build_plan("window(9, 0)", 40)], True
+    )
     assert found.dense.sum() == pytest.approx(4 * HEADS) and bool(torch.isfinite(found.kept).all())
 
 

@@ -40,7 +40,12 @@ class Cost:
             for c, contender in enumerate(setup.subject.contenders):
                 what = {"length": length, "device": str(setup.subject.device)}
                 yield Piece(
-                    self.name, contender.name, what, contender.weights, (4, n, c), partial(_measured, setup, contender, text)
+                    self.name,
+                    contender.name,
+                    what,
+                    contender.weights,
+                    (4, n, c),
+                    partial(_measured, setup, contender, text),
                 )
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
@@ -76,7 +81,11 @@ def _decoding(contender: Contender, ids: Tensor) -> Found:
         for _ in range(TOKENS):
             go_on(contender.model, token, cache)
 
-    return {"seconds_per_token": _seconds(decode, ids.device) / TOKENS, "cache_bytes": size, "cache": type(cache).__name__}
+    return {
+        "seconds_per_token": _seconds(decode, ids.device) / TOKENS,
+        "cache_bytes": size,
+        "cache": type(cache).__name__,
+    }
 
 
 def streaming_cache(contender: Contender) -> Cache | None:

@@ -88,7 +88,9 @@ def measure(setup: Setup, sample: Sample) -> Found:
         options = {"use_cache": False} if subject.is_causal else {}
         subject.dense.model.base_model(input_ids=sample.ids.to(subject.device), **options)
     if not watched.layers:
-        raise ValueError(f"no layer of {type(subject.dense.model).__name__} has attention that coverage can see; leave it out")
+        raise ValueError(
+            f"no layer of {type(subject.dense.model).__name__} has attention that coverage can see; leave it out"
+        )
     lost = watched.lost
     return {
         "distances": ranges(sample.ids.shape[1]),
@@ -121,7 +123,9 @@ class _Watched:
             raise NotImplementedError("coverage knows no bias by distance; leave it out of the probes")
         number = len(self.layers) if module.__dict__.get("layer_idx") is None else module.layer_idx
         scale = arguments.get("scaling")
-        scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), arguments.get("s_aux"))
+        scores = Scores(
+            q.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), arguments.get("s_aux")
+        )
         own = self._plan(self.setup.subject.dense, module, q.device)
         plans = [self._plan(one, module, q.device) for one in self.setup.candidates]
         mass = kept_mass(q[0], k[0], scores, own, plans, self.setup.subject.is_causal)

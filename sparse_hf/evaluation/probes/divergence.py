@@ -36,7 +36,9 @@ class Divergence:
         length = setup.settings.length
         of_candidates = {}
         for name, found in by_candidate(finished).items():
-            one: Found = {"hidden_error": [sum(e) / len(e) for e in zip(*(f["hidden_error"] for f in found), strict=True)]}
+            one: Found = {
+                "hidden_error": [sum(e) / len(e) for e in zip(*(f["hidden_error"] for f in found), strict=True)]
+            }
             if "kl" in found[0]:
                 tokens = added([f["tokens"] for f in found])
                 one |= {
@@ -49,7 +51,9 @@ class Divergence:
 @torch.inference_mode()
 def measure(setup: Setup, contender: Contender, sample: Sample) -> Found:
     dense, other = setup.dense_reading(sample), setup.reading(contender, sample)
-    errors = [float(((b - a).norm(dim=-1) / a.norm(dim=-1)).mean()) for a, b in zip(dense.layers, other.layers, strict=True)]
+    errors = [
+        float(((b - a).norm(dim=-1) / a.norm(dim=-1)).mean()) for a, b in zip(dense.layers, other.layers, strict=True)
+    ]
     if setup.subject.kind == "encoder":
         return {"hidden_error": errors}
     kl, same = [], []

@@ -50,9 +50,7 @@ class Embedding:
                     partial(_whole, setup, contender, sample),
                 )  # fmt: skip
             for name, cut in ((TRUNCATED, _truncated), (CHUNKED, _chunked)):
-                yield Piece(
-                    self.name, name, {**what, "cut": name}, weights, (2, s), partial(cut, setup, dense, sample)
-                )
+                yield Piece(self.name, name, {**what, "cut": name}, weights, (2, s), partial(cut, setup, dense, sample))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         found = by_candidate(finished)

@@ -23,7 +23,9 @@ class Perplexity:
 
     def why_not(self, setup: Setup) -> str | None:
         if setup.subject.kind != "decoder":
-            return f"{type(setup.subject.dense.model).__name__} predicts no next token; perplexity asks models ForCausalLM"
+            return (
+                f"{type(setup.subject.dense.model).__name__} predicts no next token; perplexity asks models ForCausalLM"
+            )
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:

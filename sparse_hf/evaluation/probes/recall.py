@@ -42,11 +42,18 @@ class Recall:
             for c, contender in enumerate(setup.subject.contenders):
                 what = {**where, "prompt": question.prompt, "answers": question.answers}
                 yield Piece(
-                    self.name, contender.name, what, contender.weights, (3, i, c), partial(_asked, setup, contender, question)
+                    self.name,
+                    contender.name,
+                    what,
+                    contender.weights,
+                    (3, i, c),
+                    partial(_asked, setup, contender, question),
                 )
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
-        cells: dict[str, dict[str, dict[tuple, list[Found]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        cells: dict[str, dict[str, dict[tuple, list[Found]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
         for piece in finished:
             where = piece.what
             cells[piece.candidate][where["task"]][where["length"], where["depth"]].append(piece.found)
@@ -55,9 +62,16 @@ class Recall:
             "depths": list(setup.settings.depths),
             "candidates": {
                 name: {
-                    "recalled": _mean([_mean([f["share"] for f in found]) for by_task in tasks.values() for found in by_task.values()]),
-                    "loss": _mean([f["loss"] for by_task in tasks.values() for found in by_task.values() for f in found]),
-                    "tasks": {task: [_cell(*where, found) for where, found in by_task.items()] for task, by_task in tasks.items()},
+                    "recalled": _mean(
+                        [_mean([f["share"] for f in found]) for by_task in tasks.values() for found in by_task.values()]
+                    ),
+                    "loss": _mean(
+                        [f["loss"] for by_task in tasks.values() for found in by_task.values() for f in found]
+                    ),
+                    "tasks": {
+                        task: [_cell(*where, found) for where, found in by_task.items()]
+                        for task, by_task in tasks.items()
+                    },
                 }
                 for name, tasks in cells.items()
             },

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .base import Probe, Setup
-from .coverage import Coverage
 from .cost import Cost
+from .coverage import Coverage
 from .divergence import Divergence
 from .embedding import Embedding
 from .masked import Masked
@@ -12,8 +12,7 @@ from .perplexity import Perplexity
 from .recall import Recall
 
 PROBES: dict[str, Probe] = {
-    probe.name: probe
-    for probe in (Divergence(), Perplexity(), Masked(), Embedding(), Coverage(), Recall(), Cost())
+    probe.name: probe for probe in (Divergence(), Perplexity(), Masked(), Embedding(), Coverage(), Recall(), Cost())
 }
 
 

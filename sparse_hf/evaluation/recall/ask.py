@@ -42,6 +42,10 @@ def _greedy(
     count: int,
 ) -> float:
     """Go on with a reply whose last token the cache has not seen, up to `count` tokens: the share of the answers in it."""
-    while (share := question.share(tokenizer.decode(reply))) < 1 and len(reply) < count and reply[-1] != tokenizer.eos_token_id:
+    while (
+        (share := question.share(tokenizer.decode(reply))) < 1
+        and len(reply) < count
+        and reply[-1] != tokenizer.eos_token_id
+    ):
         reply.append(int(go_on(model, torch.tensor([reply[-1:]], device=model.device), cache)[0, -1].argmax()))
     return share

@@ -35,7 +35,9 @@ class Filler:
         """
         found = [sentence for text in texts for sentence in _sentences(text.content[:MAX_CHARACTERS])]
         if not found:
-            raise ValueError("the texts have no sentence without digits, in which recall could hide its facts; give prose")
+            raise ValueError(
+                "the texts have no sentence without digits, in which recall could hide its facts; give prose"
+            )
         return Filler(tokenizer, found, [len(tokenize(tokenizer, f" {one}", special=False)) for one in found])
 
     def count(self, text: str) -> int:

@@ -146,7 +146,11 @@ def _number(draw: random.Random, digits: int = 5) -> str:
 
 def _passkey(draw: random.Random) -> tuple[list[str], str, tuple[str, ...]]:
     key = _number(draw)
-    return [f"The pass key is {key}. Remember it: {key} is the pass key."], "What is the pass key? The pass key is", (key,)
+    return (
+        [f"The pass key is {key}. Remember it: {key} is the pass key."],
+        "What is the pass key? The pass key is",
+        (key,),
+    )
 
 
 def _needle(draw: random.Random, others: int = 0) -> tuple[list[str], str, tuple[str, ...]]:

@@ -62,9 +62,17 @@ def _frontier(result: Found, letters: Letters) -> Iterator[Figure]:
         ("perplexity", "perplexity", lambda one: one["perplexity"], Axis("perplexity (less is better)", log=True)),
         ("recall", "recall", lambda one: one["recalled"], Axis("facts recalled (more is better)", _share)),
         ("masked", "hidden tokens named", lambda one: one["accuracy"], Axis("hidden tokens named", _share)),
-        ("embedding", "order of retrieval", lambda one: one.get("order", one["cosine"]), Axis("agreement with dense retrieval")),
+        (
+            "embedding",
+            "order of retrieval",
+            lambda one: one.get("order", one["cosine"]),
+            Axis("agreement with dense retrieval"),
+        ),
     ]
-    prices = [("cache_bytes", "bytes of the cache", lambda x: size(x)), ("seconds", "seconds of a pass", lambda x: f"{x:g}")]
+    prices = [
+        ("cache_bytes", "bytes of the cache", lambda x: size(x)),
+        ("seconds", "seconds of a pass", lambda x: f"{x:g}"),
+    ]
     for probe, word, read, axis in kinds:
         if probe not in probes:
             continue
@@ -80,7 +88,12 @@ def _frontier(result: Found, letters: Letters) -> Iterator[Figure]:
                     f"{word} against {price}",
                     f"At {costs['dense'][-1]['length']:,} tokens. A pattern that has another one both to its left and on the better "
                     "side is beaten by it.",
-                    points(series, Axis(price, write, log=True), axis, f"{word} against {price}, a point for each candidate"),
+                    points(
+                        series,
+                        Axis(price, write, log=True),
+                        axis,
+                        f"{word} against {price}, a point for each candidate",
+                    ),
                 )
 
 
@@ -89,9 +102,7 @@ def _by_position(edges: Sequence[int], values: Sequence[float | None]) -> list[t
     return list(zip(middles, values, strict=True))
 
 
-def _lines_by_position(
-    found: Found, key: str, letters: Letters, title: str, text: str, axis: Axis
-) -> Iterator[Figure]:
+def _lines_by_position(found: Found, key: str, letters: Letters, title: str, text: str, axis: Axis) -> Iterator[Figure]:
     drawn = {name: one[key] for name, one in found["candidates"].items() if key in one}
     if drawn:
         series = [letters.series(name, _by_position(found["edges"], values)) for name, values in drawn.items()]
@@ -108,7 +119,12 @@ def _perplexity(found: Found, result: Found, letters: Letters) -> Iterator[Figur
 
 def _masked(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
     yield from _lines_by_position(
-        found, "by_position", letters, "hidden tokens named, by position", "15 % of the tokens are hidden.", Axis("named", _share)
+        found,
+        "by_position",
+        letters,
+        "hidden tokens named, by position",
+        "15 % of the tokens are hidden.",
+        Axis("named", _share),
     )
 
 
@@ -118,7 +134,12 @@ def _divergence(found: Found, result: Found, letters: Letters) -> Iterator[Figur
         Axis("KL (nats)", from_zero=True),
     )  # fmt: skip
     yield from _lines_by_position(
-        found, "same_by_position", letters, "same first answer as dense, by position", "The share of tokens.", Axis("same", _share)
+        found,
+        "same_by_position",
+        letters,
+        "same first answer as dense, by position",
+        "The share of tokens.",
+        Axis("same", _share),
     )
     series = [letters.series(name, list(enumerate(one["hidden_error"]))) for name, one in found["candidates"].items()]
     yield Figure(
@@ -196,7 +217,10 @@ def _recall(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
     )  # fmt: skip
     for name in names:
         cells = [
-            cell for of_task in found["candidates"][name]["tasks"].values() for cell in of_task if cell["depth"] is not None
+            cell
+            for of_task in found["candidates"][name]["tasks"].values()
+            for cell in of_task
+            if cell["depth"] is not None
         ]
         if not cells:
             continue
@@ -225,13 +249,16 @@ def _cost(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
     ]
     for key, title, write in wanted:
         drawn = {
-            name: [(row["length"], row[key]) for row in rows if row.get(key)] for name, rows in found["candidates"].items()
+            name: [(row["length"], row[key]) for row in rows if row.get(key)]
+            for name, rows in found["candidates"].items()
         }
         drawn = {name: at for name, at in drawn.items() if len(at) > 1}
         if drawn:
             axis = Axis("tokens", _whole, log=True, ticks=tuple(found["lengths"]))
             series = [letters.series(name, at) for name, at in drawn.items()]
-            yield Figure(f"{title}, by length", "On this machine.", lines(series, axis, Axis(title, write, log=True), title))
+            yield Figure(
+                f"{title}, by length", "On this machine.", lines(series, axis, Axis(title, write, log=True), title)
+            )
 
 
 DRAWN: dict[str, Callable[[Found, Found, Letters], Iterator[Figure]]] = {

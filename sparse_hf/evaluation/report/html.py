@@ -38,8 +38,8 @@ figure.wide { grid-column: 1 / -1 }
 figure .scroll svg { width: 100%; min-width: 20rem; height: auto; display: block }
 figure.wide .scroll svg { min-width: 34rem }
 figcaption { font-size: .85rem; color: #333 }
-.legend { list-style: none; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .1rem .8rem;
-  font-size: .9rem }
+.legend { list-style: none; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
+  gap: .1rem .8rem; font-size: .9rem }
 .legend li { display: flex; gap: .5rem; align-items: baseline; overflow-wrap: anywhere }
 .swatch { flex: none; align-self: center }
 small, footer { color: #444; font-size: .8rem }
@@ -161,14 +161,16 @@ def _visible(token: str) -> str:
 def _patterns(result: Found, letters: Letters) -> str:
     lines = []
     for one in result["candidates"]:
-        ranges = "<br>".join(f"{escape(where)}: <code>{escape(text)}</code>" for where, text in layer_ranges(one["layers"]))
+        ranges = "<br>".join(
+            f"{escape(where)}: <code>{escape(text)}</code>" for where, text in layer_ranges(one["layers"])
+        )
         lines.append(
             f'<tr><td><b>{letters.letter(one["name"])}</b></td><td class="name">{escape(one["name"])}</td>'
             f'<td class="name" style="max-width:none">{ranges}</td></tr>'
         )
     return (
         '<div class="scroll"><table><thead><tr><th></th><th></th><th style="text-align:left">layers</th></tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

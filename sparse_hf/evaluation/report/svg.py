@@ -79,7 +79,9 @@ class _Scale:
     def _log_ticks(self) -> tuple[float, ...]:
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
             exponents = range(math.floor(self.low), math.ceil(self.high) + 1)
-            found = tuple(f * 10.0**e for e in exponents for f in factors if self.low <= math.log10(f * 10.0**e) <= self.high)
+            found = tuple(
+                f * 10.0**e for e in exponents for f in factors if self.low <= math.log10(f * 10.0**e) <= self.high
+            )
             if len(found) >= 3:
                 return found[:: -(-len(found) // 7)]
         return (10**self.low, 10**self.high)
@@ -117,7 +119,9 @@ def points(series: Sequence[Series], x: Axis, y: Axis, about: str) -> str:
     to_x = _Scale([at for _, at, _ in known], x, LEFT, WIDTH - RIGHT)
     to_y = _Scale([value for _, _, value in known if value is not None], y, HEIGHT - BOTTOM, TOP)
     parts = [*_axes(x, y, to_x, to_y)]
-    places = sorted(((to_y(value), to_x(at), one) for one, at, value in known if value is not None), key=lambda p: p[:2])
+    places = sorted(
+        ((to_y(value), to_x(at), one) for one, at, value in known if value is not None), key=lambda p: p[:2]
+    )
     taken: list[tuple[float, float]] = []
     for py, px, one in places:
         at = px + 8, py + 4
@@ -125,7 +129,9 @@ def points(series: Sequence[Series], x: Axis, y: Axis, about: str) -> str:
         while any(abs(at[0] - a) < 10 and abs(at[1] - b) < 11 for a, b in taken):
             at = at[0] + 11, at[1]
         taken.append(at)
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{one.colour}"><title>{escape(one.name)}</title></circle>')
+        parts.append(
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{one.colour}"><title>{escape(one.name)}</title></circle>'
+        )
         parts.append(_text(at[0], at[1], one.letter, "start", one.colour, bold=True))
     return _picture(parts, WIDTH, HEIGHT, about)
 
@@ -209,9 +215,13 @@ def _axes(x: Axis, y: Axis, to_x: _Scale, to_y: _Scale) -> list[str]:
         parts.append(_text(LEFT - 6, at + 4, y.write(tick), "end"))
     for tick in to_x.ticks:
         at = to_x(tick)
-        parts.append(f'<line x1="{at:.1f}" y1="{HEIGHT - BOTTOM}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM + 4}" stroke="#555"/>')
+        parts.append(
+            f'<line x1="{at:.1f}" y1="{HEIGHT - BOTTOM}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM + 4}" stroke="#555"/>'
+        )
         parts.append(_text(at, HEIGHT - BOTTOM + 17, x.write(tick), "middle"))
-    parts.append(f'<line x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}" stroke="#555"/>')
+    parts.append(
+        f'<line x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}" stroke="#555"/>'
+    )
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x.title, "middle"))
     parts.append(_upright(14, (TOP + HEIGHT - BOTTOM) / 2, y.title))
     return parts

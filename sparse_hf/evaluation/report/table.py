@@ -58,7 +58,9 @@ def size(count: float) -> str:
 
 def rows(result: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and a row for each candidate; figures that were not measured have no column."""
-    found = [(column, result["probes"][column.probe]["candidates"]) for column in COLUMNS if column.probe in result["probes"]]
+    found = [
+        (column, result["probes"][column.probe]["candidates"]) for column in COLUMNS if column.probe in result["probes"]
+    ]
     # rows that only one probe has come last
     names = dict.fromkeys([one["name"] for one in result["candidates"]])
     names |= dict.fromkeys(name for _, of_probe in found for name in of_probe)
