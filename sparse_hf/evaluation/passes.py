@@ -77,7 +77,9 @@ def _given(model: PreTrainedModel, states: Tensor) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     if not calls:
-        raise NotImplementedError(f"the head of {type(model).__name__} asks another model than its base model for states")
+        raise NotImplementedError(
+            f"the head of {type(model).__name__} asks another model than its base model for states"
+        )
 
 
 class Passes:

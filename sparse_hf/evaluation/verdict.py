@@ -143,7 +143,7 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
         return
     worst = worst_layers(contender.name, results, sparse)
     if worst:
-        spelt = ", ".join(f"{layer}=dense" for layer in sorted(worst))
+        spelt = ", ".join(f"{layer}=dense" for layer in sorted({*worst, *(set(range(len(texts))) - set(sparse))}))
         yield f"keep dense the layers that lose most attention: layers={spelt!r}"
     elif len(sparse) == len(texts):
         yield "keep every fourth layer dense: layers='0-/4=dense'"

@@ -127,13 +127,12 @@ def test_hidden_tokens_are_named_as_the_stock_model_names_them():
     assert len(hidden) == round(0.15 * QUICK.length)
 
 
+@torch.no_grad()
 def test_embeddings_stand_beside_those_of_less_text():
     dense = tiny_model("BertModel")
     texts = [TEXT, TEXT[500:], TEXT[900:] + TEXT]
     settings = Settings(length=600, lengths=(64,), progress=False)
-    found = run(
-        dense, ["window(700, 700)", "window(4, 4)"], texts, probes=["embedding"], settings=settings
-    )
+    found = run(dense, ["window(700, 700)", "window(4, 4)"], texts, probes=["embedding"], settings=settings)
     own = found["embedding"]["candidates"]
     ids = [ids_of(text, 600) for text in texts]
     whole = torch.nn.functional.normalize(torch.cat([dense(one).last_hidden_state.mean(1) for one in ids]), dim=-1)

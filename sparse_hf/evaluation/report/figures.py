@@ -70,13 +70,13 @@ def _frontier(result: Found, letters: Letters) -> Iterator[Figure]:
         ),
     ]
     prices = [
-        ("cache_bytes", "bytes of the cache", lambda x: size(x)),
-        ("seconds", "seconds of a pass", lambda x: f"{x:g}"),
+        ("cache_bytes", Axis("bytes of the cache", size, log=True, base=2)),
+        ("seconds", Axis("seconds of a pass", lambda x: f"{x:g}", log=True)),
     ]
     for probe, word, read, axis in kinds:
         if probe not in probes:
             continue
-        for key, price, write in prices:
+        for key, price in prices:
             found = {
                 name: (rows[-1][key], read(probes[probe]["candidates"][name]))
                 for name, rows in costs.items()
@@ -85,14 +85,14 @@ def _frontier(result: Found, letters: Letters) -> Iterator[Figure]:
             if found:
                 series = [letters.series(name, [at]) for name, at in found.items()]
                 yield Figure(
-                    f"{word} against {price}",
+                    f"{word} against {price.title}",
                     f"At {costs['dense'][-1]['length']:,} tokens. A pattern that has another one both to its left and on the better "
                     "side is beaten by it.",
                     points(
                         series,
-                        Axis(price, write, log=True),
+                        price,
                         axis,
-                        f"{word} against {price}, a point for each candidate",
+                        f"{word} against {price.title}, a point for each candidate",
                     ),
                 )
 
@@ -243,11 +243,11 @@ def _recall(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
 
 def _cost(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
     wanted = [
-        ("seconds", "seconds of a pass", lambda x: f"{x:g}"),
-        ("seconds_per_token", "ms per new token", lambda x: f"{1000 * x:g}"),
-        ("cache_bytes", "bytes of the cache", lambda x: size(x)),
+        ("seconds", Axis("seconds of a pass", lambda x: f"{x:g}", log=True)),
+        ("seconds_per_token", Axis("ms per new token", lambda x: f"{1000 * x:g}", log=True)),
+        ("cache_bytes", Axis("bytes of the cache", size, log=True, base=2)),
     ]
-    for key, title, write in wanted:
+    for key, y in wanted:
         drawn = {
             name: [(row["length"], row[key]) for row in rows if row.get(key)]
             for name, rows in found["candidates"].items()
@@ -256,9 +256,7 @@ def _cost(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
         if drawn:
             axis = Axis("tokens", _whole, log=True, ticks=tuple(found["lengths"]))
             series = [letters.series(name, at) for name, at in drawn.items()]
-            yield Figure(
-                f"{title}, by length", "On this machine.", lines(series, axis, Axis(title, write, log=True), title)
-            )
+            yield Figure(f"{y.title}, by length", "On this machine.", lines(series, axis, y, y.title))
 
 
 DRAWN: dict[str, Callable[[Found, Found, Letters], Iterator[Figure]]] = {

@@ -35,8 +35,8 @@ td.name { text-align: left; max-width: 19rem; white-space: normal; min-width: 9r
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem 1.6rem }
 figure { margin: 0; break-inside: avoid }
 figure.wide { grid-column: 1 / -1 }
-figure .scroll svg { width: 100%; min-width: 20rem; height: auto; display: block }
-figure.wide .scroll svg { min-width: 34rem }
+figure svg { height: auto; display: block; max-width: none }
+figure svg.wide { width: 100%; min-width: 20rem }
 figcaption { font-size: .85rem; color: #333 }
 .legend { list-style: none; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
   gap: .1rem .8rem; font-size: .9rem }
@@ -45,7 +45,7 @@ figcaption { font-size: .85rem; color: #333 }
 small, footer { color: #444; font-size: .8rem }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } .scroll { overflow: visible }
   .figures { grid-template-columns: 1fr 1fr; gap: .6rem 1rem } .verdicts { grid-template-columns: 1fr 1fr }
-  figure .scroll svg, figure.wide .scroll svg { min-width: 0 } table { font-size: 7.5pt } th, td { padding: .1rem .3rem; min-width: 0 }
+  figure svg, figure svg.wide { min-width: 0; max-width: 100% } table { font-size: 7.5pt } th, td { padding: .1rem .3rem; min-width: 0 }
   h2 { break-after: avoid } }
 """
 

@@ -40,11 +40,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis says, and how it writes its numbers; `log` for what grows by factors."""
+    """What an axis says, and how it writes its numbers; `log` for what grows by factors, of 2 where numbers are bytes."""
 
     title: str
     write: Callable[[float], str] = lambda x: f"{x:g}"
     log: bool = False
+    base: int = 10
     ticks: tuple[float, ...] = ()
     # whether it begins at zero though no point is there
     from_zero: bool = False
@@ -58,7 +59,7 @@ class _Scale:
         low = 0.0 if axis.from_zero and not axis.log else low
         if high <= low:
             low, high = (low / 2, high * 2) if axis.log and low > 0 else (low - 0.5, high + 0.5)
-        self.log, self.begin, self.end = axis.log, begin, end
+        self.log, self.base, self.begin, self.end = axis.log, axis.base, begin, end
         self.low, self.high = (math.log10(low), math.log10(high)) if axis.log else (low, high)
         if not axis.from_zero and not axis.ticks:
             room = (self.high - self.low) * 0.05
@@ -77,6 +78,9 @@ class _Scale:
         return tuple(round(i * step, 10) for i in range(first, int(self.high / step + 1e-9) + 1))
 
     def _log_ticks(self) -> tuple[float, ...]:
+        if self.base == 2:
+            found = range(math.ceil(self.low / math.log10(2)), math.floor(self.high / math.log10(2)) + 1)
+            return tuple(2.0**exponent for exponent in found[:: max(1, -(-len(found) // 6))])
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
             exponents = range(math.floor(self.low), math.ceil(self.high) + 1)
             found = tuple(
@@ -122,16 +126,17 @@ def points(series: Sequence[Series], x: Axis, y: Axis, about: str) -> str:
     places = sorted(
         ((to_y(value), to_x(at), one) for one, at, value in known if value is not None), key=lambda p: p[:2]
     )
-    taken: list[tuple[float, float]] = []
     for py, px, one in places:
-        at = px + 8, py + 4
-        # letters of points that lie together stand one behind the other
-        while any(abs(at[0] - a) < 10 and abs(at[1] - b) < 11 for a, b in taken):
-            at = at[0] + 11, at[1]
-        taken.append(at)
         parts.append(
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{one.colour}"><title>{escape(one.name)}</title></circle>'
         )
+    taken = [(px, py + 4) for py, px, _ in places]
+    for py, px, one in places:
+        at = px + 8, py + 4
+        # letters of points that lie together stand one behind the other
+        while any(abs(at[0] - a) < 11 and abs(at[1] - b) < 11 for a, b in taken if (a, b) != (px, py + 4)):
+            at = at[0] + 11, at[1]
+        taken.append(at)
         parts.append(_text(at[0], at[1], one.letter, "start", one.colour, bold=True))
     return _picture(parts, WIDTH, HEIGHT, about)
 
@@ -154,7 +159,7 @@ class Grid:
 def heat_map(grid: Grid, about: str) -> str:
     """The values of a grid as shades, dark where there is much."""
     width, height = grid.cell
-    left = 8 + max((len(row) for row in grid.rows), default=0) * 6.6 + (16 if grid.row_title else 0)
+    left = 8 + max((len(row) for row in grid.rows), default=0) * 7.5 + (20 if grid.row_title else 0)
     top = 6
     total = left + width * len(grid.columns) + 8
     bottom = top + height * len(grid.rows)
@@ -172,7 +177,7 @@ def heat_map(grid: Grid, about: str) -> str:
         parts.append(_text((left + total) / 2, bottom + 32, grid.column_title, "middle"))
     if grid.row_title:
         parts.append(_upright(12, (top + bottom) / 2, grid.row_title))
-    return _picture(parts, total, bottom + (38 if grid.column_title else 22), about)
+    return _picture(parts, total, bottom + (38 if grid.column_title else 22), about, is_fixed=True)
 
 
 def _cell(grid: Grid, x: float, y: float, value: float | None, what: str) -> list[str]:
@@ -249,8 +254,10 @@ def _upright(x: float, y: float, what: str) -> str:
     return f'<text transform="translate({x:.1f} {y:.1f}) rotate(-90)" text-anchor="middle" fill="#222">{escape(what)}</text>'
 
 
-def _picture(parts: Sequence[str], width: float, height: float, about: str) -> str:
+def _picture(parts: Sequence[str], width: float, height: float, about: str, is_fixed: bool = False) -> str:
+    """The picture, as wide as its column, or `is_fixed` to its own width."""
+    kind = f'style="width:{width:.0f}px"' if is_fixed else 'class="wide"'
     return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.25:.0f}px" font-size="{FONT}" role="img" '
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" {kind} font-size="{FONT}" role="img" '
         f'aria-label="{escape(about)}">{"".join(parts)}</svg>'
     )
