@@ -83,3 +83,24 @@ def test_several_turns_with_one_cache(graphs):
         assert torch.equal(got, right)
         text = torch.cat((right, prompt(length=5)["input_ids"]), 1)
     assert len(found) == 1
+
+
+def test_no_step_waits_for_what_the_mask_holds(graphs):
+    """The mask is looked at once, before the prompt: an operator that waits for the device would cut CUDA graphs at each layer."""
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    config, found = graphs
+    model.generate(**prompt(), **how(cache_implementation="static", compile_config=config))
+    (graph,) = found
+    operators = [node.target for node in graph.graph.nodes if "sparse_hf" in str(node.target)]
+    assert operators and all(torch.Tag.cudagraph_unsafe not in operator.tags for operator in operators)
+
+
+@pytest.mark.parametrize("padded", [slice(16, None), slice(6, 9)], ids=["behind", "inside"])
+def test_a_prompt_with_padding_in_the_way_runs_without_compilation(padded, graphs):
+    config, found = graphs
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    inputs = prompt()
+    inputs["attention_mask"][1, padded] = 0
+    right = model.generate(**inputs, **how(use_cache=False))
+    assert torch.equal(model.generate(**inputs, **how(cache_implementation="static", compile_config=config)), right)
+    assert not found

@@ -28,7 +28,7 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
-from .inner_padding import PaddingFirst, counts_positions
+from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
 from .pages import paged_attention
@@ -144,7 +144,7 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
     bounds = kwargs.get("cu_seq_lens_k", kwargs.get("cu_seq_lens_q"))
     # of an encoder-decoder, the encoder's tokens are marked
     marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
-    return TokenData(positions, bounds, marks)
+    return TokenData(positions, bounds, marks, bool(kwargs.get(CHECKED)))
 
 
 def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,14 +188,13 @@ class SparseConfigMixin(_Config):
         found = super().get_text_config(decoder, encoder)
         types = getattr(found, "layer_types", None)
         slides = getattr(found, "sliding_window", None) is not None if types is None else "sliding_attention" in types
-        # an encoder's configuration has no word on caches, and what is set on it must not be set on a copy
+        # an encoder's configuration has no word on caches
         if not decoder or encoder or not slides or not hasattr(found, "use_cache"):
             return found
-        twin = copy.copy(found)
-        # layers of another kind than attention keep states of their own
-        kinds = types or ["sliding_attention"] * found.num_hidden_layers
-        twin.__dict__["layer_types"] = ["full_attention" if kind in SLIDING_KINDS else kind for kind in kinds]
-        return twin
+        view = object.__new__(_for_caches(type(found)))
+        # libraries set values on what they get here, which must be those of the model's own
+        view.__dict__ = found.__dict__
+        return view
 
     @contextmanager
     def saved_as(self, numbers: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
@@ -391,6 +389,27 @@ def _cut(pattern: Pattern, window: Pattern | None) -> Pattern:
     if pattern.heads:
         return type(pattern)(*(_cut(p, window) for p in pattern.heads))
     return pattern & window
+
+
+@lru_cache
+def _for_caches(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of views of a configuration's values to which no layer slides."""
+
+    def layer_types(self) -> list[str]:
+        # layers of another kind than attention keep states of their own
+        kinds = self.__dict__.get("layer_types") or ["sliding_attention"] * self.num_hidden_layers
+        return ["full_attention" if kind in SLIDING_KINDS else kind for kind in kinds]
+
+    def set_types(self, kinds: list[str] | None) -> None:
+        self.__dict__["layer_types"] = kinds
+
+    # a view is saved, copied and pickled as what it shows
+    members = {"layer_types": property(layer_types, set_types), "__reduce__": _shown, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), members)
+
+
+def _shown(view: PreTrainedConfig) -> tuple:
+    return object.__new__, (type(view).__mro__[1],), view.__dict__
 
 
 # a graph takes the answer as a constant instead of tracing the parser

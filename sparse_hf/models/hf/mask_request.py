@@ -58,11 +58,13 @@ class TokenData:
         positions: `[B or 1, Q]`, from which packed documents are read.
         bounds: `cu_seq_lens` of the keys: where documents begin in a single row, and the end of the last.
         marks: `[B, K]` or of fewer keys, the `global_attention_mask`.
+        padding_is_outer: has somebody seen already that no padding stands between tokens of a text?
     """
 
     positions: Tensor | None = None
     bounds: Tensor | None = None
     marks: Tensor | None = None
+    padding_is_outer: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -168,9 +170,16 @@ class MaskRequest:
     def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """The same where nothing can be read off tensors: padding inside a row is refused when the graph runs."""
         real, documents = self.attention_mask, self._documents(tokens, query, key)
-        if real is not None and shifts and not in_onnx_export():
-            real = without_inner_padding(real, documents)
+        if real is not None and shifts and not tokens.padding_is_outer and not in_onnx_export():
+            real = self._checked(real, documents)
         return Batch(of_batch(real, documents, _marks(tokens.marks, query, key, None)))
+
+    def _checked(self, real: Tensor, documents: Tensor | None) -> Tensor:
+        """`real`, looked at once for layers that ask the same: each look waits for the device."""
+        own = "checked", documents is None
+        if own not in self.memo:
+            self.memo[own] = without_inner_padding(real, documents)
+        return self.memo[own]
 
     def _documents(self, tokens: TokenData, query: Tensor, key: Tensor) -> Tensor | None:
         """The numbers of packed documents `[B, K]`. Whole sequences only (no cache)."""

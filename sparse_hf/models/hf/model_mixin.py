@@ -25,6 +25,7 @@ from .cache import (
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
@@ -162,6 +163,7 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
         keep_all(given_cache(model_kwargs), 0, max_length)
+        _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
@@ -178,6 +180,34 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         return known or make_manager(self, generation_config, continuous_batching_config, workload_hints)
 
 
+def _look_at_padding(config: SparseConfigMixin, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Look at a prompt's mask once, for compiled steps behind it, where each look would wait for the device.
+
+    Args:
+        generation_config: `disable_compile` is set, with a warning, where compiled steps could not count positions.
+        kwargs: of the model in `generate`, with the cache, which remembers for this call what was seen.
+    """
+    cache, mask = (
+        given_cache(kwargs),
+        kwargs.get("decoder_attention_mask" if config.is_encoder_decoder else "attention_mask"),
+    )
+    if cache is None or not cache.is_compileable or mask is None or mask.ndim != 2:
+        return
+    is_outer = not has_padding_in_the_way(mask)
+    setattr(cache, CHECKED, is_outer)
+    stack = "decoder" if config.is_encoder_decoder else ""
+    if (
+        not is_outer
+        and not generation_config.disable_compile
+        and any(map(counts_positions, config.layer_patterns(stack)))
+    ):
+        generation_config.disable_compile = True
+        logger.warning_once(
+            "attention_mask has padding behind or between a prompt's real tokens, which compiled code cannot count around: this call "
+            "runs without compilation; pad on the left for speed"
+        )
+
+
 def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """`prepare_inputs_for_generation` with marks and the user's cache; `generate` reads the parent's signature off it."""
     names = list(inspect.signature(parent).parameters)[2:]
@@ -190,6 +220,8 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
+        if getattr(given_cache(given), CHECKED, False):
+            inputs[CHECKED] = True
         marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
             inputs["global_attention_mask"] = over_slots(marks, given)
@@ -224,6 +256,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             if "page_bounds" not in kwargs:
                 kwargs["page_bounds"] = bounds_of_pages(kwargs)
             return parent(self, *args, **kwargs)
+        if not takes_more:
+            kwargs.pop(CHECKED, None)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
