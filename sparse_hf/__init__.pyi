@@ -2,11 +2,13 @@
 
 from . import attention as attention
 from . import conversion as conversion
+from . import evaluation as evaluation
 from . import models as models
 from . import pattern as pattern
 from . import plan as plan
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
+from .evaluation import evaluate as evaluate
 from .models import FAMILIES as FAMILIES
 from .models import Family as Family
 from .models import Positions as Positions
@@ -268,6 +270,7 @@ __all__ = [
     "BlockPlan",
     "build_plan",
     "convert",
+    "evaluate",
     "sparse_attention",
     "FAMILIES",
     "Family",

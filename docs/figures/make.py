@@ -182,7 +182,7 @@ def backends() -> Figure:
 
 # room, what it is, and where it stands: left, bottom, width, height
 FLOORS = (
-    ("cli.py", "the command sparse-hf", 0.2, 3.72, 6.6, 0.56),
+    ("cli/", "the command sparse-hf", 0.2, 3.72, 6.6, 0.56),
     ("conversion/", "checkpoint to checkpoint", 0.2, 3.0, 2.1, 0.56),
     ("train/", "fine-tuning, healing", 2.45, 3.0, 2.1, 0.56),
     ("bench/", "is it fast?", 4.7, 3.0, 2.1, 0.56),

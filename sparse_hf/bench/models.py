@@ -22,6 +22,7 @@ from .measure import (
     Timer,
     check_dtype,
     chosen_device,
+    forget_compiled,
     held_bytes,
     measured,
     peak_bytes,
@@ -213,7 +214,7 @@ def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
     others = {}
     for other in filter(None, case.implementations[1:]):
         others[other] = measured({}, partial(check, other), REFUSALS)
-        _forget_compiled(device)
+        forget_compiled(device)
     return Errors(theirs, ours, others)
 
 
@@ -255,13 +256,6 @@ def _errors(got: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, ...]
     return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right[: len(got)], strict=True))
 
 
-def _forget_compiled(device: torch.device) -> None:
-    """Drop what was compiled for the last length, and memory that nothing holds."""
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _stock_name(name: str, implementation: str | None, mode: str | None = None) -> str:
     return f"{name}, transformers" + (f" ({implementation})" if implementation else "") + _compiled(mode)
 
@@ -290,7 +284,7 @@ def _one_length(
             may_refuse = implementation in case.implementations[1:] or (of and kind != "ours")
             work = partial(_figures, case, row, shape, errors, timer)
             yield measured(row, work, REFUSALS if may_refuse else ())
-        _forget_compiled(timer.device)
+        forget_compiled(timer.device)
 
 
 def _figures_text(row: Row) -> str:

@@ -14,6 +14,7 @@ from ..models.hf.layer_spec import LayersLike
 from ..pattern.like import PatternLike
 from .carry import carry, has_tokenizer
 from .folder import check_target, keep_apart, whole_folder
+from .generation import write_cache
 from .gguf import dequantise, is_gguf, read_gguf
 from .prepare import Choice, Prepared, prepare
 from .processors import declare_classes, set_limit
@@ -39,6 +40,7 @@ def convert(
     positions: str = "tile",
     rope: str | None = None,
     global_token_ids: Sequence[int] = (),
+    cache: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -57,6 +59,9 @@ def convert(
         positions: how learned tables of positions grow, by tiled copy ("tile") or along straight lines ("interpolate").
         rope: how rotary angles are scaled to a greater `max_length`, "yarn" or "linear"; by default not at all.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        cache: the `cache_implementation` with which `generate` decodes, written to `generation_config.json`: "streaming" (bounded
+            memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
+            else what the dense folder says.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
 
@@ -68,7 +73,7 @@ def convert(
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     # the danger that matters most is told of first; a hub id is no path yet
     keep_apart(Path(source), Path(out))
     target = check_target(out, overwrite)
@@ -90,13 +95,14 @@ def describe_conversion(
     positions: str = "tile",
     rope: str | None = None,
     global_token_ids: Sequence[int] = (),
+    cache: str | None = None,
 ) -> dict:
     """What `convert` would write into `conversion.json`, after the same checks; only headers are read.
 
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
     if is_gguf(source):
         return describe(prepare(read_gguf(Path(source)), choice))
     return describe(prepare(open_source(find_folder(source), _name(source)), choice))
@@ -124,6 +130,7 @@ def _write(prepared: Prepared, target: Path, progress: bool) -> None:
             set_limit(folder, prepared.limit, has_tokenizer(prepared.carried, source.folder))
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
+        write_cache(folder, prepared.config, prepared.cache)
         # last, so that a folder without it never loads
         prepared.config.save_pretrained(folder)
 

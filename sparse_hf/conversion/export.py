@@ -17,6 +17,7 @@ from ..pattern.base import Intersection, Union
 from .carry import carry
 from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
 from .folder import check_target, keep_apart, whole_folder
+from .generation import forget_streaming
 from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
@@ -118,6 +119,7 @@ def _write(source: Source, family: Family, values: dict, target: Path, *, is_nat
         write_weights(work, folder, advance)
         carry(carried, source.folder, folder)
         declare_classes(folder, tokenizer, family.dense_type)
+        forget_streaming(folder)
         if slides_over_one and model.can_generate():
             _keep_one_key(config, folder)
         # last, so that a folder without it never loads

@@ -15,6 +15,7 @@ from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
 from ..pattern.like import PatternLike
 from .check import check_fits, is_causal, meta_model, sparse_config
+from .generation import CacheChoice, choose_cache
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
@@ -31,6 +32,7 @@ class Choice:
     positions: str = "tile"
     rope: str | None = None
     global_token_ids: tuple[int, ...] = ()
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Prepared:
         tokenizer: the class that reads the tokenizer, where there is one.
         limit: the most tokens that the tokenizer shall give, where the model or the user sets one.
         lengths: tokens that the model takes before and after, where anything limits them.
+        cache: what `generate` decodes with; None for a model that does not generate.
         warnings: what the user should know before the result is used, one sentence each.
     """
 
@@ -55,6 +58,7 @@ class Prepared:
     limit: TokenLimit | None
     lengths: tuple[int | None, int | None]
     is_causal: bool
+    cache: CacheChoice | None
     warnings: tuple[str, ...]
 
 
@@ -97,6 +101,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
         limit=_limit(choice, family, lengths[1]),
         lengths=lengths,
         is_causal=is_causal(model),
+        cache=choose_cache(config, model, choice.cache),
         warnings=(*warnings, *mark_warnings(config, family, config.architectures)),
     )
 

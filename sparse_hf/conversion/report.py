@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 
+from ..models.names import STREAMING
 from ..pattern import Marked, Pattern
 from ..plan import build_plan
 from ..version import __version__
@@ -52,6 +53,7 @@ def describe(prepared: Prepared) -> dict:
         "carried": [path.relative_to(prepared.source.folder).as_posix() for path in prepared.carried],
         "tokenizer_max_length": limits,
         "tokenizer_class": tokenizer,
+        "cache": None if prepared.cache is None else prepared.cache._asdict(),
         "note": _note(prepared),
         "warnings": list(prepared.warnings),
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
@@ -141,6 +143,7 @@ def report_text(report: dict) -> str:
         f"Not touched: {report['unchanged']['tensors']:,} tensors, {report['unchanged']['bytes']:,} bytes",
     ]
     lines += _tokenizer_lines(report)
+    lines += _cache_lines(report)
     lines += [f"Note: {warning}" for warning in report.get("warnings", ())]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n".join([*lines, f"Written by {versions}", ""])
@@ -180,6 +183,19 @@ def _tokenizer_lines(report: dict) -> Iterator[str]:
         declared, taken = report["tokenizer_class"]
         named = f"the source names {declared}" if declared else "the source names none"
         yield f"Tokenizer's class: {taken}, which Transformers takes for {report['family']}; {named}"
+
+
+def _cache_lines(report: dict) -> Iterator[str]:
+    # reports of earlier versions have no such key
+    cache = report.get("cache")
+    if cache is None:
+        return
+    if cache["name"] == STREAMING:
+        yield "Cache: generate decodes with cache_implementation='streaming', in memory that does not grow with the text"
+    elif cache["name"] is not None:
+        yield f"Cache: generate decodes with cache_implementation={cache['name']!r}"
+    else:
+        yield f"Cache: generate keeps all keys; {cache['why_not_streaming']}"
 
 
 def _left_out_lines(left_out: dict) -> Iterator[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..bench import environment
-from ..pattern import Pattern
-from .candidates import Candidate, read_candidates
+from ..pattern import Pattern, full
+from .candidates import DENSE, Candidate, read_candidates
 from .evaluation import Evaluation
 from .pieces import Finished, Found, finish
 from .probes.base import Setup
@@ -124,9 +124,10 @@ def _description(setup: Setup) -> Found:
             "repeats": setup.settings.repeats,
             "seed": setup.settings.seed,
         },
-        "candidates": [_spelt(contender, subject.is_causal) for contender in subject.contenders],
+        "candidates": [_spelt(contender) for contender in subject.contenders],
     }
 
 
-def _spelt(contender: Contender, is_causal: bool) -> Found:
-    return {"name": contender.name, "layers": contender.layer_patterns(is_causal)}
+def _spelt(contender: Contender) -> Found:
+    patterns = contender.config.layer_patterns("")
+    return {"name": contender.name, "layers": [DENSE if text == str(full()) else text for text in patterns]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..models.hf.layer_spec import LayersLike
@@ -49,6 +49,10 @@ class Candidate:
             )
         return Candidate(name.strip() if colon else written.strip(), Pattern.parse(pattern), layers or None)
 
+    def with_layers(self, layers: str | None) -> Candidate:
+        """The candidate with these layers, if it names none itself and has a pattern."""
+        return self if layers is None or self.layers or self.folder else replace(self, layers=layers)
+
 
 def read_candidates(patterns: object) -> list[Candidate]:
     """Candidates from what users give: one of them or several, or a mapping from names.
@@ -84,5 +88,4 @@ def _candidate(what: object) -> Candidate:
 
 
 def _named(name: str, what: object) -> Candidate:
-    found = _candidate(what)
-    return Candidate(name, found.pattern, found.layers, found.folder)
+    return replace(_candidate(what), name=name)

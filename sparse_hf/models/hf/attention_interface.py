@@ -103,22 +103,26 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
-    if kwargs.get("streaming_cache") is not None:
-        _check_streaming(kwargs["streaming_cache"], module.layer_idx, pattern, opaque)
-        request = request.of_held(kwargs["streaming_cache"], query, key)
+    streaming = kwargs.get("streaming_cache")
+    if streaming is not None:
+        _check_streaming(streaming, module.layer_idx, pattern, opaque)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
-    shifts = not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
+    if streaming is not None:
+        if streaming.in_place:
+            filled = streaming.filled(module.layer_idx, query.shape[2])
+            return _over_slots(query, key, value, filled, pattern, scoring, sinks), None
+        request = request.of_held(streaming, module.layer_idx, query, key)
+    shifts = not stack.counts_padding and counts_positions(pattern)
+    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     real, documents, marks = batch.info.tensors
-    by_slots = opaque is None and sinks is None and documents is None and backend == "auto"
+    by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
-        out = slots_attention(query, key, value, filled, pattern, scoring)
-        return out.transpose(1, 2).contiguous(), None
+        return _over_slots(query, key, value, filled, pattern, scoring, sinks), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
         wants_lse=sinks is not None,
@@ -152,6 +156,16 @@ def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, patter
     if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS or scoring.bias is not None:
         return False
     return not torch.is_grad_enabled() and takes_slots(pattern)
+
+
+def _over_slots(
+    query: Tensor, key: Tensor, value: Tensor, filled: Filled, pattern: str, scoring: Scoring, sinks: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Q, H, D]` to the slots of a cache as they lie."""
+    out, lse = slots_attention(query, key, value, filled, pattern, scoring, wants_lse=sinks is not None)
+    if sinks is not None:
+        out = with_sink(out, lse, sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Container, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, EncoderDecoderCache
@@ -18,8 +19,10 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
+from ..names import STREAMING
 from .config import SparseConfigMixin
-from .streaming_cache import StreamingCache
+from .inner_padding import has_padding_in_the_way
+from .streaming_cache import StreamingCache, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +54,8 @@ def cached_tokens(cache: Cache | None) -> int:
 def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
     """`[B, N]` of the tokens so far, as `[B, K]` over all slots of a cache whose graph of a step is to serve all steps.
 
+    A streaming cache has no slots for them: it knows the padding behind a prompt itself, and needs none.
+
     Args:
         of_tokens: a mask or marks, zeros where nobody is yet.
         kwargs: arguments of `prepare_inputs_for_generation`. The prompt is computed without a graph, and others' caches grow.
@@ -58,6 +63,8 @@ def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | 
     cache = given_cache(kwargs)
     if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
         return of_tokens
+    if isinstance(cache, StreamingCache):
+        return None if cache.rows else of_tokens
     return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
@@ -76,8 +83,9 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2])
-    _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
+    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2], config._attn_implementation == "sparse")
+    if not torch.compiler.is_compiling():
+        _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
@@ -154,6 +162,50 @@ def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
         if embeddings is not None and kwargs.get("is_first_iteration"):
             new = embeddings.shape[1]
     return cached_tokens(given_cache(kwargs)) + new
+
+
+def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> StreamingCache | None:
+    """The streaming cache that `generate` shall go on with, as an argument of its steps; None if it shall take another.
+
+    `cache_implementation="streaming"` asks for it. A draft is decoded behind one wherever it can be.
+
+    Args:
+        model: that generates.
+        generation_config: of this call; what it says of a cache that is made here is taken from it.
+        kwargs: of the model in `generate`; the cache is put among them.
+
+    Raises:
+        ValueError: the model cannot be decoded so; the message names the layer and its pattern.
+    """
+    is_named, given = generation_config.cache_implementation == STREAMING, given_cache(kwargs)
+    drafts = bool(generation_config.is_assistant) and generation_config.cache_implementation is None
+    if not is_named and not drafts or generation_config.use_cache is False:
+        return None
+    if given is not None:
+        if is_named and model.generation_config.cache_implementation == STREAMING:
+            # what a folder says of all calls gives way to what this call says
+            generation_config.cache_implementation = None
+        return None
+    if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
+        return None
+    cache, mask = StreamingCache(model.config), kwargs.get("attention_mask")
+    generation_config.cache_implementation = None
+    if mask is not None and has_padding_in_the_way(mask):
+        logger.warning_once(
+            "attention_mask has padding behind or between a prompt's real tokens, which a streaming cache cannot tell from others: this "
+            "call keeps all keys instead (DynamicCache); pad on the left"
+        )
+        return None
+    takes = inspect.signature(model.forward).parameters
+    kwargs[next(name for name in CACHE_NAMES if name in takes)] = cache
+    return cache
+
+
+def prepare_cache(cache: Cache | None, length: int) -> None:
+    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would."""
+    if isinstance(cache, StreamingCache):
+        cache.make_room(length)
+    keep_all(cache, 0, length)
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

@@ -136,14 +136,20 @@ class MaskRequest:
             self.memo[own] = read_mask_function(self.mask_function, module_is_causal, self.own)
         return self.memo[own]
 
-    def of_held(self, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
-        """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
-        held = key.shape[2]
-        own = "held", held, key.device
+    def of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        """The request in numbers of the keys that a layer of a cache gave: those that are held in order, and the queries' own."""
+        if torch.compiler.is_compiling():
+            return self._of_held(cache, layer, query, key)
+        # layers that keep the same share it, and with it their plan
+        own = "held", cache.layers[layer].kept, key.shape[2], key.device
         if own not in self.memo:
-            real = cache.real(held, key.device)
-            self.memo[own] = MaskRequest(real, self.mask_function, held - query.shape[2], own=self.own)
+            self.memo[own] = self._of_held(cache, layer, query, key)
         return self.memo[own]
+
+    def _of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        held, new = key.shape[2], query.shape[2]
+        real = cache.real(layer, held, new, key.shape[0])
+        return MaskRequest(real, self.mask_function, held - new, reads_documents=False, own=self.own)
 
     def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """Padding, documents and marks of a layer, made once for layers that hand over the same tensors."""

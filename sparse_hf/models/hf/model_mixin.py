@@ -19,8 +19,10 @@ from .cache import (
     given_cache,
     keep_all,
     lost_cache,
+    named_streaming,
     new_tokens,
     over_slots,
+    prepare_cache,
 )
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
@@ -32,6 +34,7 @@ from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
+from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 
 logger = logging.get_logger(__name__)
@@ -160,14 +163,25 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        streaming = named_streaming(self, generation_config, model_kwargs)
+        if streaming is not None and generation_config.is_assistant:
+            streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        keep_all(given_cache(model_kwargs), 0, max_length)
+        prepare_cache(given_cache(model_kwargs), max_length)
         _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
+        disabled, generation_config.disable_compile = generation_config.disable_compile, True
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
+        finally:
+            generation_config.disable_compile = disabled
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
@@ -192,6 +206,9 @@ def _look_at_padding(config: SparseConfigMixin, generation_config: Any, kwargs: 
         kwargs.get("decoder_attention_mask" if config.is_encoder_decoder else "attention_mask"),
     )
     if cache is None or not cache.is_compileable or mask is None or mask.ndim != 2:
+        return
+    if isinstance(cache, StreamingCache):
+        # it looks itself, and keeps what it saw
         return
     is_outer = not has_padding_in_the_way(mask)
     setattr(cache, CHECKED, is_outer)
