@@ -193,7 +193,12 @@ def _generate(
     model: PreTrainedModel, case: Case, ids: Tensor, asked: Generation, new_tokens: int | None = None, **given
 ) -> Any:
     """One call of `generate`: greedy, and to the last token."""
-    given = {**case.arguments(model), "do_sample": False, "max_new_tokens": new_tokens or asked.tokens, **given}
+    given = {
+        "cache_implementation": case.cache,
+        "do_sample": False,
+        "max_new_tokens": new_tokens or asked.tokens,
+        **given,
+    }
     if asked.chunk:
         given["prefill_chunk_size"] = asked.chunk
     generate: Any = model.generate

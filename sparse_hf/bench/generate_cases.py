@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
-from ..models import StreamingCache, sparsify
-from ..models.hf.cache import CACHE_NAMES
+from ..models import sparsify
 from ..models.hf.config import SparseConfigMixin
 from .measure import DTYPES
 
@@ -36,35 +32,21 @@ class Case:
     Attributes:
         name: what readers call it.
         kind: "dense", Transformers' own class, or "ours".
-        arguments: what `generate` is given beside the prompt; a cache is made anew for each call.
+        cache: what `cache_implementation` says.
     """
 
     name: str
     kind: str
-    arguments: Callable[[PreTrainedModel], dict[str, Any]]
-
-
-def _named(cache: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
-    return lambda model: {"cache_implementation": cache}
-
-
-def _streaming(model: PreTrainedModel) -> dict[str, Any]:
-    return {_cache_name(type(model)): StreamingCache(model.config)}
-
-
-@lru_cache
-def _cache_name(model_class: type) -> str:
-    # Transformers 5.24 calls it otherwise than 5.17
-    return next(name for name in CACHE_NAMES if name in inspect.signature(model_class.forward).parameters)
+    cache: str
 
 
 # by what `--cases` calls them
 CASES: dict[str, Case] = {
-    "dense-dynamic": Case("dense, dynamic", "dense", _named("dynamic")),
-    "dense-static": Case("dense, static", "dense", _named("static")),
-    "dynamic": Case("sparse_hf, dynamic", "ours", _named("dynamic")),
-    "streaming": Case("sparse_hf, streaming", "ours", _streaming),
-    "static": Case("sparse_hf, static", "ours", _named("static")),
+    "dense-dynamic": Case("dense, dynamic", "dense", "dynamic"),
+    "dense-static": Case("dense, static", "dense", "static"),
+    "dynamic": Case("sparse_hf, dynamic", "ours", "dynamic"),
+    "streaming": Case("sparse_hf, streaming", "ours", "streaming"),
+    "static": Case("sparse_hf, static", "ours", "static"),
 }
 
 

@@ -217,7 +217,7 @@ def test_a_shared_prefix_is_forked():
     assert cache.get_seq_length() == 60
 
 
-class Interrupted(Exception):
+class InterruptedPassError(Exception):
     pass
 
 
@@ -229,10 +229,10 @@ def test_an_interrupted_pass_is_noticed():
         model(ids[:, :40], **named_cache(model, cache))
 
         def fails(*_):
-            raise Interrupted
+            raise InterruptedPassError
 
         hook = model.model.layers[1].register_forward_pre_hook(fails)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedPassError):
             model(ids[:, 40:45], **named_cache(model, cache))
         hook.remove()
         with pytest.raises(

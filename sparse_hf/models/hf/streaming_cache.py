@@ -93,6 +93,16 @@ class StreamingCache(Cache):
         has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.layers)
         self.in_place = few and not is_padded and not has_graph
 
+    def _seen_by_all(self) -> int:
+        """Tokens that each layer has seen."""
+        seen = [layer.seen for layer in self.layers]
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the StreamingCache's layers have seen different numbers of tokens ({', '.join(map(str, seen))}): a pass was interrupted "
+                "between them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
+            )
+        return seen[0]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
