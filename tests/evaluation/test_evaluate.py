@@ -352,7 +352,8 @@ def test_the_result_is_json_without_gaps():
     assert set(result["probes"]) == {"divergence", "perplexity", "coverage", "recall", "cost"}
     assert set(result["left_out"]) == {"masked", "embedding"}
     cost = result["probes"]["cost"]["candidates"]
-    # of 260 tokens the window and the sinks are held: 2 layers of 2 heads of 8 numbers, keys and values
-    assert cost["dense"][0]["cache_bytes"] == 260 * 2 * 2 * 8 * 2 * 4
-    assert cost[PATTERN][0]["cache_bytes"] == (11 + 1 + 2) * 2 * 2 * 8 * 2 * 4
+    # 2 layers of 2 heads of 8 numbers, keys and values; of 260 tokens the window and the sinks are held, and a few slots
+    of_token = 2 * 2 * 8 * 2 * 4
+    assert cost["dense"][0]["cache_bytes"] == 260 * of_token
+    assert (11 + 1 + 2) * of_token <= cost[PATTERN][0]["cache_bytes"] <= 40 * of_token
     assert math.isfinite(result["seconds"]["of_this_run"])
