@@ -92,7 +92,7 @@ def open_subject(
     Raises:
         ValueError: an encoder-decoder, a family that is sparse by itself, no tokenizer, tokenizers that differ, or no pattern.
     """
-    name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    name = (model.name_or_path or "") if isinstance(model, PreTrainedModel) else str(model)
     loaded = model if isinstance(model, PreTrainedModel) else _load(model)
     kind = _kind(loaded)
     if tokenizer is None:
@@ -158,7 +158,8 @@ def _contender(
             marks = global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks)
     else:
-        sparse = _load(candidate.folder).to(model.device)
+        sparse: Any = _load(candidate.folder)
+        sparse = sparse.to(model.device)
         _check_alike(candidate.folder, sparse, model, tokenizer)
     return Contender(candidate.name, sparse.eval(), fingerprint(sparse))
 

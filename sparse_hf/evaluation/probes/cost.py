@@ -99,7 +99,8 @@ def streaming_cache(contender: Contender) -> Cache | None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache holds."""
-    held = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    # layers of another kind than attention keep states in place of keys
+    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 

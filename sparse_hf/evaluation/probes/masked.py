@@ -51,7 +51,9 @@ def measure(setup: Setup, contender: Contender, sample: Sample) -> Found:
     tokenizer, length = setup.subject.tokenizer, sample.ids.shape[1]
     hidden = hidden_tokens(sample, tokenizer.all_special_ids, setup.settings.seed)
     ids = sample.ids.clone()
-    ids[0, hidden] = tokenizer.mask_token_id
+    mask = tokenizer.mask_token_id
+    assert isinstance(mask, int)
+    ids[0, hidden] = mask
     states = read(contender.model, ids).last[hidden.to(contender.model.device)]
     losses, right = [], []
     for start, logits in answers(contender.model, states):

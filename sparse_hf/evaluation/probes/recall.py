@@ -15,6 +15,9 @@ from ..recall.tasks import TASKS, Question
 from ..subject import Contender
 from .base import Setup
 
+# (task, length, depth) -> what was found there
+_Cells = dict[tuple[str, int, float | None], list[Found]]
+
 
 class Recall:
     """The share of facts that a decoder says when it is asked for them, over lengths and depths, and its loss on their tokens.
@@ -51,30 +54,14 @@ class Recall:
                 )
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
-        cells: dict[str, dict[str, dict[tuple, list[Found]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(list))
-        )
+        cells: dict[str, _Cells] = defaultdict(lambda: defaultdict(list))
         for piece in finished:
-            where = piece.what
-            cells[piece.candidate][where["task"]][where["length"], where["depth"]].append(piece.found)
+            where = piece.what["task"], piece.what["length"], piece.what["depth"]
+            cells[piece.candidate][where].append(piece.found)
         return {
             "lengths": sorted({piece.what["length"] for piece in finished}),
             "depths": list(setup.settings.depths),
-            "candidates": {
-                name: {
-                    "recalled": _mean(
-                        [_mean([f["share"] for f in found]) for by_task in tasks.values() for found in by_task.values()]
-                    ),
-                    "loss": _mean(
-                        [f["loss"] for by_task in tasks.values() for found in by_task.values() for f in found]
-                    ),
-                    "tasks": {
-                        task: [_cell(*where, found) for where, found in by_task.items()]
-                        for task, by_task in tasks.items()
-                    },
-                }
-                for name, tasks in cells.items()
-            },
+            "candidates": {name: _summed(of_candidate) for name, of_candidate in cells.items()},
         }
 
 
@@ -102,17 +89,16 @@ def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
 def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
     setup.passes.forget()
     share, loss = ask(contender.model, setup.subject.tokenizer, question)
-    return {"share": share, "loss": loss}
+    return {"recalled": share, "loss": loss}
 
 
-def _cell(length: int, depth: float | None, found: Sequence[Found]) -> Found:
-    return {
-        "length": length,
-        "depth": depth,
-        "recalled": _mean([f["share"] for f in found]),
-        "loss": _mean([f["loss"] for f in found]),
-    }
+def _summed(cells: _Cells) -> Found:
+    """What a candidate recalls: of all cells, and of each, by task."""
+    tasks: dict[str, list[Found]] = defaultdict(list)
+    for (task, length, depth), found in cells.items():
+        tasks[task].append({"length": length, "depth": depth, **_means(found)})
+    return {**_means([cell for of_task in tasks.values() for cell in of_task]), "tasks": dict(tasks)}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _means(found: Sequence[Found]) -> Found:
+    return {key: sum(one[key] for one in found) / len(found) for key in ("recalled", "loss")}

@@ -43,7 +43,7 @@ def _greedy(
 ) -> float:
     """Go on with a reply whose last token the cache has not seen, up to `count` tokens: the share of the answers in it."""
     while (
-        (share := question.share(tokenizer.decode(reply))) < 1
+        (share := question.share(str(tokenizer.decode(reply)))) < 1
         and len(reply) < count
         and reply[-1] != tokenizer.eos_token_id
     ):

@@ -49,8 +49,11 @@ class Question:
 class Task(Protocol):
     """`name` is what a user says; without `has_depth` a question has no single place in the text."""
 
-    name: str
-    has_depth: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def has_depth(self) -> bool: ...
 
     def ask(self, filler: Filler, length: int, depth: float, draw: random.Random) -> Question:
         """A question of at most `length` tokens.

@@ -21,11 +21,11 @@ class Column:
 
     title: str
     probe: str
-    read: Callable[[Found], Any]
+    read: Callable[[Any], Any]
     write: Callable[[Any], str]
 
 
-def _cost(key: str) -> Callable[[Found], Any]:
+def _cost(key: str) -> Callable[[Any], Any]:
     """A figure at the greatest length."""
     return lambda rows: rows[-1].get(key)
 
