@@ -11,6 +11,7 @@ import torch
 from ..pattern import First, Pattern
 from ..plan import build_plan
 from ..plan.heard import heard
+from .layers import dense_layers
 from .pieces import Found
 from .probes.base import Setup
 from .subject import Contender
@@ -26,11 +27,15 @@ SAFE, HEAL, BROKEN, UNKNOWN = "safe as it is", "heal first", "not usable without
 
 @dataclass(frozen=True)
 class Hearing:
-    """From how many tokens of a text of `length` the last token hears after all layers, the farthest `back`."""
+    """From how many tokens of a text of `length` the last token hears after all layers, the farthest `back`.
+
+    `hears_neighbours` says whether the token beside it is among them.
+    """
 
     length: int
     heard: int
     back: int
+    hears_neighbours: bool
 
     @property
     def is_whole(self) -> bool:
@@ -51,7 +56,8 @@ def hearing(contender: Contender, is_causal: bool, length: int) -> Hearing | Non
     token = length - 1 if is_causal else 0
     found = heard([plans[text] for text in texts], token)
     places = found.nonzero()[:, 0]
-    return Hearing(length, int(found.sum()), int((places - token).abs().max()))
+    beside = token - 1 if is_causal else 1
+    return Hearing(length, int(found.sum()), int((places - token).abs().max()), bool(found[beside]))
 
 
 def verdicts(setup: Setup, results: dict[str, Found]) -> list[Found]:
@@ -143,26 +149,29 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
         return
     worst = worst_layers(contender.name, results, sparse)
     if worst:
-        spelt = ", ".join(f"{layer}=dense" for layer in sorted({*worst, *(set(range(len(texts))) - set(sparse))}))
-        yield f"keep dense the layers that lose most attention: layers={spelt!r}"
+        dense = set(range(len(texts))) - set(sparse)
+        more = ", too" if dense else ""
+        yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}"
     elif len(sparse) == len(texts):
         yield "keep every fourth layer dense: layers='0-/4=dense'"
     if not any(_has_global(text) for text in texts):
         yield "nothing is global: add first(4), on which models put the weight that they have no use for"
-    if found is not None and not found.is_whole:
+    if found is not None and not found.hears_neighbours:
+        yield "not even its neighbour is heard by a token: add a narrow window, like window(15, 0), that hears the tokens between"
+    elif found is not None and not found.is_whole:
         need = -(-found.length // len(texts))
         yield f"to hear {found.length:,} tokens through {len(texts)} layers takes windows of {need:,} tokens, or dense layers between"
     yield "heal it with its dense model as teacher (examples/heal.py), on texts as long as those that it will read"
 
 
 def worst_layers(name: str, results: dict[str, Found], sparse: Sequence[int]) -> list[int]:
-    """A quarter of the layers, those of which a candidate keeps least attention; none where coverage did not look."""
+    """A quarter of the sparse layers, those that keep least attention; none where coverage did not look."""
     coverage = results.get("coverage")
     if coverage is None or name not in coverage["candidates"]:
         return []
     kept = dict(zip(coverage["layers"], coverage["candidates"][name]["by_layer"], strict=True))
     ordered = sorted((layer for layer in sparse if layer in kept), key=lambda layer: kept[layer])
-    return ordered[: max(1, len(kept) // NAMED)]
+    return ordered[: max(1, len(ordered) // NAMED)]
 
 
 def _is_like_dense(setup: Setup, text: str, layer: int) -> bool:

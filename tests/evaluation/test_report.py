@@ -11,7 +11,7 @@ import pytest
 
 import sparse_hf
 from sparse_hf.evaluation import Settings, evaluate
-from sparse_hf.evaluation.report.html import layer_ranges
+from sparse_hf.evaluation.layers import dense_layers, layer_ranges
 from sparse_hf.evaluation.report.svg import Axis, Grid, Series, heat_map, lines, points, shade
 from sparse_hf.evaluation.report.table import rows, size
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
@@ -119,6 +119,7 @@ def test_shades_grow_darker():
 
 def test_words_for_numbers():
     assert layer_ranges(["a", "b", "a", "a", "a"]) == [("0, 2-4", "a"), ("1", "b")]
+    assert dense_layers([5, 2, 0, 1, 5]) == "0-2=dense, 5=dense"
     assert [size(x) for x in (1, 2048, 3 << 20, 5 << 30)] == ["1 B", "2 KiB", "3 MiB", "5.00 GiB"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+from ..layers import layer_ranges
 from ..pieces import Found
 from .figures import Figure, Letters, figures
 from .svg import swatch
@@ -172,24 +173,6 @@ def _patterns(result: Found, letters: Letters) -> str:
         '<div class="scroll"><table><thead><tr><th></th><th></th><th style="text-align:left">layers</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def layer_ranges(layers: list[str]) -> list[tuple[str, str]]:
-    """The patterns of layers, each with the layers that have it: `[("0-29", "window(255, 0)")]`."""
-    found: dict[str, list[int]] = {}
-    for layer, text in enumerate(layers):
-        found.setdefault(text, []).append(layer)
-    return [(_spelt(of_text), text) for text, of_text in found.items()]
-
-
-def _spelt(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _footer(result: Found) -> str:
