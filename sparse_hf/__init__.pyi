@@ -9,6 +9,7 @@ from . import plan as plan
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
 from .evaluation import evaluate as evaluate
+from .evaluation import tune as tune
 from .models import FAMILIES as FAMILIES
 from .models import Family as Family
 from .models import Positions as Positions
@@ -271,6 +272,7 @@ __all__ = [
     "build_plan",
     "convert",
     "evaluate",
+    "tune",
     "sparse_attention",
     "FAMILIES",
     "Family",

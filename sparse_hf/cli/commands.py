@@ -11,7 +11,7 @@ from rich.console import Console
 
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
-from .evaluate import evaluate
+from .evaluate import evaluate, tune
 from .families import list_families
 from .show import show
 
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable] = {
     "card": card,
     "list": list_families,
     "evaluate": evaluate,
+    "tune": tune,
 }
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 

@@ -1,19 +1,37 @@
-"""`sparse-hf evaluate`."""
+"""`sparse-hf evaluate` and `sparse-hf tune`."""
 
 from __future__ import annotations
 
 import json
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .arguments import PATTERN_HELP, numbers, words
 
-# where an evaluation is kept, beside what it is of
-FOLDER = "{}-evaluation"
+# options of both commands
+Texts = Annotated[
+    list[Path] | None, typer.Option(help="A file of the kind that the model will read. Give several, one by one.")
+]
+Length = Annotated[int, typer.Option(help="Tokens of each sample.")]
+Samples = Annotated[int, typer.Option(help="Samples per text, evenly spaced in it.")]
+Lengths = Annotated[
+    str, typer.Option(help="Tokens of the texts of recall and cost; by default a quarter, half and all of --length.")
+]
+Depths = Annotated[str, typer.Option(help="Where facts stand that recall asks for, 0 at the beginning.")]
+Repeats = Annotated[int, typer.Option(help="Questions of recall for each task, length and depth.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Any of passkey, needle, needles, values, variables, pairs, words, with commas; by default all."),
+]
+Seed = Annotated[int, typer.Option(help="Of whatever is drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
+Opened = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
 
 
 def evaluate(
@@ -28,9 +46,7 @@ def evaluate(
         str | None,
         typer.Option(help="Other patterns for some layers, of every --pattern that names none: '0-/4=dense'."),
     ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="A file of the kind that the model will read. Give several.")
-    ] = None,
+    text: Texts = None,
     probes: Annotated[
         str,
         typer.Option(
@@ -38,30 +54,20 @@ def evaluate(
             "can be asked."
         ),
     ] = "",
-    length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Samples per text, evenly spaced in it.")] = 1,
-    lengths: Annotated[
-        str,
-        typer.Option(help="Tokens of the texts of recall and cost; by default a quarter, half and all of --length."),
-    ] = "",
-    depths: Annotated[
-        str, typer.Option(help="Where facts stand that recall asks for, 0 at the beginning.")
-    ] = "0.1,0.5,0.9",
-    repeats: Annotated[int, typer.Option(help="Questions of recall for each task, length and depth.")] = 1,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Any of passkey, needle, needles, values, variables, pairs, words, with commas; by default all."
-        ),
-    ] = "",
+    length: Length = 2048,
+    samples: Samples = 1,
+    lengths: Lengths = "",
+    depths: Depths = "0.1,0.5,0.9",
+    repeats: Repeats = 1,
+    tasks: Tasks = "",
     global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
-    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="The folder for finished pieces and the report; by default MODEL-evaluation, here."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
-    opened: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+    as_json: AsJson = False,
+    opened: Opened = False,
 ) -> None:
     """Measure what patterns cost a model in quality, and what they save, on your texts.
 
@@ -69,38 +75,66 @@ def evaluate(
 
     Example: sparse-hf evaluate my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --open
     """
-    import sparse_hf
+    from ..evaluation import Candidate, evaluate
 
-    from ..evaluation import Candidate, Settings
+    settings = _settings(
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
+        global_token_ids=tuple(numbers(global_token_ids)),
+    )  # fmt: skip
+    candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
+    folder = out or Path(f"{Path(model).name}-evaluation")
+    with _interruptible(folder):
+        found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
+    _tell(found, folder, as_json, opened)
 
-    settings = Settings(
-        length=length,
-        samples=samples,
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A decoder: a folder or a hub id.")],
+    pattern: Annotated[str, typer.Option(help=f"{PATTERN_HELP} Of the layers that do not stay dense.")],
+    text: Texts = None,
+    budget: Annotated[float, typer.Option(help="The share of layers that stay dense.")] = 0.25,
+    length: Length = 2048,
+    samples: Samples = 1,
+    lengths: Lengths = "",
+    depths: Depths = "0.1,0.5,0.9",
+    repeats: Repeats = 1,
+    tasks: Tasks = "",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for finished pieces and the report; by default MODEL-tuning, here.")
+    ] = None,
+    as_json: AsJson = False,
+    opened: Opened = False,
+) -> None:
+    """Choose the layers of a decoder that stay dense while the others get a pattern.
+
+    Layers are ranked by how far answers move when one alone is local, and chosen one by one. The choice is held against as many
+    layers evenly spaced, on other questions. An interrupted run goes on with the same command.
+
+    Example: sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25
+    """
+    from ..evaluation import tune
+
+    settings = _settings(
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed
+    )
+    folder = out or Path(f"{Path(model).name}-tuning")
+    with _interruptible(folder):
+        found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)
+    _tell(found, folder, as_json, opened)
+
+
+def _settings(*, lengths: str, depths: str, tasks: str, **others: Any):
+    from ..evaluation import Settings
+
+    return Settings(
         lengths=tuple(numbers(lengths)),
         depths=tuple(_depth(word) for word in words(depths)),
-        repeats=repeats,
         tasks=tuple(words(tasks)),
-        global_token_ids=tuple(numbers(global_token_ids)),
-        seed=seed,
         # a screen shows it, and a file of lines would not
         progress=Console(stderr=True).is_terminal,
+        **others,
     )
-    candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
-    folder = out or Path(FOLDER.format(Path(model).name))
-    try:
-        found = sparse_hf.evaluate(
-            model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; what is finished is in {folder}, and the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
-    if as_json:
-        typer.echo(json.dumps(found.result, indent=1))
-    else:
-        found.print(Console())
-    typer.echo(f"the report is {folder / 'report.html'}", err=True)
-    if opened:
-        webbrowser.open((folder / "report.html").resolve().as_uri())
 
 
 def _depth(word: str) -> float:
@@ -108,3 +142,25 @@ def _depth(word: str) -> float:
         return float(word)
     except ValueError:
         raise ValueError(f"--depths has {word!r}; give shares of a text, like '0.1,0.5,0.9'") from None
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Say how to go on after an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is finished is in {folder}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
+def _tell(found: Any, folder: Path, as_json: bool, opened: bool) -> None:
+    """Print what was found, and where its report is."""
+    if as_json:
+        typer.echo(json.dumps(found.result, indent=1))
+    else:
+        found.print(Console())
+    report = folder / "report.html"
+    typer.echo(f"the report is {report}", err=True)
+    if opened:
+        webbrowser.open(report.resolve().as_uri())

@@ -4,5 +4,6 @@ from .api import evaluate
 from .candidates import Candidate
 from .evaluation import Evaluation
 from .settings import Settings
+from .tune import Tuning, tune
 
-__all__ = ["Candidate", "Evaluation", "Settings", "evaluate"]
+__all__ = ["Candidate", "Evaluation", "Settings", "Tuning", "evaluate", "tune"]

@@ -64,12 +64,7 @@ def evaluate(
         print(found)
     """
     settings = settings or Settings()
-    # what costs nothing is looked at first
-    candidates, content = read_candidates(patterns), read_texts(texts)
-    subject = open_subject(model, candidates, tokenizer, settings.global_token_ids)
-    _check_lengths(subject, settings)
-    samples = cut(content, subject.tokenizer, settings)
-    setup = Setup(subject, tuple(content), tuple(samples), settings)
+    setup = prepare(model, patterns, texts, tokenizer, settings)
     chosen, left_out = choose(None if probes is None else list(probes), setup)
     folder = None if out is None else Path(out)
     begin = time.perf_counter()
@@ -77,7 +72,7 @@ def evaluate(
     finished = finish(pieces, None if folder is None else folder / PIECES, settings.progress)
     results = {probe.name: probe.summary(setup, _of(probe.name, finished)) for probe in chosen}
     result = {
-        "environment": environment(subject.device),
+        "environment": environment(setup.subject.device),
         **_description(setup),
         "probes": results,
         "left_out": left_out,
@@ -88,6 +83,21 @@ def evaluate(
     if folder is not None:
         evaluation.save(folder)
     return evaluation
+
+
+def prepare(
+    model: PreTrainedModel | str | PathLike[str],
+    patterns: Patterns,
+    texts: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Settings,
+) -> Setup:
+    """What probes look at, read and checked; arguments and errors are those of `evaluate`."""
+    # what costs nothing is looked at first
+    candidates, content = read_candidates(patterns), read_texts(texts)
+    subject = open_subject(model, candidates, tokenizer, settings.global_token_ids)
+    _check_lengths(subject, settings)
+    return Setup(subject, tuple(content), tuple(cut(content, subject.tokenizer, settings)), settings)
 
 
 def _of(probe: str, finished: Sequence[Finished]) -> list[Finished]:

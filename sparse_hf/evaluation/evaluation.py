@@ -11,11 +11,11 @@ from rich.console import Console
 from ..bench import write_json
 from .pieces import Found
 from .report.html import page
-from .report.table import summary_table, verdict_lines
+from .report.table import summary_tables, verdict_lines
 
 JSON, HTML = "report.json", "report.html"
 # columns of a printed table
-WIDTH = 120
+WIDTH = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,8 @@ class Evaluation:
 
     def print(self, console: Console) -> None:
         """Print the table and the verdicts."""
-        console.print(summary_table(self.result))
+        for table in summary_tables(self.result):
+            console.print(table)
         for line in verdict_lines(self.result):
             console.print(line, highlight=False, soft_wrap=False)
 

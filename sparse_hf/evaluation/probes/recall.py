@@ -35,13 +35,13 @@ class Recall:
             return f"there is no task {unknown!r}; there are {', '.join(TASKS)}"
         try:
             # that every question fits is known before the first is asked
-            _questions(setup)
+            questions_of(setup)
         except ValueError as error:
             return str(error)
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
-        for i, (where, question) in enumerate(_questions(setup)):
+        for i, (where, question) in enumerate(questions_of(setup)):
             for c, contender in enumerate(setup.subject.contenders):
                 what = {**where, "prompt": question.prompt, "answers": question.answers}
                 yield Piece(
@@ -65,7 +65,7 @@ class Recall:
         }
 
 
-def _questions(setup: Setup) -> list[tuple[dict, Question]]:
+def questions_of(setup: Setup) -> list[tuple[dict, Question]]:
     """Every question, with its task, length and depth."""
     if "questions" not in setup.memo:
         setup.memo["questions"] = list(_drawn(setup))

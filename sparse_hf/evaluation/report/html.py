@@ -12,6 +12,11 @@ from .figures import Figure, Letters, figures
 from .svg import swatch
 from .table import rows
 
+MEANINGS = (
+    "KL: of the dense answers from the candidate's, in nats. same: the first answer is that of dense attention. error: how far the last "
+    "states are from the dense ones, as a share of their length. kept: the dense model's attention weights on pairs that the pattern "
+    "holds. recall: facts said when asked for. named: hidden tokens named. found: passages whose text comes first."
+)
 STYLE = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -64,6 +69,7 @@ def page(result: Found) -> str:
         f"<p>Figures at {length:,} tokens; costs at {max(result['settings']['lengths']):,}. What was measured on this machine and "
         "on these texts holds for texts like these.</p>",
         _table(headings, written, letters),
+        f"<p><small>{escape(MEANINGS)}</small></p>",
         '<h2 id="verdicts">Verdicts</h2>',
         f'<div class="verdicts">{"".join(map(_verdict, result["verdicts"]))}</div>',
         '<h2 id="pictures">Pictures</h2>',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,16 @@ def _cost(key: str) -> Callable[[Any], Any]:
 
 COLUMNS = (
     Column("perplexity", "perplexity", lambda one: one["perplexity"], lambda x: f"{x:.2f}"),
-    Column("hidden tokens named", "masked", lambda one: one["accuracy"], lambda x: f"{x:.1%}"),
+    Column("named", "masked", lambda one: one["accuracy"], lambda x: f"{x:.1%}"),
     Column("cosine", "embedding", lambda one: one["cosine"], lambda x: f"{x:.3f}"),
-    Column("text found", "embedding", lambda one: one.get("found"), lambda x: f"{x:.0%}"),
+    Column("found", "embedding", lambda one: one.get("found"), lambda x: f"{x:.0%}"),
     Column("KL", "divergence", lambda one: one.get("kl"), lambda x: f"{x:.3f}"),
-    Column("same answer", "divergence", lambda one: one.get("same"), lambda x: f"{x:.1%}"),
-    Column("error of last states", "divergence", lambda one: one["hidden_error"][-1], lambda x: f"{x:.3f}"),
-    Column("attention kept", "coverage", lambda one: one["kept"], lambda x: f"{x:.1%}"),
+    Column("same", "divergence", lambda one: one.get("same"), lambda x: f"{x:.1%}"),
+    Column("error", "divergence", lambda one: one["hidden_error"][-1], lambda x: f"{x:.3f}"),
+    Column("kept", "coverage", lambda one: one["kept"], lambda x: f"{x:.1%}"),
     Column("recall", "recall", lambda one: one["recalled"], lambda x: f"{x:.0%}"),
     Column("s per pass", "cost", _cost("seconds"), lambda x: f"{x:.2f}"),
-    Column("ms per new token", "cost", _cost("seconds_per_token"), lambda x: f"{x * 1000:.1f}"),
+    Column("ms per token", "cost", _cost("seconds_per_token"), lambda x: f"{x * 1000:.1f}"),
     Column("cache", "cost", _cost("cache_bytes"), lambda x: size(x)),
     Column("peak", "cost", _cost("peak_bytes"), lambda x: size(x)),
 )
@@ -56,14 +56,14 @@ def size(count: float) -> str:
     return f"{count:,.2f} GiB"
 
 
-def rows(result: Found) -> tuple[list[str], list[list[str]]]:
+def rows(result: Found, columns: Sequence[Column] = COLUMNS) -> tuple[list[str], list[list[str]]]:
     """Headings and a row for each candidate; figures that were not measured have no column."""
     found = [
-        (column, result["probes"][column.probe]["candidates"]) for column in COLUMNS if column.probe in result["probes"]
+        (column, result["probes"][column.probe]["candidates"]) for column in columns if column.probe in result["probes"]
     ]
+    names = [one["name"] for one in result["candidates"]]
     # rows that only one probe has come last
-    names = dict.fromkeys([one["name"] for one in result["candidates"]])
-    names |= dict.fromkeys(name for _, of_probe in found for name in of_probe)
+    names = list(dict.fromkeys([*names, *(name for _, of_probe in found for name in of_probe)]))
     values = {name: [_value(column, of_probe.get(name)) for column, of_probe in found] for name in names}
     some = [i for i in range(len(found)) if any(of_name[i] is not None for of_name in values.values())]
     written = [[name, *("" if v[i] is None else found[i][0].write(v[i]) for i in some)] for name, v in values.items()]
@@ -74,15 +74,21 @@ def _value(column: Column, of_name: Found | None) -> Any:
     return None if of_name is None else column.read(of_name)
 
 
-def summary_table(result: Found) -> Table:
-    headings, written = rows(result)
-    model, length = result["model"], result["settings"]["length"]
-    table = Table(box=box.SIMPLE, pad_edge=False, title=f"{model['name']}, {length:,} tokens", title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", min_width=0 if heading else 12)
-    for row in written:
-        table.add_row(*map(escape, row))
-    return table
+def summary_tables(result: Found) -> Iterator[Table]:
+    """The figures of quality, then those of cost: narrow enough for a terminal of 80 columns."""
+    settings, costs = result["settings"], [column for column in COLUMNS if column.probe == "cost"]
+    quality = [column for column in COLUMNS if column not in costs]
+    for columns, length in ((quality, settings["length"]), (costs, max(settings["lengths"]))):
+        headings, written = rows(result, columns)
+        if len(headings) == 1:
+            continue
+        title = f"{result['model']['name']}, {length:,} tokens"
+        table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
+        for heading in headings:
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading), overflow="fold")
+        for row in written:
+            table.add_row(*map(escape, row))
+        yield table
 
 
 def verdict_lines(result: Found) -> Iterator[str]:
