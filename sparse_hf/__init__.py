@@ -17,6 +17,7 @@ _PACKAGE_OF = {
     "build_plan": "plan",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "push_to_hub": "conversion",
     "tune": "evaluation",
     "sparse_attention": "attention",
     **dict.fromkeys(PUBLIC, "models"),

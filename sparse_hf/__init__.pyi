@@ -8,6 +8,7 @@ from . import pattern as pattern
 from . import plan as plan
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
+from .conversion import push_to_hub as push_to_hub
 from .evaluation import evaluate as evaluate
 from .evaluation import tune as tune
 from .models import FAMILIES as FAMILIES
@@ -272,6 +273,7 @@ __all__ = [
     "build_plan",
     "convert",
     "evaluate",
+    "push_to_hub",
     "tune",
     "sparse_attention",
     "FAMILIES",

@@ -15,7 +15,7 @@ ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
     "attention": {"plan", "pattern"},
-    "models": {"attention", "plan", "pattern", "registry"},
+    "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
@@ -25,7 +25,7 @@ ALLOWED = {
     "registry": set(),
     "version": set(),
     # the command line imports the faces of packages alone
-    "cli": {"sparse_hf", "FAMILIES", "derived_types", "analysis", "conversion", "bench", "evaluation", "version"},
+    "cli": {"sparse_hf", "FAMILIES", "derived_types", "analysis", "conversion", "bench", "evaluation", "models", "version"},
     "__main__": {"cli"},
     "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }

@@ -81,7 +81,7 @@ def draw(panels: Sequence[Panel], title: str, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('a plot needs matplotlib: pip install "sparse-hf[plot]"') from None
+        raise ImportError('a plot needs matplotlib: pip install "matplotlib>=3.9"') from None
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     width = columns * (PANEL + NAMES)
     figure = Figure(figsize=(width, rows * HEIGHT), layout="constrained")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import talk
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
@@ -21,6 +22,8 @@ COMMANDS: dict[str, Callable] = {
     "convert": convert,
     "export": export,
     "card": card,
+    "generate": talk.generate,
+    "chat": talk.chat,
     "list": list_families,
     "evaluate": evaluate,
     "tune": tune,
@@ -28,7 +31,7 @@ COMMANDS: dict[str, Callable] = {
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 
 app = typer.Typer(
-    help="Sparse attention for Transformers: draw patterns, convert checkpoints, measure.",
+    help="Sparse attention for Transformers: draw patterns, convert checkpoints, talk with them, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

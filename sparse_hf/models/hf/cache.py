@@ -36,7 +36,14 @@ class GrownStaticLayer(StaticLayer):
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    # an output of Transformers that is asked for the older name says that it is old
+    return next((value for name, value in kwargs.items() if name in CACHE_NAMES and value is not None), None)
+
+
+def cache_name(model: Any) -> str:
+    """What a cache is called among the arguments of a model's `forward`."""
+    takes = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in takes)
 
 
 def check_cache_name(given: Mapping[str, Any], known: Container[str]) -> None:
@@ -83,21 +90,31 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2], config._attn_implementation == "sparse")
+    can_be_in_place = config._attn_implementation == "sparse"
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
     if not torch.compiler.is_compiling():
-        _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
+        _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
-def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
-    """Warn once where a stream has more tokens than the model has positions for."""
+def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) -> None:
+    """Say once where a stream has more tokens than the model has positions for."""
     most = None if config.positions is None else config.positions.reach_of(config)
-    if most is not None and tokens > most:
-        logger.warning_once(
-            f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
-            "memory and leaves tokens their true positions, beyond which few models answer well; begin anew with cache.reset(), or "
-            "convert the dense checkpoint with a greater max_length"
-        )
+    if most is None or tokens <= most:
+        return
+    if cache.turns:
+        if cache.turns_from:
+            logger.warning_once(
+                f"the text behind a streaming cache has more tokens than {config.model_type} is configured for ({most}): from there on its "
+                "first tokens are seen as far away as they are among the keys that are kept (positions='cache')"
+            )
+        return
+    logger.warning_once(
+        f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
+        "memory and leaves tokens their true positions, beyond which few models answer well; give StreamingCache(config, "
+        "positions='cache') where positions are rotary, begin anew with cache.reset(), or convert the dense checkpoint with a greater "
+        "max_length"
+    )
 
 
 def lost_cache(model: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
@@ -188,7 +205,7 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
         return None
     if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
         return None
-    cache, mask = StreamingCache(model.config), kwargs.get("attention_mask")
+    cache, mask = StreamingCache(model.config, positions="auto"), kwargs.get("attention_mask")
     generation_config.cache_implementation = None
     if mask is not None and has_padding_in_the_way(mask):
         logger.warning_once(
@@ -196,8 +213,7 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
             "call keeps all keys instead (DynamicCache); pad on the left"
         )
         return None
-    takes = inspect.signature(model.forward).parameters
-    kwargs[next(name for name in CACHE_NAMES if name in takes)] = cache
+    kwargs[cache_name(model)] = cache
     return cache
 
 

@@ -36,6 +36,7 @@ from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
+from .turning import begin_turning
 
 logger = logging.get_logger(__name__)
 
@@ -328,4 +329,6 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given:
         own |= begin_streaming(model.config, given)
+    if "turned_sinks" not in given:
+        own |= begin_turning(model, given)
     return own

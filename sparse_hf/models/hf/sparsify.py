@@ -42,6 +42,12 @@ def sparsify(
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
+
+    Example:
+        >>> dense = AutoModelForCausalLM.from_pretrained("my-llama")
+        >>> sparse = sparsify(dense, "window(255, 0) | first(4)", layers="0=dense")
+        >>> type(sparse).__name__
+        'SparseLlamaForCausalLM'
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
