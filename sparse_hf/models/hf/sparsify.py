@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
+from .hearing import hearing_warnings, is_causal
 from .layer_spec import LayersLike
 from .register import Family, dense_class, family_of, find_family
+
+logger = logging.get_logger(__name__)
 
 # after the name of a model that was made sparse and has no folder yet
 UNSAVED = " (made sparse in memory: save_pretrained it, and load that folder)"
@@ -67,6 +71,9 @@ def sparsify(
         )
     _check_derived(family, model)
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
+    for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
+        # a loop over patterns would say it over and over
+        logger.warning_once(f"{type(model).__name__}: {warning}")
     sparse = _around_weights(model, config)
     _name_no_folder(sparse)
     return sparse
