@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
+
+from .first_order import first_order
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +135,7 @@ class _Defer(torch.autograd.Function):
         return DeferredLogits(hidden, weight, bias, recipe)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):  # type: ignore[override]
         leaves = [_leaf(*both) for both in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
         with torch.enable_grad():
@@ -218,7 +219,7 @@ class _PieceByPiece(torch.autograd.Function):
         return (total / ctx.count if ctx.count else total / torch.zeros_like(total)).to(loss.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, *sums = ctx.saved_tensors
         scale = grad / max(ctx.count, 1)

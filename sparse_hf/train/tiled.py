@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.pytorch_utils import Conv1D
+
+from .first_order import first_order
 
 # classes of feed-forward layers
 NAMES = re.compile(r"(MLP|Mlp|FeedForward|FFN|FF|ActDense)$")
@@ -78,11 +79,10 @@ class _Remember(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # sums over pieces are kept in float32, as a matrix product keeps them
         sums: list[Tensor | None] = [None] * len(ctx.weights)
         parts = [ctx.pieces.split(t) for t in (x, grad)]
         start = 0
@@ -103,6 +103,7 @@ class _Remember(torch.autograd.Function):
 
 
 def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """A sum of gradients of pieces, kept in float32 at least, as a matrix product keeps it."""
     if grad is None:
         return total
     return grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
@@ -116,7 +117,7 @@ class _Compute(torch.autograd.Function):
         return compute(x, pieces)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return grad, None
 

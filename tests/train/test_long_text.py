@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 import sparse_hf
@@ -41,7 +41,8 @@ def model_of(head: str, dtype=torch.float64, **changes):
 
 
 def batch_of(head: str, side: str = "right") -> dict[str, torch.Tensor]:
-    batch = inputs(head, side)
+    # a soft cap of scores makes NaN of padding in the family's own attention
+    batch = inputs(head, "none" if head.startswith("Gemma2") else side)
     if is_decoder(head):
         batch["use_cache"] = False
     return batch
@@ -73,7 +74,9 @@ def begin(model, **options):
 
 @pytest.mark.parametrize("head", LANGUAGE)
 def test_loss_and_gradients_are_those_of_the_model(head):
-    model, batch = model_of(head), batch_of(head)
+    # experts are multiplied in float32 at most
+    is_moe = head in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+    model, batch = model_of(head, torch.float32 if is_moe else torch.float64), batch_of(head)
     before, wanted = step(model, batch)
     with begin(model) as handle:
         assert handle.in_pieces
@@ -83,7 +86,7 @@ def test_loss_and_gradients_are_those_of_the_model(head):
     # decoders compute their loss in float32 whatever the model's dtype
     assert after.loss.dtype == before.loss.dtype
     assert float(after.loss.detach()) == pytest.approx(float(before.loss.detach()), rel=1e-6)
-    assert distance(found, wanted) < 1e-6
+    assert distance(found, wanted) < (1e-5 if is_moe else 1e-6)
 
 
 @pytest.mark.parametrize("head", CHOSEN)
@@ -274,13 +277,13 @@ def test_offloaded_checkpoints(monkeypatch):
 def trained(tmp_path, model, **changes):
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for row in range(8):
+    for row in range(6):
         ids = torch.randint(3, VOCABULARY, (80,), generator=generator)
         labels = ids.clone()
         labels[: [0, 30, 5, 70][row % 4]] = -100
         rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     chosen = {
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1,
         "lr_scheduler_type": "constant", "per_device_eval_batch_size": 2, "report_to": [], **changes,
     }  # fmt: skip
     metrics = chosen.pop("metrics", None)
@@ -291,8 +294,14 @@ def trained(tmp_path, model, **changes):
     return losses, trainer.evaluate()
 
 
-@pytest.mark.parametrize("head", ["LlamaForCausalLM", "BertForMaskedLM"])
-@pytest.mark.parametrize("changes", [{}, {"label_smoothing_factor": 0.1}, {"metrics": True}], ids=str)
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("BertForMaskedLM", {"metrics": True}),
+        ("LlamaForCausalLM", {"label_smoothing_factor": 0.1}),
+    ],
+)
 def test_trainer(head, changes, tmp_path):
     if "metrics" in changes:
         changes = {"metrics": lambda p: {"mean": float(p.predictions.mean()), "shape": p.predictions.shape}}
@@ -306,7 +315,7 @@ def test_trainer(head, changes, tmp_path):
     assert ours == pytest.approx(losses, rel=1e-5)
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
     if "metrics" in changes:
-        assert after["eval_shape"] == before["eval_shape"] == (8, 80, VOCABULARY)
+        assert after["eval_shape"] == before["eval_shape"] == (6, 80, VOCABULARY)
         assert after["eval_mean"] == pytest.approx(before["eval_mean"], rel=1e-4)
 
 
