@@ -161,6 +161,8 @@ class StreamingCache(Cache):
         Raises:
             ValueError: more of them than the layers hold what came before.
         """
+        # older versions count drafts on the device
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, -n takes the last n tokens back")
         if not tokens_to_remove:
