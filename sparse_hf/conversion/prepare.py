@@ -34,6 +34,7 @@ class Choice:
     rope: str | None = None
     global_token_ids: tuple[int, ...] = ()
     cache: str | None = None
+    decode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     model = meta_model(family, source.config)
     if not family.verified:
         check_once(type(model), model.config)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
+    config = family.config_class.from_dense(
+        source.config, choice.pattern, choice.layers, choice.global_token_ids, choice.decode
+    )
     if not family.verified:
         family = dataclasses.replace(family, positions=config.positions)
         check_growth(family.positions, model, choice.max_length)

@@ -117,6 +117,23 @@ def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) 
     )
 
 
+# an argument of passes: the pattern of each layer, in place of those of the configuration
+LAYERS_SEE = "layers_see"
+
+
+def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Have a step of `generate` behind a prompt see what the dense model sees, if this call or the configuration wants it.
+
+    Args:
+        model: that generates.
+        inputs: of `forward`, from which `decode` is taken.
+        given: arguments of `prepare_inputs_for_generation`.
+    """
+    decode = inputs.pop("decode", None) or model.config.decode
+    if decode == "dense" and not given.get("is_first_iteration") and cached_tokens(given_cache(inputs)):
+        inputs[LAYERS_SEE] = model.config.dense_patterns()
+
+
 def lost_cache(model: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
     """What a cache is called that the dense class has thrown away, to compute all tokens again; None if it has not.
 
@@ -194,6 +211,13 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
     Raises:
         ValueError: the model cannot be decoded so; the message names the layer and its pattern.
     """
+    if (kwargs.get("decode") or model.config.decode) == "dense":
+        if generation_config.cache_implementation == STREAMING and kwargs.get("decode") is None:
+            raise ValueError(why_not_streamed(model.config))
+        if generation_config.cache_implementation == STREAMING:
+            # what a folder says of all calls gives way to what this call says
+            generation_config.cache_implementation = None
+        return None
     is_named, given = generation_config.cache_implementation == STREAMING, given_cache(kwargs)
     drafts = bool(generation_config.is_assistant) and generation_config.cache_implementation is None
     if not is_named and not drafts or generation_config.use_cache is False:
@@ -222,6 +246,30 @@ def prepare_cache(cache: Cache | None, length: int) -> None:
     if isinstance(cache, StreamingCache):
         cache.make_room(length)
     keep_all(cache, 0, length)
+    most = _room(cache)
+    if most is not None and length > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and this call may come to {length}: give a lower max_new_tokens, or a cache with a "
+            "greater max_cache_len"
+        )
+
+
+def check_room(cache: Cache | None, new: int) -> None:
+    """Raise ValueError if a static cache has no room for the `new` tokens of a pass; it is left as it is."""
+    most = _room(cache)
+    if cache is not None and most is not None and cached_tokens(cache) + new > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and with this pass there would be {cached_tokens(cache) + new}; make one with a "
+            "greater max_cache_len, or begin anew with cache.reset()"
+        )
+
+
+def _room(cache: Cache | None) -> int | None:
+    """The tokens that a static cache holds at most; None of others."""
+    if cache is None or isinstance(cache, (StreamingCache, EncoderDecoderCache)) or not cache.layers:
+        return None
+    layer = cache.layers[0]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) and not layer.is_sliding else None
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

@@ -31,6 +31,7 @@ def sparsify(
     pattern: PatternLike | None = None,
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
+    decode: str | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -39,11 +40,12 @@ def sparsify(
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
 
-    Example:
+    Examples:
         >>> dense = AutoModelForCausalLM.from_pretrained("my-llama")
         >>> sparse = sparsify(dense, "window(255, 0) | first(4)", layers="0=dense")
         >>> type(sparse).__name__
@@ -68,7 +70,7 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
     for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")

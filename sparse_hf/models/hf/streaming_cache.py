@@ -219,6 +219,11 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
         )
+    if config.decode == "dense":
+        raise ValueError(
+            f"sparse_attention of this {config.model_type} model says decode='dense', for which all keys are needed; use a DynamicCache, "
+            "or decode='sparse'"
+        )
     return [config.layer_pattern(layer, is_causal=True) for layer in range(config.num_hidden_layers)]
 
 
