@@ -188,7 +188,7 @@ def _say_compiled() -> bool:
 def refuse_partitioned(weights: Iterable[Tensor]) -> None:
     if any(hasattr(w, "ds_id") for w in weights):
         raise ValueError(
-            "DeepSpeed's ZeRO-3 takes weights apart again while long_text still needs them; use FSDP2, ZeRO-2, or no long_text"
+            "DeepSpeed's ZeRO-3 takes weights apart again while long_text still needs them; use FSDP2, or no long_text"
         )
 
 
