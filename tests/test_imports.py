@@ -25,7 +25,17 @@ ALLOWED = {
     "registry": set(),
     "version": set(),
     # the command line imports the faces of packages alone
-    "cli": {"sparse_hf", "FAMILIES", "derived_types", "analysis", "conversion", "bench", "evaluation", "models", "version"},
+    "cli": {
+        "sparse_hf",
+        "FAMILIES",
+        "derived_types",
+        "analysis",
+        "conversion",
+        "bench",
+        "evaluation",
+        "models",
+        "version",
+    },
     "__main__": {"cli"},
     "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }

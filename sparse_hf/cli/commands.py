@@ -12,8 +12,8 @@ from rich.console import Console
 from . import talk
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
-from .examples import epilog
 from .evaluate import evaluate, tune
+from .examples import epilog
 from .families import list_families
 from .info import info
 from .mistakes import MISTAKES, by_flags
