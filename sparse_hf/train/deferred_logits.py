@@ -107,7 +107,14 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if func in RULES and isinstance(first, DeferredLogits) and first.made is None:
+        # in the forward of an autograd function, what comes out has another past than what goes in
+        may_defer = torch.is_grad_enabled() or func is F.cross_entropy
+        if (
+            func in RULES
+            and isinstance(first, DeferredLogits)
+            and first.made is None
+            and (may_defer or not first.requires_grad)
+        ):
             found = RULES[func](func, first, *args[1:], **kwargs)
             if found is not NotImplemented:
                 return found

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 import sparse_hf
 from sparse_hf.train import long_text, lora_config
@@ -20,8 +21,8 @@ from sparse_hf.train.deferred_logits import DeferredLogits
 from tests.models.families import HEADS, LENGTH, VOCABULARY, dense_model, inputs, is_decoder, labels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-# pieces that leave a rest
-SMALL = {"logits": 37, "feed_forward": 41}
+# pieces that leave a rest, and so many that norms go in pieces too
+SMALL = {"logits": 37, "feed_forward": 17}
 # MLM with bias, two stacks, tied and not, soft caps and scales
 CHOSEN = [
     "LlamaForCausalLM", "Gemma2ForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM",
@@ -238,10 +239,10 @@ def test_no_tensor_of_all_tokens_is_as_wide_as_vocabulary_or_feed_forward(head):
     with Shapes(VOCABULARY, 71) as stock:
         step(model, batch)
     assert stock.tokens[VOCABULARY] == stock.tokens[71] == tokens
-    with begin(model), Shapes(VOCABULARY, 71) as seen:
+    with begin(model, feed_forward=41), Shapes(VOCABULARY, 71) as seen:
         step(model, batch)
     # weights and their gradients have 32 rows
-    assert seen.tokens == {VOCABULARY: SMALL["logits"], 71: SMALL["feed_forward"]}
+    assert seen.tokens == {VOCABULARY: SMALL["logits"], 71: 41}
 
 
 def test_a_checkpointed_layer_does_not_go_through_its_pieces_again():
@@ -385,7 +386,8 @@ def test_models_that_cannot():
 
 def test_layers_that_stay_whole_are_named():
     handle = begin(model_of("MixtralForCausalLM"))
-    assert handle.in_pieces == ["lm_head"] and handle.whole == ["model.layers.0", "model.layers.1"]
+    assert not [name for name in handle.in_pieces if "norm" not in name and name != "lm_head"]
+    assert handle.whole == ["model.layers.0", "model.layers.1"]
 
 
 def test_heads_without_words_are_only_tiled():
@@ -395,7 +397,7 @@ def test_heads_without_words_are_only_tiled():
     before, wanted = step(model, batch)
     with begin(model) as handle:
         after, found = step(model, batch)
-        assert handle.in_pieces == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        assert [n for n in handle.in_pieces if "norm" not in n] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert distance(found, wanted) < 1e-6
 
 
@@ -405,3 +407,14 @@ def test_generation_is_as_ever():
     wanted = model.generate(prompt, max_new_tokens=5, do_sample=False)
     with begin(model):
         assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), wanted)
+
+
+def test_compiled_code_says_that_it_is_whole(monkeypatch):
+    model, batch = model_of("LlamaForCausalLM"), batch_of("LlamaForCausalLM")
+    wanted = model(**batch).loss
+    said = []
+    monkeypatch.setattr(logging.get_logger("sparse_hf.train.tiled"), "warning_once", said.append)
+    with begin(model, checkpoint_layers=False):
+        found = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    torch.testing.assert_close(found.loss, wanted)
+    assert not isinstance(found.logits, DeferredLogits) and "torch.compile computes whole" in said[0]
