@@ -126,7 +126,7 @@ def _cache(config: Any, length: int) -> dict[str, Any]:
         cache = StreamingCache(config)
     except ValueError as error:
         return {**found, "streaming_bytes": None, "why_not_streaming": str(error)}
-    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.layers)
+    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.own_layers)
     return {**found, "streaming_bytes": token * sum(slots)}
 
 
