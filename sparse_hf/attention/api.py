@@ -71,7 +71,7 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, a bad pattern.
         NotImplementedError: a backend that was asked for by name cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> q = k = v = torch.randn(1, 4, 300, 32)
         >>> sparse_attention(q, k, v, "window(20, 0) | first(2)").shape
         torch.Size([1, 4, 300, 32])

@@ -2,8 +2,8 @@
 
 This is part of the package, and no folder of scripts beside it, because figures are worth most on
 the machine that they are asked about: the installed package is all that `sparse-hf bench` needs
-there, no checkout. Nothing else of the package imports it but the command line, and that only when
-it is asked for.
+there, no checkout. Nothing else of the package imports it but the command line, and `evaluation`
+for its figures of cost, and those only when they are asked for.
 """
 
 from .attention import run_attention

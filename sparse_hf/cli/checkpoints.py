@@ -37,6 +37,16 @@ def convert(
         str | None, typer.Option(help="Scale rotary angles to --max-length: yarn or linear; by default not at all.")
     ] = None,
     global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="What generate decodes with: streaming, dynamic, static; by default streaming where it can be."
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(help="dense: generate reads prompts by the pattern, and decodes as the dense model does."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
@@ -59,6 +69,8 @@ def convert(
         "positions": positions,
         "rope": rope,
         "global_token_ids": read_tokens(global_token_ids),
+        "cache": cache,
+        "decode": decode,
         "revision": revision,
         "subfolder": subfolder,
         "token": token,

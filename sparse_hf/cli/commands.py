@@ -12,6 +12,7 @@ from rich.console import Console
 from . import talk
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
+from .evaluate import evaluate, tune
 from .examples import epilog
 from .families import list_families
 from .info import info
@@ -28,6 +29,8 @@ COMMANDS: dict[str, Callable] = {
     "chat": talk.chat,
     "list": list_families,
     "info": info,
+    "evaluate": evaluate,
+    "tune": tune,
 }
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 

@@ -43,6 +43,7 @@ def convert(
     rope: str | None = None,
     global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
+    decode: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
     revision: str | None = None,
@@ -67,6 +68,7 @@ def convert(
         cache: the `cache_implementation` with which `generate` decodes, written to `generation_config.json`: "streaming" (bounded
             memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
             else what the dense folder says.
+        decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does, with all keys kept.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
         revision: of a hub id, the branch, tag or commit; by default the main branch.
@@ -81,11 +83,11 @@ def convert(
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
 
-    Example:
+    Examples:
         >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
         'long-bert'
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
     place = Place(revision, subfolder, token)
     # the danger that matters most is told of first; a hub id is no path yet
     keep_apart(Path(source), Path(out))
@@ -109,6 +111,7 @@ def describe_conversion(
     rope: str | None = None,
     global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
+    decode: str | None = None,
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
@@ -118,11 +121,11 @@ def describe_conversion(
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
 
-    Example:
+    Examples:
         >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
         [512, 4096]
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache)
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
     place = Place(revision, subfolder, token)
     found = read_gguf(_gguf(source, place)) if is_gguf(source) else find_source(source, place)
     return describe(prepare(found, choice))

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from ..analysis.show import describe, render, save_png
 from ..models.hf.config import SparseConfigMixin
+from ..models.hf.hearing import is_causal
 from ..models.hf.register import Family, family_of
 from ..models.hf.remote_code import auto_map
 from ..version import HOW_TO_INSTALL
 from .carry import CARD, read_json
-from .check import is_causal, meta_model, sees_past_only, sparse_config
+from .check import meta_model, sees_past_only, sparse_config
 from .hub import is_id
 from .prepare import mark_warnings
 from .report import report_text

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import models
-from ..analysis.show import describe
 from ..pattern import Pattern
 from ..pattern.base import Intersection, Union
+from ..plan import build_plan
 from .carry import read_json
 
 # tokens at which pairs are counted, and that are read of a text: logits of more would take gigabytes
@@ -33,8 +33,8 @@ def without(pattern: Pattern, dropped: Pattern | None) -> Pattern:
 
 def share_of_pairs(before: Pattern, after: Pattern) -> float:
     """The share of a layer's pairs that is dropped, at `COUNTED` tokens."""
-    pairs = [describe(str(pattern), COUNTED).pairs for pattern in (before, after)]
-    return 1 - pairs[1] / pairs[0]
+    densities = [build_plan(str(pattern), COUNTED, COUNTED).density for pattern in (before, after)]
+    return 1 - densities[1] / densities[0]
 
 
 def measured_cost(sparse: Path, exported: Path, text: Path) -> str:

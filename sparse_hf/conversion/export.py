@@ -11,12 +11,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..models.hf.config import SparseConfigMixin, dense_values
+from ..models.hf.hearing import is_causal
 from ..models.hf.register import FAMILIES, Family, family_of
 from ..pattern import First, Pattern, Stride, Window
 from ..pattern.base import Intersection, Union
 from ..pattern.like import PatternLike
 from .carry import carry
-from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
+from .check import check_fits, meta_model, sees_past_only, sparse_config
 from .dropping import COUNTED, measured_cost, share_of_pairs, without
 from .folder import check_target, keep_apart, whole_folder
 from .generation import forget_streaming

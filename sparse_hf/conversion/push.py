@@ -39,7 +39,7 @@ def push_to_hub(
         ValueError: no id, or the checkpoint is not sparse.
         PermissionError: the hub refuses it.
 
-    Example:
+    Examples:
         >>> push_to_hub("llama-sparse", "me/llama-sparse")  # doctest: +SKIP
         'https://huggingface.co/me/llama-sparse/commit/...'
     """

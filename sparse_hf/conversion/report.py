@@ -191,6 +191,8 @@ def _tokenizer_lines(report: dict) -> Iterator[str]:
 
 
 def _cache_lines(report: dict) -> Iterator[str]:
+    if (report["sparse_attention"] or {}).get("decode") == "dense":
+        yield "Decoding: dense, behind a prompt that is read by the pattern"
     # reports of earlier versions have no such key
     cache = report.get("cache")
     if cache is None:

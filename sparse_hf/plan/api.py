@@ -47,7 +47,7 @@ def build_plan(
     Raises:
         ValueError: lengths or shapes that do not fit together.
 
-    Example:
+    Examples:
         >>> build_plan("window(256, 0) | first(4) & causal()", 1_000_000).q_blocks
         7813
     """

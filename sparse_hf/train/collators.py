@@ -68,7 +68,7 @@ class MarkTokens(Marks):
         ValueError: no ids, or ids that are no numbers (a tokenizer without that special token gives
             None).
 
-    Example:
+    Examples:
         >>> tokenizer = AutoTokenizer.from_pretrained("my-bert")
         >>> collator = MarkTokens(DataCollatorWithPadding(tokenizer), [tokenizer.cls_token_id])
         >>> collator([tokenizer("a whale")])["global_attention_mask"]
@@ -102,7 +102,7 @@ class MarkQuestion(Marks):
     Raises:
         ValueError: no separator is named, or a row has none.
 
-    Example:
+    Examples:
         >>> tokenizer = AutoTokenizer.from_pretrained("my-bert")
         >>> collator = MarkQuestion(DataCollatorWithPadding(tokenizer), tokenizer.sep_token_id)
         >>> collator([tokenizer("a whale", "the old ship")])["global_attention_mask"]
@@ -148,7 +148,7 @@ class MarkHeaders(Marks):
         ValueError: no expression, columns that are missing, or a tokenizer that text cannot be got
             back from.
 
-    Example:
+    Examples:
         >>> tokenizer, text = AutoTokenizer.from_pretrained("my-bert"), "Article 1\\na party who pays"
         >>> collator = MarkHeaders(DataCollatorWithPadding(tokenizer), r"^Article \\d+$")
         >>> collator([{**tokenizer(text, return_offsets_mapping=True), "text": text}])["global_attention_mask"]

@@ -36,7 +36,7 @@ class Distillation:
             their width.
         layers: weights of the layers in that average, one for each; by default all alike.
 
-    Example:
+    Examples:
         >>> Distillation(logits=1.0, hidden=0.5).temperature
         2.0
     """

@@ -15,7 +15,7 @@ def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **option
         model: the model that it is for, whose norms and embeddings are named.
         rank, alpha: `r` and `lora_alpha` of `peft.LoraConfig`; `options` are its others.
 
-    Example:
+    Examples:
         >>> lora_config(AutoModelForCausalLM.from_pretrained("my-llama"), rank=16).r
         16
     """

@@ -71,7 +71,7 @@ class PackDocuments:
     Raises:
         ValueError: a bad length, no `input_ids`, or columns that have no value for each token.
 
-    Example:
+    Examples:
         >>> rows = PackDocuments(8)({"input_ids": [[5, 6, 7], [8, 9], [10, 11, 12, 13]]})
         >>> rows["input_ids"]
         [[5, 6, 7, 10, 11, 12, 13], [8, 9]]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sparse_hf
 from sparse_hf import push_to_hub
+from sparse_hf.cli import main
 from sparse_hf.conversion.card import write_card
 from tests.hub_server import OWNER, TOKEN, StandIn, stand_in
 from tests.models.families import dense_model
@@ -204,6 +205,25 @@ def test_what_cannot_be_sent_is_told(hub, sparse, bert):
     with pytest.raises(ValueError, match="is bert, which is dense; convert it first"):
         push_to_hub(bert, "me/x", token=TOKEN)
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["convert", "gpt2", "out", "--dry-run", "--push", "me/x"],
+            "--dry-run writes nothing that could be sent to me/x",
+        ),
+        (["card", "{sparse}", "--private"], "--private is about a repository that --push makes"),
+        (["export", "{sparse}", "out", "--to", "native", "--revision", "v1"], "revision='v1' is for hub ids"),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(sparse, capsys, arguments, said):
+    command = ["sparse-hf", *(word.format(sparse=sparse) for word in arguments)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(sys, "argv", command)
+        main()
+    assert left.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_fetches_and_sends(hub, bert, tmp_path):

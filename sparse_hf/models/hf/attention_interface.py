@@ -27,6 +27,7 @@ from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
+from .cache import LAYERS_SEE
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
@@ -103,6 +104,8 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
+    if kwargs.get(LAYERS_SEE) is not None:
+        pattern = kwargs[LAYERS_SEE][module.layer_idx]
     streaming = kwargs.get("streaming_cache")
     if streaming is not None:
         _check_streaming(streaming, module.layer_idx, pattern, opaque)
