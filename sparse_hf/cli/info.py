@@ -47,8 +47,9 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from ..conversion.check import is_causal, meta_model, sees_past_only
+    from ..conversion.check import meta_model, sees_past_only
     from ..models import SparseConfigMixin, family_of
+    from ..models.hf.hearing import is_causal
 
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, SparseConfigMixin):
