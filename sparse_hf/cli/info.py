@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+from .arguments import read_folder
 
 # a length at which pairs are counted, unless another is asked for
 LONGEST = 16384
@@ -25,7 +28,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
-    found = read_info(folder, length)
+    with Console(stderr=True).status("counting pairs"):
+        found = read_info(read_folder(folder), length)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
 
 
@@ -43,8 +47,9 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from ..conversion.check import is_causal, meta_model, sees_past_only
+    from ..conversion.check import meta_model, sees_past_only
     from ..models import SparseConfigMixin, family_of
+    from ..models.hf.hearing import is_causal
 
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, SparseConfigMixin):
@@ -54,7 +59,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     family = family_of(config.model_type)
     model = meta_model(family, config.to_dict())
     most = None if config.positions is None else config.positions.reach_of(config)
-    counted = length or min(most or USUAL_LENGTH, LONGEST)
+    counted = min(most or USUAL_LENGTH, LONGEST) if length is None else length
     causal = is_causal(model)
     stacks = []
     for stack, count in config.stacks.items():
