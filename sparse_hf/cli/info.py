@@ -60,7 +60,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     for stack, count in config.stacks.items():
         past = sees_past_only(stack, causal)
         texts = [config.layer_pattern(layer, past, stack) for layer in range(count)]
-        stacks.append({"stack": stack, "layers": count, **_stack(texts, counted)})
+        stacks.append({"stack": stack, "layers": count, **_stack(texts, config.layer_patterns(stack), counted)})
     return {
         "folder": str(folder),
         "model_type": config.model_type,
@@ -70,12 +70,17 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "global_token_ids": config.global_token_ids,
         "counted_at": counted,
         "stacks": stacks,
-        "cache": _cache(config, counted) if model.can_generate() else None,
+        "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
     }
 
 
-def _stack(texts: Sequence[str], length: int) -> dict[str, Any]:
-    """Patterns by ranges of layers, and what they come to together."""
+def _stack(texts: Sequence[str], names: Sequence[str], length: int) -> dict[str, Any]:
+    """Patterns by ranges of layers, and what they come to together.
+
+    Args:
+        texts: the pattern of each layer, as it is computed.
+        names: the same as they are written, not cut to the past.
+    """
     from ..analysis import describe, describe_stack
 
     facts = {text: describe(text, length) for text in dict.fromkeys(texts)}
@@ -83,7 +88,7 @@ def _stack(texts: Sequence[str], length: int) -> dict[str, Any]:
     for text, group in groupby(texts):
         count = len(list(group))
         density = facts[text].density
-        ranges.append({"first": layer, "last": layer + count - 1, "pattern": text, "density": density})
+        ranges.append({"first": layer, "last": layer + count - 1, "pattern": names[layer], "density": density})
         layer += count
     if any(facts[text].reach_note == "depends on queries and keys" for text in texts):
         layers, ahead = None, None
@@ -134,7 +139,7 @@ def info_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"marked tokens: ids {', '.join(map(str, found['global_token_ids']))}"
     at = f"at {found['counted_at']:,} tokens"
     for stack in found["stacks"]:
-        yield f"{stack['stack'] or 'all'} {stack['layers']} layers, {stack['density']:.2%} of all pairs {at}:".strip()
+        yield f"{stack['stack'] or 'all'} {stack['layers']} layer(s), {stack['density']:.2%} of all pairs {at}:".strip()
         for part in stack["patterns"]:
             whose = f"{part['first']}" if part["first"] == part["last"] else f"{part['first']}-{part['last']}"
             yield f"  {whose.rjust(5)}  {part['pattern']}  ({part['density']:.2%})"
@@ -149,12 +154,8 @@ def _reach(stack: dict[str, Any]) -> str:
         return "reach: depends on queries and keys"
     if needed is None:
         return f"reach: tokens never reach {whom}, through however many layers"
-    enough = (
-        "enough"
-        if needed <= layers
-        else f"more than there are: the farthest of {whom.removeprefix('every ')}s are not seen"
-    )
-    return f"reach: {needed:,} layers until every token reaches {whom}, of {layers:,} ({enough})"
+    enough = "enough" if needed <= layers else "fewer"
+    return f"reach: {needed:,} layer(s) until every token reaches {whom}; there are {layers:,}, {enough}"
 
 
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
