@@ -121,6 +121,21 @@ def test_autocast(head):
     assert distance(found[1][1], exact) < 1.2 * distance(found[0][1], exact) + 1e-3
 
 
+def test_autocast_of_a_long_text_beside_a_short_one():
+    """Weights that autocast cast for pieces, which record no graph, are not those of the short text."""
+    model, batch = model_of("LlamaForCausalLM", torch.float32), batch_of("LlamaForCausalLM", "none")
+    ids, found = batch["input_ids"], []
+    for is_long in (False, True):
+        if is_long:
+            begin(model, feed_forward=50, checkpoint_layers=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            long, short = (model(input_ids=some, labels=some, use_cache=False).loss for some in (ids, ids[:1, :20]))
+        model.zero_grad()
+        (long + short).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert distance(found[1], found[0]) < 0.02
+
+
 @pytest.mark.parametrize("head", ["LlamaForCausalLM", "BertForMaskedLM", "GPT2LMHeadModel"])
 @pytest.mark.parametrize(
     "changes", [{"num_items_in_batch": torch.tensor(700)}, {"label_smoothing": 0.1}, {"labels": -100}]
