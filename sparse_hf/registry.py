@@ -174,7 +174,8 @@ def _enter_attention(modeling: ModuleType) -> None:
 
 def _enter_caches(configuration: ModuleType) -> None:
     known = configuration.ALL_CACHE_IMPLEMENTATIONS
-    configuration.ALL_CACHE_IMPLEMENTATIONS = (*known, *(name for name in CACHE_IMPLEMENTATIONS if name not in known))
+    added = tuple(name for name in CACHE_IMPLEMENTATIONS if name not in known)
+    vars(configuration)["ALL_CACHE_IMPLEMENTATIONS"] = known + added
 
 
 def _attention(modeling: ModuleType, name: str, *args, **kwargs) -> Any:

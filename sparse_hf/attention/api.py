@@ -70,6 +70,11 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, a bad pattern.
         NotImplementedError: a backend that was asked for by name cannot run here; the message says why.
+
+    Examples:
+        >>> q = k = v = torch.randn(1, 4, 300, 32)
+        >>> sparse_attention(q, k, v, "window(20, 0) | first(2)").shape
+        torch.Size([1, 4, 300, 32])
     """
     _check_tensors(q, k, v, dropout)
     _check_backend(backend)

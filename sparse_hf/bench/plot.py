@@ -58,7 +58,7 @@ def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, s
     def lines(key: str, scale: float) -> list[Line]:
         return [
             Line(
-                readable(name),
+                readable(rows[0]),
                 [(row["n"], (row[key] or 0) * scale) for row in rows],
                 colors[rows[0].get("model", name)],
                 LINE_STYLES.get(rows[0].get("implementation", ""), LINE_STYLES[rows[0]["kind"]]),
@@ -81,7 +81,7 @@ def draw(panels: Sequence[Panel], title: str, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('a plot needs matplotlib: pip install "sparse-hf[plot]"') from None
+        raise ImportError('a plot needs matplotlib: pip install "matplotlib>=3.9"') from None
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     width = columns * (PANEL + NAMES)
     figure = Figure(figsize=(width, rows * HEIGHT), layout="constrained")
@@ -146,19 +146,23 @@ def apart(heights: Sequence[float], least: float) -> list[float]:
     return [middle + (k - (count - 1) / 2) * least for middle, count in groups for k in range(count)]
 
 
-def readable(name: str) -> str:
-    """What a reader calls a row."""
-    return NAMES_OF.get(name, name)
-
-
-# names of rows in files of results -> in pictures and tables
-NAMES_OF = {
-    "sdpa_dense": "dense (SDPA)",
-    "sdpa_causal": "dense, causal (SDPA)",
-    "flex_attention": "FlexAttention",
-    "varlen_fa2": "FlashAttention 2 (window)",
-    "flash_attn_4": "FlashAttention 4 (window)",
+# names of rows in files of results -> what a reader calls them
+READABLE = {
+    "sdpa_dense": "dense, SDPA",
+    "sdpa_flash": "dense, FlashAttention 2",
+    "sdpa_cudnn": "dense, cuDNN",
+    "varlen_fa2": "window, FlashAttention 2",
+    "flash_attn_4": "window, FlashAttention 4",
+    "flex_attention": "window, FlexAttention",
 }
+
+
+def readable(row: Row) -> str:
+    """What a reader calls a row."""
+    name = row["name"]
+    # of one layer, ours are called by their backends
+    is_backend = row["kind"] == "ours" and "sparse_hf" not in name
+    return f"sparse_hf, {name}" if is_backend else READABLE.get(name, name)
 
 
 def _step_or_forward(rows: list[Row]) -> tuple[str, str]:

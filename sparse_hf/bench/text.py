@@ -8,6 +8,9 @@ from functools import partial
 
 from rich.console import Console
 
+from .plot import readable
+from .results import Result
+
 
 def duration(seconds: float | None) -> str:
     """Three digits: "2.71 ms", "390 ms", "14.2 s"; nothing for None."""
@@ -88,6 +91,14 @@ class Figures:
                 write(line(row if beside else ("", *row[1:])))
         for note in self.notes:
             console.print(note, highlight=False, markup=False)
+
+
+def exponents(result: Result, *keys: str) -> list[str]:
+    """A line on how time grows with the tokens, by the first of the keys that a row has; none where nothing grew."""
+    fits = {name: next((fit[key] for key in keys if fit.get(key)), None) for name, fit in result["slopes"].items()}
+    called = {row["name"]: readable(row) for row in result["rows"]}
+    known = [(called[name], fit) for name, fit in fits.items() if fit is not None]
+    return [f"time grows with the tokens to the power of: {joined(known)}"] if known else []
 
 
 def joined(values: Iterable[tuple[str, float]]) -> str:

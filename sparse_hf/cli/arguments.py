@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 OUT_HELP = "Write the figures to this JSON file; in a folder, to MACHINE/DATE-BENCHMARK.json."
+TOKENS_HELP = "Tokens that marked() speaks of, ids or texts, like '101,102' or '[CLS],[SEP]'."
 PATTERN_HELP = "A pattern, like 'window(256, 256) | first(1)', or a recipe, like 'longformer(attention_window=512)'."
 
 
@@ -13,6 +14,11 @@ def words(text: str) -> list[str]:
 
 def numbers(text: str) -> list[int]:
     return [_number(word) for word in words(text)]
+
+
+def read_tokens(text: str) -> list[int | str]:
+    """Ids of tokens, and texts of others: "101,[SEP]"."""
+    return [int(word) if word.isdecimal() else word for word in words(text)]
 
 
 def read_lengths(text: str) -> list[int]:

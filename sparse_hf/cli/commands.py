@@ -9,9 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import talk
 from .bench import attention, generate, models, plan
 from .checkpoints import card, convert, export
+from .evaluate import evaluate, tune
+from .examples import epilog
 from .families import list_families
+from .info import info
+from .mistakes import MISTAKES, by_flags
 from .show import show
 
 # in the order in which help lists them
@@ -20,20 +25,25 @@ COMMANDS: dict[str, Callable] = {
     "convert": convert,
     "export": export,
     "card": card,
+    "generate": talk.generate,
+    "chat": talk.chat,
     "list": list_families,
+    "info": info,
+    "evaluate": evaluate,
+    "tune": tune,
 }
 BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
 
 app = typer.Typer(
-    help="Sparse attention for Transformers: draw patterns, convert checkpoints, measure.",
+    help="Sparse attention for Transformers: draw patterns, convert checkpoints, talk with them, measure.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench = typer.Typer(help="Is it fast? Peers beside ours in one run, correctness checked first.", no_args_is_help=True)
-for group, commands in ((app, COMMANDS), (bench, BENCHES)):
+for group, before, commands in ((app, "", COMMANDS), (bench, "bench ", BENCHES)):
     for name, command in commands.items():
-        group.command(name)(command)
+        group.command(name, epilog=epilog(before + name))(by_flags(command))
 app.add_typer(bench, name="bench")
 
 
@@ -60,7 +70,7 @@ def main() -> None:
     """Run the command; a user's mistake is one clear line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except MISTAKES as error:
         if "--debug" in sys.argv:
             raise
         Console(stderr=True).print("[bold red]error:[/]", end=" ")

@@ -10,15 +10,17 @@ from transformers import PreTrainedModel
 
 from ..models.derived.check import check_once
 from ..models.hf.config import SparseConfigMixin
+from ..models.hf.hearing import hearing_warnings, is_causal
 from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
 from ..pattern.like import PatternLike
-from .check import check_fits, is_causal, meta_model, sparse_config
+from .check import check_fits, meta_model, sparse_config
 from .generation import CacheChoice, choose_cache
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
+from .token_ids import token_ids
 from .weights import Work
 
 
@@ -31,8 +33,9 @@ class Choice:
     max_length: int | None = None
     positions: str = "tile"
     rope: str | None = None
-    global_token_ids: tuple[int, ...] = ()
+    global_token_ids: tuple[int | str, ...] = ()
     cache: str | None = None
+    decode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     model = meta_model(family, source.config)
     if not family.verified:
         check_once(type(model), model.config)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
+    marked = token_ids(choice.global_token_ids, source)
+    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, marked, choice.decode)
     if not family.verified:
         family = dataclasses.replace(family, positions=config.positions)
         check_growth(family.positions, model, choice.max_length)
@@ -89,7 +93,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     lengths = set_length(config, family.positions, choice.max_length)
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
-    carried = tuple(source.carried)
+    carried, causal = tuple(source.carried), is_causal(model)
     return Prepared(
         source=source,
         choice=choice,
@@ -100,9 +104,14 @@ def prepare(source: Source, choice: Choice) -> Prepared:
         tokenizer=tokenizer_class(source.folder, source.name, carried),
         limit=_limit(choice, family, lengths[1]),
         lengths=lengths,
-        is_causal=is_causal(model),
+        is_causal=causal,
         cache=choose_cache(config, model, choice.cache),
-        warnings=(*warnings, *mark_warnings(config, family, config.architectures)),
+        warnings=(
+            *warnings,
+            *mark_warnings(config, family, config.architectures),
+            *hearing_warnings(config, causal, lengths[1]),
+            *_length_warnings(*lengths),
+        ),
     )
 
 
@@ -115,6 +124,16 @@ def mark_warnings(config: SparseConfigMixin, family: Family, architectures: list
     return [
         "marked() speaks of no token yet: pass global_attention_mask with every batch, or name token ids by "
         "global_token_ids (--global-token-ids), or write first(1) for the first token"
+    ]
+
+
+def _length_warnings(old: int | None, new: int | None) -> list[str]:
+    """What to say where a model is to read more than it was made for."""
+    if old is None or new is None or new <= old:
+        return []
+    return [
+        f"the model was made for {old:,} tokens and is to read {new:,}: what it answers beyond {old:,} is unknown until it is healed or "
+        "fine-tuned on texts as long, and measured (sparse-hf evaluate)"
     ]
 
 

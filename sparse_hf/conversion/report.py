@@ -37,7 +37,7 @@ def describe(prepared: Prepared) -> dict:
     same = [t for name, t in tensors.items() if name not in work.changes and name not in work.left_out]
     return {
         "source": prepared.source.name,
-        "origin": card_metadata(prepared.source.folder),
+        "origin": card_metadata(prepared.source.folder) | _base(prepared.source.repo),
         "family": prepared.family.dense_type,
         "model_type": config.model_type,
         "architectures": config.architectures,
@@ -58,6 +58,11 @@ def describe(prepared: Prepared) -> dict:
         "warnings": list(prepared.warnings),
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
+
+
+def _base(repo: str | None) -> dict:
+    """What cards call the model that was converted, where it has an id."""
+    return {"base_model": repo} if repo else {}
 
 
 def _is_scaled(parameters: dict | None) -> bool:
@@ -186,6 +191,8 @@ def _tokenizer_lines(report: dict) -> Iterator[str]:
 
 
 def _cache_lines(report: dict) -> Iterator[str]:
+    if (report["sparse_attention"] or {}).get("decode") == "dense":
+        yield "Decoding: dense, behind a prompt that is read by the pattern"
     # reports of earlier versions have no such key
     cache = report.get("cache")
     if cache is None:

@@ -123,7 +123,7 @@ def test_a_model_without_a_pattern_says_so_once(warnings, tmp_path):
 
 
 def test_a_model_with_a_pattern_says_nothing(warnings, tmp_path):
-    sparse_hf.sparsify(dense_model("BertModel"), "window(9, 9)").save_pretrained(tmp_path)
+    sparse_hf.sparsify(dense_model("BertModel"), "window(9, 9) | first(1)").save_pretrained(tmp_path)
     AutoModel.from_pretrained(tmp_path)
     sparse_hf.SparseBertModel(sparse_hf.SparseBertConfig(**TINY["bert"], pattern="window(None, None)"))
     longformer = sparse_hf.SparseLongformerConfig(num_hidden_layers=1, hidden_size=12, attention_window=[8])

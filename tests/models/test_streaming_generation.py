@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
@@ -20,7 +20,7 @@ from sparse_hf.conversion import describe_conversion, report_text
 from sparse_hf.conversion.export import export
 from sparse_hf.models.hf.cache import logger as cache_logger
 from sparse_hf.testing import AllocationInterceptor
-from tests.models.families import VOCABULARY, dense_model, named_cache
+from tests.models.families import EOS, VOCABULARY, dense_model, explicit_mask, named_cache
 
 LLAMA, SPARSE = "LlamaForCausalLM", "window(20, 0) | first(3)"
 GREEDY = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
@@ -242,3 +242,69 @@ def test_an_interrupted_pass_is_noticed():
         cache.reset()
         found = model(ids, **named_cache(model, cache)).logits
         torch.testing.assert_close(found, model(ids, use_cache=False).logits)
+
+
+def sparse_then_dense(dense, prompt: Tensor, pattern: str) -> Tensor:
+    """The dense model's greedy text, whose prompt is read by a pattern, and what follows sees everything."""
+    ids, length = prompt, prompt.shape[1]
+    for _ in range(GREEDY["max_new_tokens"]):
+        mask = explicit_mask(pattern, ids.shape[1], torch.ones_like(ids), None, is_causal=True)[:1]
+        mask[:, :, length:] = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[length:]
+        with torch.no_grad():
+            logits = dense(ids, attention_mask=mask.expand(len(ids), -1, -1, -1)).logits
+        # the end of a text is not wanted yet
+        logits[..., EOS] = -torch.inf
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("where", ["call", "configuration"])
+def test_a_sparse_prompt_is_decoded_densely(where, kind):
+    dense, ids = dense_model(LLAMA), text()
+    wanted = sparse_then_dense(dense, ids, SPARSE)
+    model = sparse_hf.sparsify(dense, SPARSE, decode="dense" if where == "configuration" else None)
+    asked = {"decode": "dense"} if where == "call" else {}
+    given = {"cache_implementation": kind}
+    assert torch.equal(model.generate(ids, **given, **asked, **GREEDY), wanted)
+    assert not torch.equal(model.generate(ids, **given, **asked | {"decode": "sparse"}, **GREEDY), wanted)
+
+
+def test_convert_writes_dense_decoding(folder, tmp_path):
+    sparse_hf.convert(folder / "dense", tmp_path / "densely", SPARSE, decode="dense", progress=False)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "densely").decode == "dense"
+    report = (tmp_path / "densely" / "conversion.txt").read_text()
+    assert "Decoding: dense, behind a prompt" in report and "generate keeps all keys" in report
+    dense_model("BartForConditionalGeneration").save_pretrained(tmp_path / "bart")
+    with pytest.raises(ValueError, match="decode is 'dense', and sparse_bart is no decoder with a dense counterpart"):
+        describe_conversion(tmp_path / "bart", "window(5, 0)", decode="dense")
+
+
+def test_an_exhausted_static_cache_says_so():
+    model, ids = sparse_model(), text(1, 60)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(ids, **named_cache(model, cache))
+        with pytest.raises(ValueError, match="static cache holds 64 tokens, and with this pass there would be 65"):
+            model(text(1, 5), **named_cache(model, cache))
+        # it goes on as if nothing had happened
+        found = model(text(1, 64)[:, 60:], **named_cache(model, cache)).logits
+    wanted = model(torch.cat((ids, text(1, 64)[:, 60:]), 1), use_cache=False).logits
+    torch.testing.assert_close(found, wanted[:, 60:])
+    with pytest.raises(ValueError, match="static cache holds 64 tokens, and this call may come to 89"):
+        model.generate(ids, **named_cache(model, StaticCache(config=model.config, max_cache_len=64)), **GREEDY)
+
+
+def test_dense_decoding_is_saved_and_wants_all_keys(tmp_path):
+    model = sparse_hf.sparsify(dense_model(LLAMA), SPARSE, decode="dense")
+    model.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).decode == "dense"
+    with pytest.raises(ValueError, match="decode='dense', for which all keys are needed; use a DynamicCache"):
+        StreamingCache(model.config)
+    with pytest.raises(ValueError, match="all keys are needed"):
+        model.generate(text(), **STREAMING, **GREEDY)
+    with pytest.raises(ValueError, match="decode is 'often'; it must be 'sparse' or 'dense'"):
+        model.generate(text(), decode="often", **GREEDY)
+    with pytest.raises(ValueError, match="pattern of layer 0 is window"):
+        sparse = sparse_model()
+        sparse.generate(text(), **named_cache(sparse, StreamingCache(sparse.config)), decode="dense", **GREEDY)

@@ -22,11 +22,12 @@ from ...attention import attend, attention, hashed_weights, route, uses_hashes, 
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
-from ...attention.merge import with_sink
+from ...attention.merge import merge, with_sink
 from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
+from .cache import LAYERS_SEE
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
@@ -103,6 +104,8 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
+    if kwargs.get(LAYERS_SEE) is not None:
+        pattern = kwargs[LAYERS_SEE][module.layer_idx]
     streaming = kwargs.get("streaming_cache")
     if streaming is not None:
         _check_streaming(streaming, module.layer_idx, pattern, opaque)
@@ -111,29 +114,47 @@ def sparse_attention_forward(
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
+    turned = kwargs.get("turned_sinks")
+    far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
+    filled = None
     if streaming is not None:
+        filled = streaming.filled(module.layer_idx, query.shape[2])
         if streaming.in_place:
-            filled = streaming.filled(module.layer_idx, query.shape[2])
-            return _over_slots(query, key, value, filled, pattern, scoring, sinks), None
+            part = (
+                None
+                if far is None
+                else far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
+            )
+            pattern = pattern if far is None else far.near
+            return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
         request = request.of_held(streaming, module.layer_idx, query, key)
     shifts = not stack.counts_padding and counts_positions(pattern)
     batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     real, documents, marks = batch.info.tensors
+    order = batch.padding_first if shifts else None
+    part = None
+    # packed documents begin anew, and with them their positions
+    if far is not None and documents is None:
+        _check_turned(order, opaque, bias)
+        begins = None if real is None else real.int().argmax(1)
+        seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
+        part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
     by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
-        return _over_slots(query, key, value, filled, pattern, scoring, sinks), None
+        return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
-        wants_lse=sinks is not None,
+        wants_lse=sinks is not None or part is not None,
     )  # fmt: skip
-    order = batch.padding_first if shifts else None
     if order is not None and bias is None:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, lse, weights = _computed(call, opaque, backend, wants_weights)
+    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None)
+    if part is not None:
+        out, lse = merge([(out, lse), part])
     if sinks is not None:
         out = with_sink(out, lse, sinks)
         weights = None if weights is None else with_sink(weights, lse, sinks)
@@ -159,13 +180,27 @@ def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, patter
 
 
 def _over_slots(
-    query: Tensor, key: Tensor, value: Tensor, filled: Filled, pattern: str, scoring: Scoring, sinks: Tensor | None
+    tensors: tuple[Tensor, Tensor, Tensor], filled: Filled, pattern: str, scoring: Scoring, sinks: Tensor | None,
+    part: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """Attention `[B, Q, H, D]` to the slots of a cache as they lie."""
-    out, lse = slots_attention(query, key, value, filled, pattern, scoring, wants_lse=sinks is not None)
+    """Attention `[B, Q, H, D]` to the slots of a cache as they lie, and to what another part of it found."""
+    wants_lse = sinks is not None or part is not None
+    out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
+    if part is not None:
+        out, lse = merge([(out, lse), part])
     if sinks is not None:
         out = with_sink(out, lse, sinks)
     return out.transpose(1, 2).contiguous()
+
+
+def _check_turned(order: PaddingFirst | None, opaque: Callable | None, bias: Tensor | None) -> None:
+    """Raise NotImplementedError where first tokens cannot be seen as if they were in a cache."""
+    if order is not None or opaque is not None or bias is not None:
+        raise NotImplementedError(
+            "this text is longer than the model was trained on, and its first tokens cannot be seen as among the keys of a streaming cache "
+            "with padding inside a row, a mask of pairs or a bias by distance; pad on the left, or set model.generation_config."
+            "cache_implementation = None, which leaves all positions as they are"
+        )
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:

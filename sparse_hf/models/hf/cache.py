@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..names import STREAMING
 from .config import SparseConfigMixin
 from .inner_padding import has_padding_in_the_way
-from .streaming_cache import StreamingCache, why_not_streamed
+from .streaming_cache import StreamingCache, padding_of, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,14 @@ class GrownStaticLayer(StaticLayer):
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    # an output of Transformers that is asked for the older name says that it is old
+    return next((value for name, value in kwargs.items() if name in CACHE_NAMES and value is not None), None)
+
+
+def cache_name(model: Any) -> str:
+    """What a cache is called among the arguments of a model's `forward`."""
+    takes = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in takes)
 
 
 def check_cache_name(given: Mapping[str, Any], known: Container[str]) -> None:
@@ -64,7 +71,7 @@ def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | 
     if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
         return of_tokens
     if isinstance(cache, StreamingCache):
-        return None if cache.rows else of_tokens
+        return None if cache.settled else of_tokens
     return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
@@ -83,21 +90,48 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2], config._attn_implementation == "sparse")
+    can_be_in_place = config._attn_implementation == "sparse"
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
     if not torch.compiler.is_compiling():
-        _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
+        _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
-def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
-    """Warn once where a stream has more tokens than the model has positions for."""
+def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) -> None:
+    """Say once where a stream has more tokens than the model has positions for."""
     most = None if config.positions is None else config.positions.reach_of(config)
-    if most is not None and tokens > most:
-        logger.warning_once(
-            f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
-            "memory and leaves tokens their true positions, beyond which few models answer well; begin anew with cache.reset(), or "
-            "convert the dense checkpoint with a greater max_length"
-        )
+    if most is None or tokens <= most:
+        return
+    if cache.turns:
+        if cache.turns_from:
+            logger.warning_once(
+                f"the text behind a streaming cache has more tokens than {config.model_type} is configured for ({most}): from there on its "
+                "first tokens are seen as far away as they are among the keys that are kept (positions='cache')"
+            )
+        return
+    logger.warning_once(
+        f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
+        "memory and leaves tokens their true positions, beyond which few models answer well; give StreamingCache(config, "
+        "positions='cache') where positions are rotary, begin anew with cache.reset(), or convert the dense checkpoint with a greater "
+        "max_length"
+    )
+
+
+# an argument of passes: the pattern of each layer, in place of those of the configuration
+LAYERS_SEE = "layers_see"
+
+
+def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Have a step of `generate` behind a prompt see what the dense model sees, if this call or the configuration wants it.
+
+    Args:
+        model: that generates.
+        inputs: of `forward`, from which `decode` is taken.
+        given: arguments of `prepare_inputs_for_generation`.
+    """
+    decode = inputs.pop("decode", None) or model.config.decode
+    if decode == "dense" and not given.get("is_first_iteration") and cached_tokens(given_cache(inputs)):
+        inputs[LAYERS_SEE] = model.config.dense_patterns()
 
 
 def lost_cache(model: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
@@ -177,6 +211,13 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
     Raises:
         ValueError: the model cannot be decoded so; the message names the layer and its pattern.
     """
+    if (kwargs.get("decode") or model.config.decode) == "dense":
+        if generation_config.cache_implementation == STREAMING and kwargs.get("decode") is None:
+            raise ValueError(why_not_streamed(model.config))
+        if generation_config.cache_implementation == STREAMING:
+            # what a folder says of all calls gives way to what this call says
+            generation_config.cache_implementation = None
+        return None
     is_named, given = generation_config.cache_implementation == STREAMING, given_cache(kwargs)
     drafts = bool(generation_config.is_assistant) and generation_config.cache_implementation is None
     if not is_named and not drafts or generation_config.use_cache is False:
@@ -188,7 +229,7 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
         return None
     if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
         return None
-    cache, mask = StreamingCache(model.config), kwargs.get("attention_mask")
+    cache, mask = StreamingCache(model.config, positions="auto"), kwargs.get("attention_mask")
     generation_config.cache_implementation = None
     if mask is not None and has_padding_in_the_way(mask):
         logger.warning_once(
@@ -196,16 +237,49 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
             "call keeps all keys instead (DynamicCache); pad on the left"
         )
         return None
-    takes = inspect.signature(model.forward).parameters
-    kwargs[next(name for name in CACHE_NAMES if name in takes)] = cache
+    kwargs[cache_name(model)] = cache
     return cache
 
 
-def prepare_cache(cache: Cache | None, length: int) -> None:
-    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would."""
+def prepare_cache(cache: Cache | None, length: int, mask: Tensor | None) -> None:
+    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would.
+
+    Args:
+        mask: of the prompt.
+
+    Raises:
+        ValueError: a static cache that has no room for it, or padding behind tokens that a streaming one cannot tell from others.
+    """
     if isinstance(cache, StreamingCache):
+        if mask is not None and mask.ndim == 2:
+            # a prompt may come in pieces, without the mask of the whole
+            padding_of(mask, mask.shape[1])
         cache.make_room(length)
     keep_all(cache, 0, length)
+    most = _room(cache)
+    if most is not None and length > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and this call may come to {length}: give a lower max_new_tokens, or a cache with a "
+            "greater max_cache_len"
+        )
+
+
+def check_room(cache: Cache | None, new: int) -> None:
+    """Raise ValueError if a static cache has no room for the `new` tokens of a pass; it is left as it is."""
+    most = _room(cache)
+    if cache is not None and most is not None and cached_tokens(cache) + new > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and with this pass there would be {cached_tokens(cache) + new}; make one with a "
+            "greater max_cache_len, or begin anew with cache.reset()"
+        )
+
+
+def _room(cache: Cache | None) -> int | None:
+    """The tokens that a static cache holds at most; None of others."""
+    if cache is None or isinstance(cache, (StreamingCache, EncoderDecoderCache)) or not cache.layers:
+        return None
+    layer = cache.layers[0]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) and not layer.is_sliding else None
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

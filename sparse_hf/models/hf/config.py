@@ -29,7 +29,9 @@ logger = logging.get_logger(__name__)
 
 # what stock names stand for on a sparse model: never silently dense
 STOCK_NAMES: dict[str, Implementation] = {"eager": "sparse_reference", "sdpa": "sparse"}
-KEYS = ("patterns", "layers", "global_token_ids")
+KEYS = ("patterns", "layers", "global_token_ids", "decode")
+# what tokens behind a prompt see in `generate`: what the pattern holds, or all that the dense model's would
+DECODES = ("sparse", "dense")
 # arguments of a sparse configuration that are written into `sparse_attention`
 ARGUMENTS = ("pattern", "layers", "global_token_ids")
 # keys of a configuration that are not the dense model's
@@ -240,6 +242,7 @@ class SparseConfigMixin(_Config):
         pattern: PatternLike | None = None,
         layers: LayersLike = None,
         global_token_ids: Sequence[int] = (),
+        decode: str | None = None,
     ) -> AnySparseConfig:
         """The counterpart of a configuration of Transformers.
 
@@ -251,6 +254,7 @@ class SparseConfigMixin(_Config):
             layers: see `parse_layers`; encoder-decoders say "encoder" or "decoder" before the range, as in
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
+            decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
 
         Raises:
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
@@ -262,7 +266,8 @@ class SparseConfigMixin(_Config):
                 "attn_implementation='sparse_reference' makes them"
             )
         plain = cls(**values)
-        return cls(**values, sparse_attention=plain.describe(pattern, layers, global_token_ids))
+        spec = plain.describe(pattern, layers, global_token_ids)
+        return cls(**values, sparse_attention=spec if decode is None else {**spec, "decode": decode})
 
     def describe(
         self, pattern: PatternLike | None = None, layers: LayersLike = None, global_token_ids: Sequence[int] = ()
@@ -313,8 +318,8 @@ class SparseConfigMixin(_Config):
         if not isinstance(spec, dict) or set(spec) - set(KEYS) or not {"patterns", "layers"} <= set(spec):
             found = list(spec) if isinstance(spec, dict) else spec
             raise ValueError(
-                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids'. "
-                "A newer sparse_hf may have written it"
+                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids' and "
+                "'decode'. A newer sparse_hf may have written it"
             )
         if not isinstance(spec["patterns"], dict):
             raise ValueError("sparse_attention.patterns must be an object (name -> pattern)")
@@ -325,6 +330,7 @@ class SparseConfigMixin(_Config):
         ids = spec.get("global_token_ids") or []
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"sparse_attention.global_token_ids is {ids}; it must be a list of token ids")
+        self.check_decode(self.decode)
         if ids and not self.uses_marks:
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
 
@@ -365,6 +371,24 @@ class SparseConfigMixin(_Config):
     @property
     def global_token_ids(self) -> list[int]:
         return list((self.sparse_attention or {}).get("global_token_ids") or [])
+
+    @property
+    def decode(self) -> str:
+        """What tokens behind a prompt see in `generate`: "sparse" or "dense"."""
+        return (self.sparse_attention or {}).get("decode") or DECODES[0]
+
+    def check_decode(self, decode: str) -> None:
+        """Raise ValueError if a model cannot decode so."""
+        if decode not in DECODES:
+            raise ValueError(f"decode is {decode!r}; it must be {' or '.join(map(repr, DECODES))}")
+        if decode == "dense" and (self.implies_pattern or set(self.stacks) != {""}):
+            raise ValueError(
+                f"decode is 'dense', and {self.model_type} is no decoder with a dense counterpart; leave it out"
+            )
+
+    def dense_patterns(self) -> tuple[str, ...]:
+        """What each layer of the dense decoder sees: all of the past, or its own window of it."""
+        return tuple(past(self.implied_pattern("", layer)) for layer in range(self.num_hidden_layers))
 
     @property
     def uses_marks(self) -> bool:

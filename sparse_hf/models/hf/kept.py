@@ -94,7 +94,7 @@ def _period(part: Pattern) -> int | None:
         return part.step
     if type(part) is Chunk:
         return part.size
-    return part.block if type(part) in (Fixed, Summary) else None
+    return part.block if type(part) is Fixed or type(part) is Summary else None
 
 
 def _extent(part: Pattern) -> int:

@@ -141,7 +141,7 @@ class MaskRequest:
         if torch.compiler.is_compiling():
             return self._of_held(cache, layer, query, key)
         # layers that keep the same share it, and with it their plan
-        own = "held", cache.layers[layer].kept, key.shape[2], key.device
+        own = "held", cache.own_layers[layer].kept, key.shape[2], key.device
         if own not in self.memo:
             self.memo[own] = self._of_held(cache, layer, query, key)
         return self.memo[own]

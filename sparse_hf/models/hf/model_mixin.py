@@ -13,8 +13,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from .cache import (
+    LAYERS_SEE,
     begin_streaming,
     check_cache_name,
+    check_room,
+    decoding_patterns,
     emptied_cache,
     given_cache,
     keep_all,
@@ -36,6 +39,7 @@ from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
+from .turning import begin_turning
 
 logger = logging.get_logger(__name__)
 
@@ -168,12 +172,18 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
             streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        prepare_cache(given_cache(model_kwargs), max_length)
+        prepare_cache(given_cache(model_kwargs), max_length, model_kwargs.get("attention_mask"))
         _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
+
+    def _validate_model_kwargs(self, model_kwargs):
+        decode = model_kwargs.pop("decode", None)
+        if decode is not None:
+            self.config.check_decode(decode)
+        super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
@@ -244,6 +254,7 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
             inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
+        decoding_patterns(self, inputs, given)
         return inputs
 
     return prepare_inputs_for_generation
@@ -323,9 +334,18 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
+        check_room(given_cache(given), 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given:
         own |= begin_streaming(model.config, given)
+    decode = given.get("decode")
+    if decode is not None:
+        model.config.check_decode(decode)
+        own["decode"] = None
+        if decode == "dense":
+            own[LAYERS_SEE] = model.config.dense_patterns()
+    if "turned_sinks" not in given:
+        own |= begin_turning(model, given)
     return own

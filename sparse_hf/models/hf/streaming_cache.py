@@ -11,6 +11,8 @@ Legend: B batch; a token's number counts from the start of the text, padding inc
 
 from __future__ import annotations
 
+from typing import Literal, cast, get_args
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -19,8 +21,11 @@ from transformers import Cache, PreTrainedConfig
 from ...attention.slots.new_tokens import Filled
 from .config import SparseConfigMixin
 from .kept import Kept, read_kept
+from .positions import why_not_turned
 from .streaming_layer import StreamingLayer
 
+Positioning = Literal["true", "cache", "auto"]
+POSITIONS = get_args(Positioning)
 # new tokens that are computed with nothing but themselves copied, and tokens that can always be taken back
 SPARE = 16
 # the same where drafts of an assistant are taken back
@@ -39,25 +44,47 @@ class StreamingCache(Cache):
     Args:
         config: of a sparse decoder, whose layers have patterns like `window(left, 0) | first(sinks)`.
         spare: tokens beside those that patterns ask for. So many can be taken back at any time.
+        positions: "true", keys are as far away as they are; "cache", first tokens are as far away as among the keys that are kept, for
+            streams longer than a model was trained on (StreamingLLM, arXiv:2309.17453, section 3.2), where positions are rotary; "auto",
+            that from where the trained reach ends, as `cache_implementation="streaming"` has it.
 
     Raises:
-        ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it.
+        ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it. Or positions
+            that cannot be those in a cache.
     """
 
-    def __init__(self, config: PreTrainedConfig, spare: int = SPARE):
+    def __init__(self, config: PreTrainedConfig, spare: int = SPARE, positions: Positioning = "true"):
         if isinstance(spare, bool) or not isinstance(spare, int) or spare < 1:
             raise ValueError(f"spare is {spare!r}; it must be a whole number of at least 1")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(map(repr, POSITIONS))}")
         self.patterns = _patterns(config)
         super().__init__(layers=[StreamingLayer(kept, spare) for kept in _kept(self.patterns)])
         # tokens of padding before each row `[B]`, None where there are none
         self.padding: Tensor | None = None
+        reason = why_not_turned(config)
+        if positions == "cache" and reason:
+            raise ValueError(reason)
+        # the position from which on first tokens are seen as among what is kept: None if they never are
+        self.turns_from = None if positions == "true" or reason else 0
+        if positions == "auto" and self.turns_from is not None:
+            self.turns_from = config.positions.reach_of(config)  # pyright: ignore
+        # may a token of this text be at that position?
+        self.turns = self.turns_from == 0
+        # has each row a token of its own, so that no more padding can come before it?
+        self.settled = False
         # are the tokens of this pass written among the slots, which attention reads as they lie?
         self.in_place = False
 
     @property
+    def own_layers(self) -> list[StreamingLayer]:
+        # all are of one kind, which Transformers' class does not say
+        return cast(list[StreamingLayer], self.layers)
+
+    @property
     def rows(self) -> int | None:
         """Batch rows of the tokens that it has seen; None before the first."""
-        return next((layer.rows for layer in self.layers if layer.rows), None)
+        return next((layer.rows for layer in self.own_layers if layer.rows), None)
 
     def begin(self, attention_mask: Tensor | None, rows: int, new: int, can_be_in_place: bool) -> None:
         """Prepare for a pass of `new` tokens in each row.
@@ -70,10 +97,10 @@ class StreamingCache(Cache):
             ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`,
                 padding elsewhere than on the left or than it was, or layers that an interrupted pass has left behind.
         """
-        few = new <= min(layer.spare for layer in self.layers) and can_be_in_place and not torch.is_grad_enabled()
+        few = new <= min(layer.spare for layer in self.own_layers) and can_be_in_place and not torch.is_grad_enabled()
         if is_compiling():
             # what a graph cannot ask: `generate` compiles steps behind a prompt, whose padding is known
-            self.in_place = few and all(layer.is_initialized for layer in self.layers)
+            self.in_place = few and all(layer.is_initialized for layer in self.own_layers)
             if attention_mask is not None and not self.in_place:
                 self.padding = attention_mask.shape[1] - attention_mask.sum(1)
             return
@@ -83,19 +110,20 @@ class StreamingCache(Cache):
                 f"the StreamingCache holds {seen} tokens of {self.rows} rows, and this batch has {rows}: begin anew "
                 "with cache.reset(), or choose rows with cache.batch_select_indices and cache.batch_repeat_interleave"
             )
-        for layer in self.layers:
+        for layer in self.own_layers:
             if layer.keys is not None and layer.keys.shape[0] != rows:
                 layer.forget()
-            layer.make_room(seen + new)
+        self.make_room(seen + new)
         if attention_mask is not None or not seen:
-            self.padding = _going_on(self.padding, _padding(attention_mask, seen + new), seen)
+            self.padding = _going_on(self.padding, padding_of(attention_mask, seen + new), seen)
+        self.settled = self.padding is None or bool((self.padding < seen + new).all())
         is_padded = self.padding is not None and bool((self.padding > seen).any())
-        has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.layers)
+        has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.own_layers)
         self.in_place = few and not is_padded and not has_graph
 
     def _seen_by_all(self) -> int:
         """Tokens that each layer has seen."""
-        seen = [layer.seen for layer in self.layers]
+        seen = [layer.seen for layer in self.own_layers]
         if len(set(seen)) > 1:
             raise ValueError(
                 f"the StreamingCache's layers have seen different numbers of tokens ({', '.join(map(str, seen))}): a pass was interrupted "
@@ -107,26 +135,27 @@ class StreamingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
-        return self.layers[layer_idx].update(key_states, value_states, self.padding, self.in_place)
+        return self.own_layers[layer_idx].update(key_states, value_states, self.padding, self.in_place)
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
-        layer = self.layers[layer_idx]
+        layer = self.own_layers[layer_idx]
         return Filled(layer.counter - new, begins=self.padding, ring=layer.ring)
 
     def real(self, layer_idx: int, keys: int, new: int, rows: int) -> Tensor | None:
         """Of the `keys` that a layer gave in order, the `new` among them: which are no padding, bool `[B, K]`; None if all are."""
-        found = self.layers[layer_idx].real(keys, new, self.padding)
+        found = self.own_layers[layer_idx].real(keys, new, self.padding)
         return None if found is None else found.expand(rows, -1)
 
     def make_room(self, length: int) -> None:
-        """Have room for so many tokens in layers that keep all, which would grow from time to time otherwise."""
-        for layer in self.layers:
+        """Prepare for so many tokens: layers that keep all would grow from time to time otherwise."""
+        self.turns = self.turns or self.turns_from is not None and length > self.turns_from
+        for layer in self.own_layers:
             layer.make_room(length)
 
     def activate_past_recording(self) -> None:
         """Prepare for drafts, of which tokens are taken back."""
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.widen(SPARE_FOR_DRAFTS)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -135,23 +164,26 @@ class StreamingCache(Cache):
         Raises:
             ValueError: more of them than the layers hold what came before.
         """
+        # older versions count drafts on the device
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, -n takes the last n tokens back")
         if not tokens_to_remove:
             return
-        most = min(layer.croppable() for layer in self.layers)
+        most = min(layer.croppable() for layer in self.own_layers)
         if -tokens_to_remove > most:
             raise ValueError(
                 f"crop({tokens_to_remove}): the StreamingCache has dropped what tokens further back see, and can take back {most} of "
                 f"{self.get_seq_length()} tokens. Nothing was changed; make it with a greater spare (StreamingCache(config, spare="
                 f"{-tokens_to_remove})), go on from a copy of an earlier time (copy.deepcopy), or begin anew with cache.reset()"
             )
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.padding, self.in_place = None, False
+        self.settled = False
+        self.padding, self.in_place, self.turns = None, False, self.turns_from == 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -163,7 +195,7 @@ class StreamingCache(Cache):
         if self.padding is not None:
             self.padding = self.padding[indices.to(self.padding.device)]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx) -> None:
         super().reorder_cache(beam_idx)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
@@ -193,6 +225,11 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
         )
+    if config.decode == "dense":
+        raise ValueError(
+            f"sparse_attention of this {config.model_type} model says decode='dense', for which all keys are needed; use a DynamicCache, "
+            "or decode='sparse'"
+        )
     return [config.layer_pattern(layer, is_causal=True) for layer in range(config.num_hidden_layers)]
 
 
@@ -210,7 +247,7 @@ def _kept(patterns: list[str]) -> list[Kept]:
     return [kept for kept in found if isinstance(kept, Kept)]
 
 
-def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def padding_of(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """Tokens of padding before each row, `[B]`; None where there are none."""
     if attention_mask is None:
         return None
@@ -234,11 +271,10 @@ def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 def _going_on(before: Tensor | None, after: Tensor | None, seen: int) -> Tensor | None:
     """The padding `[B]` of rows, if it is what it was after `seen` tokens, but for rows without any token of theirs by then."""
-    if not seen or before is after:
+    some = after if before is None else before
+    if not seen or some is None:
         return after
-    # one of them is there
-    was, now = (torch.zeros_like(other) if one is None else one for one, other in ((before, after), (after, before)))
-    was = was.to(now.device)
+    was, now = (torch.zeros_like(some) if one is None else one.to(some.device) for one in (before, after))
     if not bool(((was == now) | (was == seen) & (now >= seen)).all()):
         raise ValueError(
             f"attention_mask has {now.tolist()} tokens of padding before its rows, and the StreamingCache has seen {was.tolist()} of them "

@@ -104,7 +104,7 @@ class StreamingLayer(CacheLayerMixin):
         self.spare = spare
         if self.keeps_all or held[0] is None or held[1] is None:
             return
-        count = self.counter.expand(self.keys.shape[0])
+        count = self.counter.expand(held[0].shape[0])
         there = positions_in(self.ring, count)
         # what is beyond the old ring was overwritten, and is read by nobody
         index = slots_of(before, there.clamp(min=0))
@@ -127,7 +127,8 @@ class StreamingLayer(CacheLayerMixin):
         before = self.before(padding)
         if in_place:
             slots = slots_of(self.ring, before[:, None] + torch.arange(new, device=self.device))
-            _put(self.keys, slots, key_states), _put(self.values, slots, value_states)
+            _put(self.keys, slots, key_states)
+            _put(self.values, slots, value_states)
             keys, values = self.keys, self.values
         else:
             keys, values = self._in_order(key_states, value_states, before, padding)
@@ -158,7 +159,7 @@ class StreamingLayer(CacheLayerMixin):
         """Keys before the new tokens where they come in order: as many as there are, or as there may be at most."""
         if self.kept.left is None:
             return self.ring.slots if is_compiling() else self.seen
-        sinks, left, period = self.kept
+        sinks, left, period = self.kept.sinks, self.kept.left, self.kept.period
         if is_compiling() or padding is not None:
             return sinks + left + period - 1 if is_compiling() else min(self.seen, sinks + left + period - 1)
         return self.seen - max(0, self.seen - sinks - left) // period * period
@@ -199,9 +200,8 @@ class StreamingLayer(CacheLayerMixin):
         # tokens of a row are the last of the new ones
         index = there - after[:, None] + new
         fresh = (there >= before[:, None]) & (there >= 0)
-        return tuple(
-            _joined(held, t, index.clamp(0, new - 1), fresh) for held, t in ((self.keys, keys), (self.values, values))
-        )
+        index = index.clamp(0, new - 1)
+        return _joined(self.keys, keys, index, fresh), _joined(self.values, values, index, fresh)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # what is dropped does not concern the mask: the attention function asks the cache
