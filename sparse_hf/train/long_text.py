@@ -73,6 +73,11 @@ class LongText:
 KEPT_AS = "_long_text"
 
 
+def long_text_of(model: nn.Module) -> LongText | None:
+    """What `long_text` changed about a model, if it did."""
+    return vars(unwrapped(model)).get(KEPT_AS)
+
+
 def long_text(
     model: nn.Module,
     *,
@@ -121,7 +126,7 @@ def long_text(
         "checkpoint_layers": checkpoint_layers,
         "offload": offload,
     }
-    handle = vars(base).get(KEPT_AS)
+    handle = long_text_of(base)
     if handle is not None:
         if handle.options != options:
             raise ValueError(
