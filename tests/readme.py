@@ -15,7 +15,8 @@ STEPS = (
     ("Longformer, Transformers' -> ours", "h200/2026-11-27-models-longformer", "longformer", 16384, "step_s"),
     ("BigBird, Transformers' -> ours", "h200/2026-11-27-models", "big_bird", 16384, "step_s"),
     ("a decoder of 1B, dense -> a window of 1,024, 4 sinks", "h200/2026-11-25-models-decoder-1b", "llama_1b", 65536, "step_s"),
-    ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate", None, 262144, "token_s"),
+    ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate",
+     None, 262144, "token_s"),
     (f"2 CPU cores, forward, 2 layers: BERT, dense -> {WINDOW}", "cpu-2-cores/2026-11-25-models", "bert", 16384, "forward_s"),
 )  # fmt: skip
 # of caches, those that are compared: the dense model's best one, and ours that does not grow; a file of models names none
