@@ -128,10 +128,10 @@ def _cache(config: Any, length: int) -> dict[str, Any]:
         "bytes": layers * token * length,
     }
     try:
-        cache = StreamingCache(config)
+        kept: Sequence[Any] = StreamingCache(config).layers
     except ValueError as error:
         return {**found, "streaming_bytes": None, "why_not_streaming": str(error)}
-    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.layers)
+    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in kept)
     return {**found, "streaming_bytes": token * sum(slots)}
 
 
