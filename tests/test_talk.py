@@ -236,7 +236,7 @@ def test_chat_in_a_terminal(folders):
         (["--cache", "x"], "cache is 'x'; the known ones are auto, streaming, dynamic"),
         (["--dtype", "fp8"], "dtype is 'fp8'"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--pattern", "first(1)"], "is sparse already, and has a pattern of its own; leave --pattern out"),
         (["--prompt-file", "x"], "there are --prompt and --prompt-file; give one of them"),

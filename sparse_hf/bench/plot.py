@@ -159,7 +159,7 @@ READABLE = {
 
 def readable(row: Row) -> str:
     """What a reader calls a row."""
-    name = row["name"]
+    name: str = row["name"]
     # of one layer, ours are called by their backends
     is_backend = row["kind"] == "ours" and "sparse_hf" not in name
     return f"sparse_hf, {name}" if is_backend else READABLE.get(name, name)

@@ -84,7 +84,8 @@ def load_decoder(folder: str, pattern: str | None, cache: str, dtype: str | None
         raise ValueError(f"{folder} is sparse already, and has a pattern of its own; leave --pattern out")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else DTYPES[dtype])
-    model.to(target).eval()
+    model.to(target)  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+    model.eval()
     if pattern is not None:
         model = sparse_hf.sparsify(model, pattern)
     return Decoder(model, tokenizer, _endless(model.config, cache))

@@ -40,10 +40,10 @@ def show(
 
     if len(patterns) == 1 and is_checkpoint(patterns[0]):
         found = read_info(patterns[0], length)
-        told, length = "\n".join(info_lines(found)), found["counted_at"]
+        told, tokens = "\n".join(info_lines(found)), int(found["counted_at"])
         patterns = list(dict.fromkeys(part["pattern"] for stack in found["stacks"] for part in stack["patterns"]))
     else:
-        found, told, length = None, None, 4096 if length is None else length
+        found, told, tokens = None, None, 4096 if length is None else length
     if png and len(patterns) > 1:
         raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
     options = {
@@ -53,20 +53,20 @@ def show(
         "marked": tuple(numbers(marked)),
     }
     if as_json:
-        typer.echo(json.dumps(_numbers(patterns, length, options) if found is None else found, indent=2))
+        typer.echo(json.dumps(_numbers(patterns, tokens, options) if found is None else found, indent=2))
     else:
         several = len(patterns) > 1 and told is None
         with Console(stderr=True).status("counting pairs"):
             pictures = (
-                [render_stack(patterns, length, **options)]
+                [render_stack(patterns, tokens, **options)]
                 if several
-                else [render(p, length, **options) for p in patterns]
+                else [render(p, tokens, **options) for p in patterns]
             )
         Console().print(*pictures, sep="\n")
         if told is not None:
             typer.echo(told)
     if png:
-        save_png(patterns[0], length, png, **options)
+        save_png(patterns[0], tokens, png, **options)
         Console(stderr=True).print(f"drawn to {png}")
 
 
