@@ -10,6 +10,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from ...plan import NOTHING, BlockPlan, build_plan
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
+from .mask_request import MaskRequest, TokenData, layer_pattern, said_of_tokens, why_dense
 from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -65,7 +66,7 @@ def sparse_mask(
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     own = frozenset() if config is None else config.own_mask_functions
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own)
+    return MaskRequest(attention_mask, mask_function, q_offset, own=own, tokens=said_of_tokens(config))
 
 
 def sparse_attention_forward(
@@ -108,8 +109,9 @@ def sparse_attention_forward(
         request = request.of_held(kwargs["streaming_cache"], query, key)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
-    shifts = not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
+    skips = kwargs.get("bias_skips_padding", False)
+    shifts = skips or not stack.counts_padding and counts_positions(pattern)
+    batch = request.batch(_token_data(kwargs, stack.name, request.tokens), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
@@ -124,7 +126,8 @@ def sparse_attention_forward(
         wants_lse=sinks is not None,
     )  # fmt: skip
     order = batch.padding_first if shifts else None
-    if order is not None and bias is None:
+    reorders = bias is None or skips
+    if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
@@ -133,17 +136,17 @@ def sparse_attention_forward(
     if sinks is not None:
         out = with_sink(out, lse, sinks)
         weights = None if weights is None else with_sink(weights, lse, sinks)
-    if order is not None and bias is None:
+    if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
-    """What the model says of its tokens, from the arguments of an attention function."""
-    positions = kwargs.get("document_positions", kwargs.get("position_ids"))
+def _token_data(kwargs: dict[str, Any], stack: str, of_pass: TokenData) -> TokenData:
+    """What the model says of its tokens, from the arguments of an attention function; some are known of the pass alone."""
+    positions = kwargs.get("document_positions", kwargs.get("position_ids", of_pass.positions))
     bounds = kwargs.get("cu_seq_lens_k", kwargs.get("cu_seq_lens_q"))
     # of an encoder-decoder, the encoder's tokens are marked
-    marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
+    marks = None if stack == "decoder" else kwargs.get("global_attention_mask", of_pass.marks)
     return TokenData(positions, bounds, marks)
 
 
@@ -158,6 +161,9 @@ def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) 
     """Put the tokens of a call in another order; returns the mask function for it."""
     call.q, call.batch, call.q_offset = order.queries_first(call.q), order.batch, order.length - call.q.shape[2]
     call.k, call.v = order.keys_first(call.k), order.keys_first(call.v)
+    if call.scoring.bias is not None:
+        # slots of a static cache behind the last token are gone
+        call.scoring = replace(call.scoring, bias=call.scoring.bias[:, : 2 * order.length - 1])
     return None if opaque is None else order.mask_function(opaque)
 
 

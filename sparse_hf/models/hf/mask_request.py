@@ -5,7 +5,9 @@ Legend: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +71,31 @@ class TokenData:
         return self.positions, self.bounds, self.marks
 
 
+NOTHING_SAID = TokenData()
+# of the pass that goes on: a configuration, and what was said of the tokens of its model
+_OF_PASS: ContextVar[tuple[Any, TokenData] | None] = ContextVar("of_pass", default=None)
+
+
+@contextmanager
+def tokens_of_pass(config: Any, tokens: TokenData) -> Iterator[None]:
+    """Have the mask requests of a model know what its pass says of its tokens; some dense classes keep it from their layers.
+
+    Args:
+        config: the model's own, and that of the models within it that read the same tokens.
+    """
+    before = _OF_PASS.set((config, tokens))
+    try:
+        yield
+    finally:
+        _OF_PASS.reset(before)
+
+
+def said_of_tokens(config: Any) -> TokenData:
+    """What the pass of a model with this configuration says of its tokens."""
+    found = None if torch.compiler.is_compiling() else _OF_PASS.get()
+    return NOTHING_SAID if found is None or found[0] is not config else found[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Padding, documents and marks in the form that plans want.
@@ -91,7 +118,12 @@ class MaskRequest:
     reads_documents: bool = True
     # names of mask functions whose pairs the patterns of the model hold already
     own: frozenset[str] = frozenset()
+    # what the model says of its tokens and some dense classes keep from their layers
+    tokens: TokenData = NOTHING_SAID
     memo: dict = field(default_factory=dict)
+
+    # dense classes ask masks for it; 4 would be a mask of pairs
+    ndim = 2
 
     @classmethod
     def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor) -> MaskRequest:
@@ -107,9 +139,12 @@ class MaskRequest:
         allowed = as_allowed(given, queries, keys)
         return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, reads_documents=False)
 
-    def to(self, device) -> MaskRequest:
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own)
+    def to(self, target: Any) -> MaskRequest:
+        """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
+        if isinstance(target, torch.dtype):
+            return self
+        mask = None if self.attention_mask is None else self.attention_mask.to(target)
+        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own, self.tokens)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
@@ -140,7 +175,9 @@ class MaskRequest:
         own = "held", held, key.device
         if own not in self.memo:
             real = cache.real(held, key.device)
-            self.memo[own] = MaskRequest(real, self.mask_function, held - query.shape[2], own=self.own)
+            self.memo[own] = MaskRequest(
+                real, self.mask_function, held - query.shape[2], own=self.own, tokens=self.tokens
+            )
         return self.memo[own]
 
     def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
+from .mask_request import TokenData, tokens_of_pass
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .tensor_parallel import check_division
@@ -63,6 +65,8 @@ class SparseMixin(SavedByOthers, _Model):
     # heads whose parent already divides by `num_items_in_batch`
     _parent_scales_loss = False
     _supports_context_parallel = False
+    # does the dense class keep from its layers the arguments that it does not know?
+    keeps_arguments = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -235,7 +239,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        output = parent(self, *args, **kwargs)
+        with _said(self, kwargs):
+            output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
             remember_marks(output, kwargs["global_attention_mask"])
@@ -247,6 +252,25 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
+
+
+def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Have layers know of marks and documents that the dense class may keep from them.
+
+    Raises:
+        NotImplementedError: marks in a compiled graph, where the class keeps them.
+    """
+    said = TokenData(kwargs.get("document_positions"), None, kwargs.get("global_attention_mask"))
+    if said.positions is None and said.marks is None:
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        if said.marks is not None and model.keeps_arguments:
+            raise NotImplementedError(
+                f"{type(model).__name__} keeps global_attention_mask from its layers in a compiled graph; run without torch.compile, or "
+                "give it a pattern without marked()"
+            )
+        return nullcontext()
+    return tokens_of_pass(model.config, said)
 
 
 def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
