@@ -71,6 +71,8 @@ TINY = {
            "eos_token_id": EOS, "decoder_start_token_id": 0, "relative_attention_max_distance": 64},
     "xlm-roberta": {**COMMON, "max_position_embeddings": 514},
 }  # fmt: skip
+# their softmax is in single precision, where the least number of double precision leaves rows of padding without weights
+SINGLE = ("bloom", "mpt")
 TOKEN = {"labels": (BATCH, LENGTH)}
 SEQUENCE = {"labels": (BATCH,)}
 SPAN = {"start_positions": (BATCH,), "end_positions": (BATCH,)}
@@ -176,7 +178,8 @@ def pattern_layers(head: str) -> dict:
 def sides(head: str) -> list[str]:
     """Where a head may be padded and still be compared: one that pools the first token must not pool padding."""
     pools = labels_of(head).get("labels") == (BATCH,) or "PreTraining" in head
-    return ["none", "right"] if (pools and _is_encoder(head)) or has_two_stacks(head) else ["none", "right", "left"]
+    no_left = (pools and _is_encoder(head)) or has_two_stacks(head) or HEADS[head] in SINGLE
+    return ["none", "right"] if no_left else ["none", "right", "left"]
 
 
 PADDED = [(head, side) for head in HEADS for side in sides(head)]

@@ -66,7 +66,9 @@ def sparse_mask(
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     own = frozenset() if config is None else config.own_mask_functions
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own, tokens=said_of_tokens(config))
+    # kept with the mask, which layers have whenever they are computed
+    tokens = replace(said_of_tokens(config), is_fleeting=False)
+    return MaskRequest(attention_mask, mask_function, q_offset, own=own, tokens=tokens)
 
 
 def sparse_attention_forward(
@@ -84,7 +86,7 @@ def sparse_attention_forward(
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
-    request = MaskRequest.of(attention_mask, query, key)
+    request = MaskRequest.of(attention_mask, query, key, module.config)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
@@ -142,7 +144,16 @@ def sparse_attention_forward(
 
 
 def _token_data(kwargs: dict[str, Any], stack: str, of_pass: TokenData) -> TokenData:
-    """What the model says of its tokens, from the arguments of an attention function; some are known of the pass alone."""
+    """What the model says of its tokens, from the arguments of an attention function; some are known of the pass alone.
+
+    Raises:
+        NotImplementedError: marks that a layer would not know when gradient checkpointing computes it again.
+    """
+    if of_pass.is_fleeting and of_pass.marks is not None and "global_attention_mask" not in kwargs:
+        raise NotImplementedError(
+            "this class keeps global_attention_mask from its layers, which gradient checkpointing computes again; pass attention_mask "
+            "too, by which they find it, or train without gradient checkpointing"
+        )
     positions = kwargs.get("document_positions", kwargs.get("position_ids", of_pass.positions))
     bounds = kwargs.get("cu_seq_lens_k", kwargs.get("cu_seq_lens_q"))
     # of an encoder-decoder, the encoder's tokens are marked

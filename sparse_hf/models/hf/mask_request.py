@@ -60,11 +60,13 @@ class TokenData:
         positions: `[B or 1, Q]`, from which packed documents are read.
         bounds: `cu_seq_lens` of the keys: where documents begin in a single row, and the end of the last.
         marks: `[B, K]` or of fewer keys, the `global_attention_mask`.
+        is_fleeting: will layers be computed again when nobody says this any more?
     """
 
     positions: Tensor | None = None
     bounds: Tensor | None = None
     marks: Tensor | None = None
+    is_fleeting: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -83,7 +85,10 @@ def tokens_of_pass(config: Any, tokens: TokenData) -> Iterator[None]:
     Args:
         config: the model's own, and that of the models within it that read the same tokens.
     """
-    before = _OF_PASS.set((config, tokens))
+    known = said_of_tokens(config)
+    # a head has said what the model within it is not given
+    both = (new if new is not None else old for new, old in zip(tokens.tensors, known.tensors, strict=True))
+    before = _OF_PASS.set((config, TokenData(*both, tokens.is_fleeting or known.is_fleeting)))
     try:
         yield
     finally:
@@ -126,18 +131,22 @@ class MaskRequest:
     ndim = 2
 
     @classmethod
-    def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor) -> MaskRequest:
-        """The request behind what a layer gets for its mask; a tensor is one of pairs, `[B or 1, 1, Q, K]`."""
+    def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor, config: Any = None) -> MaskRequest:
+        """The request behind what a layer gets for its mask; a tensor is one of pairs, `[B or 1, 1, Q, K]`.
+
+        Args:
+            config: of the layer, which tells of which pass it is part.
+        """
         if isinstance(given, MaskRequest):
             return given
-        queries, keys = query.shape[2], key.shape[2]
+        queries, keys, tokens = query.shape[2], key.shape[2], said_of_tokens(config)
         if given is None:
-            return cls(None, None, keys - queries)
+            return cls(None, None, keys - queries, tokens=tokens)
         if given.ndim == 4 and given.shape[1:3] == (1, 1) and queries > 1:
             # the same for every query: padding, as older classes write it
-            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries)
+            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries, tokens=tokens)
         allowed = as_allowed(given, queries, keys)
-        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, reads_documents=False)
+        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, tokens=tokens)
 
     def to(self, target: Any) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -270,7 +271,9 @@ def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[
                 "give it a pattern without marked()"
             )
         return nullcontext()
-    return tokens_of_pass(model.config, said)
+    # under its name in newer versions, or in older ones
+    name = next(n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), n))
+    return tokens_of_pass(model.config, replace(said, is_fleeting=model.training and getattr(model, name)))
 
 
 def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
