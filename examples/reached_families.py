@@ -156,7 +156,11 @@ def marian() -> Loaded:
 
     def says(of: PreTrainedModel) -> str:
         made: Any = of.generate(ids, num_beams=1, max_new_tokens=60)
-        return "".join(names[i] for i in made[0].tolist() if i not in (words["</s>"], words["<pad>"])).replace("▁", " ").strip()
+        return (
+            "".join(names[i] for i in made[0].tolist() if i not in (words["</s>"], words["<pad>"]))
+            .replace("▁", " ")
+            .strip()
+        )
 
     return Loaded(model, text, {"input_ids": ids, "decoder_input_ids": said}, says)
 
@@ -164,11 +168,15 @@ def marian() -> Loaded:
 def mt5() -> Loaded:
     """Flan-T5 small, of 8 bits, which the classes of mT5 can hold: they have the same layers."""
     folder = fetch(FLAN)
-    config = MT5Config(vocab_size=32_128, d_model=512, d_kv=64, d_ff=1_024, num_layers=8, num_heads=6, tie_word_embeddings=False)
+    config = MT5Config(
+        vocab_size=32_128, d_model=512, d_kv=64, d_ff=1_024, num_layers=8, num_heads=6, tie_word_embeddings=False
+    )
     weights = {k.replace("enc.", "encoder."): v for k, v in _of_eight_bits(folder / "encoder.onnx").items()}
     weights |= {k.removeprefix("m."): v for k, v in _of_eight_bits(folder / "decoder.onnx").items()}
     model = _filled(MT5ForConditionalGeneration, config, weights)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token="</s>", pad_token="<pad>"
+    )
     text = (fetch(GUTENBERG) / "carroll_alice.txt").read_text(encoding="utf-8")[600:2_600]
     batch = tokenizer(f"summarize: {text}", return_tensors="pt")
     target = tokenizer("Alice follows a white rabbit down a hole in the ground.", return_tensors="pt").input_ids
@@ -186,7 +194,9 @@ def whisper() -> Loaded:
     with wave.open(str(fetch(SPEECH) / "beckett.wav")) as file:
         sound, rate = np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16) / 32_768, file.getframerate()
     features = WhisperFeatureExtractor()(sound, sampling_rate=rate, return_tensors="pt").input_features
-    start = torch.tensor([tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"])])
+    start = torch.tensor(
+        [tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"])]
+    )
 
     def written(of: Any) -> Tensor:
         # word by word, without the rules that its own `generate` adds
@@ -198,7 +208,9 @@ def whisper() -> Loaded:
         return ids
 
     inputs = {"input_features": features, "decoder_input_ids": written(model)}
-    return Loaded(model, "10 s of speech", inputs, lambda of: tokenizer.decode(written(of)[0], skip_special_tokens=True).strip())
+    return Loaded(
+        model, "10 s of speech", inputs, lambda of: tokenizer.decode(written(of)[0], skip_special_tokens=True).strip()
+    )
 
 
 def dinov2() -> Loaded:
@@ -220,7 +232,12 @@ def vit() -> Loaded:
             scale = found.pop(f"{at}.{name}.lambda1")
             found[f"{scaled}.weight"] = found[f"{scaled}.weight"] * scale[:, None]
             found[f"{scaled}.bias"] = found[f"{scaled}.bias"] * scale
-    named = {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    named = {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
     weights = {}
     for key, value in found.items():
         for old, new in named.items():
@@ -385,7 +402,11 @@ def _of_eight_bits(file: Path) -> dict[str, Tensor]:
         return (tensors[f"{name}_quantized"].float() - zero) * scale
 
     found = {k: v for k, v in tensors.items() if k.endswith("layer_norm.weight")}
-    found |= {k.removesuffix("_quantized"): whole(k.removesuffix("_quantized")) for k in tensors if k.endswith("weight_quantized")}
+    found |= {
+        k.removesuffix("_quantized"): whole(k.removesuffix("_quantized"))
+        for k in tensors
+        if k.endswith("weight_quantized")
+    }
     for node in graph.node:
         if node.op_type == "MatMulInteger":
             module = node.name.strip("/").rpartition("/")[0].replace("/", ".")
