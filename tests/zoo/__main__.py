@@ -49,7 +49,8 @@ configuration: under a pattern of all pairs, under a narrow pattern as an explic
 class takes one (`mask`), and for tokens that reach further than the pattern. The other columns are
 what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
 tokens with a `cache` equal to those without, a folder `saved` and loaded, `exported` back to the
-dense class, and gradient `checkpointing`. `-` is what a class does not have.
+dense class, and gradient `checkpointing`. `-` is what a class does not have, or does not do with
+text alone.
 
 ## Verified
 
