@@ -23,6 +23,10 @@ def models(head: str):
     """One whose first token is global, and one that is told so by a mark."""
     torch.manual_seed(0)
     kind = getattr(transformers, head)
+    if not issubclass(
+        kind.config_class, getattr(transformers, f"{head.partition('For')[0].removesuffix('Model')}Config")
+    ):
+        pytest.skip("the class names a configuration of another one in this version of Transformers")
     dense = kind(kind.config_class(**SIZES[head])).eval()
     for weight in dense.parameters():
         weight.data.mul_(3 if weight.ndim == 2 else 1)
