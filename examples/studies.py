@@ -138,7 +138,7 @@ def canvas(columns: int, title: str):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+        raise ImportError('drawing needs matplotlib: pip install "matplotlib>=3.9"') from error
     figure = Figure(figsize=(5.5 * columns, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
     return figure, figure.subplots(1, columns, squeeze=False)[0]

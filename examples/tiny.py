@@ -1,15 +1,22 @@
-"""A tiny tokenizer, tiny random models and tiny texts, for `--tiny` and the tests.
+"""A tiny tokenizer, tiny random models and tiny texts, for `--tiny`, the documentation and the tests.
 
 They take seconds on a CPU, and no network.
+
+    python examples/tiny.py FOLDER    # writes what the documentation calls my-llama, my-bert and my-texts.jsonl
 """
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     BertConfig,
     LEDConfig,
     LlamaConfig,
@@ -123,3 +130,32 @@ def model(auto_class, kind: str, vocab_size: int, positions: int = 128, **change
     # `from_config` would spread it over all processes under DeepSpeed's ZeRO-3, while only one
     # makes it
     return auto_class._model_mapping[type(made)](made)
+
+
+# what a text for a chat model is made of
+CHAT = (
+    "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def write(folder: Path) -> None:
+    """Write a decoder with a chat template, an encoder of 512 positions, and 40 texts with labels."""
+    for name, auto_class, kind in (
+        ("my-llama", AutoModelForCausalLM, "decoder"),
+        ("my-bert", AutoModelForMaskedLM, "encoder"),
+    ):
+        words = tokenizer(causal=kind == "decoder")
+        words.model_max_length = 512
+        if kind == "decoder":
+            words.chat_template = CHAT
+        words.save_pretrained(folder / name)
+        model(auto_class, kind, len(words), 512).save_pretrained(folder / name)
+    lines = "".join(f"{json.dumps(row)}\n" for row in texts(40))
+    (folder / "my-texts.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python examples/tiny.py FOLDER")
+    write(Path(sys.argv[1]))

@@ -10,12 +10,15 @@ from . import registry
 from .models.names import PUBLIC  # and the families are entered
 from .version import __version__
 
-_PACKAGES = ("attention", "conversion", "models", "pattern", "plan")
+_PACKAGES = ("attention", "conversion", "evaluation", "models", "pattern", "plan")
 # public names -> their package, but for those of the pattern language and the classes of the families
 _PACKAGE_OF = {
     "BlockPlan": "plan",
     "build_plan": "plan",
     "convert": "conversion",
+    "evaluate": "evaluation",
+    "push_to_hub": "conversion",
+    "tune": "evaluation",
     "sparse_attention": "attention",
     **dict.fromkeys(PUBLIC, "models"),
 }

@@ -2,11 +2,15 @@
 
 from . import attention as attention
 from . import conversion as conversion
+from . import evaluation as evaluation
 from . import models as models
 from . import pattern as pattern
 from . import plan as plan
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
+from .conversion import push_to_hub as push_to_hub
+from .evaluation import evaluate as evaluate
+from .evaluation import tune as tune
 from .models import FAMILIES as FAMILIES
 from .models import Family as Family
 from .models import Positions as Positions
@@ -293,6 +297,9 @@ __all__ = [
     "BlockPlan",
     "build_plan",
     "convert",
+    "evaluate",
+    "push_to_hub",
+    "tune",
     "sparse_attention",
     "FAMILIES",
     "Family",

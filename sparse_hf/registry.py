@@ -19,9 +19,10 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-# the modules of Transformers that hold the table of configurations and that of attention functions
+# the modules of Transformers that hold the table of configurations, that of attention functions, and names of caches
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 ATTENTION = "transformers.modeling_utils"
+CACHES = "transformers.generation.configuration_utils"
 
 
 class Entry(ABC):
@@ -48,6 +49,8 @@ class Entry(ABC):
 ENTRIES: list[Entry] = []
 # names of attention functions -> the module that registers them when it is imported; filled by `enter_attention`
 ATTENTION_NAMES: dict[str, str] = {}
+# names of caches that `cache_implementation` may say; filled by `enter_cache`
+CACHE_IMPLEMENTATIONS: list[str] = []
 # modules that look up families which nobody entered; filled by `enter_finder`
 FINDERS: list[str] = []
 # families that are derived or being derived; whichever thread asks first does it, and others wait
@@ -75,6 +78,11 @@ def find_entry(model_type: str) -> Entry | None:
 def enter_attention(names: Iterable[str], module: str) -> None:
     """Make attention functions known by name, which `module` registers with Transformers when it is imported."""
     ATTENTION_NAMES.update(dict.fromkeys(names, module))
+
+
+def enter_cache(name: str) -> None:
+    """Make a name known that `cache_implementation` may say, and that sparse models know the cache of."""
+    CACHE_IMPLEMENTATIONS.append(name)
 
 
 def entry_of_class(name: str) -> Entry | None:
@@ -164,6 +172,12 @@ def _enter_attention(modeling: ModuleType) -> None:
             table.register(name, partial(_attention, modeling, name))
 
 
+def _enter_caches(configuration: ModuleType) -> None:
+    known = configuration.ALL_CACHE_IMPLEMENTATIONS
+    added = tuple(name for name in CACHE_IMPLEMENTATIONS if name not in known)
+    vars(configuration)["ALL_CACHE_IMPLEMENTATIONS"] = known + added
+
+
 def _attention(modeling: ModuleType, name: str, *args, **kwargs) -> Any:
     """Stand for an attention function until its module is imported."""
     import_module(ATTENTION_NAMES[name])
@@ -171,7 +185,11 @@ def _attention(modeling: ModuleType, name: str, *args, **kwargs) -> Any:
 
 
 # modules of Transformers -> what enters ours in their tables
-TABLES: dict[str, Callable[[ModuleType], None]] = {CONFIGURATIONS: _enter_configurations, ATTENTION: _enter_attention}
+TABLES: dict[str, Callable[[ModuleType], None]] = {
+    CONFIGURATIONS: _enter_configurations,
+    ATTENTION: _enter_attention,
+    CACHES: _enter_caches,
+}
 
 
 class ImportHook(MetaPathFinder):

@@ -26,7 +26,7 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def run_apart(*arguments: str):
-    command = [sys.executable, "-W", "ignore", "-m", "sparse_hf.cli", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "sparse_hf", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
@@ -192,51 +192,14 @@ def _without_masks(tiles, side, made):
     return dataclasses.replace(found, **{side: dataclasses.replace(lists, masked=torch.zeros_like(lists.masked))})
 
 
-def test_bench_decode_compares_answers_before_it_times_them(tmp_path, monkeypatch, no_sweep):
-    from sparse_hf.bench import decode
-
-    monkeypatch.setattr(decode, "COMPARED_LENGTHS", (64, 160))
-    given = {"layers": 1, "hidden_size": 128, "kv_heads": 1, "tokens": 2, "device": "cpu"}
-    pattern, out = "streaming(window=100, sinks=4)", tmp_path / "r.json"
-    result = decode.run_decode([150, 300], pattern, **given, out=out)
-    assert json.loads(out.read_text()) == result
-    # at 64 tokens the pattern lacks nothing
-    assert result["checked"]["tokens"] == 160 and result["checked"]["error"] < 1e-5
-    ours = [row for row in result["rows"] if row["kind"] == "ours"]
-    assert len(result["rows"]) == 4 and all(row["error"] < 1e-5 and row["times_faster"] > 0 for row in ours)
-    # keys and values of one head, of all tokens so far: 4 compared, 1 not counted, 2 timed
-    assert [row["cache_bytes"] for row in result["rows"]] == [2 * 4 * 64 * (n + 7) for n in (150, 150, 300, 300)]
-    result = decode.run_decode([150], pattern, **given, chunk=50, cache="static", dtype="bf16")
-    assert result["checked"]["error"] <= result["checked"]["bound"] < 0.1 and result["rows"][1]["error"] is None
-    result = decode.run_decode([150, 300], pattern, **given, cache="streaming")
-    held = {"static": [2 * 4 * 64 * (n + 8) for n in (150, 300)], "streaming": [2 * 4 * 64 * (4 + 100)] * 2}
-    assert held == {
-        kind: [row["cache_bytes"] for row in result["rows"] if row["cache"] == kind] for kind in ("static", "streaming")
-    }
-    assert all(row["error"] < 1e-5 for row in result["rows"] if row["kind"] == "ours")
-    # a context whose end is forgotten, as the answers without a cache tell
-    fill = decode._fill
-    monkeypatch.setattr(decode, "_fill", lambda model, ids, *rest: fill(model, ids[:, :200], *rest))
-    with pytest.raises(AssertionError, match="behind a cache of 300: answers are off by"):
-        decode.run_decode([300], pattern, **given)
-    monkeypatch.setattr(
-        decode, "sparsify", lambda model, pattern: sparse_hf.sparsify(model, "window(98, 0) | first(4)")
-    )
-    with pytest.raises(AssertionError, match="behind a cache of 156: answers are off by"):
-        decode.run_decode([300], pattern, **given)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["plan", "first(1)", "--lengths", "0"], "lengths holds 0; a plan needs at least 1 token"),
         (["plan", "lsh(64, 2)"], "there is no plan of it before they are known"),
-        (["decode", "--pattern", "windw(1, 2)"], "unknown word 'windw'"),
-        (["decode", "--dtype", "fp8"], "dtype is 'fp8'; the known ones are fp32"),
-        (["decode", "--hidden-size", "100"], "hidden_size is 100; heads have 64 numbers"),
-        (["decode", "--kv-heads", "3"], "kv_heads is 3; it must divide the 8 query heads"),
-        (["decode", "--cache", "x"], "cache is 'x'; the known ones are dynamic, static, streaming"),
-        (["decode", "--tokens", "0"], "tokens is 0; it must be at least 1"),
+        (["generate", "--pattern", "windw(1, 2)"], "unknown word 'windw'"),
+        (["generate", "--contexts", "64x2,x"], "'' is not a whole number"),
+        (["generate", "--shape", "2b"], "shape is '2b'; the known ones are 1b, smollm2-135m"),
     ],
 )
 def test_bench_refuses_before_any_work(arguments, message):
@@ -261,7 +224,7 @@ def test_bench_refuses_before_any_work(arguments, message):
         (["bench", "attention", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
         (["bench", "models", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
         (["bench", "plan", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
-        (["bench", "decode", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
+        (["bench", "generate", "--device", "cuda:99"], "device is 'cuda:99', and torch"),
         (["bench", "models", "--models", "gpt5"], r"unknown models ['gpt5']; the known ones are bert, longformer"),
         (["bench", "attention", "--backends", "x"], r"unknown backends ['x']"),
     ],

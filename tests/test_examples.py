@@ -81,3 +81,16 @@ def test_assets_are_checked_by_hash(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="is pinned"):
         assets.fetch(assets.Asset("pypi", "thing", "2.0", "0" * 64, {"thing/a.txt": "a.txt"}))
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["thing-1.0", "thing-1.1"]
+
+
+def test_the_demo_says_why_sparse_is_slower():
+    why_slower = runpy.run_path(str(ROOT / "examples" / "demo.py"))["why_slower"]
+
+    def took(*runs: float) -> dict:
+        return {"seconds": sorted(runs)[1], "runs": runs}
+
+    assert why_slower("decoder", took(3, 4, 5), took(2, 4, 6), 4096) is None
+    assert "decoder: sparse took 4.5 s and dense 4.0, but their runs overlap" in why_slower(
+        "decoder", took(3, 4, 5), took(4.4, 4.5, 9), 4096
+    )
+    assert "at 4,096 tokens the rest of the model takes" in why_slower("encoder", took(3, 4, 5), took(6, 7, 8), 4096)

@@ -15,17 +15,29 @@ ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
     "attention": {"plan", "pattern"},
-    "models": {"attention", "plan", "pattern", "registry"},
+    "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
+    "evaluation": {"bench", "models", "plan", "pattern"},
     "train": {"models", "attention", "plan", "pattern"},
     "testing": set(),
     "registry": set(),
     "version": set(),
     # the command line imports the faces of packages alone
-    "cli": {"sparse_hf", "FAMILIES", "derived_types", "analysis", "conversion", "bench", "version"},
-    "__init__": {"attention", "conversion", "models", "pattern", "plan", "registry", "version"},
+    "cli": {
+        "sparse_hf",
+        "FAMILIES",
+        "derived_types",
+        "analysis",
+        "conversion",
+        "bench",
+        "evaluation",
+        "models",
+        "version",
+    },
+    "__main__": {"cli"},
+    "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }
 NO_TRANSFORMERS = {"pattern", "plan", "attention", "analysis", "testing", "registry"}
 BACKENDS = {"reference", "blockwise", "flex", "flash", "triton"}

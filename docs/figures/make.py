@@ -7,6 +7,7 @@ What the figures of patterns and plans show is computed by the library, not draw
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -26,11 +27,12 @@ WIDTH, DPI = 7.0, 100
 # light to dark, so that they differ without colour too; blue and orange are told apart by every kind of eye
 NOTHING, LIGHT, DARK, ORANGE = "#ffffff", "#a6cbe3", "#08519c", "#e69f00"
 INK, FAINT, GRID, PAPER = "#1a1a1a", "#8c8c8c", "#d0d0d0", "#f4f4f0"
-MONO = {"family": "DejaVu Sans Mono", "size": 9}
+MONO = {"family": "DejaVu Sans Mono", "fontsize": 9}
 STATES = {EMPTY: NOTHING, PARTIAL: LIGHT, FULL: DARK}
 NAMES = {PARTIAL: "P", FULL: "F"}
 # tokens of the figure of patterns; of the plan the tokens, the block size, and where the second document begins
 PATTERN_TOKENS = 14
+OVERVIEW_PATTERN, OVERVIEW_TOKENS, OVERVIEW_RESULT = "window(3, 3) | first(1)", 24, "h200/2026-11-27-models"
 PLAN_PATTERN, PLAN_TOKENS, PLAN_BLOCK, SECOND_DOCUMENT = "window(20, 0) | first(2) & causal()", 64, 8, 37
 
 
@@ -43,7 +45,7 @@ def cells(axes: Axes, colors: Sequence[Sequence[str]], title: str) -> None:
     lines = [[(0, i), (keys, i)] for i in range(queries)] + [[(j, 0), (j, queries)] for j in range(keys)]
     axes.add_patch(_patch(lines, facecolor="none", edgecolor=GRID, linewidth=0.4))
     axes.set(xlim=(0, keys), ylim=(queries, 0), aspect="equal", xticks=[], yticks=[])
-    axes.set_title(title, color=INK, fontdict=MONO, pad=6)
+    axes.set_title(title, color=INK, pad=6, **MONO)
     axes.set_xlabel("key", fontsize=9, color=INK, labelpad=3)
     axes.set_ylabel("query", fontsize=9, color=INK, labelpad=3)
     for spine in axes.spines.values():
@@ -65,6 +67,41 @@ def stretches(colors: Sequence[Sequence[str]], color: str) -> list[list[tuple[in
 
 def _patch(shapes: Sequence, **style) -> PathPatch:
     return PathPatch(Path.make_compound_path(*(Path(shape) for shape in shapes)), **style)
+
+
+def overview() -> Figure:
+    """Every pair, the pairs of a window with a global token, and what a training step takes of each."""
+    figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
+    every, some, time = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
+    place = torch.arange(OVERVIEW_TOKENS)
+    for axes, text, color, title in (
+        (every, "full()", FAINT, "dense"),
+        (some, OVERVIEW_PATTERN, DARK, OVERVIEW_PATTERN),
+    ):
+        held = Pattern.parse(text).allows(place[:, None], place).expand(OVERVIEW_TOKENS, OVERVIEW_TOKENS).tolist()
+        cells(axes, [[color if pair else NOTHING for pair in row] for row in held], title)
+    rows = json.loads((FOLDER.parent / "results" / f"{OVERVIEW_RESULT}.json").read_text(encoding="utf-8"))["rows"]
+    for kind, color, name in (("dense", FAINT, "dense"), ("ours", DARK, "sparse")):
+        points = [
+            (row["n"], row["step_s"] * 1000)
+            for row in rows
+            if row["model"] == "bert" and row["kind"] == kind and row.get("step_s")
+        ]
+        time.loglog(*zip(*points, strict=True), "o-", color=color, markersize=3.5, linewidth=1.6)
+        # beside the middle of the line
+        time.annotate(name, points[-2], (-5, 5) if kind == "dense" else (3, -12), textcoords="offset points", color=INK,
+                      fontsize=9, ha="right" if kind == "dense" else "left")  # fmt: skip
+    lengths = sorted({row["n"] for row in rows})
+    time.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    time.set_yticks([30, 100, 300, 1000], ["30 ms", "100 ms", "300 ms", "1 s"])
+    time.minorticks_off()
+    time.tick_params(labelsize=8, colors=INK)
+    time.set_xlabel("tokens", fontsize=9, color=INK, labelpad=3)
+    time.set_ylim(20, 2000)
+    time.set_title("BERT, a training step", color=INK, pad=6, **MONO)
+    time.spines[["top", "right"]].set_visible(False)
+    time.grid(color=GRID, linewidth=0.4)
+    return figure
 
 
 def pattern() -> Figure:
@@ -121,7 +158,7 @@ def plan() -> Figure:
             blocks.text(j + 0.5, i + 0.55, NAMES[state], ha="center", va="center", fontsize=9, color=color)
     table.set(box_aspect=1)
     table.axis("off")
-    table.set_title("3. the table", color=INK, fontdict=MONO, pad=6)
+    table.set_title("3. the table", color=INK, pad=6, **MONO)
     lines = [f"{i} | " + " ".join(f"{j}{NAMES[state]}" for j, state in row.items()) for i, row in enumerate(rows)]
     lines = ["query block | key blocks", *lines, "", "row_offsets", " ".join(map(str, offsets))]
     style = {"family": MONO["family"], "fontsize": 8, "linespacing": 1.4}
@@ -199,7 +236,8 @@ def backends() -> Figure:
 
 # room, what it is, and where it stands: left, bottom, width, height
 FLOORS = (
-    ("cli.py", "the command sparse-hf", 0.2, 3.72, 6.6, 0.56),
+    ("cli/", "the command sparse-hf", 0.2, 4.44, 6.6, 0.56),
+    ("evaluation/", "what is lost?", 4.7, 3.72, 2.1, 0.56),
     ("conversion/", "checkpoint to checkpoint", 0.2, 3.0, 2.1, 0.56),
     ("train/", "fine-tuning, healing", 2.45, 3.0, 2.1, 0.56),
     ("bench/", "is it fast?", 4.7, 3.0, 2.1, 0.56),
@@ -214,7 +252,7 @@ SHADES = {"pattern/": "#c6dbef", "plan/": "#d6e6f4", "attention/": "#e3eef8", "m
 
 def floors() -> Figure:
     """The rooms, each of which imports from those below it."""
-    figure, axes = canvas(4.4)
+    figure, axes = canvas(5.12)
     for name, what, left, bottom, width, height in FLOORS:
         box(axes, left, bottom, (width, height), "", fill=SHADES.get(name, PAPER))
         x, y = left + width / 2, bottom + height / 2
@@ -225,8 +263,7 @@ def floors() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "floors": floors, "pattern": pattern, "grid": grid, "plan": plan,
-    "backends": backends,
+    "overview": overview, "floors": floors, "pattern": pattern, "grid": grid, "plan": plan, "backends": backends,
 }  # fmt: skip
 
 

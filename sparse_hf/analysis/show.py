@@ -66,6 +66,11 @@ def describe(
 
     Raises:
         ValueError: a bad pattern, or a length below 1.
+
+    Examples:
+        >>> facts = describe("window(256, 256) | first(1)", 4096)
+        >>> round(facts.density, 3), facts.layers_to_reach
+        (0.122, 2)
     """
     plan = _plan(pattern, length, block_size, marked)
     chosen = as_pattern(pattern).most_keys
@@ -106,6 +111,10 @@ def describe_stack(
 
     Raises:
         ValueError: no pattern, a bad one, or a length below 1.
+
+    Examples:
+        >>> describe_stack(["chunk(64)", "stride(64)"], 1024).layers
+        2
     """
     if not patterns:
         raise ValueError("patterns is empty; give a pattern for each layer")
@@ -167,7 +176,7 @@ def save_png(
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "sparse-hf[plot]"') from error
+        raise ImportError('drawing needs matplotlib: pip install "matplotlib>=3.9"') from error
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")

@@ -70,6 +70,11 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, a bad pattern.
         NotImplementedError: a backend that was asked for by name cannot run here; the message says why.
+
+    Examples:
+        >>> q = k = v = torch.randn(1, 4, 300, 32)
+        >>> sparse_attention(q, k, v, "window(20, 0) | first(2)").shape
+        torch.Size([1, 4, 300, 32])
     """
     _check_tensors(q, k, v, dropout)
     _check_backend(backend)
@@ -85,10 +90,10 @@ def sparse_attention(
         return (out, lse) if return_lse else out
     q_offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     scoring.check(q.shape[1], q_offset + q.shape[2] - 1, k.shape[2])
-    _check_batch({"key_padding_mask": key_padding_mask, "segment_ids": segment_ids, "marks": marks}, k)
-    call = AttentionCall(
-        q, k, v, pattern, q_offset, scoring, Dropout.draw(dropout), of_batch(*batch), wants_lse=return_lse
-    )  # fmt: skip
+    info = of_batch(*batch)
+    if not info.is_empty:
+        _check_batch({"key_padding_mask": key_padding_mask, "segment_ids": segment_ids, "marks": marks}, k)
+    call = AttentionCall(q, k, v, pattern, q_offset, scoring, Dropout.draw(dropout), info, wants_lse=return_lse)
     out, lse = attention(call, backend)
     return (out, lse) if return_lse else out
 
@@ -155,12 +160,13 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
-    if not q.ndim == k.ndim == v.ndim == 4:
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if not len(of_q) == len(of_k) == len(of_v) == 4:
         raise ValueError(f"{_shapes(q, k, v)}: each must be [batch, heads, length, head dim]")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if of_k[:3] != of_v[:3] or of_q[0] != of_k[0] or of_q[3] != of_k[3]:
         raise ValueError(f"{_shapes(q, k, v)}: batch, key heads, key length and head dim must agree")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{_shapes(q, k, v)}: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+    if of_k[1] == 0 or of_q[1] % of_k[1]:
+        raise ValueError(f"{_shapes(q, k, v)}: {of_k[1]} key heads do not divide {of_q[1]} query heads")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device} must agree")
     if not q.dtype.is_floating_point:

@@ -19,6 +19,8 @@ class AutogradBackend(Backend):
     a whole, `forward` runs again.
     """
 
+    uses_autograd = True
+
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
         out, lse = given.out, given.lse
         with recording():
@@ -56,7 +58,7 @@ def attend(call: AttentionCall, backend: Backend) -> Results:
         # tensors have the dtype that autocast gave them, and a backend computes in the precision that it needs
         with torch.autocast(call.q.device.type, enabled=False):
             return attend(call, backend)
-    if isinstance(backend, AutogradBackend) or not call.trains:
+    if backend.uses_autograd or not call.trains:
         return backend.forward(call)
     return _Attention.apply(call.q, call.k, call.v, call.scoring.bias, call, backend)
 

@@ -6,7 +6,7 @@ Legend: B batch, H query heads, G key heads (G divides H), Q queries, K keys, D 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class AttentionCall:
     @property
     def blocks(self) -> BlockPlan:
         """The plan in blocks."""
-        return cast(BlockPlan, self.plan)
+        return self.plan
 
     @property
     def plan_key(self) -> PlanKey:
@@ -149,12 +149,15 @@ class AttentionCall:
 class Backend(Protocol):
     """How a call is computed. One file holds one; `dispatch.BACKENDS` lists those that have a name for users.
 
-    `name` is what a user says. `forward` and `backward` write to nothing but what they give. All backends agree with
+    `name` is what a user says. `uses_autograd` says that `forward` is made of operations that autograd can differentiate.
+    `forward` and `backward` write to nothing but what they give. All backends agree with
     `reference` in out, lse and gradients; the exactness tests take in whatever is registered. A row that may see nothing
     gives 0 and lse -inf, with zero gradient and no NaN.
     """
 
     name: str
+    # a base class would have to be asked for, and a protocol is slow to say what is one of it
+    uses_autograd: ClassVar[bool] = False
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Why the backend cannot run a call, with the remedy; None if it can. Must not run anything."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..attention import BACKENDS
@@ -23,9 +22,10 @@ from ..plan import build_plan
 from .exactness import row_error
 from .measure import DTYPES, Timer, check_dtype, chosen_device, peak_bytes, synchronize
 from .peers import Peer, peers
-from .plot import plot_result
+from .plot import plot_result, readable
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .sparse_peers import sparse_peers
+from .text import Figures, duration, exponents, times
 
 # largest relative error of an output row against float64 that still counts as correct
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
@@ -116,7 +116,7 @@ def run_attention(
         if out:
             # what is measured stays, whatever happens at the next length
             write_json(result, result_path(out, facts, "attention"))
-    Console(width=max(Console().width, 124)).print(_table(result))
+    _table(result).print(Console())
     for name, reason in left_out.items():
         console.print(f"{name} is installed, but left out: {reason}", highlight=False, soft_wrap=True, markup=False)
     if plot:
@@ -237,34 +237,21 @@ def _add_ratios(rows: Sequence[Row]) -> None:
             row[f"{what}_dense_over_ours"] = None if dense is None else dense / row[time_s]
 
 
-def _table(result: Result) -> Table:
-    facts = result["environment"]
-    title = (
-        f"{result['pattern']}, {result['heads']} heads of {result['head_dim']}, {result['dtype']}, {facts['hardware']}"
-    )
-    table = Table(title=title)
-    for column in (
-        "n",
-        "",
-        "forward",
-        "forward + backward",
-        "TFLOP/s",
-        "against dense",
-        "of window peer",
-        "extra memory / held",
-        "error",
-    ):
-        table.add_column(column, justify="right")
+def _table(result: Result) -> Figures:
+    heads = f"{result['heads']} heads of {result['head_dim']}, {result['dtype']}"
+    columns = ("", "forward", "+ backward", "TFLOP/s", "faster", "of window", "memory", "error")
+    table = Figures(f"{result['pattern']}: {heads}, {result['environment']['hardware']}", columns)
     for row in result["rows"]:
-        rates = (row[key] for key in ("useful_tflops_forward", "useful_tflops_step"))
-        rates = " / ".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
-        faster = row.get("step_dense_over_ours")
-        of_peer = (row.get(f"{what}_rate_over_window_peer") for what in ("forward", "step"))
-        of_peer = " / ".join("-" if rate is None else f"{rate:.2f}" for rate in of_peer)
+        spent = (duration(row[key]) for key in ("forward_s", "step_s"))
+        rate = row["useful_tflops_step"] or row["useful_tflops_forward"]
+        of_peer = row.get("step_rate_over_window_peer") or row.get("forward_rate_over_window_peer")
         extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / row['held_bytes']:.2f}"
-        times = ("" if row[key] is None else f"{row[key] * 1e3:,.2f} ms" for key in ("forward_s", "step_s"))
-        beside = (f"{faster:.2f} x faster" if faster else "", "" if of_peer == "- / -" else of_peer)
-        table.add_row(f"{row['n']:,}", row["name"], *times, rates, *beside, extra, f"{row['relative_error']:.0e}")
-    fits = (f"{name} {fit['step_s']:.2f}" for name, fit in result["slopes"].items() if fit["step_s"])
-    table.caption = "slope of time against n: " + ", ".join(fits)
+        faster = times(row.get("step_dense_over_ours") or row.get("forward_dense_over_ours"))
+        of_window = "" if of_peer is None else f"{of_peer:.2f}"
+        figures = (f"{rate:.3g}", faster, of_window, extra, f"{row['relative_error']:.0e}")
+        table.add(f"{row['n']:,} tokens", readable(row), *spent, *figures)
+    table.notes.append("faster: than dense; memory: beyond q, k, v, output and gradients, by their size")
+    if any(row["kind"] == "window" for row in result["rows"]):
+        table.notes.append("of window: the rate of ours by that of the fastest window kernel")
+    table.notes += exponents(result, "step_s")
     return table

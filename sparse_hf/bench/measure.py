@@ -107,30 +107,39 @@ def _event_time(work: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Highest memory during one call above what was held before it.
+# of Linux: what resets the peak of the resident set, and what tells it, see proc(5)
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device, before: int | None = None) -> int | None:
+    """Highest memory during one call above what was held before, by default right before it.
 
     None where the system does not say.
     """
+    held = used_bytes(device)
+    before = held if before is None else before
     if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
-        work()
+    elif before is not None:
+        CLEAR.write_text("5")
+    work()
+    if before is None:
         return None
-    # memory that earlier calls freed but the allocator kept would hide what this one takes
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")) - before
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """Memory that is held now; None where the system does not say."""
+    synchronize(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if not CLEAR.exists():
+        return None
+    # memory that earlier calls freed but the allocator kept would hide what the next one takes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # 5 resets the peak of the resident set, see proc(5)
-    clear.write_text("5")
-    before = _status(status, "VmRSS")
-    work()
-    return _status(status, "VmHWM") - before
+    return _status("VmRSS")
 
 
 def held_bytes(device: torch.device) -> int:
@@ -146,8 +155,16 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def _status(path: Path, key: str) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
+def forget_compiled(device: torch.device) -> None:
+    """Drop what was compiled, and memory that nothing holds."""
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 

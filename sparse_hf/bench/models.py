@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from .measure import (
     Timer,
     check_dtype,
     chosen_device,
+    forget_compiled,
     held_bytes,
     measured,
     peak_bytes,
@@ -30,6 +30,7 @@ from .measure import (
 )
 from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
+from .text import Figures, duration, exponents, size, times
 
 # tokens on which both are compared before anything is timed: no length for which Transformers'
 # BigBird draws a block twice
@@ -158,8 +159,7 @@ def run_models(
             if out:
                 # what is measured stays, whatever happens to the next model
                 write_json(result, result_path(out, facts, "models"))
-    # wide enough for all columns, in a narrow window or a pipe too
-    Console(width=max(Console().width, 140)).print(_table(result))
+    _table(result).print(Console())
     if plot:
         plot_result(result, f"{layers} layers, hidden size 768 or 1,024, {batch} row(s), {dtype}", plot)
     return result
@@ -213,7 +213,7 @@ def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
     others = {}
     for other in filter(None, case.implementations[1:]):
         others[other] = measured({}, partial(check, other), REFUSALS)
-        _forget_compiled(device)
+        forget_compiled(device)
     return Errors(theirs, ours, others)
 
 
@@ -255,13 +255,6 @@ def _errors(got: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, ...]
     return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, right[: len(got)], strict=True))
 
 
-def _forget_compiled(device: torch.device) -> None:
-    """Drop what was compiled for the last length, and memory that nothing holds."""
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _stock_name(name: str, implementation: str | None, mode: str | None = None) -> str:
     return f"{name}, transformers" + (f" ({implementation})" if implementation else "") + _compiled(mode)
 
@@ -290,7 +283,7 @@ def _one_length(
             may_refuse = implementation in case.implementations[1:] or (of and kind != "ours")
             work = partial(_figures, case, row, shape, errors, timer)
             yield measured(row, work, REFUSALS if may_refuse else ())
-        _forget_compiled(timer.device)
+        forget_compiled(timer.device)
 
 
 def _figures_text(row: Row) -> str:
@@ -395,31 +388,29 @@ def _ratio(row: Row, other: Row) -> dict[str, float | None]:
     return {**faster, "memory_ratio": quotient("peak_bytes", row, other)}
 
 
-def _table(result: Result) -> Table:
+def _table(result: Result) -> Figures:
     what = f"{result['layers']} layers, {result['batch']} row(s), {result['dtype']}" + (
         f", compiled ({result['compile_mode']})" if result["compile_mode"] else ""
     )
-    table = Table(title=f"{what}, {result['environment']['hardware']}")
-    for column in ("n", "", "forward", "training step", "peak memory", "step faster", "forward faster", "memory"):
-        table.add_column(column, justify="right")
+    columns = ("", "forward", "training step", "peak", "faster", "forward", "memory")
+    table = Figures(f"{what}, {result['environment']['hardware']}", columns)
     for row in result["rows"]:
+        group, name = f"{row['model']}, {row['n']:,} tokens", row["name"].removeprefix(f"{row['model']}, ")
         if row.get("failed"):
-            table.add_row(f"{row['n']:,}", row["name"], row["failed"])
+            table.fail(group, name, row["failed"])
             continue
-        times = ("" if row[key] is None else f"{row[key] * 1e3:,.1f} ms" for key in ("forward_s", "step_s"))
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
         beside = row.get("beside", {})
-        table.add_row(f"{row['n']:,}", row["name"], *times, peak, *([] if beside else _ratio_texts(row)))
-        for name, ratios in beside.items():
-            which = f"beside {name}" + (", the fastest" if name == row["fastest"] and len(beside) > 1 else "")
-            table.add_row("", which, "", "", "", *_ratio_texts(ratios))
-    fits = (
-        f"{name} {fit['step_s'] or fit['forward_s']:.2f}" for name, fit in result["slopes"].items() if fit["forward_s"]
-    )
-    table.caption = "slope of time against n: " + ", ".join(fits)
+        figures = (duration(row["forward_s"]), duration(row["step_s"]), size(row["peak_bytes"]))
+        table.add(group, name, *figures, *([] if beside else _ratio_texts(row)))
+        for other, ratios in beside.items():
+            mark = " *" if other == row["fastest"] and len(beside) > 1 else ""
+            table.add(group, f"  by {other}{mark}", "", "", "", *_ratio_texts(ratios))
+    table.notes.append("faster: a step (or forward pass) than of Transformers' class; memory: ours by theirs")
+    if any(len(row.get("beside", {})) > 1 for row in result["rows"]):
+        table.notes.append("*: the fastest of Transformers' implementations")
+    table.notes += exponents(result, "step_s", "forward_s")
     return table
 
 
 def _ratio_texts(ratios: Row) -> list[str]:
-    found = (ratios.get(key) for key in ("step_times_faster", "forward_times_faster", "memory_ratio"))
-    return ["" if ratio is None else f"{ratio:.2f} x" for ratio in found]
+    return [times(ratios.get(key)) for key in ("step_times_faster", "forward_times_faster", "memory_ratio")]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..attention.backends.triton.backend import tile_size
@@ -23,6 +22,7 @@ from ..plan.tile_lists import Lists, TileLists, tile_lists
 from .measure import Timer, chosen_device, measured, peak_bytes, print_row, why_not_run
 from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
+from .text import Figures, duration, exponents, size
 
 PATTERNS = ("window(256, 256)", "streaming(window=1024, sinks=4)", "longformer()", "bigbird()")
 # what each table is to take at so many tokens: seconds, and bytes of memory, by the kind of device
@@ -91,7 +91,7 @@ def run_plan(
         if out:
             # what is measured stays, whatever happens to the next row
             write_json(result, result_path(out, facts, "plan"))
-    Console(width=max(Console().width, 124)).print(_table(result))
+    _table(result).print(Console())
     if plot:
         plot_result(result, "tables of a plan", plot, ("build_s", "making the tables"))
     return result
@@ -195,26 +195,25 @@ def _tensors(tables: object) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
-def _table(result: Result) -> Table:
-    table = Table(title=f"tables of a plan on {result['device']}, {result['environment']['hardware']}")
-    memory = {"peak_bytes": "peak memory", "host_peak_bytes": "of the host", "table_bytes": "size"}
-    if result["device"] == "cpu":
-        del memory["host_peak_bytes"]
-    for column in ("n", "", "tables", "time", *memory.values(), "entries", "goal"):
-        table.add_column(column, justify="right")
+def _table(result: Result) -> Figures:
+    memory = ("peak_bytes", "host_peak_bytes", "table_bytes")
+    columns = ("", "time", "peak", "host's", "size", "entries", "goal")
+    table = Figures(f"tables of a plan on {result['device']}, {result['environment']['hardware']}", columns)
     for row in result["rows"]:
+        group = f"{row['model']}, {row['n']:,} tokens"
         if row.get("failed"):
-            table.add_row(f"{row['n']:,}", row["model"], row["kind"], row["failed"])
+            table.fail(group, row["kind"], row["failed"])
             continue
-        sizes = (row.get(key) for key in memory)
-        texts = ("" if size is None else f"{size / 1e6:,.1f} MB" for size in sizes)
         goal = {None: "", True: "met", False: "missed"}[row.get("within_goal")]
-        time = f"{row['build_s'] * 1e3:,.1f} ms"
-        table.add_row(f"{row['n']:,}", row["model"], row["kind"], time, *texts, f"{row['entries']:,}", goal)
+        table.add(
+            group,
+            row["kind"],
+            duration(row["build_s"]),
+            *(size(row.get(key)) for key in memory),
+            f"{row['entries']:,}",
+            goal,
+        )
     most_s, most_bytes = GOALS[result["device"]]
-    fits = (f"{name} {fit['build_s']:.2f}" for name, fit in result["slopes"].items() if fit["build_s"])
-    table.caption = (
-        f"goal at {GOAL_TOKENS:,} tokens: {most_s * 1e3:,.0f} ms and {most_bytes / 1e6:,.0f} MB; slope of time against n: "
-        + ", ".join(fits)
-    )
+    goal = f"goal at {GOAL_TOKENS:,} tokens: {duration(most_s)} and {size(round(most_bytes))}"
+    table.notes += [goal, *exponents(result, "build_s")]
     return table

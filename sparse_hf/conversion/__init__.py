@@ -14,15 +14,18 @@ from ..models.hf.layer_spec import LayersLike
 from ..pattern.like import PatternLike
 from .carry import carry, has_tokenizer
 from .folder import check_target, keep_apart, whole_folder
+from .generation import write_cache
 from .gguf import dequantise, is_gguf, read_gguf
+from .hub import Place
 from .prepare import Choice, Prepared, prepare
 from .processors import declare_classes, set_limit
 from .progress import progress_bar
+from .push import push_to_hub
 from .report import describe, report_text
-from .source import find_folder, open_source
+from .source import find_source, open_source
 from .weights import write_weights
 
-__all__ = ["convert", "describe_conversion", "report_text"]
+__all__ = ["convert", "describe_conversion", "push_to_hub", "report_text"]
 
 logger = logging.get_logger(__name__)
 
@@ -39,8 +42,13 @@ def convert(
     positions: str = "tile",
     rope: str | None = None,
     global_token_ids: Sequence[int] = (),
+    cache: str | None = None,
+    decode: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
 ) -> Path:
     """Write the sparse counterpart of a dense checkpoint.
 
@@ -49,7 +57,7 @@ def convert(
     `conversion.json` and `conversion.txt`.
 
     Args:
-        source: a folder, a `.gguf` file, or a hub id.
+        source: a folder, a `.gguf` file, or a hub id ("owner/name", or "name" as in "gpt2").
         out: the folder to write.
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird) need none.
         layers: which layers get another pattern, see `sparse_hf.parse_layers`.
@@ -57,8 +65,15 @@ def convert(
         positions: how learned tables of positions grow, by tiled copy ("tile") or along straight lines ("interpolate").
         rope: how rotary angles are scaled to a greater `max_length`, "yarn" or "linear"; by default not at all.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        cache: the `cache_implementation` with which `generate` decodes, written to `generation_config.json`: "streaming" (bounded
+            memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
+            else what the dense folder says.
+        decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does, with all keys kept.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
+        revision: of a hub id, the branch, tag or commit; by default the main branch.
+        subfolder: the folder of the checkpoint in the source.
+        token: what gives access to a private or gated repository; by default the one that `hf auth login` stored.
 
     Returns:
         The folder; `AutoModel.from_pretrained` gives the sparse class after `import sparse_hf`.
@@ -67,17 +82,22 @@ def convert(
         FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
         ValueError: an unsupported family, a bad pattern or layer list, a damaged checkpoint, or `out` around `source`.
         OSError: the disk is full.
+
+    Examples:
+        >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
+        'long-bert'
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
+    place = Place(revision, subfolder, token)
     # the danger that matters most is told of first; a hub id is no path yet
     keep_apart(Path(source), Path(out))
     target = check_target(out, overwrite)
     if is_gguf(source):
-        _convert_gguf(Path(source), target, choice, progress)
+        _convert_gguf(_gguf(source, place), target, choice, progress)
         return Path(out)
-    folder = find_folder(source)
-    keep_apart(folder, target)
-    _write(prepare(open_source(folder, _name(source)), choice), target, progress)
+    found = find_source(source, place)
+    keep_apart(found.folder, target)
+    _write(prepare(found, choice), target, progress)
     return Path(out)
 
 
@@ -90,21 +110,31 @@ def describe_conversion(
     positions: str = "tile",
     rope: str | None = None,
     global_token_ids: Sequence[int] = (),
+    cache: str | None = None,
+    decode: str | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
 ) -> dict:
     """What `convert` would write into `conversion.json`, after the same checks; only headers are read.
 
     Arguments and errors are those of `convert`. A hub id is downloaded; of a GGUF file no tensors are listed, since
     Transformers names them while it dequantises.
+
+    Examples:
+        >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
+        [512, 4096]
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids))
-    if is_gguf(source):
-        return describe(prepare(read_gguf(Path(source)), choice))
-    return describe(prepare(open_source(find_folder(source), _name(source)), choice))
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
+    place = Place(revision, subfolder, token)
+    found = read_gguf(_gguf(source, place)) if is_gguf(source) else find_source(source, place)
+    return describe(prepare(found, choice))
 
 
-def _name(source: str | Path) -> str:
-    """What the report calls the source: a folder's name, not its place, or the whole hub id."""
-    return Path(source).resolve().name if Path(source).exists() else str(source)
+def _gguf(source: str | Path, place: Place) -> Path:
+    if place.revision is not None or place.subfolder:
+        raise ValueError(f"revision and subfolder are for folders and hub ids, and {source} is a file; leave them out")
+    return Path(source)
 
 
 def _write(prepared: Prepared, target: Path, progress: bool) -> None:
@@ -124,6 +154,7 @@ def _write(prepared: Prepared, target: Path, progress: bool) -> None:
             set_limit(folder, prepared.limit, has_tokenizer(prepared.carried, source.folder))
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
+        write_cache(folder, prepared.config, prepared.cache)
         # last, so that a folder without it never loads
         prepared.config.save_pretrained(folder)
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.console import Console
 
 from ..analysis.show import describe, render, save_png
 from ..models.hf.config import SparseConfigMixin
+from ..models.hf.hearing import is_causal
 from ..models.hf.register import Family, family_of
 from ..models.hf.remote_code import auto_map
+from ..version import HOW_TO_INSTALL
 from .carry import CARD, read_json
-from .check import is_causal, meta_model, sees_past_only, sparse_config
+from .check import meta_model, sees_past_only, sparse_config
+from .hub import is_id
 from .prepare import mark_warnings
 from .report import report_text
 from .source import card_metadata
@@ -45,13 +48,13 @@ BODY = """
 import sparse_hf
 from transformers import {auto}
 
-model = {auto}.from_pretrained("path/to/{name}")
+model = {auto}.from_pretrained("{address}")
 ```
 
-Needs `pip install sparse-hf`. Where the import cannot be added, `trust_remote_code=True` finds the same classes:
+{install} Where the import cannot be added, `trust_remote_code=True` finds the same classes:
 
 ```python
-model = {auto}.from_pretrained("path/to/{name}", trust_remote_code=True)
+model = {auto}.from_pretrained("{address}", trust_remote_code=True)
 ```
 
 ## The pattern at {length:,} tokens
@@ -76,6 +79,7 @@ class Card:
     """All that a card says.
 
     `results` maps a figure's name to a number, or to {"sparse": ..., "dense": ...}; its "note" says how they were measured.
+    Where its "dataset" says on what, numbers of the sparse model go into the metadata, as `model-index`, for hubs to list.
     """
 
     name: str
@@ -90,18 +94,25 @@ class Card:
     conversion: str = ""
     picture: str = ""
     results: Mapping | None = None
+    address: str | None = None
 
 
 def write_card(
-    folder: str | Path, *, base: str | None = None, results: Mapping | None = None, overwrite: bool = False
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    results: Mapping | None = None,
+    address: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the README.md of a sparse checkpoint, and `pattern.png` beside it if matplotlib is installed.
 
     Args:
         folder: a checkpoint that `convert` or a sparse model's `save_pretrained` wrote.
-        base: the dense model, a hub id (owner/name), or a folder whose README.md names its license and its own base; by
+        base: the dense model, a hub id, or a folder whose README.md names its license and its own base; by
             default what the old README.md and `conversion.json` say.
         results: measured figures, see `Card`; by default those of `results.json` in the folder.
+        address: what readers load it by, such as the hub id that it will have; by default a path that stands for theirs.
         overwrite: replace a README.md that is there.
 
     Raises:
@@ -110,12 +121,11 @@ def write_card(
         ValueError: the checkpoint is not sparse.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse checkpoint")
+    check_sparse(folder)
     path = folder / CARD
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite) to replace it")
-    card = _read(folder, base, results)
+    card = replace(_read(folder, base, results), address=address)
     content = card_text(card)
     # raises if a hub could not read the metadata
     ModelCard(content)
@@ -123,6 +133,20 @@ def write_card(
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def check_sparse(folder: Path) -> None:
+    """Refuse a folder that is no sparse checkpoint.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: a dense one.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse checkpoint")
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    if model_type != family_of(model_type).sparse_type:
+        raise ValueError(f"{folder} is {model_type}, which is dense; convert it first (sparse-hf convert)")
 
 
 def card_text(card: Card) -> str:
@@ -133,6 +157,7 @@ def card_text(card: Card) -> str:
         library_name="transformers",
         pipeline_tag=TASKS.get(card.auto),
         tags=["sparse-attention", "long-context", "sparse_hf", card.family],
+        **_model_index(card),
     )
     sparse = ", ".join(f"`{text}`" for text in dict.fromkeys(span.pattern for span in card.spans))
     origin = (
@@ -141,7 +166,11 @@ def card_text(card: Card) -> str:
     summary = f"{origin} with sparse attention by sparse_hf: {sparse}. {card.note}".rstrip()
     summary += "".join(f"\n\n> {warning}" for warning in card.warnings)
     rows = "\n".join(_row(span, card.length) for span in card.spans)
-    parts = [BODY.format(name=card.name, summary=summary, auto=card.auto, length=card.length, rows=rows), card.picture]
+    body = BODY.format(
+        name=card.name, summary=summary, auto=card.auto, address=card.address or f"path/to/{card.name}", install=HOW_TO_INSTALL,
+        length=card.length, rows=rows,
+    )  # fmt: skip
+    parts = [body, card.picture]
     if card.conversion:
         parts.append(f"## The conversion\n\n```text\n{card.conversion.rstrip()}\n```\n")
     if card.results:
@@ -161,13 +190,38 @@ def _row(span: Span, length: int) -> str:
     return f"| {span.layers} | `{pattern}` | {facts.pairs:,} | {facts.density:.2%} | {mean} | {facts.reach_note} |"
 
 
+def _model_index(card: Card) -> dict:
+    """What hubs list of the figures: those of the sparse model that are numbers."""
+    results, task = card.results or {}, TASKS.get(card.auto)
+    dataset = results.get("dataset")
+    if dataset is None or task is None:
+        return {}
+    found = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
+        )  # fmt: skip
+        for name, figure in _figures(results)
+        if isinstance(value := figure.get("sparse"), int | float)
+    ]
+    return {"model_name": card.name, "eval_results": found} if found else {}
+
+
+def _figures(results: Mapping) -> Iterator[tuple[str, Mapping]]:
+    """Names of figures, each with those of the sparse model and of the dense one."""
+    for name, figure in results.items():
+        if name not in ("note", "dataset"):
+            yield name, figure if isinstance(figure, Mapping) else {"sparse": figure}
+
+
 def _measured(results: Mapping) -> str:
     lines = ["## Measured", "", *([results["note"], ""] if "note" in results else [])]
     lines += ["| | sparse | dense |", "|---|---|---|"]
-    for name, figure in results.items():
-        if name != "note":
-            both = figure if isinstance(figure, Mapping) else {"sparse": figure}
-            lines.append(f"| {name} | {_number(both.get('sparse'))} | {_number(both.get('dense'))} |")
+    lines += [f"| {name} | {_number(f.get('sparse'))} | {_number(f.get('dense'))} |" for name, f in _figures(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -181,9 +235,7 @@ def _number(value) -> str:
 
 def _read(folder: Path, base: str | None, results: Mapping | None) -> Card:
     stored = read_json(folder / "config.json")
-    family = family_of(stored.get("model_type", ""))
-    if stored["model_type"] != family.sparse_type:
-        raise ValueError(f"{folder} is {stored['model_type']}, which is dense; convert it first (sparse-hf convert)")
+    family = family_of(stored["model_type"])
     config = sparse_config(family, stored)
     model = meta_model(family, stored)
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
@@ -239,22 +291,14 @@ def _auto_class(config: SparseConfigMixin, family: Family, head: str) -> str:
 
 def _origin(folder: Path, report: dict, base: str | None) -> dict:
     """`base_model` and `license`, as far as known: what was asked for, then the old card, then the conversion."""
-    told = report.get("origin") or {}
-    if _is_id(report.get("source")):
-        told = {**told, "base_model": report["source"]}
-    found = told | card_metadata(folder)
+    found = (report.get("origin") or {}) | card_metadata(folder)
     if base is None:
         return found
     if Path(base).is_dir():
         return found | card_metadata(Path(base))
-    if not _is_id(base):
-        raise ValueError(f"base is {base!r}; give a hub id (owner/name), or the folder of the dense checkpoint")
+    if not is_id(base):
+        raise ValueError(f"base is {base!r}; give a hub id (owner/name or name), or the folder of the dense checkpoint")
     return found | {"base_model": base}
-
-
-def _is_id(text) -> bool:
-    owner, slash, name = str(text or "").partition("/")
-    return bool(owner and slash and name) and not set(str(text)[:1]) & set("/.~") and "/" not in name
 
 
 def _picture(folder: Path, spans: tuple[Span, ...], length: int) -> str:

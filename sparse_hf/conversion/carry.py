@@ -108,15 +108,19 @@ def _model_code(config: dict) -> set[str]:
     return {f"{name.rpartition('--')[2].rpartition('.')[0]}.py" for name in flat}
 
 
-def _module_folders(folder: Path) -> list[Path]:
-    """Where Sentence Transformers keeps what comes after the model, such as 1_Pooling, in the order of use."""
-    if not (folder / MODULES).is_file():
+def module_names(file: Path) -> list[str]:
+    """Folders of a `modules.json`, where Sentence Transformers keeps what comes after the model, in the order of use."""
+    if not file.is_file():
         return []
     try:
-        entries = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MODULES} is not readable JSON ({error}); the checkpoint is damaged") from error
-    paths = [folder / entry["path"] for entry in entries if isinstance(entry, dict) and entry.get("path")]
+        raise ValueError(f"{file} is not readable JSON ({error}); the checkpoint is damaged") from error
+    return [entry["path"] for entry in entries if isinstance(entry, dict) and entry.get("path")]
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    paths = [folder / name for name in module_names(folder / MODULES)]
     inside = [path for path in paths if path.resolve().is_relative_to(folder.resolve()) and path.is_dir()]
     return list(dict.fromkeys(path for path in inside if path.resolve() != folder.resolve()))
 

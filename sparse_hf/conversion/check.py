@@ -40,11 +40,6 @@ def sparse_config(family: Family, config: dict) -> SparseConfigMixin:
     return family.config_class(**dense_values(config), sparse_attention=config.get("sparse_attention"))
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Does the model see its past only? Of an encoder-decoder, the decoder does."""
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
-
-
 def sees_past_only(stack: str, causal_model: bool) -> bool:
     """Does a stack of layers see its past only? Of an encoder-decoder, the name of the stack says so."""
     return stack == "decoder" if stack else causal_model

@@ -11,16 +11,21 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..models.hf.config import SparseConfigMixin, dense_values
+from ..models.hf.hearing import is_causal
 from ..models.hf.register import FAMILIES, Family, family_of
 from ..pattern import First, Pattern, Stride, Window
 from ..pattern.base import Intersection, Union
+from ..pattern.like import PatternLike
 from .carry import carry
-from .check import check_fits, is_causal, meta_model, sees_past_only, sparse_config
+from .check import check_fits, meta_model, sees_past_only, sparse_config
+from .dropping import COUNTED, measured_cost, share_of_pairs, without
 from .folder import check_target, keep_apart, whole_folder
+from .generation import forget_streaming
+from .hub import Place
 from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
-from .source import Source, find_folder, open_source
+from .source import Source, find_source
 from .weights import Work, write_weights
 from .windows import BIASES, BY_LAYER, FULL, SLIDING, TYPED, UNIFORM, mistral_values, size_values
 
@@ -52,19 +57,35 @@ class Layer:
         return self.window.left
 
 
-def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: bool = True) -> Path:
+def export(
+    folder: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    drop: PatternLike | None = None,
+    text: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+) -> Path:
     """Write a sparse checkpoint as one that plain Transformers loads, without this package.
 
     Weights are copied as they are. "dense" gives the family back with full attention, but for the windows over which
     it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
-    gives the same answers, where Transformers can say the patterns: one sliding window, on layers that can have it.
+    gives the same answers, where Transformers can say the patterns: one sliding window, on layers that can have it. What
+    else a pattern holds may be dropped by name; a warning says how many pairs that takes, and what it costs on a text.
 
     Args:
         folder: a checkpoint that `convert` or a sparse model's `save_pretrained` wrote, or a hub id.
         out: the folder to write.
         to: "dense" or "native".
+        drop: a part of patterns that "native" leaves out, like "first(4)" of "window(511, 0) | first(4)".
+        text: a file whose first 2,048 tokens the checkpoint reads before and after, where something is dropped.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
+        revision, subfolder, token: where on the hub it is, as in `convert`.
 
     Returns:
         The folder.
@@ -76,19 +97,26 @@ def export(folder: str | Path, out: str | Path, to: str, *, overwrite: bool = Fa
     """
     if to not in FORMS:
         raise ValueError(f"to is {to!r}; it must be {' or '.join(map(repr, FORMS))}")
+    if drop is not None and to != "native":
+        raise ValueError(f"drop is {drop}, and to is {to!r}, which drops all patterns; leave drop out")
+    if text is not None and drop is None:
+        raise ValueError(
+            f"text is {text}, on which dropping is measured, and nothing is dropped; give drop, or leave text out"
+        )
     keep_apart(Path(folder), Path(out))
     target = check_target(out, overwrite)
-    found = find_folder(folder)
-    keep_apart(found, target)
-    source = open_source(found, Path(folder).name)
+    source = find_source(folder, Place(revision, subfolder, token))
+    keep_apart(source.folder, target)
     family = family_of(source.config["model_type"])
     if source.config["model_type"] != family.sparse_type:
         raise ValueError(f"{folder} is {source.config['model_type']}, which is dense already; give a sparse checkpoint")
     values = dense_values(source.config)
     values["architectures"] = _stock_names(source, family)
     if to == "native":
-        family, values = _native(source, family, values)
+        family, values = _native(source, family, values, None if drop is None else Pattern.parse(str(drop)))
     _write(source, family, values, target, is_native=to == "native", progress=progress)
+    if text is not None:
+        logger.warning("%s", measured_cost(source.folder, target, Path(text)))
     return Path(out)
 
 
@@ -118,6 +146,7 @@ def _write(source: Source, family: Family, values: dict, target: Path, *, is_nat
         write_weights(work, folder, advance)
         carry(carried, source.folder, folder)
         declare_classes(folder, tokenizer, family.dense_type)
+        forget_streaming(folder)
         if slides_over_one and model.can_generate():
             _keep_one_key(config, folder)
         # last, so that a folder without it never loads
@@ -146,12 +175,15 @@ def _renamed(shard: Shard, old: str, new: str) -> Shard:
     return dataclasses.replace(shard, tensors=tensors, ready=False)
 
 
-def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]:
+def _native(source: Source, family: Family, values: dict, drop: Pattern | None) -> tuple[Family, dict]:
     """The family and the configuration that say in Transformers' own words what the patterns say."""
     config = sparse_config(family, source.config)
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"use_bidirectional_attention is set, and its windows have no native form here; {INSTEAD}")
-    layers = list(_layers(config, is_causal(meta_model(family, source.config))))
+    causal_model = is_causal(meta_model(family, source.config))
+    if drop is not None:
+        _say_what_is_dropped(config, drop, causal_model)
+    layers = list(_layers(config, causal_model, drop))
     if family.dense_type == "llama" and not all(layer.is_full for layer in layers):
         family, values = _as_mistral(config, values["architectures"])
     values = {**values, **_own_words(family, config, layers)}
@@ -162,19 +194,52 @@ def _native(source: Source, family: Family, values: dict) -> tuple[Family, dict]
     return family, values
 
 
-def _layers(config: SparseConfigMixin, causal_model: bool) -> Iterator[Layer]:
+def _say_what_is_dropped(config: SparseConfigMixin, drop: Pattern, causal_model: bool) -> None:
+    """Warn of each kind of layer that loses something.
+
+    Raises:
+        ValueError: none does.
+    """
+    kinds: dict[tuple[Pattern, Window], list[str]] = {}
+    for stack, number, pattern, limit in _patterns(config, causal_model):
+        if without(pattern, drop) != pattern:
+            kinds.setdefault((pattern, limit), []).append(_name(stack, number))
+    if not kinds:
+        found = ", ".join(dict.fromkeys(str(pattern) for _, _, pattern, _ in _patterns(config, causal_model)))
+        raise ValueError(f"drop is {drop}, which is a part of no layer's pattern; layers have {found}")
+    count = sum(config.stacks.values())
+    for (pattern, limit), names in kinds.items():
+        share = 100 * share_of_pairs(pattern & limit, without(pattern, drop) & limit)
+        logger.warning(
+            "%s of %s is dropped in %d of %d layers, %.2g %% of their pairs at %s tokens; answers differ where they matter",
+            drop, pattern, len(names), count, share, f"{COUNTED:,}",
+        )  # fmt: skip
+
+
+def _patterns(config: SparseConfigMixin, causal_model: bool) -> Iterator[tuple[str, int, Pattern, Window]]:
+    """Each layer's stack, number and pattern, and the window of what it could see at all."""
     for stack, count in config.stacks.items():
         limit = PAST if sees_past_only(stack, causal_model) else EVERYTHING
         for number in range(count):
-            pattern = Pattern.parse(config.layer_pattern(number, stack=stack))
-            window = _window(pattern, limit)
-            if window is None:
-                part = _culprit(pattern, limit)
-                inside = "" if part == pattern else f" in {pattern}"
-                raise ValueError(
-                    f"{_name(stack, number)}: {part}{inside} has no native form: it is no sliding window; {INSTEAD}"
-                )
-            yield Layer(stack, number, pattern, window, window == limit)
+            yield stack, number, Pattern.parse(config.layer_pattern(number, stack=stack)), limit
+
+
+def _layers(config: SparseConfigMixin, causal_model: bool, drop: Pattern | None) -> Iterator[Layer]:
+    for stack, number, whole, limit in _patterns(config, causal_model):
+        pattern = without(whole, drop)
+        window = _window(pattern, limit)
+        if window is None:
+            part = _culprit(pattern, limit)
+            inside = "" if part == pattern else f" in {pattern}"
+            raise ValueError(
+                f"{_name(stack, number)}: {part}{inside} has no native form: it is no sliding window; "
+                f"{_how_to_drop(pattern, part)}{INSTEAD}"
+            )
+        yield Layer(stack, number, pattern, window, window == limit)
+
+
+def _how_to_drop(pattern: Pattern, part: Pattern) -> str:
+    return f"leave it out with drop={str(part)!r} (--drop {str(part)!r}), " if without(pattern, part) != pattern else ""
 
 
 def _name(stack: str, number: int) -> str:

@@ -26,7 +26,7 @@ def read_gguf(file: Path) -> Source:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a .gguf file, a folder or a hub id")
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError('reading GGUF files needs the package gguf: pip install "sparse-hf[gguf]"')
+        raise ImportError('reading GGUF files needs the package gguf: pip install "gguf>=0.19"')
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ValueError(f"{file} does not begin as a GGUF file does; it is damaged or something else")

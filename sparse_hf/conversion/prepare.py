@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from ..models.derived.check import check_once
 from ..models.hf.config import SparseConfigMixin
+from ..models.hf.hearing import hearing_warnings, is_causal
 from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
 from ..pattern.like import PatternLike
-from .check import check_fits, is_causal, meta_model, sparse_config
+from .check import check_fits, meta_model, sparse_config
+from .generation import CacheChoice, choose_cache
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
@@ -31,6 +33,8 @@ class Choice:
     positions: str = "tile"
     rope: str | None = None
     global_token_ids: tuple[int, ...] = ()
+    cache: str | None = None
+    decode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Prepared:
         tokenizer: the class that reads the tokenizer, where there is one.
         limit: the most tokens that the tokenizer shall give, where the model or the user sets one.
         lengths: tokens that the model takes before and after, where anything limits them.
+        cache: what `generate` decodes with; None for a model that does not generate.
         warnings: what the user should know before the result is used, one sentence each.
     """
 
@@ -55,6 +60,7 @@ class Prepared:
     limit: TokenLimit | None
     lengths: tuple[int | None, int | None]
     is_causal: bool
+    cache: CacheChoice | None
     warnings: tuple[str, ...]
 
 
@@ -73,7 +79,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     model = meta_model(family, source.config)
     if not family.verified:
         check_once(type(model), model.config)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, choice.global_token_ids)
+    config = family.config_class.from_dense(
+        source.config, choice.pattern, choice.layers, choice.global_token_ids, choice.decode
+    )
     if not family.verified:
         family = dataclasses.replace(family, positions=config.positions)
         check_growth(family.positions, model, choice.max_length)
@@ -85,7 +93,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     lengths = set_length(config, family.positions, choice.max_length)
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
-    carried = tuple(source.carried)
+    carried, causal = tuple(source.carried), is_causal(model)
     return Prepared(
         source=source,
         choice=choice,
@@ -96,8 +104,14 @@ def prepare(source: Source, choice: Choice) -> Prepared:
         tokenizer=tokenizer_class(source.folder, source.name, carried),
         limit=_limit(choice, family, lengths[1]),
         lengths=lengths,
-        is_causal=is_causal(model),
-        warnings=(*warnings, *mark_warnings(config, family, config.architectures)),
+        is_causal=causal,
+        cache=choose_cache(config, model, choice.cache),
+        warnings=(
+            *warnings,
+            *mark_warnings(config, family, config.architectures),
+            *hearing_warnings(config, causal, lengths[1]),
+            *_length_warnings(*lengths),
+        ),
     )
 
 
@@ -110,6 +124,16 @@ def mark_warnings(config: SparseConfigMixin, family: Family, architectures: list
     return [
         "marked() speaks of no token yet: pass global_attention_mask with every batch, or name token ids by "
         "global_token_ids (--global-token-ids), or write first(1) for the first token"
+    ]
+
+
+def _length_warnings(old: int | None, new: int | None) -> list[str]:
+    """What to say where a model is to read more than it was made for."""
+    if old is None or new is None or new <= old:
+        return []
+    return [
+        f"the model was made for {old:,} tokens and is to read {new:,}: what it answers beyond {old:,} is unknown until it is healed or "
+        "fine-tuned on texts as long, and measured (sparse-hf evaluate)"
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 
+from ..models.names import STREAMING
 from ..pattern import Marked, Pattern
 from ..plan import build_plan
 from ..version import __version__
@@ -36,7 +37,7 @@ def describe(prepared: Prepared) -> dict:
     same = [t for name, t in tensors.items() if name not in work.changes and name not in work.left_out]
     return {
         "source": prepared.source.name,
-        "origin": card_metadata(prepared.source.folder),
+        "origin": card_metadata(prepared.source.folder) | _base(prepared.source.repo),
         "family": prepared.family.dense_type,
         "model_type": config.model_type,
         "architectures": config.architectures,
@@ -52,10 +53,16 @@ def describe(prepared: Prepared) -> dict:
         "carried": [path.relative_to(prepared.source.folder).as_posix() for path in prepared.carried],
         "tokenizer_max_length": limits,
         "tokenizer_class": tokenizer,
+        "cache": None if prepared.cache is None else prepared.cache._asdict(),
         "note": _note(prepared),
         "warnings": list(prepared.warnings),
         "versions": {"sparse_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
+
+
+def _base(repo: str | None) -> dict:
+    """What cards call the model that was converted, where it has an id."""
+    return {"base_model": repo} if repo else {}
 
 
 def _is_scaled(parameters: dict | None) -> bool:
@@ -141,6 +148,7 @@ def report_text(report: dict) -> str:
         f"Not touched: {report['unchanged']['tensors']:,} tensors, {report['unchanged']['bytes']:,} bytes",
     ]
     lines += _tokenizer_lines(report)
+    lines += _cache_lines(report)
     lines += [f"Note: {warning}" for warning in report.get("warnings", ())]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n".join([*lines, f"Written by {versions}", ""])
@@ -180,6 +188,21 @@ def _tokenizer_lines(report: dict) -> Iterator[str]:
         declared, taken = report["tokenizer_class"]
         named = f"the source names {declared}" if declared else "the source names none"
         yield f"Tokenizer's class: {taken}, which Transformers takes for {report['family']}; {named}"
+
+
+def _cache_lines(report: dict) -> Iterator[str]:
+    if (report["sparse_attention"] or {}).get("decode") == "dense":
+        yield "Decoding: dense, behind a prompt that is read by the pattern"
+    # reports of earlier versions have no such key
+    cache = report.get("cache")
+    if cache is None:
+        return
+    if cache["name"] == STREAMING:
+        yield "Cache: generate decodes with cache_implementation='streaming', in memory that does not grow with the text"
+    elif cache["name"] is not None:
+        yield f"Cache: generate decodes with cache_implementation={cache['name']!r}"
+    else:
+        yield f"Cache: generate keeps all keys; {cache['why_not_streaming']}"
 
 
 def _left_out_lines(left_out: dict) -> Iterator[str]:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from .carry import CARD, carried_files, read_json
+from .hub import FORMS, HERE, Place, fetch, is_id
 from .shards import Shard, Stored, read_shard
 
 logger = logging.get_logger(__name__)
 
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# weights for other libraries, which are not downloaded
-NOT_FETCHED = (
-    "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.gguf", "*.pth", "onnx/*", "openvino/*",
-    "coreml/*", "original/*", "checkpoint-*", "runs/*",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk whose files are whole; `name` is what people call it."""
+    """A checkpoint on disk whose files are whole; `name` is what people call it, `repo` where it was fetched."""
 
     name: str
     folder: Path
     config: dict
     shards: tuple[Shard, ...]
+    repo: str | None = None
 
     @property
     def tensors(self) -> Iterator[Stored]:
@@ -42,30 +36,25 @@ class Source:
         return carried_files(self.folder, self.config)
 
 
-def find_folder(source: str | Path) -> Path:
-    """The local folder of `source`, downloaded if it is a hub id.
+def find_source(source: str | Path, place: Place = HERE) -> Source:
+    """The checkpoint in a folder, or of a hub id, which is downloaded.
 
     Raises:
-        FileNotFoundError: neither a folder nor a reachable repository.
-        ValueError: a file.
+        FileNotFoundError: neither a folder nor a reachable repository, or no checkpoint in it.
+        ValueError: a file, a revision of a folder, or a damaged checkpoint.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
+    folder, text = Path(source), str(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file; give the folder that holds it, {folder.absolute().parent}")
-    if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
-        raise FileNotFoundError(f"{source} is no folder with a checkpoint, no .gguf file and no hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), ignore_patterns=list(NOT_FETCHED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    if folder.is_dir():
+        if place.revision is not None:
+            raise ValueError(f"revision={place.revision!r} is for hub ids, and {source} is a folder; leave it out")
+        return open_source(folder / place.subfolder, (folder / place.subfolder).resolve().name)
+    if not is_id(text):
         raise FileNotFoundError(
-            f"{source} is no local folder and could not be fetched from the hub: {reason}"
-        ) from error
+            f"{source} is no folder with a checkpoint, no .gguf file and no hub id (owner/name or name)"
+        )
+    return replace(open_source(fetch(text, place), text), repo=text)
 
 
 def open_source(folder: Path, name: str) -> Source:
@@ -112,7 +101,7 @@ def card_metadata(folder: Path) -> dict:
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
+    for index, single in FORMS:
         if (folder / index).exists():
             names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
             missing = [name for name in names if not (folder / name).exists()]
@@ -121,4 +110,5 @@ def _shards(folder: Path) -> tuple[Path, ...]:
             return tuple(folder / name for name in names)
         if (folder / single).exists():
             return (folder / single,)
-    raise FileNotFoundError(f"{folder} has no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of either")
+    singles = " nor ".join(single for _, single in FORMS)
+    raise FileNotFoundError(f"{folder} has no weights: neither {singles}, nor an index of either")

@@ -14,8 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .hub import SAFETENSORS, SAFETENSORS_INDEX
 from .shards import DTYPES, Shard, Stored, forget
-from .source import SAFETENSORS, SAFETENSORS_INDEX
 
 PIECE = 8 << 20
 # files of torch are split at this size

@@ -13,7 +13,7 @@ from __future__ import annotations
 from .. import registry
 from .hf.dense_family import DenseFamily, OtherFamily
 from .hf.positions import ROTARY, Positions
-from .names import IMPLEMENTATIONS
+from .names import IMPLEMENTATIONS, STREAMING
 
 # a table of positions in the embeddings, as BERT has it
 EMBEDDED = Positions(
@@ -85,6 +85,7 @@ OTHER_FAMILIES = (
 registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES))
 registry.enter_finder(f"{__package__}.derived.entry")
 registry.enter_attention(IMPLEMENTATIONS, f"{__package__}.hf.attention_interface")
+registry.enter_cache(STREAMING)
 
 
 def __getattr__(name: str):

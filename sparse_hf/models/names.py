@@ -16,6 +16,9 @@ IMPLEMENTATIONS: dict[str, str] = {
     "sparse_triton": "triton",
 }
 
+# what `cache_implementation` calls a StreamingCache
+STREAMING = "streaming"
+
 # name -> the module that defines it, imported when the name is first asked for
 PUBLIC = {
     "FAMILIES": "hf.register",

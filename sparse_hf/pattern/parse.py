@@ -14,6 +14,8 @@ from .words import WORDS, Maker
 MAX_CHARACTERS = 100_000
 # longest text that an error shows
 MAX_SHOWN = 200
+# the one word without arguments: what layers are called that leave nothing out
+DENSE = "dense"
 # signatures of words that are kept
 SIGNATURES_KEPT = 256
 
@@ -50,7 +52,7 @@ def _signature(maker: Maker) -> inspect.Signature:
 
 
 def _known() -> str:
-    return ", ".join(sorted(WORDS))
+    return ", ".join(sorted([*WORDS, DENSE]))
 
 
 def _error(text: str, column: int, message: str) -> PatternError:
@@ -76,6 +78,8 @@ def _pattern(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return _call(node.func.id, node, text)
     if isinstance(node, ast.Name):
+        if node.id == DENSE:
+            return WORDS["full"]()
         if node.id in WORDS:
             raise _error(text, at, f"{node.id!r} needs its arguments: {_usage(node.id)}")
         raise _unknown(node.id, at, text)
@@ -144,9 +148,10 @@ def _shown(parameter: inspect.Parameter) -> str:
 
 
 def _unknown(word: str, column: int, text: str) -> PatternError:
-    close = difflib.get_close_matches(word, WORDS, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = difflib.get_close_matches(word, [*WORDS, DENSE], 1)
+    if close:
+        return _error(text, column, f"unknown word {word!r}; did you mean {close[0]!r}?")
     return _error(
-        text, column, f"unknown word {word!r}{hint} The known words are {_known()}; a pattern of your own is known once the "
-        "module that defines it is imported",
+        text, column, f"unknown word {word!r}. The known words are {_known()}; a pattern of your own is known once the module "
+        "that defines it is imported",
     )  # fmt: skip

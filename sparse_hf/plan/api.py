@@ -46,6 +46,10 @@ def build_plan(
 
     Raises:
         ValueError: lengths or shapes that do not fit together.
+
+    Examples:
+        >>> build_plan("window(256, 0) | first(4) & causal()", 1_000_000).q_blocks
+        7813
     """
     pattern = as_pattern(pattern)
     kv_len = q_len if kv_len is None else kv_len

@@ -9,6 +9,7 @@ from .columns import tokens
 from .distillation import Distillation, labelled
 from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal, without_repeated
+from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
@@ -18,6 +19,7 @@ __all__ = [
     "Distillation",
     "Healed",
     "HealingTrainer",
+    "LongText",
     "MarkHeaders",
     "MarkQuestion",
     "MarkTokens",
@@ -30,6 +32,7 @@ __all__ = [
     "first_position",
     "heal",
     "labelled",
+    "long_text",
     "lora_config",
     "tokens",
     "without_repeated",

@@ -67,6 +67,12 @@ class MarkTokens(Marks):
     Raises:
         ValueError: no ids, or ids that are no numbers (a tokenizer without that special token gives
             None).
+
+    Examples:
+        >>> tokenizer = AutoTokenizer.from_pretrained("my-bert")
+        >>> collator = MarkTokens(DataCollatorWithPadding(tokenizer), [tokenizer.cls_token_id])
+        >>> collator([tokenizer("a whale")])["global_attention_mask"]
+        tensor([[1, 0, 0, 0]])
     """
 
     token_ids: Sequence[int]
@@ -95,6 +101,12 @@ class MarkQuestion(Marks):
 
     Raises:
         ValueError: no separator is named, or a row has none.
+
+    Examples:
+        >>> tokenizer = AutoTokenizer.from_pretrained("my-bert")
+        >>> collator = MarkQuestion(DataCollatorWithPadding(tokenizer), tokenizer.sep_token_id)
+        >>> collator([tokenizer("a whale", "the old ship")])["global_attention_mask"]
+        tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
     """
 
     separator_id: int
@@ -135,6 +147,12 @@ class MarkHeaders(Marks):
     Raises:
         ValueError: no expression, columns that are missing, or a tokenizer that text cannot be got
             back from.
+
+    Examples:
+        >>> tokenizer, text = AutoTokenizer.from_pretrained("my-bert"), "Article 1\\na party who pays"
+        >>> collator = MarkHeaders(DataCollatorWithPadding(tokenizer), r"^Article \\d+$")
+        >>> collator([{**tokenizer(text, return_offsets_mapping=True), "text": text}])["global_attention_mask"]
+        tensor([[0, 1, 1, 0, 0, 0, 0, 0, 0]])
     """
 
     pattern: str

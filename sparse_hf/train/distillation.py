@@ -35,6 +35,10 @@ class Distillation:
         hidden: weight of the mean squared difference of hidden states, averaged over layers and
             their width.
         layers: weights of the layers in that average, one for each; by default all alike.
+
+    Examples:
+        >>> Distillation(logits=1.0, hidden=0.5).temperature
+        2.0
     """
 
     labels: float = 1.0

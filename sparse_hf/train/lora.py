@@ -14,6 +14,10 @@ def lora_config(model: PreTrainedModel, rank: int = 8, alpha: int = 16, **option
     Args:
         model: the model that it is for, whose norms and embeddings are named.
         rank, alpha: `r` and `lora_alpha` of `peft.LoraConfig`; `options` are its others.
+
+    Examples:
+        >>> lora_config(AutoModelForCausalLM.from_pretrained("my-llama"), rank=16).r
+        16
     """
     from peft import LoraConfig
 

@@ -70,6 +70,13 @@ class PackDocuments:
 
     Raises:
         ValueError: a bad length, no `input_ids`, or columns that have no value for each token.
+
+    Examples:
+        >>> rows = PackDocuments(8)({"input_ids": [[5, 6, 7], [8, 9], [10, 11, 12, 13]]})
+        >>> rows["input_ids"]
+        [[5, 6, 7, 10, 11, 12, 13], [8, 9]]
+        >>> rows["position_ids"]
+        [[0, 1, 2, 0, 1, 2, 3], [0, 1]]
     """
 
     length: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import weakref
 
 import pytest
@@ -16,6 +15,7 @@ from tests import oracle
 from tests.attention import hashes
 from tests.attention.exactness import BATCH, batch_of, leaves, tensors
 from tests.table import PATTERNS, causal_form
+from tests.threads import THREADS, at_once
 
 
 def test_batch_data_may_change_in_place():
@@ -150,8 +150,8 @@ def test_the_default_dtype_changes_nothing(pattern, length):
         torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-4)
 
 
-# 8 threads that make this many calls altogether
-THREADS, CALLS = 8, 1000
+# calls of all threads together
+CALLS = 1000
 
 
 def test_threads_that_share_plans_are_right():
@@ -174,32 +174,22 @@ def test_threads_that_share_plans_are_right():
                 drawn = tensors((4, 2, 16), q_len, length, torch.float32)
                 right = sparse_attention(*drawn, pattern, **given, backend="reference", return_lse=True)
                 cases.append((pattern, given, drawn, right))
-    mistakes, start = [], threading.Barrier(THREADS)
 
     def work(number: int) -> None:
         own = random.Random(number)
-        start.wait()
-        try:
-            for step in range(CALLS // THREADS):
-                pattern, given, drawn, (right, right_lse) = own.choice(cases)
-                # half of them with tensors of their own, so that contents are equal and identities are not
-                batch = {n: t if t is None or step % 2 else t.clone() for n, t in given.items()}
-                # decoding and dense attention give no lse
-                if step % 3:
-                    found = sparse_attention(*drawn, pattern, **batch, return_lse=True)
-                else:
-                    found = sparse_attention(*drawn, pattern, **batch), right_lse
-                for one, other in zip(found, (right, right_lse), strict=True):
-                    torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the test names it
-            mistakes.append((number, error))
+        for step in range(CALLS // THREADS):
+            pattern, given, drawn, (right, right_lse) = own.choice(cases)
+            # half of them with tensors of their own, so that contents are equal and identities are not
+            batch = {n: t if t is None or step % 2 else t.clone() for n, t in given.items()}
+            # decoding and dense attention give no lse
+            if step % 3:
+                found = sparse_attention(*drawn, pattern, **batch, return_lse=True)
+            else:
+                found = sparse_attention(*drawn, pattern, **batch), right_lse
+            for one, other in zip(found, (right, right_lse), strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not mistakes, mistakes[0]
+    at_once(work)
 
 
 def test_plans_of_many_lengths_are_let_go(monkeypatch):

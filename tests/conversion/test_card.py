@@ -67,7 +67,7 @@ def test_license_and_base_come_from_the_cards_that_are_there(converted):
 def test_base_of_a_conversion_from_a_hub(converted):
     report = json.loads((converted / "conversion.json").read_text())
     (converted / "conversion.json").write_text(
-        json.dumps({**report, "source": "owner/model", "origin": {"license": "mit"}})
+        json.dumps({**report, "origin": {"license": "mit", "base_model": "owner/model"}})
     )
     write_card(converted)
     data = ModelCard.load(converted / "README.md").data
@@ -125,8 +125,8 @@ def test_mistakes_are_told(converted):
         write_card(converted / "nowhere")
     with pytest.raises(ValueError, match="is llama, which is dense"):
         write_card(converted.parent / "dense", overwrite=True)
-    with pytest.raises(ValueError, match="base is 'dense'; give a hub id"):
-        write_card(converted, base="dense")
+    with pytest.raises(ValueError, match="base is './dense'; give a hub id"):
+        write_card(converted, base="./dense")
     (converted / "README.md").write_text("by hand")
     with pytest.raises(FileExistsError, match="--overwrite"):
         write_card(converted)

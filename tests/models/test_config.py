@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from itertools import combinations
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_a_model_without_a_pattern_says_so_once(warnings, tmp_path):
 
 
 def test_a_model_with_a_pattern_says_nothing(warnings, tmp_path):
-    sparse_hf.sparsify(dense_model("BertModel"), "window(9, 9)").save_pretrained(tmp_path)
+    sparse_hf.sparsify(dense_model("BertModel"), "window(9, 9) | first(1)").save_pretrained(tmp_path)
     AutoModel.from_pretrained(tmp_path)
     sparse_hf.SparseBertModel(sparse_hf.SparseBertConfig(**TINY["bert"], pattern="window(None, None)"))
     longformer = sparse_hf.SparseLongformerConfig(num_hidden_layers=1, hidden_size=12, attention_window=[8])
@@ -320,3 +321,16 @@ def test_an_encoder_with_a_window_of_its_own_is_asked_itself():
     decoder = sparse_hf.sparsify(dense_model("Gemma2ForCausalLM"), "window(7, 0)").config
     assert "sliding_attention" in decoder.layer_types
     assert set(decoder.get_text_config(decoder=True).layer_types) == {"full_attention"}
+
+
+@pytest.mark.parametrize("head", ["Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM"])
+def test_what_is_set_on_the_configuration_for_caches_is_set_on_the_models(head):
+    """Quantisation (torchao) and tools for rope set values on what `get_text_config(decoder=True)` gives."""
+    config = sparse_hf.sparsify(dense_model(head), "window(7, 0)").config
+    found, types = config.get_text_config(decoder=True), getattr(config, "layer_types", None)
+    found.tie_word_embeddings = not config.tie_word_embeddings
+    found.rope_theta_of_mine = 5.0
+    assert found.tie_word_embeddings == config.tie_word_embeddings and config.rope_theta_of_mine == 5.0
+    for copied in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert type(copied) is type(config) and copied.to_dict() == config.to_dict()
+    assert getattr(config, "layer_types", None) == types

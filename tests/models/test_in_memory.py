@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, BertPreTrainedModel
 
 import sparse_hf
+from sparse_hf.models.hf.cache import given_cache
 from tests.models.families import VOCABULARY, dense_model
 from tests.processes import printed
 
@@ -163,3 +164,14 @@ def test_who_gives_something_else_is_told_in_a_line():
         ValueError, match=r"made of a configuration, and got a SparseLlamaForCausalLM; give its \.config"
     ):
         sparse_hf.StreamingCache(sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "window(4, 0)"))
+
+
+def test_an_output_is_not_asked_for_the_older_name_of_its_cache(monkeypatch):
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", pytest.fail)
+    cache = transformers.DynamicCache()
+    with_one, without = (
+        transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=torch.ones(1)) for _ in "ab"
+    )
+    with_one[next(name for name in ("cache", "past_key_values") if hasattr(with_one, name))] = cache
+    assert given_cache(without) is None and given_cache(with_one) is cache
+    assert given_cache({"past_key_values": cache}) is cache

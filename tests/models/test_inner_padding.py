@@ -175,3 +175,20 @@ def test_compiled_code_refuses_it():
             torch.testing.assert_close(found, wanted, **LIMIT)
         with pytest.raises(ValueError, match="padding inside a row, between real tokens, which compiled code cannot"):
             compiled(ids, attention_mask=holes())
+
+
+@pytest.mark.compiles
+def test_compiled_code_looks_at_a_mask_once_for_all_layers():
+    torch._dynamo.reset()
+    sparse, found = sparse_hf.sparsify(dense_model(LLAMA), PATTERNS[0]), []
+
+    def backend(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    ids, real = text(2, 60), torch.ones(2, 60, dtype=torch.long)
+    real[0, :9] = 0
+    with torch.no_grad():
+        torch.compile(sparse, backend=backend, fullgraph=True)(ids, attention_mask=real)
+    assert found.count("sparse_hf.without_inner_padding.default") == 1
+    assert found.count("sparse_hf.attention.default") > 1

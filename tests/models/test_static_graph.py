@@ -1,4 +1,4 @@
-"""`generate` with a static cache compiles the steps behind the prompt: one graph, for all lengths, layers and paddings."""
+"""`generate` with a static or streaming cache compiles the steps behind the prompt: one graph, for all lengths, layers, paddings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 import sparse_hf
+from sparse_hf import StreamingCache
 from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, slow_but_for
 
 pytestmark = pytest.mark.compiles
@@ -15,6 +16,11 @@ LLAMA, PATTERN = "LlamaForCausalLM", "window(7, 0) | first(2)"
 PATTERNS = (
     "window(7, 0)", "stride(4) | window(2, 0)", "chunk(8)", "fixed(8, 2)", "window(3, 0) | marked()", "full()",
     "per_head(window(3, 0), window(9, 0), full(), first(3) | window(1, 0))",
+)  # fmt: skip
+# what has an end
+STREAMED = (
+    PATTERN, "window(7, 0)", "chunk(8)", "chunk(4, 1) | first(2)", "window(5, 0) | (first(2) & window(9, 0))",
+    "stride(2) & window(9, 0)", "per_head(window(3, 0), window(9, 0), first(4), first(3) | window(1, 0))",
 )  # fmt: skip
 NEW = 12
 
@@ -47,19 +53,30 @@ def how(**more) -> dict:
     return {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **more}
 
 
-def compare(model, graphs, inputs, **more) -> None:
+def cached(model, kind: str) -> dict:
+    """The arguments of `generate` that name a cache."""
+    if kind == "static":
+        return {"cache_implementation": "static"}
+    return named_cache(model, StreamingCache(model.config))
+
+
+def compare(model, graphs, inputs, kind: str = "static", **more) -> None:
     config, found = graphs
-    right = model.generate(**inputs, **how(use_cache=False, **more))
-    got = model.generate(**inputs, **how(cache_implementation="static", compile_config=config, **more))
-    assert torch.equal(got, right)
-    assert len(found) == 1
+    before = len(found)
+    right, eager, got = (
+        model.generate(**inputs, **how(**more, **way))
+        for way in ({"use_cache": False}, cached(model, kind), {**cached(model, kind), "compile_config": config})
+    )
+    assert torch.equal(got, right) and torch.equal(eager, right)
+    assert len(found) - before == 1
 
 
 @pytest.mark.parametrize(
     "head", slow_but_for((LLAMA, "GPT2LMHeadModel", "Gemma2ForCausalLM", "OPTForCausalLM"), DECODERS)
 )
-def test_families(head, graphs):
-    compare(sparse_hf.sparsify(dense_model(head).eval(), PATTERN), graphs, prompt())
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+def test_families(head, kind, graphs):
+    compare(sparse_hf.sparsify(dense_model(head).eval(), PATTERN), graphs, prompt(), kind)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -68,18 +85,76 @@ def test_patterns(pattern, graphs):
     compare(model, graphs, prompt())
 
 
-def test_layers_of_several_patterns_share_a_graph(graphs):
+@pytest.mark.parametrize("pattern", STREAMED)
+def test_patterns_that_have_an_end(pattern, graphs):
+    compare(sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern), graphs, prompt(), "streaming")
+
+
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+def test_layers_of_several_patterns_share_a_graph(kind, graphs):
     model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN, layers={0: "dense"})
-    compare(model, graphs, prompt())
+    compare(model, graphs, prompt(), kind)
 
 
-def test_several_turns_with_one_cache(graphs):
+def test_a_streaming_cache_has_one_graph_for_all_lengths_and_paddings(graphs):
+    """But one for each number of rows, and one more for rows without padding."""
     config, found = graphs
     model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
-    cache, text = StaticCache(config=model.config, max_cache_len=100), prompt()["input_ids"]
+    for rows, graphs_so_far in ((2, 1), (3, 2)):
+        for length, padded in ((20, 4), (47, 30), (9, 8)):
+            given = prompt(rows, length)
+            given["attention_mask"][0, :padded] = 0
+            right = model.generate(**given, **how(use_cache=False))
+            got = model.generate(**given, **how(compile_config=config), **cached(model, "streaming"))
+            assert torch.equal(got, right)
+        assert len(found) == graphs_so_far
+
+
+@pytest.mark.parametrize(
+    "way", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}, {"num_beams": 2, "do_sample": True}]
+)
+def test_beams_and_samples(way, graphs):
+    config, found = graphs
+    model, texts = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN), []
+    for compiled in ({}, {"compile_config": config}):
+        given = cached(model, "streaming") if compiled else {"use_cache": False}
+        torch.manual_seed(3)
+        texts.append(model.generate(**prompt(), **how(**way, **compiled), **given))
+    assert torch.equal(*texts)
+    # Transformers compiles no beams
+    assert len(found) == ("num_beams" not in way)
+
+
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+def test_several_turns_with_one_cache(kind, graphs):
+    config, found = graphs
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    cache = StaticCache(config=model.config, max_cache_len=100) if kind == "static" else StreamingCache(model.config)
+    text = prompt()["input_ids"]
     for _ in range(3):
         right = model.generate(text, **how(use_cache=False))
         got = model.generate(text, **how(compile_config=config), **named_cache(model, cache))
         assert torch.equal(got, right)
         text = torch.cat((right, prompt(length=5)["input_ids"]), 1)
     assert len(found) == 1
+
+
+def test_no_step_waits_for_what_the_mask_holds(graphs):
+    """The mask is looked at once, before the prompt: an operator that waits for the device would cut CUDA graphs at each layer."""
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    config, found = graphs
+    model.generate(**prompt(), **how(cache_implementation="static", compile_config=config))
+    (graph,) = found
+    operators = [node.target for node in graph.graph.nodes if "sparse_hf" in str(node.target)]
+    assert operators and all(torch.Tag.cudagraph_unsafe not in operator.tags for operator in operators)
+
+
+@pytest.mark.parametrize("padded", [slice(16, None), slice(6, 9)], ids=["behind", "inside"])
+def test_a_prompt_with_padding_in_the_way_runs_without_compilation(padded, graphs):
+    config, found = graphs
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    inputs = prompt()
+    inputs["attention_mask"][1, padded] = 0
+    right = model.generate(**inputs, **how(use_cache=False))
+    assert torch.equal(model.generate(**inputs, **how(cache_implementation="static", compile_config=config)), right)
+    assert not found

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf.cache import logger as cache_logger
+from sparse_hf.models.hf.streaming_cache import SPARE
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import (
     VOCABULARY,
@@ -38,6 +39,10 @@ PATTERNS = [
     "window(9, 0) | (first(4) & window(40, 0))",
     "per_head(window(20, 0) | first(3), window(7, 0), first(4) | window(9, 0), window(20, 0))",
     "streaming(window=16, sinks=2)",
+    "chunk(16)",
+    "chunk(7, 1) | first(3)",
+    "stride(3) & window(24, 0) | first(1)",
+    "per_head(chunk(6), window(7, 0), first(4) | window(9, 0), fixed(10, 0))",
 ]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
@@ -98,19 +103,32 @@ def test_families(head):
     torch.testing.assert_close(found, in_pieces(sparse, ids, DynamicCache()), **LIMIT)
     torch.testing.assert_close(found, sparse(ids, use_cache=False).logits, **LIMIT)
     assert cache.get_seq_length() == ids.shape[1]
-    assert all(layer.keys.shape[2] == layer.sinks + layer.left + 1 < ids.shape[1] for layer in cache.layers)
+    assert all(layer.keys.shape[2] == layer.ring.slots < ids.shape[1] for layer in cache.layers)
 
 
-def test_layers_with_different_windows():
-    sparse, ids = sparse_model(layers=["window(40, 0) | first(1)", "window(9, 0) | first(12)"]), text()
+@pytest.mark.parametrize(
+    "layers",
+    [["window(40, 0) | first(1)", "window(9, 0) | first(12)"], {0: "dense"}, {1: "dense"}, ["chunk(8)", "dense"]],
+)
+def test_layers_with_different_patterns(layers):
+    sparse, ids = sparse_model(layers=layers), text(length=300)
     found = in_pieces(sparse, ids, StreamingCache(sparse.config))
     torch.testing.assert_close(found, sparse(ids, use_cache=False).logits, **LIMIT)
 
 
-@pytest.mark.parametrize("pieces", [(40, 1, 13, *[1] * 25, 11), (90,), (35,)])
-@pytest.mark.parametrize("pattern", [SPARSE, PATTERNS[4], PATTERNS[5]])
+def test_a_layer_that_sees_all_keeps_all_and_the_others_drop():
+    sparse = sparse_model(layers={1: "dense"})
+    cache = StreamingCache(sparse.config)
+    in_pieces(sparse, text(1, 600), cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3 + 20 + SPARE, 1024]
+
+
+# some rows have padding alone in the first pieces
+@pytest.mark.parametrize("pieces", [(40, 1, 13, *[1] * 25, 11), (90,), (35,), (10,), (18, 1)])
+@pytest.mark.parametrize("pattern", [SPARSE, *PATTERNS[4:6], *PATTERNS[8:], "dense"])
 def test_padded_rows_answer_as_they_do_alone(pattern, pieces):
-    sparse, ids = sparse_model(pattern=pattern), text(3)
+    layers = {"layers": {0: "dense"}} if pattern == "dense" else {}
+    sparse, ids = sparse_model(pattern=SPARSE if layers else pattern, **layers), text(3)
     padding = torch.tensor([33, 0, 17])
     real = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
     found = in_pieces(sparse, ids, StreamingCache(sparse.config), real, pieces)
@@ -175,14 +193,14 @@ def test_memory_does_not_grow(pattern):
     assert made[0] == made[1]
     # two layers of keys and values of 2 heads of 8 numbers, in float32
     layer = cache.layers[0]
-    assert made[0][0] == 2 * 2 * 2 * 8 * 4 * (layer.sinks + layer.left + 1)
+    assert made[0][0] == 2 * 2 * 2 * 8 * 4 * (layer.kept.sinks + layer.kept.left + SPARE)
 
 
 def test_a_long_prompt_is_not_kept_alive():
     sparse = sparse_model()
     cache = StreamingCache(sparse.config)
     in_pieces(sparse, text(1, 500), cache, pieces=(500,))
-    assert held_bytes(cache) == 2 * 2 * 2 * 8 * 4 * 24
+    assert held_bytes(cache) == 2 * 2 * 2 * 8 * 4 * (3 + 20 + SPARE)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +213,9 @@ def test_a_long_prompt_is_not_kept_alive():
         ("first(3) | marked()", "use a DynamicCache, which keeps all, or another pattern"),
         ("window(9, 0) | marked()", "marked tokens may be anywhere"),
         ("window(9, 0) | stride(4)", "is neither a window nor global tokens"),
-        ("window(9, 0) | lsh(8, 1)", "is neither a window nor global tokens"),
+        ("window(9, 0) | lsh(8, 1)", "its keys are chosen by what they hold"),
+        ("fixed(8, 2)", "looks back without end"),
+        ("window(90, 0) & random_blocks(2, 4)", "does not repeat"),
         ("per_head(window(9, 0), window(9, 0), window(9, 0), stride(2))", "is neither a window nor global tokens"),
     ],
 )
@@ -232,22 +252,52 @@ def test_refuses_padding_that_it_cannot_keep_apart():
             in_pieces(sparse, ids, StreamingCache(sparse.config), holed, pieces=(50,))
     late = real.clone()
     late[0, :30] = 0
-    with pytest.raises(ValueError, match="30 tokens of padding, and in the first pass it had at most 25"):
-        in_pieces(sparse, ids, StreamingCache(sparse.config), late, pieces=(25,))
+    cache = StreamingCache(sparse.config)
+    with torch.no_grad():
+        sparse(ids[:, :25], attention_mask=real[:, :25], **named_cache(sparse, cache))
+    with pytest.raises(ValueError, match=r"has \[30, 0\] tokens of padding .* has seen \[0, 0\] of them"):
+        sparse(ids[:, 25:], attention_mask=late, **named_cache(sparse, cache))
     given = named_cache(sparse, StreamingCache(sparse.config))
     for mask in (real[:, :40], torch.ones(2, 1, 50, 50, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"it must be \[batch, 50\], a number for each token so far"):
             sparse(ids, attention_mask=mask, **given)
 
 
-def test_refuses_to_take_tokens_back():
-    sparse, ids = sparse_model(), text(1, 50)
-    cache = StreamingCache(sparse.config)
-    with pytest.raises((NotImplementedError, ValueError), match="DynamicCache"):
-        sparse.generate(ids, **named_cache(sparse, cache), **GREEDY, prompt_lookup_num_tokens=2)
-    cache.crop(0)
-    with pytest.raises(NotImplementedError, match="takes tokens back; use a DynamicCache"):
-        cache.crop(-1)
+@pytest.mark.parametrize("pattern", [SPARSE, PATTERNS[4], PATTERNS[7]])
+def test_takes_tokens_back(pattern):
+    sparse, ids = sparse_model(pattern=pattern), text(2, 140)
+    with torch.no_grad():
+        wanted = sparse(ids, use_cache=False).logits
+        cache = StreamingCache(sparse.config)
+        wrong = ids.flip(0)
+        for begin, size, taken in ((0, 70, 3), (67, 1, 0), (68, 20, SPARE), (72, 40, 9), (103, 20, 1), (122, 18, 0)):
+            end = begin + size - taken
+            given = torch.cat((ids[:, begin:end], wrong[:, end : end + taken]), 1)
+            found = sparse(given, **named_cache(sparse, cache)).logits
+            torch.testing.assert_close(found[:, : size - taken], wanted[:, begin:end], **LIMIT)
+            cache.crop(-taken)
+            assert cache.get_seq_length() == end
+
+
+def test_refuses_to_take_back_more_than_it_can():
+    sparse, ids = sparse_model(), text(1, 90)
+    cache = StreamingCache(sparse.config, spare=5)
+    in_pieces(sparse, ids[:, :50], cache)
+    cache.crop(-3)
+    with pytest.raises(ValueError, match=r"can take back 2 of 47 tokens. Nothing was changed; .*spare=3"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match="give a negative number"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="spare is 0; it must be a whole number of at least 1"):
+        StreamingCache(sparse.config, spare=0)
+    # and goes on
+    with torch.no_grad():
+        found = sparse(ids[:, 47:], **named_cache(sparse, cache)).logits
+        torch.testing.assert_close(found, sparse(ids, use_cache=False).logits[:, 47:], **LIMIT)
+        cache.reset()
+        sparse(ids[:, :20], **named_cache(sparse, cache))
+        # nothing was dropped by then
+        cache.crop(-20)
 
 
 def test_takes_its_arguments_by_position():

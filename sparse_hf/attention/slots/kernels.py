@@ -2,7 +2,8 @@
 
 Keys are split over programs, since a row and key head alone would keep a GPU waiting, and the query heads of a key head are
 computed together, so that each key is read once (as in FlashDecoding). A second kernel merges what the splits found. How many
-slots are filled is read on the device.
+slots are filled is read on the device. Tokens go by their positions, padding left out, and a position has a slot: that many
+behind the first of its row, or in a ring.
 
 Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D head dim; M = R * Q rows of a key head.
 """
@@ -21,8 +22,10 @@ from ..launch import launch, strides_of
 from ..scoring import Scoring
 from ..strides import like, readable
 from .reach import Reach
+from .ring import Ring
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # keys of a step of the loop, by the width of a head
 BLOCK = {64: 128, 128: 64, 256: 32}
 # programs that keep a GPU busy, splits that one program merges, and keys below which another costs more than it saves
@@ -32,13 +35,14 @@ LEAST_ROWS = 16
 
 
 # numbers that change from call to call must not compile another kernel each
-@triton.jit(do_not_specialize=["scale", "cap", "left", "first", "chunk"])
+@triton.jit(do_not_specialize=["scale", "cap", "left", "first", "chunk", "head", "turn"])
 def split(
     q_ptr, k_ptr, v_ptr, seen_ptr, real_ptr, begins_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, r_b,
-    scale, cap, left, first, chunk,
+    scale, cap, left, first, chunk, head, turn,
     G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PADDED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, PADDED: tl.constexpr, HOLED: tl.constexpr, IN_RING: tl.constexpr, HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse, in float32, of the keys of one split, for all rows of a key head."""
     part, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -48,21 +52,26 @@ def split(
     if PADDED:
         begin = tl.load(begins_ptr + b).to(tl.int32)
     m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
-    head, new = m // Q, m % Q
+    of_group, new = m // Q, m % Q
     rows = m < R * Q
-    place = seen + new
-    q_at = q_ptr + b * q_b + (g * R + head)[:, None] * q_h + new[:, None] * q_n + d[None, :]
+    # positions: tokens of the row before the new ones, and the new ones' own
+    before = seen - begin
+    place = before + new
+    q_at = q_ptr + b * q_b + (g * R + of_group)[:, None] * q_h + new[:, None] * q_n + d[None, :]
     q = tl.load(q_at, mask=rows[:, None] & (d[None, :] < D), other=0.0)
-    # visible slots in a row: first tokens, then the window, each once
-    start = tl.maximum(begin + first, seen - left)
-    total = tl.minimum(first, seen + Q - begin) + tl.maximum(seen + Q - start, 0)
-    ahead = tl.minimum(first, seen + Q - begin)
+    # visible positions of a row: first tokens, then the window, each once
+    start = tl.maximum(first, before - left)
+    ahead = tl.minimum(first, before + Q)
+    total = ahead + tl.maximum(before + Q - start, 0)
     out = tl.zeros((BM, BD), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     weight = tl.zeros((BM,), tl.float32)
     for at in range(part * chunk, tl.minimum((part + 1) * chunk, total), BN):
         number = at + n
-        slot = tl.where(number < ahead, begin + number, start + number - ahead)
+        key = tl.where(number < ahead, number, start + number - ahead)
+        slot = begin + key
+        if IN_RING:
+            slot = tl.where(key < head, key, head + (key - head) % turn)
         there = number < tl.minimum((part + 1) * chunk, total)
         box = there[:, None] & (d[None, :] < D)
         k = tl.load(k_ptr + b * k_b + g * k_g + slot.to(tl.int64)[:, None] * k_n + d[None, :], mask=box, other=0.0)
@@ -72,10 +81,10 @@ def split(
             # tanh(x) = 1 - 2 / (exp(2 x) + 1)
             scores = (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / cap)) + 1)) * cap
         scores *= LOG2_E
-        distance = place[:, None] - slot[None, :]
-        if PADDED:
+        distance = place[:, None] - key[None, :]
+        if HOLED:
             there = there & (tl.load(real_ptr + b * r_b + slot, mask=there, other=0) != 0)
-        visible = (distance >= 0) & ((distance <= left) | (slot[None, :] < begin + first)) & there[None, :]
+        visible = (distance >= 0) & ((distance <= left) | (key[None, :] < first)) & there[None, :]
         scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(new_top > float("-inf"), new_top, 0.0)
@@ -93,7 +102,7 @@ def split(
 
 @triton.jit(do_not_specialize=["splits"])
 def join(
-    part_out, part_lse, out_ptr, o_b, o_h, o_n, splits,
+    part_out, part_lse, out_ptr, lse_ptr, o_b, o_h, o_n, splits,
     G: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BS: tl.constexpr,
 ):  # fmt: skip
@@ -108,19 +117,20 @@ def join(
     total = tl.sum(weights, 0)
     out = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     b, h = pair // G, pair % G * R + row // Q
+    tl.store(lse_ptr + (b * G * R + h) * Q + row % Q, tl.where(total > 0, (top + tl.log2(total)) * LN_2, float("-inf")))
     at = out_ptr + b * o_b + h * o_h + row % Q * o_n + d
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def decode(
-    inputs: tuple[Tensor, Tensor, Tensor], seen: Tensor, real: Tensor | None, begins: Tensor | None, reach: Reach, scoring: Scoring
-) -> Tensor:  # fmt: skip
-    """Attention `[B, H, Q, D]`.
+    inputs: tuple[Tensor, Tensor, Tensor], seen: Tensor, real: Tensor | None, begins: Tensor | None, reach: Reach, ring: Ring,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention `[B, H, Q, D]`, and its lse `[B, H, Q]`.
 
     Args:
         inputs: q, k and v.
-        seen, real: see `Filled`.
-        begins: `[B]`, the slots of first tokens; None where there is no padding.
+        seen, real, begins, ring: see `Filled`.
         reach: the pairs.
         scoring: scale and soft cap.
     """
@@ -136,21 +146,22 @@ def decode(
     held = max(LEAST_ROWS, _power_of_two(rows))
     part_out = q.new_empty((splits, batch * groups, held, width), dtype=torch.float32)
     part_lse = q.new_empty((splits, batch * groups, held), dtype=torch.float32)
-    out = like(q)
+    out, lse = like(q), q.new_empty((batch, heads, new), dtype=torch.float32)
     shapes = {"G": groups, "R": heads // groups, "Q": new, "D": dim, "BD": width, "BM": held}
-    # without padding neither is read: anything will do
-    of_rows = (seen, seen) if real is None or begins is None else (real.contiguous().view(torch.uint8), begins)
+    # what is not there is not read: anything will do
+    of_rows = seen if real is None else real.contiguous().view(torch.uint8), seen if begins is None else begins
+    flags = {"PADDED": begins is not None, "HOLED": real is not None, "IN_RING": bool(ring)}
     launch(
         split, (splits, batch * groups), (q, k, v, seen, *of_rows, part_out, part_lse), (*strides_of(q, k, v), slots),
-        (scoring.scale, float(scoring.softcap or 1), min(reach.left, slots), reach.first, chunk),
-        {**shapes, "BN": block, "PADDED": real is not None, "HAS_CAP": scoring.softcap is not None, "PRECISION": "ieee"},
+        (scoring.scale, float(scoring.softcap or 1), min(reach.left, slots), reach.first, chunk, ring.first, max(ring.length, 1)),
+        {**shapes, "BN": block, **flags, "HAS_CAP": scoring.softcap is not None, "PRECISION": "ieee"},
         num_warps=4, num_stages=2,
     )  # fmt: skip
     launch(
-        join, (rows, batch * groups), (part_out, part_lse, out), strides_of(out), (splits,),
+        join, (rows, batch * groups), (part_out, part_lse, out, lse), strides_of(out), (splits,),
         {**shapes, "BS": _power_of_two(splits)}, num_warps=4,
     )  # fmt: skip
-    return out
+    return out, lse
 
 
 def _power_of_two(number: int) -> int:

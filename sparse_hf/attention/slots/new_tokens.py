@@ -3,6 +3,9 @@
 A static cache has as many keys from the first token to the last. How many of them are filled is a number on the device, which
 nobody reads here: what is visible is computed from it there, so that a graph of a decoding step is compiled and recorded once.
 
+A streaming cache has the first tokens in their slots, and the last ones in turn in a `Ring` of slots behind them. Its graph
+serves texts of any length too.
+
 Windows with first tokens read just those slots that some new token may see. Of other patterns all slots are scored, and a mask
 `[Q, K]` says which count; both are linear in the text.
 
@@ -19,10 +22,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...pattern import Pattern
 from ...pattern.base import Marks, as_pattern
+from ...pattern.forms import ANY_LENGTH
 from ..backends.triton.walk import why_unfit
 from ..scoring import Scoring
 from ..strides import folded, like
 from .reach import Reach, read_reach
+from .ring import NO_RING, Ring, positions_in
 
 # new tokens from which a pass is one over a prompt
 MAX_TOKENS = 128
@@ -32,35 +37,45 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class Filled:
-    """What stands in the slots of a cache, of which new tokens fill `seen` .. `seen + Q - 1` already.
+    """What stands in the slots of a cache, of which new tokens fill some already.
 
     Args:
-        seen: `[]`, whole number: tokens that came before.
+        seen: `[]`, whole number: tokens that came before, padding included.
         real: `[B, K]` bool, false on padding; None where there is none. But under patterns that hold the whole past, padding must stand
-            before all tokens of its row.
-        marks: `[B, K]` bool, the tokens that `marked()` speaks of.
+            before all tokens of its row. A ring needs none.
+        marks: `[B, K]` bool, the tokens that `marked()` speaks of; of a ring None.
+        begins: `[B]`, tokens of padding before each row; None where they are known from `real`, or there is none.
+        ring: where tokens stand by their positions; `NO_RING` where each is in the slot of its number, padding included.
     """
 
     seen: Tensor
     real: Tensor | None = None
     marks: Tensor | None = None
+    begins: Tensor | None = None
+    ring: Ring = NO_RING
 
 
-def slots_attention(q: Tensor, k: Tensor, v: Tensor, filled: Filled, pattern: str, scoring: Scoring) -> Tensor:
-    """Attention `[B, H, Q, D]` of new tokens to a cache that holds them already. It has no gradient.
+def slots_attention(
+    q: Tensor, k: Tensor, v: Tensor, filled: Filled, pattern: str, scoring: Scoring, wants_lse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention `[B, H, Q, D]` of new tokens to a cache that holds them already, and its lse `[B, H, Q]`. It has no gradient.
 
     Args:
         q: `[B, H, Q, D]`.
-        k, v: `[B, G, K, D]`; what lies behind the new tokens is read by nobody.
+        k, v: `[B, G, K, D]`; what lies behind the new tokens is read by nobody, but no NaN may lie there.
         filled: what stands in the slots.
         pattern: the text of a causal pattern.
         scoring: scale and soft cap; a bias is refused.
+        wants_lse: is the lse read? If not, it holds nothing.
     """
     if scoring.bias is not None:
         raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
     # traced, so that a graph finds where texts begin once for all layers
-    begins = None if filled.real is None else filled.real.int().argmax(1)
-    return _operator(q, k, v, filled.seen, filled.real, begins, filled.marks, pattern, scoring.scale, scoring.softcap)
+    begins = filled.begins if filled.real is None else filled.real.int().argmax(1)
+    return _operator(
+        q, k, v, filled.seen, filled.real, begins, filled.marks, list(filled.ring), pattern, scoring.scale, scoring.softcap,
+        wants_lse,
+    )  # fmt: skip
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -73,15 +88,18 @@ def takes_slots(pattern: str) -> bool:
 @torch.library.custom_op("sparse_hf::slots", mutates_args=())
 def _operator(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
-    pattern: str, scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
-    form = as_pattern(pattern)
-    reach = read_reach(form, k.shape[2])
+    ring: list[int], pattern: str, scale: float, softcap: float | None, wants_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    form, turns, scoring = as_pattern(pattern), Ring(*ring), Scoring(scale, softcap)
+    # a ring holds the last tokens of a text without end
+    reach = read_reach(form, ANY_LENGTH if turns else k.shape[2])
     if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
         from .kernels import decode
 
-        return decode((q, k, v), seen, real, begins, reach, Scoring(scale, softcap))
-    if reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
+        return decode((q, k, v), seen, real, begins, reach, turns, scoring)
+    if turns:
+        mask = _ring_mask(form, reach, seen, begins, q.shape[2], turns)
+    elif reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
         places = slots if begins is None else slots - begins[:, None]
@@ -89,12 +107,12 @@ def _operator(
         mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
     else:
         mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])
-    return _dense(q, k, v, mask, Scoring(scale, softcap))
+    return _dense(q, k, v, mask, scoring, wants_lse)
 
 
 @_operator.register_fake
 def _fake(q, k, v, *rest):
-    return like(q, v.shape[-1])
+    return like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def visible_slots(
@@ -127,6 +145,19 @@ def _window_mask(reach: Reach, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
     return (k <= q) & ((q - k <= reach.left) | (k < reach.first)) & exists[:, None, None, :]
 
 
+def _ring_mask(
+    pattern: Pattern, reach: Reach | None, seen: Tensor, begins: Tensor | None, new: int, ring: Ring
+) -> Tensor:  # fmt: skip
+    """`[B or 1, H or 1, Q, K]`: what a pattern holds of the slots of a ring."""
+    q = _new(seen, begins, new)
+    k = positions_in(ring, q[:, -1] + 1)
+    if reach is not None:
+        return _window_mask(reach, q, k, k >= 0)
+    own, every, there = q.clamp(min=0)[:, :, None], k.clamp(min=0)[:, None, :], (k >= 0)[:, None, :]
+    found = [one.allows(own, every) & there for one in pattern.heads or (pattern,)]
+    return torch.stack(torch.broadcast_tensors(*found), 1)
+
+
 def _mask(
     pattern: Pattern, seen: Tensor, real: Tensor | None, marks: Tensor | None, new: int, slots: int
 ) -> Tensor:  # fmt: skip
@@ -151,17 +182,23 @@ def _taken(t: Tensor, slots: Tensor) -> Tensor:
     return t.gather(2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
-    """Attention under a mask; what sees nothing gives 0."""
-    groups = k.shape[1]
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, wants_lse: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention under a mask, and its lse if it is wanted; what sees nothing gives 0."""
+    groups, lse = k.shape[1], q.new_empty(q.shape[:3], dtype=torch.float32)
     blind = ~mask.any(-1, keepdim=True)
-    mask = mask | blind
-    mask = folded(mask.expand(-1, q.shape[1], -1, -1), groups)
+    opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), groups)
     queries = folded(q, groups)
-    if scoring.softcap is None:
-        out = scaled_dot_product_attention(queries, k, v, mask, scale=scoring.scale)
+    if scoring.softcap is None and not wants_lse:
+        out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
     else:
-        scores = scoring.softcap * torch.tanh(queries.float() @ k.float().mT * (scoring.scale / scoring.softcap))
-        out = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+        scores = queries.float() @ k.float().mT * scoring.scale
+        if scoring.softcap is not None:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        scores = scores.masked_fill(~opened, -torch.inf)
+        out = (scores.softmax(-1) @ v.float()).to(q.dtype)
+        sums = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        lse.copy_(sums.masked_fill(blind[..., 0], -torch.inf))
     out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).masked_fill(blind, 0)
-    return like(q, v.shape[-1]).copy_(out)
+    return like(q, v.shape[-1]).copy_(out), lse

@@ -23,15 +23,16 @@ from ...attention import attend, attention, hashed_weights, route, uses_hashes, 
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
-from ...attention.merge import with_sink
+from ...attention.merge import merge, with_sink
 from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
+from .cache import LAYERS_SEE
 from .config import IMPLEMENTATIONS, SparseConfigMixin
-from .inner_padding import PaddingFirst, counts_positions
+from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import MaskRequest, TokenData, layer_pattern, said_of_tokens, why_dense
+from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -67,8 +68,8 @@ def sparse_mask(
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     own = frozenset() if config is None else config.own_mask_functions
     # kept with the mask, which layers have whenever they are computed
-    tokens = replace(said_of_tokens(config), is_fleeting=False)
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own, tokens=tokens)
+    said = {name: value for name, value in said_of(config).items() if name != FLEETING}
+    return MaskRequest(attention_mask, mask_function, q_offset, own=own, said=said)
 
 
 def sparse_attention_forward(
@@ -87,6 +88,7 @@ def sparse_attention_forward(
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
     request = MaskRequest.of(attention_mask, query, key, module.config)
+    kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
@@ -106,35 +108,63 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     pattern = layer_pattern(module, stack, is_causal)
-    if kwargs.get("streaming_cache") is not None:
-        _check_streaming(kwargs["streaming_cache"], module.layer_idx, pattern, opaque)
-        request = request.of_held(kwargs["streaming_cache"], query, key)
+    if kwargs.get(LAYERS_SEE) is not None:
+        pattern = kwargs[LAYERS_SEE][module.layer_idx]
+    streaming = kwargs.get("streaming_cache")
+    if streaming is not None:
+        _check_streaming(streaming, module.layer_idx, pattern, opaque)
+        if bias is not None:
+            raise NotImplementedError(
+                "a StreamingCache drops keys, and a bias by distance would count those that are left; use a DynamicCache"
+            )
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
-    skips = kwargs.get("bias_skips_padding", False)
-    shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name, request.tokens), query, key, shifts)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
+    turned = kwargs.get("turned_sinks")
+    far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
+    filled = None
+    if streaming is not None:
+        filled = streaming.filled(module.layer_idx, query.shape[2])
+        if streaming.in_place:
+            part = (
+                None
+                if far is None
+                else far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
+            )
+            pattern = pattern if far is None else far.near
+            return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
+        request = request.of_held(streaming, module.layer_idx, query, key)
+    skips = kwargs.get("bias_skips_padding", False)
+    shifts = skips or not stack.counts_padding and counts_positions(pattern)
+    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     real, documents, marks = batch.info.tensors
-    by_slots = opaque is None and sinks is None and documents is None and backend == "auto"
+    order = batch.padding_first if shifts else None
+    part = None
+    # packed documents begin anew, and with them their positions
+    if far is not None and documents is None:
+        _check_turned(order, opaque, bias)
+        begins = None if real is None else real.int().argmax(1)
+        seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
+        part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
+    by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
-        out = slots_attention(query, key, value, filled, pattern, scoring)
-        return out.transpose(1, 2).contiguous(), None
+        return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
     call = AttentionCall(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
-        wants_lse=sinks is not None,
+        wants_lse=sinks is not None or part is not None,
     )  # fmt: skip
-    order = batch.padding_first if shifts else None
     reorders = bias is None or skips
     if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, lse, weights = _computed(call, opaque, backend, wants_weights)
+    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None)
+    if part is not None:
+        out, lse = merge([(out, lse), part])
     if sinks is not None:
         out = with_sink(out, lse, sinks)
         weights = None if weights is None else with_sink(weights, lse, sinks)
@@ -143,22 +173,28 @@ def sparse_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _token_data(kwargs: dict[str, Any], stack: str, of_pass: TokenData) -> TokenData:
-    """What the model says of its tokens, from the arguments of an attention function; some are known of the pass alone.
+def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer with those of its pass that its class keeps from it.
 
     Raises:
-        NotImplementedError: marks that a layer would not know when gradient checkpointing computes it again.
+        NotImplementedError: a layer would not know them when gradient checkpointing computes it again.
     """
-    if of_pass.is_fleeting and of_pass.marks is not None and "global_attention_mask" not in kwargs:
+    kept = {name: value for name, value in request.said.items() if name not in kwargs and name != FLEETING}
+    if kept and request.said.get(FLEETING):
         raise NotImplementedError(
-            "this class keeps global_attention_mask from its layers, which gradient checkpointing computes again; pass attention_mask "
+            f"this class keeps {next(iter(kept))} from its layers, which gradient checkpointing computes again; pass attention_mask "
             "too, by which they find it, or train without gradient checkpointing"
         )
-    positions = kwargs.get("document_positions", kwargs.get("position_ids", of_pass.positions))
+    return {**kept, **kwargs}
+
+
+def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
+    """What the model says of its tokens, from the arguments of an attention function."""
+    positions = kwargs.get("document_positions", kwargs.get("position_ids"))
     bounds = kwargs.get("cu_seq_lens_k", kwargs.get("cu_seq_lens_q"))
     # of an encoder-decoder, the encoder's tokens are marked
-    marks = None if stack == "decoder" else kwargs.get("global_attention_mask", of_pass.marks)
-    return TokenData(positions, bounds, marks)
+    marks = None if stack == "decoder" else kwargs.get("global_attention_mask")
+    return TokenData(positions, bounds, marks, bool(kwargs.get(CHECKED)))
 
 
 def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:
@@ -166,6 +202,30 @@ def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, patter
     if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS or scoring.bias is not None:
         return False
     return not torch.is_grad_enabled() and takes_slots(pattern)
+
+
+def _over_slots(
+    tensors: tuple[Tensor, Tensor, Tensor], filled: Filled, pattern: str, scoring: Scoring, sinks: Tensor | None,
+    part: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Q, H, D]` to the slots of a cache as they lie, and to what another part of it found."""
+    wants_lse = sinks is not None or part is not None
+    out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
+    if part is not None:
+        out, lse = merge([(out, lse), part])
+    if sinks is not None:
+        out = with_sink(out, lse, sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+def _check_turned(order: PaddingFirst | None, opaque: Callable | None, bias: Tensor | None) -> None:
+    """Raise NotImplementedError where first tokens cannot be seen as if they were in a cache."""
+    if order is not None or opaque is not None or bias is not None:
+        raise NotImplementedError(
+            "this text is longer than the model was trained on, and its first tokens cannot be seen as among the keys of a streaming cache "
+            "with padding inside a row, a mask of pairs or a bias by distance; pad on the left, or set model.generation_config."
+            "cache_implementation = None, which leaves all positions as they are"
+        )
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Container, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, EncoderDecoderCache
@@ -18,8 +19,10 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
+from ..names import STREAMING
 from .config import SparseConfigMixin
-from .streaming_cache import StreamingCache
+from .inner_padding import has_padding_in_the_way
+from .streaming_cache import StreamingCache, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +36,14 @@ class GrownStaticLayer(StaticLayer):
 
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of `forward`."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    # an output of Transformers that is asked for the older name says that it is old
+    return next((value for name, value in kwargs.items() if name in CACHE_NAMES and value is not None), None)
+
+
+def cache_name(model: Any) -> str:
+    """What a cache is called among the arguments of a model's `forward`."""
+    takes = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in takes)
 
 
 def check_cache_name(given: Mapping[str, Any], known: Container[str]) -> None:
@@ -51,6 +61,8 @@ def cached_tokens(cache: Cache | None) -> int:
 def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | None:
     """`[B, N]` of the tokens so far, as `[B, K]` over all slots of a cache whose graph of a step is to serve all steps.
 
+    A streaming cache has no slots for them: it knows the padding behind a prompt itself, and needs none.
+
     Args:
         of_tokens: a mask or marks, zeros where nobody is yet.
         kwargs: arguments of `prepare_inputs_for_generation`. The prompt is computed without a graph, and others' caches grow.
@@ -58,6 +70,8 @@ def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | 
     cache = given_cache(kwargs)
     if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
         return of_tokens
+    if isinstance(cache, StreamingCache):
+        return None if cache.rows else of_tokens
     return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
@@ -76,20 +90,48 @@ def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dic
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
-    cache.begin(kwargs.get("attention_mask"), *tokens.shape[:2])
-    _warn_beyond(config, cache.get_seq_length() + tokens.shape[1])
+    can_be_in_place = config._attn_implementation == "sparse"
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
+    if not torch.compiler.is_compiling():
+        _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
 
 
-def _warn_beyond(config: SparseConfigMixin, tokens: int) -> None:
-    """Warn once where a stream has more tokens than the model has positions for."""
+def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) -> None:
+    """Say once where a stream has more tokens than the model has positions for."""
     most = None if config.positions is None else config.positions.reach_of(config)
-    if most is not None and tokens > most:
-        logger.warning_once(
-            f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
-            "memory and leaves tokens their true positions, beyond which few models answer well; begin anew with cache.reset(), or "
-            "convert the dense checkpoint with a greater max_length"
-        )
+    if most is None or tokens <= most:
+        return
+    if cache.turns:
+        if cache.turns_from:
+            logger.warning_once(
+                f"the text behind a streaming cache has more tokens than {config.model_type} is configured for ({most}): from there on its "
+                "first tokens are seen as far away as they are among the keys that are kept (positions='cache')"
+            )
+        return
+    logger.warning_once(
+        f"the text behind a StreamingCache has more tokens than {config.model_type} is configured for ({most}): the cache bounds "
+        "memory and leaves tokens their true positions, beyond which few models answer well; give StreamingCache(config, "
+        "positions='cache') where positions are rotary, begin anew with cache.reset(), or convert the dense checkpoint with a greater "
+        "max_length"
+    )
+
+
+# an argument of passes: the pattern of each layer, in place of those of the configuration
+LAYERS_SEE = "layers_see"
+
+
+def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Have a step of `generate` behind a prompt see what the dense model sees, if this call or the configuration wants it.
+
+    Args:
+        model: that generates.
+        inputs: of `forward`, from which `decode` is taken.
+        given: arguments of `prepare_inputs_for_generation`.
+    """
+    decode = inputs.pop("decode", None) or model.config.decode
+    if decode == "dense" and not given.get("is_first_iteration") and cached_tokens(given_cache(inputs)):
+        inputs[LAYERS_SEE] = model.config.dense_patterns()
 
 
 def lost_cache(model: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
@@ -154,6 +196,80 @@ def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
         if embeddings is not None and kwargs.get("is_first_iteration"):
             new = embeddings.shape[1]
     return cached_tokens(given_cache(kwargs)) + new
+
+
+def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> StreamingCache | None:
+    """The streaming cache that `generate` shall go on with, as an argument of its steps; None if it shall take another.
+
+    `cache_implementation="streaming"` asks for it. A draft is decoded behind one wherever it can be.
+
+    Args:
+        model: that generates.
+        generation_config: of this call; what it says of a cache that is made here is taken from it.
+        kwargs: of the model in `generate`; the cache is put among them.
+
+    Raises:
+        ValueError: the model cannot be decoded so; the message names the layer and its pattern.
+    """
+    if (kwargs.get("decode") or model.config.decode) == "dense":
+        if generation_config.cache_implementation == STREAMING and kwargs.get("decode") is None:
+            raise ValueError(why_not_streamed(model.config))
+        if generation_config.cache_implementation == STREAMING:
+            # what a folder says of all calls gives way to what this call says
+            generation_config.cache_implementation = None
+        return None
+    is_named, given = generation_config.cache_implementation == STREAMING, given_cache(kwargs)
+    drafts = bool(generation_config.is_assistant) and generation_config.cache_implementation is None
+    if not is_named and not drafts or generation_config.use_cache is False:
+        return None
+    if given is not None:
+        if is_named and model.generation_config.cache_implementation == STREAMING:
+            # what a folder says of all calls gives way to what this call says
+            generation_config.cache_implementation = None
+        return None
+    if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
+        return None
+    cache, mask = StreamingCache(model.config, positions="auto"), kwargs.get("attention_mask")
+    generation_config.cache_implementation = None
+    if mask is not None and has_padding_in_the_way(mask):
+        logger.warning_once(
+            "attention_mask has padding behind or between a prompt's real tokens, which a streaming cache cannot tell from others: this "
+            "call keeps all keys instead (DynamicCache); pad on the left"
+        )
+        return None
+    kwargs[cache_name(model)] = cache
+    return cache
+
+
+def prepare_cache(cache: Cache | None, length: int) -> None:
+    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would."""
+    if isinstance(cache, StreamingCache):
+        cache.make_room(length)
+    keep_all(cache, 0, length)
+    most = _room(cache)
+    if most is not None and length > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and this call may come to {length}: give a lower max_new_tokens, or a cache with a "
+            "greater max_cache_len"
+        )
+
+
+def check_room(cache: Cache | None, new: int) -> None:
+    """Raise ValueError if a static cache has no room for the `new` tokens of a pass; it is left as it is."""
+    most = _room(cache)
+    if cache is not None and most is not None and cached_tokens(cache) + new > most:
+        raise ValueError(
+            f"the static cache holds {most} tokens, and with this pass there would be {cached_tokens(cache) + new}; make one with a "
+            "greater max_cache_len, or begin anew with cache.reset()"
+        )
+
+
+def _room(cache: Cache | None) -> int | None:
+    """The tokens that a static cache holds at most; None of others."""
+    if cache is None or isinstance(cache, (StreamingCache, EncoderDecoderCache)) or not cache.layers:
+        return None
+    layer = cache.layers[0]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) and not layer.is_sliding else None
 
 
 def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:

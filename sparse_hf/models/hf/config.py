@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,9 @@ logger = logging.get_logger(__name__)
 
 # what stock names stand for on a sparse model: never silently dense
 STOCK_NAMES: dict[str, Implementation] = {"eager": "sparse_reference", "sdpa": "sparse"}
-KEYS = ("patterns", "layers", "global_token_ids")
+KEYS = ("patterns", "layers", "global_token_ids", "decode")
+# what tokens behind a prompt see in `generate`: what the pattern holds, or all that the dense model's would
+DECODES = ("sparse", "dense")
 # arguments of a sparse configuration that are written into `sparse_attention`
 ARGUMENTS = ("pattern", "layers", "global_token_ids")
 # keys of a configuration that are not the dense model's
@@ -189,14 +190,13 @@ class SparseConfigMixin(_Config):
         found = super().get_text_config(decoder, encoder)
         types = getattr(found, "layer_types", None)
         slides = getattr(found, "sliding_window", None) is not None if types is None else "sliding_attention" in types
-        # an encoder's configuration has no word on caches, and what is set on it must not be set on a copy
+        # an encoder's configuration has no word on caches
         if not decoder or encoder or not slides or not hasattr(found, "use_cache"):
             return found
-        twin = copy.copy(found)
-        # layers of another kind than attention keep states of their own
-        kinds = types or ["sliding_attention"] * found.num_hidden_layers
-        twin.__dict__["layer_types"] = ["full_attention" if kind in SLIDING_KINDS else kind for kind in kinds]
-        return twin
+        view = object.__new__(_for_caches(type(found)))
+        # libraries set values on what they get here, which must be those of the model's own
+        view.__dict__ = found.__dict__
+        return view
 
     @contextmanager
     def saved_as(self, numbers: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
@@ -242,6 +242,7 @@ class SparseConfigMixin(_Config):
         pattern: PatternLike | None = None,
         layers: LayersLike = None,
         global_token_ids: Sequence[int] = (),
+        decode: str | None = None,
     ) -> AnySparseConfig:
         """The counterpart of a configuration of Transformers.
 
@@ -253,6 +254,7 @@ class SparseConfigMixin(_Config):
             layers: see `parse_layers`; encoder-decoders say "encoder" or "decoder" before the range, as in
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
+            decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
 
         Raises:
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
@@ -264,7 +266,8 @@ class SparseConfigMixin(_Config):
                 "attn_implementation='sparse_reference' makes them"
             )
         plain = cls(**values)
-        return cls(**values, sparse_attention=plain.describe(pattern, layers, global_token_ids))
+        spec = plain.describe(pattern, layers, global_token_ids)
+        return cls(**values, sparse_attention=spec if decode is None else {**spec, "decode": decode})
 
     def describe(
         self, pattern: PatternLike | None = None, layers: LayersLike = None, global_token_ids: Sequence[int] = ()
@@ -315,8 +318,8 @@ class SparseConfigMixin(_Config):
         if not isinstance(spec, dict) or set(spec) - set(KEYS) or not {"patterns", "layers"} <= set(spec):
             found = list(spec) if isinstance(spec, dict) else spec
             raise ValueError(
-                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids'. "
-                "A newer sparse_hf may have written it"
+                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids' and "
+                "'decode'. A newer sparse_hf may have written it"
             )
         if not isinstance(spec["patterns"], dict):
             raise ValueError("sparse_attention.patterns must be an object (name -> pattern)")
@@ -327,6 +330,7 @@ class SparseConfigMixin(_Config):
         ids = spec.get("global_token_ids") or []
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"sparse_attention.global_token_ids is {ids}; it must be a list of token ids")
+        self.check_decode(self.decode)
         if ids and not self.uses_marks:
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
 
@@ -369,6 +373,24 @@ class SparseConfigMixin(_Config):
         return list((self.sparse_attention or {}).get("global_token_ids") or [])
 
     @property
+    def decode(self) -> str:
+        """What tokens behind a prompt see in `generate`: "sparse" or "dense"."""
+        return (self.sparse_attention or {}).get("decode") or DECODES[0]
+
+    def check_decode(self, decode: str) -> None:
+        """Raise ValueError if a model cannot decode so."""
+        if decode not in DECODES:
+            raise ValueError(f"decode is {decode!r}; it must be {' or '.join(map(repr, DECODES))}")
+        if decode == "dense" and (self.implies_pattern or set(self.stacks) != {""}):
+            raise ValueError(
+                f"decode is 'dense', and {self.model_type} is no decoder with a dense counterpart; leave it out"
+            )
+
+    def dense_patterns(self) -> tuple[str, ...]:
+        """What each layer of the dense decoder sees: all of the past, or its own window of it."""
+        return tuple(past(self.implied_pattern("", layer)) for layer in range(self.num_hidden_layers))
+
+    @property
     def uses_marks(self) -> bool:
         # validation wrote the patterns in their one text form
         spec = self.sparse_attention
@@ -391,6 +413,27 @@ def _cut(pattern: Pattern, window: Pattern | None) -> Pattern:
     if pattern.heads:
         return type(pattern)(*(_cut(p, window) for p in pattern.heads))
     return pattern & window
+
+
+@lru_cache
+def _for_caches(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of views of a configuration's values to which no layer slides."""
+
+    def layer_types(self) -> list[str]:
+        # layers of another kind than attention keep states of their own
+        kinds = self.__dict__.get("layer_types") or ["sliding_attention"] * self.num_hidden_layers
+        return ["full_attention" if kind in SLIDING_KINDS else kind for kind in kinds]
+
+    def set_types(self, kinds: list[str] | None) -> None:
+        self.__dict__["layer_types"] = kinds
+
+    # a view is saved, copied and pickled as what it shows
+    members = {"layer_types": property(layer_types, set_types), "__reduce__": _shown, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), members)
+
+
+def _shown(view: PreTrainedConfig) -> tuple:
+    return object.__new__, (type(view).__mro__[1],), view.__dict__
 
 
 # a graph takes the answer as a constant instead of tracing the parser

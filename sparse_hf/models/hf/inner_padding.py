@@ -19,6 +19,9 @@ from torch import Tensor
 from ...pattern import Pattern, causal, full
 from ...plan import BatchInfo, build_plan, of_batch
 
+# an argument of forward passes: somebody has looked at the mask already, and no padding stands between tokens of a text
+CHECKED = "padding_is_outer"
+
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
@@ -47,6 +50,16 @@ def has_inner_padding(real: Tensor, documents: Tensor | None) -> Tensor:
     last_real = torch.where(real, index, -1).cummax(1).values[:, :-1]
     same = documents[:, 1:] == documents.gather(1, last_real.clamp(min=0))
     return (begins & (last_real >= 0) & same).any()
+
+
+def has_padding_in_the_way(real: Tensor) -> bool:
+    """Will there be padding inside a row once tokens are added behind a prompt?
+
+    Args:
+        real: `[B, K]` of the prompt, not zero on real tokens.
+    """
+    real = real.bool()
+    return bool(has_inner_padding(torch.nn.functional.pad(real, (0, 1), value=True), None))
 
 
 @dataclass(frozen=True, eq=False)

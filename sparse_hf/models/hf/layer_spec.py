@@ -36,6 +36,10 @@ def parse_layers(layers: LayersLike, num_layers: int, pattern: PatternLike) -> l
 
     Raises:
         ValueError: a range outside the model, a layer named twice, or a wrong number of patterns.
+
+    Examples:
+        >>> [str(pattern) for pattern in parse_layers("0=dense", 2, "window(64, 64)")]
+        ['window(None, None)', 'window(64, 64)']
     """
     named, others = named_layers(layers, {"": num_layers}), as_pattern(pattern)
     return [named.get(("", layer), others) for layer in range(num_layers)]

@@ -5,7 +5,7 @@ Legend: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -60,43 +60,43 @@ class TokenData:
         positions: `[B or 1, Q]`, from which packed documents are read.
         bounds: `cu_seq_lens` of the keys: where documents begin in a single row, and the end of the last.
         marks: `[B, K]` or of fewer keys, the `global_attention_mask`.
-        is_fleeting: will layers be computed again when nobody says this any more?
+        padding_is_outer: has somebody seen already that no padding stands between tokens of a text?
     """
 
     positions: Tensor | None = None
     bounds: Tensor | None = None
     marks: Tensor | None = None
-    is_fleeting: bool = False
+    padding_is_outer: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.positions, self.bounds, self.marks
 
 
-NOTHING_SAID = TokenData()
-# of the pass that goes on: a configuration, and what was said of the tokens of its model
-_OF_PASS: ContextVar[tuple[Any, TokenData] | None] = ContextVar("of_pass", default=None)
+# arguments of a pass that layers read, beside what Transformers hands them
+NOTHING_SAID: Mapping[str, Any] = {}
+# among them: layers will be computed again when nobody says this any more
+FLEETING = "is_fleeting"
+# of the pass that goes on: the configuration of its model, and what was said
+_OF_PASS: ContextVar[tuple[Any, Mapping[str, Any]] | None] = ContextVar("of_pass", default=None)
 
 
 @contextmanager
-def tokens_of_pass(config: Any, tokens: TokenData) -> Iterator[None]:
-    """Have the mask requests of a model know what its pass says of its tokens; some dense classes keep it from their layers.
+def said_in_pass(config: Any, said: Mapping[str, Any]) -> Iterator[None]:
+    """Have the mask requests of a model know arguments of its pass; some dense classes keep them from their layers.
 
     Args:
-        config: the model's own, and that of the models within it that read the same tokens.
+        config: the model's own, and that of the models within it, which may not be given what their head was.
     """
-    known = said_of_tokens(config)
-    # a head has said what the model within it is not given
-    both = (new if new is not None else old for new, old in zip(tokens.tensors, known.tensors, strict=True))
-    before = _OF_PASS.set((config, TokenData(*both, tokens.is_fleeting or known.is_fleeting)))
+    before = _OF_PASS.set((config, {**said_of(config), **said}))
     try:
         yield
     finally:
         _OF_PASS.reset(before)
 
 
-def said_of_tokens(config: Any) -> TokenData:
-    """What the pass of a model with this configuration says of its tokens."""
+def said_of(config: Any) -> Mapping[str, Any]:
+    """What was said in the pass of a model with this configuration."""
     found = None if torch.compiler.is_compiling() else _OF_PASS.get()
     return NOTHING_SAID if found is None or found[0] is not config else found[1]
 
@@ -123,8 +123,8 @@ class MaskRequest:
     reads_documents: bool = True
     # names of mask functions whose pairs the patterns of the model hold already
     own: frozenset[str] = frozenset()
-    # what the model says of its tokens and some dense classes keep from their layers
-    tokens: TokenData = NOTHING_SAID
+    # arguments of the pass, which some dense classes keep from their layers
+    said: Mapping[str, Any] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
 
     # dense classes ask masks for it; 4 would be a mask of pairs
@@ -139,21 +139,21 @@ class MaskRequest:
         """
         if isinstance(given, MaskRequest):
             return given
-        queries, keys, tokens = query.shape[2], key.shape[2], said_of_tokens(config)
+        queries, keys, said = query.shape[2], key.shape[2], said_of(config)
         if given is None:
-            return cls(None, None, keys - queries, tokens=tokens)
+            return cls(None, None, keys - queries, said=said)
         if given.ndim == 4 and given.shape[1:3] == (1, 1) and queries > 1:
             # the same for every query: padding, as older classes write it
-            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries, tokens=tokens)
+            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries, said=said)
         allowed = as_allowed(given, queries, keys)
-        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, tokens=tokens)
+        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, said=said)
 
     def to(self, target: Any) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
         if isinstance(target, torch.dtype):
             return self
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
-        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own, self.tokens)
+        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own, self.said)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
@@ -178,16 +178,20 @@ class MaskRequest:
             self.memo[own] = read_mask_function(self.mask_function, module_is_causal, self.own)
         return self.memo[own]
 
-    def of_held(self, cache: StreamingCache, query: Tensor, key: Tensor) -> MaskRequest:
-        """The request in numbers of the keys that a cache holds: its first, its last, and the queries' own behind them."""
-        held = key.shape[2]
-        own = "held", held, key.device
+    def of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        """The request in numbers of the keys that a layer of a cache gave: those that are held in order, and the queries' own."""
+        if torch.compiler.is_compiling():
+            return self._of_held(cache, layer, query, key)
+        # layers that keep the same share it, and with it their plan
+        own = "held", cache.own_layers[layer].kept, key.shape[2], key.device
         if own not in self.memo:
-            real = cache.real(held, key.device)
-            self.memo[own] = MaskRequest(
-                real, self.mask_function, held - query.shape[2], own=self.own, tokens=self.tokens
-            )
+            self.memo[own] = self._of_held(cache, layer, query, key)
         return self.memo[own]
+
+    def _of_held(self, cache: StreamingCache, layer: int, query: Tensor, key: Tensor) -> MaskRequest:
+        held, new = key.shape[2], query.shape[2]
+        real = cache.real(layer, held, new, key.shape[0])
+        return MaskRequest(real, self.mask_function, held - new, reads_documents=False, own=self.own)
 
     def batch(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """Padding, documents and marks of a layer, made once for layers that hand over the same tensors."""
@@ -214,9 +218,16 @@ class MaskRequest:
     def _batch_in_graph(self, tokens: TokenData, query: Tensor, key: Tensor, shifts: bool) -> Batch:
         """The same where nothing can be read off tensors: padding inside a row is refused when the graph runs."""
         real, documents = self.attention_mask, self._documents(tokens, query, key)
-        if real is not None and shifts and not in_onnx_export():
-            real = without_inner_padding(real, documents)
+        if real is not None and shifts and not tokens.padding_is_outer and not in_onnx_export():
+            real = self._checked(real, documents)
         return Batch(of_batch(real, documents, _marks(tokens.marks, query, key, None)))
+
+    def _checked(self, real: Tensor, documents: Tensor | None) -> Tensor:
+        """`real`, looked at once for layers that ask the same: each look waits for the device."""
+        own = "checked", documents is None
+        if own not in self.memo:
+            self.memo[own] = without_inner_padding(real, documents)
+        return self.memo[own]
 
     def _documents(self, tokens: TokenData, query: Tensor, key: Tensor) -> Tensor | None:
         """The numbers of packed documents `[B, K]`. Whole sequences only (no cache)."""

@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,26 +14,34 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from .cache import (
+    LAYERS_SEE,
     begin_streaming,
     check_cache_name,
+    check_room,
+    decoding_patterns,
     emptied_cache,
     given_cache,
     keep_all,
     lost_cache,
+    named_streaming,
     new_tokens,
     over_slots,
+    prepare_cache,
 )
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
-from .mask_request import TokenData, tokens_of_pass
+from .mask_request import FLEETING, said_in_pass
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
+from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
+from .turning import begin_turning
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +51,10 @@ if TYPE_CHECKING:
 else:
     _Model = _GeneratingModel = object
 
+# arguments of ours that layers read
+READ_BY_LAYERS = (
+    "global_attention_mask", "document_positions", "streaming_cache", "turned_sinks", LAYERS_SEE, CHECKED,
+)  # fmt: skip
 # what `generate` calls before each pass
 PREPARES = "prepare_inputs_for_generation"
 GLOBAL_MASK_DOC = """
@@ -164,13 +175,31 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        streaming = named_streaming(self, generation_config, model_kwargs)
+        if streaming is not None and generation_config.is_assistant:
+            streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        keep_all(given_cache(model_kwargs), 0, max_length)
+        prepare_cache(given_cache(model_kwargs), max_length)
+        _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
+
+    def _validate_model_kwargs(self, model_kwargs):
+        decode = model_kwargs.pop("decode", None)
+        if decode is not None:
+            self.config.check_decode(decode)
+        super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
+        disabled, generation_config.disable_compile = generation_config.disable_compile, True
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
+        finally:
+            generation_config.disable_compile = disabled
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
@@ -181,6 +210,37 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         """
         known = getattr(self, "_cached_continuous_batching_manager", None)
         return known or make_manager(self, generation_config, continuous_batching_config, workload_hints)
+
+
+def _look_at_padding(config: SparseConfigMixin, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Look at a prompt's mask once, for compiled steps behind it, where each look would wait for the device.
+
+    Args:
+        generation_config: `disable_compile` is set, with a warning, where compiled steps could not count positions.
+        kwargs: of the model in `generate`, with the cache, which remembers for this call what was seen.
+    """
+    cache, mask = (
+        given_cache(kwargs),
+        kwargs.get("decoder_attention_mask" if config.is_encoder_decoder else "attention_mask"),
+    )
+    if cache is None or not cache.is_compileable or mask is None or mask.ndim != 2:
+        return
+    if isinstance(cache, StreamingCache):
+        # it looks itself, and keeps what it saw
+        return
+    is_outer = not has_padding_in_the_way(mask)
+    setattr(cache, CHECKED, is_outer)
+    stack = "decoder" if config.is_encoder_decoder else ""
+    if (
+        not is_outer
+        and not generation_config.disable_compile
+        and any(map(counts_positions, config.layer_patterns(stack)))
+    ):
+        generation_config.disable_compile = True
+        logger.warning_once(
+            "attention_mask has padding behind or between a prompt's real tokens, which compiled code cannot count around: this call "
+            "runs without compilation; pad on the left for speed"
+        )
 
 
 def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -195,11 +255,14 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
+        if getattr(given_cache(given), CHECKED, False):
+            inputs[CHECKED] = True
         marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
         if marks is not None:
             inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
+        decoding_patterns(self, inputs, given)
         return inputs
 
     return prepare_inputs_for_generation
@@ -229,6 +292,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             if "page_bounds" not in kwargs:
                 kwargs["page_bounds"] = bounds_of_pages(kwargs)
             return parent(self, *args, **kwargs)
+        if not takes_more:
+            kwargs.pop(CHECKED, None)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("position_ids") is not None:
@@ -256,24 +321,26 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-    """Have layers know of marks and documents that the dense class may keep from them.
+    """Have layers know of arguments that the dense class may keep from them.
 
     Raises:
-        NotImplementedError: marks in a compiled graph, where the class keeps them.
+        NotImplementedError: arguments in a compiled graph, where the class keeps them.
     """
-    said = TokenData(kwargs.get("document_positions"), None, kwargs.get("global_attention_mask"))
-    if said.positions is None and said.marks is None:
+    said = {name: kwargs[name] for name in READ_BY_LAYERS if kwargs.get(name) is not None}
+    if not said:
         return nullcontext()
     if torch.compiler.is_compiling():
-        if said.marks is not None and model.keeps_arguments:
+        # a decoder's positions reach its layers under another name, and that padding was checked saves a look at most
+        harmless = {CHECKED, "document_positions"} if isinstance(model, GenerationMixin) else {CHECKED}
+        lost = [name for name in said if name not in harmless]
+        if lost and model.keeps_arguments:
             raise NotImplementedError(
-                f"{type(model).__name__} keeps global_attention_mask from its layers in a compiled graph; run without torch.compile, or "
-                "give it a pattern without marked()"
+                f"{type(model).__name__} keeps {lost[0]} from its layers in a compiled graph; run without torch.compile"
             )
         return nullcontext()
     # under its name in newer versions, or in older ones
     name = next(n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), n))
-    return tokens_of_pass(model.config, replace(said, is_fleeting=model.training and getattr(model, name)))
+    return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
 
 
 def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
@@ -299,9 +366,18 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
+        check_room(given_cache(given), 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given:
         own |= begin_streaming(model.config, given)
+    decode = given.get("decode")
+    if decode is not None:
+        model.config.check_decode(decode)
+        own["decode"] = None
+        if decode == "dense":
+            own[LAYERS_SEE] = model.config.dense_patterns()
+    if "turned_sinks" not in given:
+        own |= begin_turning(model, given)
     return own

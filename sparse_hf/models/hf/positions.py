@@ -17,6 +17,10 @@ CONVERSIONS: dict[Scheme, str] = {
 }
 
 
+# kinds of rotary angles that are other ones in a longer text
+CHANGING = ("dynamic", "longrope")
+
+
 @dataclass(frozen=True)
 class Positions:
     """How a family knows where a token stands, and what conversion does when it gets longer.
@@ -75,3 +79,22 @@ class Positions:
 
 
 ROTARY = Positions("rotary")
+
+
+def why_not_turned(config: Any) -> str | None:
+    """Why positions of the first tokens cannot be those in a cache, as far as a configuration says; None if they can."""
+    scheme = None if config.positions is None else config.positions.scheme
+    if scheme not in ("rotary", "none"):
+        return (
+            f"positions='cache' turns rotary keys, and {config.model_type} has positions that are {scheme or 'of no known kind'}, which "
+            "are in the states of a token for good; use positions='true', or a rotary model"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    changing = next((kind["rope_type"] for kind in kinds if kind.get("rope_type") in CHANGING), None)
+    if changing is None:
+        return None
+    return (
+        f"positions='cache' needs angles that are the same at any length, and rope_type is {changing!r}, whose angles change as a text "
+        "gets longer; use positions='true'"
+    )

@@ -8,19 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...version import HOW_TO_INSTALL
 from .auto_classes import auto_classes, known_names
 
 MODULE = "modeling_sparse_hf"
 CONTENT = '''\
-"""{sparse_type}: {dense_type} with sparse attention, by the package sparse_hf (pip install sparse-hf).
+"""{sparse_type}: {dense_type} with sparse attention, by the package sparse_hf.
 
 Transformers runs this file with `trust_remote_code=True`. All it does is to name the classes, which are in the package;
 `import sparse_hf` before loading does the same without it.
 """
 
-from sparse_hf.models import (
+# within `try`, so that Transformers does not tell people to install whatever an index has under this name
+try:
+    from sparse_hf.models import (
 {imports}
-)
+    )
+except ModuleNotFoundError as error:
+    if error.name != "sparse_hf":
+        raise
+    raise ImportError({install!r}) from error
 
 __all__ = [
 {listed}
@@ -58,7 +65,7 @@ class RemoteCode:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the file of which `auto_map` speaks; it imports the package and holds no code of its own.
 
-        Transformers can carry no package with a checkpoint, and without this one it says which to install.
+        Transformers can carry no package with a checkpoint, and without this one the file says how it is installed.
         """
         path = Path(folder) / f"{MODULE}.py"
         partial = path.with_suffix(f".partial-{os.getpid()}")
@@ -71,7 +78,8 @@ class RemoteCode:
         return CONTENT.format(
             sparse_type=self.sparse_type,
             dense_type=self.dense_type,
-            imports="\n".join(f"    {name}," for name in names),
+            imports="\n".join(f"        {name}," for name in names),
+            install=HOW_TO_INSTALL,
             listed="\n".join(f'    "{name}",' for name in names),
         )
 

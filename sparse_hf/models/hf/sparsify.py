@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
+from .hearing import hearing_warnings, is_causal
 from .layer_spec import LayersLike
 from .register import Family, dense_class, family_of, find_family
+
+logger = logging.get_logger(__name__)
 
 # after the name of a model that was made sparse and has no folder yet
 UNSAVED = " (made sparse in memory: save_pretrained it, and load that folder)"
@@ -27,6 +31,7 @@ def sparsify(
     pattern: PatternLike | None = None,
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
+    decode: str | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -35,9 +40,16 @@ def sparsify(
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
+
+    Examples:
+        >>> dense = AutoModelForCausalLM.from_pretrained("my-llama")
+        >>> sparse = sparsify(dense, "window(255, 0) | first(4)", layers="0=dense")
+        >>> type(sparse).__name__
+        'SparseLlamaForCausalLM'
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -58,7 +70,10 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
+    for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
+        # a loop over patterns would say it over and over
+        logger.warning_once(f"{type(model).__name__}: {warning}")
     sparse = _around_weights(model, config)
     _name_no_folder(sparse)
     return sparse

@@ -1,199 +1,207 @@
 """A cache of constant memory: each layer keeps the keys that a later query can still see, and drops the others.
 
-That is possible where a pattern is a window with an end and the first tokens (sinks): `window(left, 0) | first(sinks)`. Keys are
-held as they came, with their true positions in them, so that answers are those with a cache that drops nothing. Attention sees
-the keys that are held as a shorter text, the first and behind them the last: distances within the window are the true
-ones, and sinks are seen from any distance.
+That is possible where a pattern has an end: a window, chunks, what a head of its own sees, all of them with or without the first
+tokens (sinks). Layers that see everything keep all, beside others that drop. Keys are held as they came, with their true positions
+in them, so that answers are those with a cache that drops nothing.
 
-Legend: B batch, G key heads, D head dim; a token's number counts from the start of the text, padding included.
+Shapes do not change with the text, and counters are tensors, so that `generate` compiles decoding as with a static cache.
+
+Legend: B batch; a token's number counts from the start of the text, padding included.
 """
 
 from __future__ import annotations
 
+from typing import Literal, cast, get_args
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
-from ...pattern import Pattern
-from ...pattern.forms import WindowForm, read_window
+from ...attention.slots.new_tokens import Filled
 from .config import SparseConfigMixin
+from .kept import Kept, read_kept
+from .positions import why_not_turned
+from .streaming_layer import StreamingLayer
 
-# no side of a window is taken for endless, however long the text
-ANY_LENGTH = 1 << 62
+Positioning = Literal["true", "cache", "auto"]
+POSITIONS = get_args(Positioning)
+# new tokens that are computed with nothing but themselves copied, and tokens that can always be taken back
+SPARE = 16
+# the same where drafts of an assistant are taken back
+SPARE_FOR_DRAFTS = 64
 
 
 class StreamingCache(Cache):
     """For `model.generate(ids, cache=StreamingCache(model.config))`, and for passes by hand, of any number of tokens.
 
-    Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + 1` tokens per layer and row, from
-    the first pass on, and of the longest padding, behind which the sinks of its row stand; a pass of Q tokens needs that of Q
-    more while it runs. Padding is on the left, and all of it in the first pass. Weights that `sparse_reference` gives are those of
-    the keys that are held, as they lie. Compiled models run with breaks in their graphs.
+    Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + spare` tokens per layer and row,
+    from the first pass on; a pass of more than `spare` tokens needs that of its own tokens more while it runs. Padding is on the
+    left, before all tokens of its row. Weights that `sparse_reference` gives are those of the keys that are held, as they lie.
+
+    Copies (`copy.deepcopy`) go on with a shared prefix on their own. `crop(-n)` takes n tokens back, at least `spare` of them.
 
     Args:
-        config: of a sparse decoder, whose every layer has a pattern like `window(left, 0) | first(sinks)`.
+        config: of a sparse decoder, whose layers have patterns like `window(left, 0) | first(sinks)`.
+        spare: tokens beside those that patterns ask for. So many can be taken back at any time.
+        positions: "true", keys are as far away as they are; "cache", first tokens are as far away as among the keys that are kept, for
+            streams longer than a model was trained on (StreamingLLM, arXiv:2309.17453, section 3.2), where positions are rotary; "auto",
+            that from where the trained reach ends, as `cache_implementation="streaming"` has it.
 
     Raises:
-        ValueError: a layer has another pattern; the message names it.
+        ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it. Or positions
+            that cannot be those in a cache.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, spare: int = SPARE, positions: Positioning = "true"):
+        if isinstance(spare, bool) or not isinstance(spare, int) or spare < 1:
+            raise ValueError(f"spare is {spare!r}; it must be a whole number of at least 1")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(map(repr, POSITIONS))}")
         self.patterns = _patterns(config)
-        kept = (_kept(layer, text) for layer, text in enumerate(self.patterns))
-        super().__init__(layers=[StreamingLayer(*of_layer) for of_layer in kept])
+        super().__init__(layers=[StreamingLayer(kept, spare) for kept in _kept(self.patterns)])
         # tokens of padding before each row `[B]`, None where there are none
         self.padding: Tensor | None = None
-        self._real: dict[tuple, Tensor] = {}
+        reason = why_not_turned(config)
+        if positions == "cache" and reason:
+            raise ValueError(reason)
+        # the position from which on first tokens are seen as among what is kept: None if they never are
+        self.turns_from = None if positions == "true" or reason else 0
+        if positions == "auto" and self.turns_from is not None:
+            self.turns_from = config.positions.reach_of(config)  # pyright: ignore
+        # may a token of this text be at that position?
+        self.turns = self.turns_from == 0
+        # are the tokens of this pass written among the slots, which attention reads as they lie?
+        self.in_place = False
 
-    def begin(self, attention_mask: Tensor | None, rows: int, new: int) -> None:
-        """Prepare for a pass of `new` tokens in each row, before there are keys: padding decides what is kept.
-
-        Raises:
-            ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`, padding
-                elsewhere than on the left, or more of it than in the first pass.
-        """
-        if self.rows not in (None, rows):
-            raise ValueError(
-                f"the StreamingCache holds {self.get_seq_length()} tokens of {self.rows} rows, and this batch has {rows}: begin anew "
-                "with cache.reset(), or choose rows with cache.batch_select_indices and cache.batch_repeat_interleave"
-            )
-        self.padding, self._real = _padding(attention_mask, self.get_seq_length() + new), {}
-        longest = 0 if self.padding is None else int(self.padding.max())
-        for layer in self.layers:
-            assert isinstance(layer, StreamingLayer)
-            if not layer.is_initialized:
-                layer.padding = longest
-            elif longest > layer.padding:
-                raise ValueError(
-                    f"a row has {longest} tokens of padding, and in the first pass it had at most {layer.padding}, so that keys of its "
-                    "sinks may be dropped already; pass more tokens at first than there is padding, or use a DynamicCache"
-                )
+    @property
+    def own_layers(self) -> list[StreamingLayer]:
+        # all are of one kind, which Transformers' class does not say
+        return cast(list[StreamingLayer], self.layers)
 
     @property
     def rows(self) -> int | None:
         """Batch rows of the tokens that it has seen; None before the first."""
-        keys = (layer.keys for layer in self.layers if isinstance(layer, StreamingLayer))
-        return next((t.shape[0] for t in keys if t is not None), None)
+        return next((layer.rows for layer in self.own_layers if layer.rows), None)
 
-    def real(self, held: int, device: torch.device) -> Tensor | None:
-        """Of a layer's `held` keys, which are no padding: bool `[B, held]`, or None if all are."""
-        if self.padding is None:
-            return None
-        if (held, device) not in self._real:
-            # layers share it, and with it their plan
-            self._real[held, device] = torch.arange(held, device=device) >= self.padding.to(device)[:, None]
-        return self._real[held, device]
+    def begin(self, attention_mask: Tensor | None, rows: int, new: int, can_be_in_place: bool) -> None:
+        """Prepare for a pass of `new` tokens in each row.
 
+        Args:
+            attention_mask: of all tokens so far; None where there is no more padding than in the passes before.
+            can_be_in_place: may attention read the slots as they lie?
 
-class StreamingLayer(CacheLayerMixin):
-    """Keys `[B, G, first + left + 1, D]`, and values: of the first tokens, and of the last `left + 1` in turn.
-
-    Token i stands at i, and from `first` on at `first + (i - first) % (left + 1)`. So a single token takes the place of the one that
-    fell out of the window. If it `sees_all` that is held, it gets the keys as they lie, since their order is nothing to it. Otherwise, and
-    for several tokens, they are copied in order.
-    """
-
-    is_sliding = False
-
-    def __init__(self, sinks: int, left: int, sees_all: bool):
-        super().__init__()
-        self.sinks, self.left, self.sees_all = sinks, left, sees_all
-        self.padding = self.seen = 0
-
-    @property
-    def first(self) -> int:
-        return self.padding + self.sinks
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        room = self.first + self.left + 1
-        self.device = key_states.device
-        self.keys, self.values = (t.new_empty(*t.shape[:2], room, t.shape[3]) for t in (key_states, value_states))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Take keys and values `[B, G, Q, D]`; give what their queries see, they themselves last: `[B, G, K, D]`.
-
-        K is the number of all tokens so far, or `first + left + Q` where earlier ones are dropped.
+        Raises:
+            ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`,
+                padding elsewhere than on the left or than it was, or layers that an interrupted pass has left behind.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        take = self._take_one if key_states.shape[2] == 1 and self.sees_all else self._take
-        self.keys, keys = take(self.keys, key_states)
-        self.values, values = take(self.values, value_states)
-        self.seen += key_states.shape[2]
-        return keys, values
+        few = new <= min(layer.spare for layer in self.own_layers) and can_be_in_place and not torch.is_grad_enabled()
+        if is_compiling():
+            # what a graph cannot ask: `generate` compiles steps behind a prompt, whose padding is known
+            self.in_place = few and all(layer.is_initialized for layer in self.own_layers)
+            if attention_mask is not None and not self.in_place:
+                self.padding = attention_mask.shape[1] - attention_mask.sum(1)
+            return
+        seen = self._seen_by_all()
+        if self.rows not in (None, rows):
+            raise ValueError(
+                f"the StreamingCache holds {seen} tokens of {self.rows} rows, and this batch has {rows}: begin anew "
+                "with cache.reset(), or choose rows with cache.batch_select_indices and cache.batch_repeat_interleave"
+            )
+        for layer in self.own_layers:
+            if layer.keys is not None and layer.keys.shape[0] != rows:
+                layer.forget()
+        self.make_room(seen + new)
+        if attention_mask is not None or not seen:
+            self.padding = _going_on(self.padding, _padding(attention_mask, seen + new), seen)
+        is_padded = self.padding is not None and bool((self.padding > seen).any())
+        has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.own_layers)
+        self.in_place = few and not is_padded and not has_graph
 
-    def _take_one(self, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """What is held then, and what the token sees."""
-        slot = self._slot(self.seen)
-        if _is_written_once(held, new):
-            held = torch.cat((held[:, :, :slot], new, held[:, :, slot + 1 :]), 2)
-        else:
-            held[:, :, slot : slot + 1] = new
-        return held, held[:, :, : self.seen + 1]
+    def _seen_by_all(self) -> int:
+        """Tokens that each layer has seen."""
+        seen = [layer.seen for layer in self.own_layers]
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the StreamingCache's layers have seen different numbers of tokens ({', '.join(map(str, seen))}): a pass was interrupted "
+                "between them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
+            )
+        return seen[0]
 
-    def _take(self, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """What is held then, and what the tokens see."""
-        begin, end = self.seen, self.seen + new.shape[2]
-        past = held.index_select(2, self._slots(self._kept(0, begin, self.left)))
-        kept = self._kept(begin, end, self.left + 1)
-        write = held.index_copy if _is_written_once(held, new) else held.index_copy_
-        held = write(2, self._slots(kept), new.index_select(2, kept - begin))
-        return held, torch.cat((past, new), 2) if begin else new
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of a layer; see `StreamingLayer.update`."""
+        return self.own_layers[layer_idx].update(key_states, value_states, self.padding, self.in_place)
 
-    def _kept(self, begin: int, end: int, last: int) -> Tensor:
-        """Of the tokens from `begin` to `end`, exclusive, those that are first or among the `last` before `end`."""
-        ranges = (begin, min(self.first, end)), (max(self.first, begin, end - last), end)
-        return torch.cat([torch.arange(one, max(one, other), device=self.device) for one, other in ranges])
+    def filled(self, layer_idx: int, new: int) -> Filled:
+        """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
+        layer = self.own_layers[layer_idx]
+        return Filled(layer.counter - new, begins=self.padding, ring=layer.ring)
 
-    def _slot(self, token: int) -> int:
-        """Where a token stands among those that are held."""
-        return token - max(0, (token - self.first) // (self.left + 1)) * (self.left + 1)
+    def real(self, layer_idx: int, keys: int, new: int, rows: int) -> Tensor | None:
+        """Of the `keys` that a layer gave in order, the `new` among them: which are no padding, bool `[B, K]`; None if all are."""
+        found = self.own_layers[layer_idx].real(keys, new, self.padding)
+        return None if found is None else found.expand(rows, -1)
 
-    def _slots(self, tokens: Tensor) -> Tensor:
-        """`_slot` of each."""
-        rounds = (tokens - self.first) // (self.left + 1)
-        return tokens - rounds * (rounds > 0) * (self.left + 1)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # what is dropped does not concern the mask: the attention function reads the keys that it gets
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.padding = self.seen = 0
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (t.repeat_interleave(repeats, 0) for t in (self.keys, self.values))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (t[indices] for t in (self.keys, self.values))
+    def make_room(self, length: int) -> None:
+        """Prepare for so many tokens: layers that keep all would grow from time to time otherwise."""
+        self.turns = self.turns or self.turns_from is not None and length > self.turns_from
+        for layer in self.own_layers:
+            layer.make_room(length)
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError(
-            "a StreamingCache drops keys for good, and decoding with an assistant or by prompt lookup takes tokens back; use a "
-            "DynamicCache"
-        )
+        """Prepare for drafts, of which tokens are taken back."""
+        for layer in self.own_layers:
+            layer.widen(SPARE_FOR_DRAFTS)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            self.activate_past_recording()
+        """Take tokens back: the last `-tokens_to_remove`.
+
+        Raises:
+            ValueError: more of them than the layers hold what came before.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, -n takes the last n tokens back")
+        if not tokens_to_remove:
+            return
+        most = min(layer.croppable() for layer in self.own_layers)
+        if -tokens_to_remove > most:
+            raise ValueError(
+                f"crop({tokens_to_remove}): the StreamingCache has dropped what tokens further back see, and can take back {most} of "
+                f"{self.get_seq_length()} tokens. Nothing was changed; make it with a greater spare (StreamingCache(config, spare="
+                f"{-tokens_to_remove})), go on from a copy of an earlier time (copy.deepcopy), or begin anew with cache.reset()"
+            )
+        for layer in self.own_layers:
+            layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.padding, self.in_place, self.turns = None, False, self.turns_from == 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.padding is not None:
+            self.padding = self.padding[indices.to(self.padding.device)]
+
+    def reorder_cache(self, beam_idx) -> None:
+        super().reorder_cache(beam_idx)
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
 
-def _is_written_once(held: Tensor, new: Tensor) -> bool:
-    """Must keys be copied to take more, since gradients go through them, or they were made in inference mode?"""
-    return new.requires_grad or held.requires_grad or held.is_inference() and not torch.is_inference_mode_enabled()
+def why_not_streamed(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot decode behind a StreamingCache; None if it can."""
+    try:
+        StreamingCache(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _patterns(config: PreTrainedConfig) -> list[str]:
@@ -211,42 +219,26 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
         )
+    if config.decode == "dense":
+        raise ValueError(
+            f"sparse_attention of this {config.model_type} model says decode='dense', for which all keys are needed; use a DynamicCache, "
+            "or decode='sparse'"
+        )
     return [config.layer_pattern(layer, is_causal=True) for layer in range(config.num_hidden_layers)]
 
 
-def _kept(layer: int, text: str) -> tuple[int, int, bool]:
-    """Sinks and window of a layer, of all its heads, and whether a token sees all of both.
-
-    Sinks that are seen from some distance only, as in `window(255, 0) | (first(4) & window(4095, 0))`, need the longer window: where
-    they have left it, they are behind it among the keys that are held too.
-    """
-    pattern = Pattern.parse(text)
-    sinks, windows, reaches = [], [], []
-    for head in pattern.heads or (pattern,):
-        form = read_window(head, ANY_LENGTH, of_any_reach=True)
-        reason = _why_endless(form)
-        if isinstance(form, str) or reason:
+def _kept(patterns: list[str]) -> list[Kept]:
+    """What each layer keeps."""
+    found = [read_kept(text) for text in patterns]
+    drops = any(isinstance(kept, Kept) and kept.left is not None for kept in found)
+    for layer, (kept, text) in enumerate(zip(found, patterns, strict=True)):
+        reason = kept if isinstance(kept, str) else None if drops else "its window has no end"
+        if reason:
             raise ValueError(
                 f"layer {layer} has the pattern {text}: {reason}. A StreamingCache drops keys of patterns like "
                 "'window(255, 0) | first(4)' only; use a DynamicCache, which keeps all, or another pattern"
             )
-        sinks.append(form.first)
-        windows.append((form.window.left or 0) if form.window is not None else 0)
-        if form.first and form.clip.left is not None:
-            reaches.append(form.clip.left)
-    left = max(windows + reaches)
-    return max(sinks), left, min(windows) == left
-
-
-def _why_endless(form: WindowForm | str) -> str | None:
-    """Why keys of a pattern can never be dropped, None if they can."""
-    if isinstance(form, str):
-        return form
-    if form.marked:
-        return "marked tokens may be anywhere"
-    if form.window is not None and form.window.left is None:
-        return "its window has no end"
-    return None
+    return [kept for kept in found if isinstance(kept, Kept)]
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -269,3 +261,17 @@ def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
             "or use a DynamicCache"
         )
     return padding
+
+
+def _going_on(before: Tensor | None, after: Tensor | None, seen: int) -> Tensor | None:
+    """The padding `[B]` of rows, if it is what it was after `seen` tokens, but for rows without any token of theirs by then."""
+    some = after if before is None else before
+    if not seen or some is None:
+        return after
+    was, now = (torch.zeros_like(some) if one is None else one.to(some.device) for one in (before, after))
+    if not bool(((was == now) | (was == seen) & (now >= seen)).all()):
+        raise ValueError(
+            f"attention_mask has {now.tolist()} tokens of padding before its rows, and the StreamingCache has seen {was.tolist()} of them "
+            "among its tokens; give the same mask with ones for the new tokens, or begin anew with cache.reset()"
+        )
+    return after

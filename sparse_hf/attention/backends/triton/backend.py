@@ -8,11 +8,14 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ....plan import BlockPlan
+from ....plan import BlockPlan, remembered
 from ....plan.tile_lists import tile_lists
 from ...backend import AttentionCall, Backend, Given, Gradients, Results
+from ...scoring import Scoring
 from ...strides import like, readable
 from .walk import Walk, why_unfit
 
@@ -50,8 +53,14 @@ class Triton(Backend):
 
 
 def _walk(call: AttentionCall) -> Walk:
-    plan, q = call.blocks, call.q
-    return Walk(tile_lists(plan, tile_size(plan), q.shape[0], q.shape[1]), call.scoring, call.dropout)
+    scoring, dropout = call.scoring, call.dropout
+    walk = _plain_walk(call.blocks, call.q.shape[0], call.q.shape[1], scoring.scale, scoring.softcap)
+    return replace(walk, dropout=dropout) if dropout else walk
+
+
+@remembered
+def _plain_walk(plan: BlockPlan, batch: int, num_heads: int, scale: float, softcap: float | None) -> Walk:
+    return Walk(tile_lists(plan, tile_size(plan), batch, num_heads), Scoring(scale, softcap))
 
 
 def tile_size(plan: BlockPlan) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 
 import torch
@@ -125,9 +126,10 @@ class Walk:
         step((grad_out, q, k, v, lse, delta, *of_keys, *segments), self._seed)
         self._add(segments, self.tiles.by_key, of_keys)
 
-    @property
+    @cached_property
     def _how(self) -> tuple:
-        return self.scoring, self.dropout.p, self.relation, self.rounds, self.index is None
+        scoring = self.scoring
+        return scoring.scale, scoring.softcap, self.dropout.p, self.relation, self.rounds, self.index is None
 
     @property
     def _seed(self) -> int:

@@ -1,0 +1,178 @@
+"""`sparse-hf bench`: the commands that measure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import OUT_HELP, PATTERN_HELP, read_contexts, read_lengths, words
+
+
+def attention(
+    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384,65536",
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "window(511, 0)",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; dense attention stops where it would take longer.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """Time one attention layer, forward and backward, length by length.
+
+    Beside it run dense SDPA, the window kernels of others, and the sparse attention of other
+    packages that are installed.
+    """
+    from ..bench import run_attention
+
+    run_attention(
+        read_lengths(lengths),
+        pattern,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        backends=words(backends) or None,
+        budget=budget,
+        out=out,
+        plot=plot,
+    )
+
+
+def models(
+    models: Annotated[
+        str,
+        typer.Option(
+            help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, llama_1b, "
+            "with commas."
+        ),
+    ] = "longformer,big_bird,bert",
+    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
+    layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    training: Annotated[bool, typer.Option(help="Time a training step as well.")] = True,
+    compile_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            help="Time ours under torch.compile in this mode (default, reduce-overhead), theirs with and without.",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Gradient checkpointing: keep no activations inside layers.")
+    ] = False,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; a model that took longer is not run on longer texts.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """Time whole models with random weights beside Transformers' classes.
+
+    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding
+    windows on sdpa and on flex_attention.
+    """
+    from ..bench import run_models
+
+    run_models(
+        words(models),
+        read_lengths(lengths),
+        layers=layers,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        training=training,
+        compile_mode=compile_mode,
+        checkpointing=checkpointing,
+        budget=budget,
+        out=out,
+        plot=plot,
+    )
+
+
+def plan(
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"{PATTERN_HELP} By default a window, one with sinks, longformer() and bigbird()."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "16384,65536,262144,1048576",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda, which is to hold the tables; by default the GPU if there is one.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Seconds; a pattern that took longer is not planned for longer texts.")
+    ] = 60,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+) -> None:
+    """Measure what the tables of patterns take to build and to keep, length by length.
+
+    The tables are compared with the patterns first.
+    """
+    from ..bench import PLAN_PATTERNS, run_plan
+
+    run_plan(patterns or PLAN_PATTERNS, read_lengths(lengths), device=device, budget=budget, out=out, plot=plot)
+
+
+def generate(
+    contexts: Annotated[
+        str, typer.Option(help="Tokens of the prompt; with rows of the batch behind an x, as in '4096,32768x8'.")
+    ] = "1024,4096,16384",
+    shape: Annotated[
+        str, typer.Option(help="The dense model: 1b or smollm2-135m, a Llama of that shape with random weights.")
+    ] = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a shape: the folder or hub id of a dense decoder.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "window(4095, 0) | first(4)",
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, with commas; by "
+            "default all."
+        ),
+    ] = "",
+    tokens: Annotated[int, typer.Option(help="New tokens; the median gap between them counts.")] = 64,
+    chunk: Annotated[
+        int | None, typer.Option(help="Read the prompt by so many tokens at a time; by default all at once.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 on a GPU and fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a call stops at its next token; a case that took longer to read a prompt is not run on "
+            "longer ones."
+        ),
+    ] = 60,
+    limit: Annotated[float, typer.Option(help="Seconds after which a case is given up, compiling included.")] = 300,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
+) -> None:
+    """Time all that `model.generate` does, prompt by prompt: tokens, first calls, memory.
+
+    A sparse decoder runs beside the dense one with the same weights, each with several caches. Dense
+    with a static cache is Transformers at its fastest.
+    """
+    from ..bench import SHAPES, Generation, run_generate
+
+    if model is None and shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; the known ones are {', '.join(SHAPES)}")
+    asked = Generation(read_contexts(contexts), model or shape, pattern, tokens=tokens, chunk=chunk, dtype=dtype)
+    limits = {"budget_s": budget, "limit_s": limit}
+    asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
+    result = run_generate(asked, device, out)
+    if any(found.get("failed", "").startswith("wrong") for found in result["checked"].values()):
+        raise typer.Exit(1)

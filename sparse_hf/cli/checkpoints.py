@@ -1,0 +1,139 @@
+"""`sparse-hf convert`, `export` and `card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import PATTERN_HELP, numbers
+
+Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
+Subfolder = Annotated[str, typer.Option(help="The folder of the checkpoint in the source.")]
+Token = Annotated[str | None, typer.Option(help="For the hub; by default the one that `hf auth login` stored.")]
+Push = Annotated[str | None, typer.Option(help="Send the result to this repository of the hub, with its card.")]
+Private = Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub id, like gpt2.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    pattern: Annotated[
+        str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED, BigBird and Perceiver bring theirs.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Positions of the result; by default as many as before.")
+    ] = None,
+    positions: Annotated[
+        str, typer.Option(help="How a learned table of positions grows: tile or interpolate.")
+    ] = "tile",
+    rope: Annotated[
+        str | None, typer.Option(help="Scale rotary angles to --max-length: yarn or linear; by default not at all.")
+    ] = None,
+    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="What generate decodes with: streaming, dynamic, static; by default streaming where it can be."
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(help="dense: generate reads prompts by the pattern, and decodes as the dense model does."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
+    ] = False,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    token: Token = None,
+    push: Push = None,
+    private: Private = False,
+) -> None:
+    """Write the sparse counterpart of a dense checkpoint."""
+    import sparse_hf
+
+    from ..conversion import describe_conversion, report_text
+
+    options = {
+        "layers": layers,
+        "max_length": max_length,
+        "positions": positions,
+        "rope": rope,
+        "global_token_ids": numbers(global_token_ids),
+        "cache": cache,
+        "decode": decode,
+        "revision": revision,
+        "subfolder": subfolder,
+        "token": token,
+    }
+    if dry_run:
+        if push is not None:
+            raise ValueError(
+                f"--dry-run writes nothing that could be sent to {push}; leave out one of --dry-run and --push"
+            )
+        typer.echo(report_text(describe_conversion(source, pattern, **options)), nl=False)
+        return
+    written = sparse_hf.convert(source, out, pattern, overwrite=overwrite, **options)
+    typer.echo(
+        f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})"
+    )
+    _push(written, push, private, token)
+
+
+def export(
+    folder: Annotated[str, typer.Argument(help="A sparse checkpoint: a folder, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="dense: full attention. native: Transformers' own sliding windows, the same answers.")
+    ],
+    drop: Annotated[
+        str | None, typer.Option(help="A part of patterns that native leaves out, like 'first(4)'; its cost is said.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text on which to measure what --drop costs.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    token: Token = None,
+) -> None:
+    """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
+    from ..conversion.export import export
+
+    where = {"revision": revision, "subfolder": subfolder, "token": token}
+    written = export(folder, out, to, drop=drop, text=text, overwrite=overwrite, **where)
+    typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="A sparse checkpoint.")],
+    base: Annotated[
+        str | None, typer.Option(help="The dense model: a hub id, or a folder whose README.md names license and base.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a README.md that is there.")] = False,
+    push: Push = None,
+    private: Private = False,
+    token: Token = None,
+) -> None:
+    """Write the README.md of a sparse checkpoint.
+
+    It shows the pattern as a picture, its costs, and the figures of results.json if that is there.
+    """
+    from ..conversion.card import write_card
+
+    typer.echo(f"written to {write_card(folder, base=base, address=push, overwrite=overwrite)}")
+    _push(folder, push, private, token)
+
+
+def _push(folder: Path, repo: str | None, private: bool, token: str | None) -> None:
+    if repo is not None:
+        from ..conversion import push_to_hub
+
+        # not False: without the flag it is as the owner's settings say
+        typer.echo(f"sent to {push_to_hub(folder, repo, private=private or None, token=token)}")
+    elif private:
+        raise ValueError("--private is about a repository that --push makes; name it by --push")

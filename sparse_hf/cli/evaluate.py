@@ -1,0 +1,166 @@
+"""`sparse-hf evaluate` and `sparse-hf tune`."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .arguments import PATTERN_HELP, numbers, words
+
+# options of both commands
+Texts = Annotated[
+    list[Path] | None, typer.Option(help="A file of the kind that the model will read. Give several, one by one.")
+]
+Length = Annotated[int, typer.Option(help="Tokens of each sample.")]
+Samples = Annotated[int, typer.Option(help="Samples per text, evenly spaced in it.")]
+Lengths = Annotated[
+    str, typer.Option(help="Tokens of the texts of recall and cost; by default a quarter, half and all of --length.")
+]
+Depths = Annotated[str, typer.Option(help="Where facts stand that recall asks for, 0 at the beginning.")]
+Repeats = Annotated[int, typer.Option(help="Questions of recall for each task, length and depth.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Any of passkey, needle, needles, values, variables, pairs, words, with commas; by default all."),
+]
+Seed = Annotated[int, typer.Option(help="Of whatever is drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
+Opened = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A decoder or encoder, dense or sparse: a folder or a hub id.")],
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{PATTERN_HELP} May be 'NAME: PATTERN; LAYERS', or the folder of a sparse checkpoint. Give several, one by one."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Other patterns for some layers, of every --pattern that names none: '0-/4=dense'."),
+    ] = None,
+    text: Texts = None,
+    probes: Annotated[
+        str,
+        typer.Option(
+            help="Any of divergence, perplexity, masked, embedding, coverage, recall, cost, with commas; by default all that the model "
+            "can be asked."
+        ),
+    ] = "",
+    length: Length = 2048,
+    samples: Samples = 1,
+    lengths: Lengths = "",
+    depths: Depths = "0.1,0.5,0.9",
+    repeats: Repeats = 1,
+    tasks: Tasks = "",
+    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder for finished pieces and the report; by default MODEL-evaluation, here."),
+    ] = None,
+    as_json: AsJson = False,
+    opened: Opened = False,
+) -> None:
+    """Measure what patterns cost a model in quality, and what they save, on your texts.
+
+    Beside the dense model stand any number of patterns with the same weights. An interrupted run goes on with the same command.
+
+    Example: sparse-hf evaluate my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --open
+    """
+    from ..evaluation import Candidate, evaluate
+
+    settings = _settings(
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
+        global_token_ids=tuple(numbers(global_token_ids)),
+    )  # fmt: skip
+    candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
+    folder = out or Path(f"{Path(model).name}-evaluation")
+    with _interruptible(folder):
+        found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
+    _tell(found, folder, as_json, opened)
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A decoder: a folder or a hub id.")],
+    pattern: Annotated[str, typer.Option(help=f"{PATTERN_HELP} Of the layers that do not stay dense.")],
+    text: Texts = None,
+    budget: Annotated[float, typer.Option(help="The share of layers that stay dense.")] = 0.25,
+    length: Length = 2048,
+    samples: Samples = 1,
+    lengths: Lengths = "",
+    depths: Depths = "0.1,0.5,0.9",
+    repeats: Repeats = 1,
+    tasks: Tasks = "",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for finished pieces and the report; by default MODEL-tuning, here.")
+    ] = None,
+    as_json: AsJson = False,
+    opened: Opened = False,
+) -> None:
+    """Choose the layers of a decoder that stay dense while the others get a pattern.
+
+    Layers are ranked by how far answers move when one alone is local, and chosen one by one. The choice is held against as many
+    layers evenly spaced, on other questions. An interrupted run goes on with the same command.
+
+    Example: sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25
+    """
+    from ..evaluation import tune
+
+    settings = _settings(
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed
+    )
+    folder = out or Path(f"{Path(model).name}-tuning")
+    with _interruptible(folder):
+        found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)
+    _tell(found, folder, as_json, opened)
+
+
+def _settings(*, lengths: str, depths: str, tasks: str, **others: Any):
+    from ..evaluation import Settings
+
+    return Settings(
+        lengths=tuple(numbers(lengths)),
+        depths=tuple(_depth(word) for word in words(depths)),
+        tasks=tuple(words(tasks)),
+        # a screen shows it, and a file of lines would not
+        progress=Console(stderr=True).is_terminal,
+        **others,
+    )
+
+
+def _depth(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"--depths has {word!r}; give shares of a text, like '0.1,0.5,0.9'") from None
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Say how to go on after an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is finished is in {folder}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
+def _tell(found: Any, folder: Path, as_json: bool, opened: bool) -> None:
+    """Print what was found, and where its report is."""
+    if as_json:
+        typer.echo(json.dumps(found.result, indent=1))
+    else:
+        found.print(Console())
+    report = folder / "report.html"
+    typer.echo(f"the report is {report}", err=True)
+    if opened:
+        webbrowser.open(report.resolve().as_uri())

@@ -1,0 +1,173 @@
+"""`sparse-hf info`: what a sparse checkpoint does, read off its configuration; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# a length at which pairs are counted, unless another is asked for
+LONGEST = 16384
+# of a model that nothing limits
+USUAL_LENGTH = 4096
+
+
+def info(
+    folder: Annotated[str, typer.Argument(help="A sparse checkpoint: a folder, or a hub id.")],
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens to count pairs and cache bytes at; by default the model's, 16,384 at most."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
+    found = read_info(folder, length)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
+
+
+def is_checkpoint(text: str) -> bool:
+    """Is it the folder of a checkpoint, and no pattern?"""
+    return (Path(text) / "config.json").is_file()
+
+
+def read_info(folder: str, length: int | None) -> dict[str, Any]:
+    """The facts of a folder.
+
+    Raises:
+        ValueError: a dense checkpoint, or a length below 1.
+        OSError: no checkpoint.
+    """
+    from transformers import AutoConfig
+
+    from ..conversion.check import is_causal, meta_model, sees_past_only
+    from ..models import SparseConfigMixin, family_of
+
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, SparseConfigMixin):
+        raise ValueError(
+            f"{folder} is dense ({config.model_type}); `sparse-hf convert {folder} OUT --pattern PATTERN --dry-run` tells what it would be"
+        )
+    family = family_of(config.model_type)
+    model = meta_model(family, config.to_dict())
+    most = None if config.positions is None else config.positions.reach_of(config)
+    counted = length or min(most or USUAL_LENGTH, LONGEST)
+    causal = is_causal(model)
+    stacks = []
+    for stack, count in config.stacks.items():
+        past = sees_past_only(stack, causal)
+        texts = [config.layer_pattern(layer, past, stack) for layer in range(count)]
+        stacks.append({"stack": stack, "layers": count, **_stack(texts, counted)})
+    return {
+        "folder": str(folder),
+        "model_type": config.model_type,
+        "architectures": config.architectures,
+        "max_length": most,
+        "positions": family.positions.scheme,
+        "global_token_ids": config.global_token_ids,
+        "counted_at": counted,
+        "stacks": stacks,
+        "cache": _cache(config, counted) if model.can_generate() else None,
+    }
+
+
+def _stack(texts: Sequence[str], length: int) -> dict[str, Any]:
+    """Patterns by ranges of layers, and what they come to together."""
+    from ..analysis import describe, describe_stack
+
+    facts = {text: describe(text, length) for text in dict.fromkeys(texts)}
+    ranges, layer = [], 0
+    for text, group in groupby(texts):
+        count = len(list(group))
+        density = facts[text].density
+        ranges.append({"first": layer, "last": layer + count - 1, "pattern": text, "density": density})
+        layer += count
+    if any(facts[text].reach_note == "depends on queries and keys" for text in texts):
+        layers, ahead = None, None
+    else:
+        found = describe_stack(_repeated(texts), length)
+        layers, ahead = found.layers, found.looks_ahead
+    density = sum(facts[text].density for text in texts) / len(texts)
+    return {"patterns": ranges, "density": density, "layers_to_reach": layers, "looks_ahead": ahead}
+
+
+def _repeated(texts: Sequence[str]) -> Sequence[str]:
+    """The shortest beginning whose repetition is all of it."""
+    size = next(
+        size for size in range(1, len(texts) + 1) if all(texts[i] == texts[i % size] for i in range(len(texts)))
+    )
+    return texts[:size]
+
+
+def _cache(config: Any, length: int) -> dict[str, Any]:
+    """Bytes of keys and values of one row at a length: all of them, and with a streaming cache."""
+    from ..models import StreamingCache
+
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = config.dtype
+    token = 2 * heads * width * (4 if dtype is None else dtype.itemsize)
+    layers = text.num_hidden_layers
+    found = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes_per_token": layers * token,
+        "bytes": layers * token * length,
+    }
+    try:
+        cache = StreamingCache(config)
+    except ValueError as error:
+        return {**found, "streaming_bytes": None, "why_not_streaming": str(error)}
+    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.layers)
+    return {**found, "streaming_bytes": token * sum(slots)}
+
+
+def info_lines(found: dict[str, Any]) -> Iterator[str]:
+    """The same for people."""
+    yield f"{found['folder']}: {found['model_type']}, {', '.join(found['architectures'] or ['no architecture named'])}"
+    limit = "none" if found["max_length"] is None else f"{found['max_length']:,} tokens"
+    yield f"length: {limit} ({found['positions']} positions)"
+    if found["global_token_ids"]:
+        yield f"marked tokens: ids {', '.join(map(str, found['global_token_ids']))}"
+    at = f"at {found['counted_at']:,} tokens"
+    for stack in found["stacks"]:
+        yield f"{stack['stack'] or 'all'} {stack['layers']} layers, {stack['density']:.2%} of all pairs {at}:".strip()
+        for part in stack["patterns"]:
+            whose = f"{part['first']}" if part["first"] == part["last"] else f"{part['first']}-{part['last']}"
+            yield f"  {whose.rjust(5)}  {part['pattern']}  ({part['density']:.2%})"
+        yield f"  {_reach(stack)}"
+    yield from _cache_lines(found["cache"], at)
+
+
+def _reach(stack: dict[str, Any]) -> str:
+    needed, layers = stack["layers_to_reach"], stack["layers"]
+    whom = "every other token" if stack["looks_ahead"] else "every earlier token"
+    if stack["looks_ahead"] is None:
+        return "reach: depends on queries and keys"
+    if needed is None:
+        return f"reach: tokens never reach {whom}, through however many layers"
+    enough = (
+        "enough"
+        if needed <= layers
+        else f"more than there are: the farthest of {whom.removeprefix('every ')}s are not seen"
+    )
+    return f"reach: {needed:,} layers until every token reaches {whom}, of {layers:,} ({enough})"
+
+
+def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
+    if cache is None:
+        return
+    yield f"cache of a row {at}, {cache['dtype']}: {_size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
+    if cache["streaming_bytes"] is None:
+        yield f"  no streaming cache: {cache['why_not_streaming']}"
+    else:
+        yield f"  {_size(cache['streaming_bytes'])} with a streaming cache"
+
+
+def _size(count: int) -> str:
+    from ..bench.text import size
+
+    return size(count)

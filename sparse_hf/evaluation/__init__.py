@@ -1,0 +1,9 @@
+"""What a model loses by a pattern, measured before it is converted."""
+
+from .api import evaluate
+from .candidates import Candidate
+from .evaluation import Evaluation
+from .settings import Settings
+from .tune import Tuning, tune
+
+__all__ = ["Candidate", "Evaluation", "Settings", "Tuning", "evaluate", "tune"]

@@ -1,0 +1,177 @@
+"""The attention weights that a pattern keeps of the dense model's: by layer, head and distance, and on which tokens the rest lay.
+
+Legend: n tokens, L layers, H heads, E ranges of distances, P candidates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...pattern import Pattern
+from ...plan import BlockPlan, build_plan
+from ..mass import Scores, kept_mass, ranges
+from ..observe import observed
+from ..pieces import Finished, Found, Piece
+from ..subject import Contender
+from ..texts import Sample
+from .base import Setup
+
+# tokens that are named of those on which lost weight lay
+NAMED = 16
+# the first tokens, on which models put what they have no use for
+SINKS = 4
+DIGITS = 6
+
+
+class Coverage:
+    """Of each layer's attention weights in the dense model, the share on pairs that a candidate holds; the rest is lost.
+
+    Shares are means over queries, each of which has a whole of 1. They say what a pattern cuts off before any layer has answered
+    otherwise; what comes of it is `divergence`.
+    """
+
+    name: ClassVar[str] = "coverage"
+
+    def why_not(self, setup: Setup) -> str | None:
+        by_content = next((one.name for one in setup.candidates if _uses_content(setup, one)), None)
+        if by_content is not None:
+            return f"{by_content!r} chooses its pairs from queries and keys, so that coverage cannot say which it holds"
+        return None
+
+    def pieces(self, setup: Setup) -> Iterator[Piece]:
+        weights = " ".join(one.weights for one in setup.subject.contenders)
+        names = [one.name for one in setup.candidates]
+        for s, sample in enumerate(setup.samples):
+            what = {"text": sample.name, "ids": sample.digest, "candidates": names}
+            yield Piece(self.name, "", what, weights, (1, s), partial(measure, setup, sample))
+
+    def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
+        found = [piece.found for piece in finished]
+        dense = torch.tensor([f["dense"] for f in found], dtype=torch.float64).mean(0)
+        of_candidates = {}
+        for c, contender in enumerate(setup.candidates):
+            kept = torch.tensor([f["kept"][c] for f in found], dtype=torch.float64).mean(0)
+            by_layer = _share(kept.sum((1, 2)), dense.sum((1, 2)))
+            of_candidates[contender.name] = {
+                "kept": float(kept.sum() / dense.sum()),
+                "by_layer": _rounded(by_layer),
+                "by_head": [_rounded(row) for row in _share(kept.sum(2), dense.sum(2))],
+                "by_distance": _rounded(_share(kept.sum((0, 1)), dense.sum((0, 1)))),
+                "lost_on_first_tokens": sum(f["lost_on_first"][c] for f in found) / len(found),
+                "lost_on": _most([f["lost_on"][c] for f in found]),
+            }
+        return {
+            "distances": found[0]["distances"],
+            "layers": found[0]["layers"],
+            "dense_by_distance": _rounded(dense.sum((0, 1)) / dense.sum()),
+            "candidates": of_candidates,
+        }
+
+
+def _uses_content(setup: Setup, contender: Contender) -> bool:
+    return any(Pattern.parse(text).uses_content for text in contender.layer_patterns(setup.subject.is_causal))
+
+
+@torch.inference_mode()
+def measure(setup: Setup, sample: Sample) -> Found:
+    subject = setup.subject
+    watched = _Watched(setup, sample)
+    with observed(subject.dense.model, watched.see):
+        setup.passes.forget()
+        options = {"use_cache": False} if subject.is_causal else {}
+        subject.dense.model.base_model(input_ids=sample.ids.to(subject.device), **options)
+    if not watched.layers:
+        raise ValueError(
+            f"no layer of {type(subject.dense.model).__name__} has attention that coverage can see; leave it out"
+        )
+    lost = watched.lost
+    return {
+        "distances": ranges(sample.ids.shape[1]),
+        "layers": list(watched.layers),
+        "dense": [_listed(dense) for dense, _ in watched.layers.values()],
+        "kept": [[_listed(kept[c]) for _, kept in watched.layers.values()] for c in range(len(setup.candidates))],
+        "lost_on_first": [float(one[:SINKS].sum() / max(float(one.sum()), 1e-9)) for one in lost],
+        "lost_on": [_named(one, sample, setup) for one in lost],
+    }
+
+
+@dataclass(eq=False)
+class _Watched:
+    """What was seen of each layer: by its number, dense weights `[H, E]` and kept ones `[P, H, E]`, shares of 1."""
+
+    setup: Setup
+    sample: Sample
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lost: Tensor = field(init=False)
+    plans: dict[str, BlockPlan] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.lost = torch.zeros(len(self.setup.candidates), self.sample.ids.shape[1], dtype=torch.float64)
+
+    def see(self, module: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> None:
+        # attention to another text is not what patterns speak of
+        if q.shape[2] != k.shape[2]:
+            return
+        if arguments.get("position_bias") is not None and arguments["position_bias"].numel():
+            raise NotImplementedError("coverage knows no bias by distance; leave it out of the probes")
+        number = len(self.layers) if module.__dict__.get("layer_idx") is None else module.layer_idx
+        scale = arguments.get("scaling")
+        scores = Scores(
+            q.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), arguments.get("s_aux")
+        )
+        own = self._plan(self.setup.subject.dense, module, q.device)
+        plans = [self._plan(one, module, q.device) for one in self.setup.candidates]
+        mass = kept_mass(q[0], k[0], scores, own, plans, self.setup.subject.is_causal)
+        whole = mass.queries
+        self.layers[number] = mass.dense / whole, mass.kept / whole
+        self.lost += mass.lost
+
+    def _plan(self, contender: Contender, module: Any, device: torch.device) -> BlockPlan:
+        """The pairs of a candidate's layer; layers that share their weights do not know which they are."""
+        text = contender.config.layer_pattern(module.__dict__.get("layer_idx"), self.setup.subject.is_causal)
+        marked = contender.config.global_token_ids
+        key = f"{text} {marked}"
+        if key not in self.plans:
+            marks = torch.isin(self.sample.ids, torch.tensor(marked)) if marked else None
+            marks = None if marks is None else marks.to(device)
+            length = self.sample.ids.shape[1]
+            self.plans[key] = build_plan(text, length, length, marks=marks, device=device)
+        return self.plans[key]
+
+
+def _named(lost: Tensor, sample: Sample, setup: Setup) -> list[list[Any]]:
+    """The tokens on which most of the lost weight lay, as they are written, each with its share of it."""
+    whole = max(float(lost.sum()), 1e-9)
+    by_token: Counter[int] = Counter()
+    for token, weight in zip(sample.ids[0].tolist(), lost.tolist(), strict=True):
+        by_token[token] += weight
+    decode = setup.subject.tokenizer.decode
+    return [[decode([token]), weight / whole] for token, weight in by_token.most_common(NAMED) if weight > 0]
+
+
+def _most(lists: list[list[list[Any]]]) -> list[list[Any]]:
+    """Tokens with their shares, the mean over texts."""
+    by_token: Counter[str] = Counter()
+    for token, share in (entry for one in lists for entry in one):
+        by_token[token] += share / len(lists)
+    return [[token, round(share, DIGITS)] for token, share in by_token.most_common(NAMED)]
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Quotients, 1 where there is nothing to keep."""
+    return torch.where(whole > 0, part / whole.clamp(min=1e-12), 1.0)
+
+
+def _listed(values: Tensor) -> list:
+    return [[round(value, DIGITS + 2) for value in row] for row in values.tolist()]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, DIGITS) for value in values.tolist()]

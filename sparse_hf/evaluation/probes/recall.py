@@ -1,0 +1,104 @@
+"""Recall of facts in long texts, by length and depth."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import ClassVar
+
+from ..pieces import Finished, Found, Piece
+from ..recall.ask import ask
+from ..recall.filler import Filler
+from ..recall.tasks import TASKS, Question
+from ..subject import Contender
+from .base import Setup
+
+# (task, length, depth) -> what was found there
+_Cells = dict[tuple[str, int, float | None], list[Found]]
+
+
+class Recall:
+    """The share of facts that a decoder says when it is asked for them, over lengths and depths, and its loss on their tokens.
+
+    Facts are hidden in the user's texts, at a tenth, half and nine tenths of the length by default.
+    """
+
+    name: ClassVar[str] = "recall"
+
+    def why_not(self, setup: Setup) -> str | None:
+        if setup.subject.kind != "decoder":
+            return f"{type(setup.subject.dense.model).__name__} says nothing; recall asks models ForCausalLM"
+        unknown = next((name for name in setup.settings.tasks if name not in TASKS), None)
+        if unknown is not None:
+            return f"there is no task {unknown!r}; there are {', '.join(TASKS)}"
+        try:
+            # that every question fits is known before the first is asked
+            questions_of(setup)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def pieces(self, setup: Setup) -> Iterator[Piece]:
+        for i, (where, question) in enumerate(questions_of(setup)):
+            for c, contender in enumerate(setup.subject.contenders):
+                what = {**where, "prompt": question.prompt, "answers": question.answers}
+                yield Piece(
+                    self.name,
+                    contender.name,
+                    what,
+                    contender.weights,
+                    (3, i, c),
+                    partial(_asked, setup, contender, question),
+                )
+
+    def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
+        cells: dict[str, _Cells] = defaultdict(lambda: defaultdict(list))
+        for piece in finished:
+            where = piece.what["task"], piece.what["length"], piece.what["depth"]
+            cells[piece.candidate][where].append(piece.found)
+        return {
+            "lengths": sorted({piece.what["length"] for piece in finished}),
+            "depths": list(setup.settings.depths),
+            "candidates": {name: _summed(of_candidate) for name, of_candidate in cells.items()},
+        }
+
+
+def questions_of(setup: Setup) -> list[tuple[dict, Question]]:
+    """Every question, with its task, length and depth."""
+    if "questions" not in setup.memo:
+        setup.memo["questions"] = list(_drawn(setup))
+    return setup.memo["questions"]
+
+
+def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
+    """The questions, each drawn by its task, length and depth alone, whatever else is asked."""
+    settings = setup.settings
+    filler = Filler.of(setup.texts, setup.subject.tokenizer)
+    for name in settings.tasks or TASKS:
+        task = TASKS[name]
+        for length in settings.all_lengths:
+            for depth in settings.depths if task.has_depth else (None,):
+                for repeat in range(settings.repeats):
+                    draw = random.Random(f"{settings.seed} {name} {length} {depth} {repeat}")
+                    question = task.ask(filler, length, depth or 0.0, draw)
+                    yield {"task": name, "length": length, "depth": depth, "repeat": repeat}, question
+
+
+def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
+    setup.passes.forget()
+    share, loss = ask(contender.model, setup.subject.tokenizer, question)
+    return {"recalled": share, "loss": loss}
+
+
+def _summed(cells: _Cells) -> Found:
+    """What a candidate recalls: of all cells, and of each, by task."""
+    tasks: dict[str, list[Found]] = defaultdict(list)
+    for (task, length, depth), found in cells.items():
+        tasks[task].append({"length": length, "depth": depth, **_means(found)})
+    return {**_means([cell for of_task in tasks.values() for cell in of_task]), "tasks": dict(tasks)}
+
+
+def _means(found: Sequence[Found]) -> Found:
+    return {key: sum(one[key] for one in found) / len(found) for key in ("recalled", "loss")}

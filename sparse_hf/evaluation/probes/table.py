@@ -1,0 +1,37 @@
+"""The probes by name, in the order of a report."""
+
+from __future__ import annotations
+
+from .base import Probe, Setup
+from .cost import Cost
+from .coverage import Coverage
+from .divergence import Divergence
+from .embedding import Embedding
+from .masked import Masked
+from .perplexity import Perplexity
+from .recall import Recall
+
+PROBES: dict[str, Probe] = {
+    probe.name: probe for probe in (Divergence(), Perplexity(), Masked(), Embedding(), Coverage(), Recall(), Cost())
+}
+
+
+def choose(names: list[str] | None, setup: Setup) -> tuple[list[Probe], dict[str, str]]:
+    """The probes that are run, and why others are not; without names all that the model can be asked.
+
+    Raises:
+        ValueError: an unknown name, one that the model or the texts cannot be asked, or none that is left.
+    """
+    unknown = next((name for name in names or () if name not in PROBES), None)
+    if unknown is not None:
+        raise ValueError(f"there is no probe {unknown!r}; there are {', '.join(PROBES)}")
+    chosen, left_out = [], {}
+    for name in names or PROBES:
+        reason = PROBES[name].why_not(setup)
+        if reason is None:
+            chosen.append(PROBES[name])
+        elif names:
+            raise ValueError(f"probe {name}: {reason}")
+        else:
+            left_out[name] = reason
+    return chosen, left_out

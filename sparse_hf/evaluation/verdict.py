@@ -1,0 +1,182 @@
+"""The verdict in words: what a candidate loses, what it cannot hear, and what would bring it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..pattern import First, Pattern
+from ..plan import build_plan
+from ..plan.heard import heard
+from .layers import dense_layers
+from .pieces import Found
+from .probes.base import Setup
+from .subject import Contender
+
+# what is lost at the most where a candidate is safe as it is: perplexity and the loss of hidden tokens, recall, answers, cosine
+MOST_PERPLEXITY, LEAST_RECALL, LEAST_SAME, LEAST_COSINE = 1.02, 0.9, 0.9, 0.98
+# perplexity beyond which healing has to teach much
+FAR = 1.5
+# the share of layers that are named to stay dense
+NAMED = 4
+SAFE, HEAL, BROKEN, UNKNOWN = "safe as it is", "heal first", "not usable without long training", "nothing measured"
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """From how many tokens of a text of `length` the last token hears after all layers, the farthest `back`.
+
+    `hears_neighbours` says whether the token beside it is among them.
+    """
+
+    length: int
+    heard: int
+    back: int
+    hears_neighbours: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return self.heard == self.length
+
+
+def hearing(contender: Contender, is_causal: bool, length: int) -> Hearing | None:
+    """What the last token hears, or in encoders the first; None where pairs are chosen from queries and keys."""
+    texts = contender.layer_patterns(is_causal)
+    if any(Pattern.parse(text).uses_content for text in texts):
+        return None
+    marks = None
+    if contender.config.global_token_ids:
+        # the first token stands for those that are marked by id
+        marks = torch.zeros(1, length, dtype=torch.bool)
+        marks[0, 0] = True
+    plans = {text: build_plan(text, length, length, marks=marks) for text in dict.fromkeys(texts)}
+    token = length - 1 if is_causal else 0
+    found = heard([plans[text] for text in texts], token)
+    places = found.nonzero()[:, 0]
+    beside = token - 1 if is_causal else 1
+    return Hearing(length, int(found.sum()), int((places - token).abs().max()), bool(found[beside]))
+
+
+def verdicts(setup: Setup, results: dict[str, Found]) -> list[Found]:
+    """For each candidate a verdict, its reasons, what it cannot hear, and what would bring it back."""
+    return [_verdict(setup, contender, results) for contender in setup.candidates]
+
+
+def _verdict(setup: Setup, contender: Contender, results: dict[str, Found]) -> Found:
+    losses = list(_losses(contender.name, results))
+    verdict = UNKNOWN if not losses else SAFE
+    if any(loss.is_too_much for loss in losses):
+        verdict = BROKEN if any(loss.is_far for loss in losses) else HEAL
+    found = hearing(contender, setup.subject.is_causal, setup.settings.length)
+    return {
+        "candidate": contender.name,
+        "verdict": verdict,
+        "reasons": [loss.text for loss in losses],
+        "hears": None if found is None else {"length": found.length, "tokens": found.heard, "back": found.back},
+        "cannot_hear": _cannot_hear(setup, contender, found),
+        "remedies": [] if verdict == SAFE else list(_remedies(setup, contender, results, found)),
+    }
+
+
+@dataclass(frozen=True)
+class _Loss:
+    text: str
+    is_too_much: bool
+    is_far: bool = False
+
+
+def _losses(name: str, results: dict[str, Found]):
+    def of(probe: str, who: str = name) -> Any:
+        return results.get(probe, {}).get("candidates", {}).get(who)
+
+    if of("perplexity"):
+        dense, own = of("perplexity", "dense")["perplexity"], of("perplexity")["perplexity"]
+        yield _Loss(
+            f"perplexity {own:.2f}, dense {dense:.2f} ({own / dense - 1:+.1%})",
+            own / dense > MOST_PERPLEXITY,
+            own / dense > FAR,
+        )
+    if of("masked"):
+        dense, own = of("masked", "dense")["accuracy"], of("masked")["accuracy"]
+        yield _Loss(
+            f"names {own:.1%} of hidden tokens, dense {dense:.1%}", own * MOST_PERPLEXITY < dense, own * FAR < dense
+        )
+    if of("recall"):
+        dense, own = of("recall", "dense")["recalled"], of("recall")["recalled"]
+        worst = _worst_task(of("recall"), of("recall", "dense"))
+        text = f"recalls {own:.0%} of the facts, dense {dense:.0%}" + (f"; worst in {worst}" if worst else "")
+        if dense > 0:
+            yield _Loss(text, own < LEAST_RECALL * dense)
+    if of("divergence") and "same" in of("divergence"):
+        same, kl = of("divergence")["same"], of("divergence")["kl"]
+        yield _Loss(f"first answer the same for {same:.1%} of tokens, KL {kl:.3f}", same < LEAST_SAME)
+    if of("embedding"):
+        own = of("embedding")
+        text = f"cosine to the dense embedding {own['cosine']:.3f}"
+        text += f", order of retrieval {own['order']:.2f}" if "order" in own else ""
+        yield _Loss(text, own["cosine"] < LEAST_COSINE, own["cosine"] < 0.8)
+
+
+def _worst_task(own: Found, dense: Found) -> str | None:
+    """The task in which most is lost, None if nothing is."""
+
+    def mean(cells: Sequence[Found]) -> float:
+        return sum(cell["recalled"] for cell in cells) / len(cells)
+
+    lost = {task: mean(dense["tasks"][task]) - mean(cells) for task, cells in own["tasks"].items()}
+    worst = max(lost, key=lambda task: lost[task])
+    return worst if lost[worst] > 0 else None
+
+
+def _cannot_hear(setup: Setup, contender: Contender, found: Hearing | None) -> str | None:
+    if found is None or found.is_whole:
+        return None
+    who = "the last token" if setup.subject.is_causal else "the first token"
+    layers = contender.config.stacks[""]
+    return (
+        f"through all {layers} layers {who} hears {found.heard:,} of {found.length:,} tokens, at most {found.back:,} "
+        f"{'back' if setup.subject.is_causal else 'away'}: what stands elsewhere cannot change its answer"
+    )
+
+
+def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], found: Hearing | None):
+    texts = contender.layer_patterns(setup.subject.is_causal)
+    sparse = [i for i, text in enumerate(texts) if not _is_like_dense(setup, text, i)]
+    if not sparse:
+        return
+    worst = worst_layers(contender.name, results, sparse)
+    if worst:
+        dense = set(range(len(texts))) - set(sparse)
+        more = ", too" if dense else ""
+        yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}"
+    elif len(sparse) == len(texts):
+        yield "keep every fourth layer dense: layers='0-/4=dense'"
+    if not any(_has_global(text) for text in texts):
+        yield "nothing is global: add first(4), on which models put the weight that they have no use for"
+    if found is not None and not found.hears_neighbours:
+        yield "not even its neighbour is heard by a token: add a narrow window, like window(15, 0), that hears the tokens between"
+    elif found is not None and not found.is_whole:
+        need = -(-found.length // len(texts))
+        yield f"to hear {found.length:,} tokens through {len(texts)} layers takes windows of {need:,} tokens, or dense layers between"
+    yield "heal it with its dense model as teacher (examples/heal.py), on texts as long as those that it will read"
+
+
+def worst_layers(name: str, results: dict[str, Found], sparse: Sequence[int]) -> list[int]:
+    """A quarter of the sparse layers, those that keep least attention; none where coverage did not look."""
+    coverage = results.get("coverage")
+    if coverage is None or name not in coverage["candidates"]:
+        return []
+    kept = dict(zip(coverage["layers"], coverage["candidates"][name]["by_layer"], strict=True))
+    ordered = sorted((layer for layer in sparse if layer in kept), key=lambda layer: kept[layer])
+    return ordered[: max(1, len(ordered) // NAMED)]
+
+
+def _is_like_dense(setup: Setup, text: str, layer: int) -> bool:
+    return text == setup.subject.dense.layer_patterns(setup.subject.is_causal)[layer]
+
+
+def _has_global(text: str) -> bool:
+    return First.word in text or "marked" in text or text.startswith("window(None")

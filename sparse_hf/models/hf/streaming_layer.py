@@ -1,0 +1,278 @@
+"""A layer of a cache of constant memory: the first tokens in place, the last ones in a ring, and counters on the device.
+
+Legend: B batch, G key heads, Q new tokens, K keys, D head dim, S slots; a token's number counts from the start of the text, padding
+included, and its position from the first of its row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from transformers.cache_utils import CacheLayerMixin
+
+from ...attention.slots.ring import Ring, positions_in, slots_of
+from .kept import Kept
+
+# slots for tokens that all keys may be read of again, before more are needed
+LEAST_ROOM = 256
+
+
+class StreamingLayer(CacheLayerMixin):
+    """Keys `[B, G, S, D]` by position, and values: of the first tokens, and of the last ones in turn, see `Ring`.
+
+    A few new tokens are written in place, and attention reads the slots as they lie. For more of them, the keys that are held
+    come in order, as a shorter text before the new ones. All of that is of shapes that do not change with the text, and where
+    a token stands is computed on the device: a graph of a step serves all steps.
+
+    Args:
+        kept: what the pattern of the layer needs.
+        spare: new tokens that fit beside those that are needed, and tokens that can be taken back.
+    """
+
+    is_sliding = False
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, kept: Kept, spare: int):
+        super().__init__()
+        self.kept, self.spare = kept, spare
+        # of a layer that keeps all: slots that are wanted
+        self.wanted = 0
+        with torch.inference_mode(False):
+            self.counter = torch.zeros((), dtype=torch.long)
+        # what the counter says, as far as the host knows
+        self.known: int | None = 0
+        # the first token behind the sinks that was not written over, when that was last asked
+        self.oldest = 0
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.kept.left is None
+
+    @property
+    def ring(self) -> Ring:
+        if self.kept.left is None:
+            return Ring(0, max(self.wanted, LEAST_ROOM) if self.keys is None else self.keys.shape[2])
+        return Ring(self.kept.sinks, self.kept.left + self.kept.period - 1 + self.spare)
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows of the tokens that it has seen; None before the first."""
+        return self.keys.shape[0] if self.keys is not None and self.seen else None
+
+    @property
+    def seen(self) -> int:
+        """Tokens that it has seen. After a graph of a step, the device is waited for."""
+        if self.known is None:
+            self.known = int(self.counter)
+        return self.known
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
+        # tensors of inference mode could be written to in no other
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                torch.zeros(*t.shape[:2], self.ring.slots, t.shape[3], dtype=t.dtype, device=t.device)
+                for t in (key_states, value_states)
+            )
+            self.counter = self.counter.to(self.device)
+        if not is_compiling():
+            # CUDA graphs write to where they wrote before
+            for t in (self.keys, self.values, self.counter):
+                torch._dynamo.mark_static_address(t)
+        self.is_initialized = True
+
+    def make_room(self, length: int) -> None:
+        """Have slots for so many tokens, if it keeps all. Some to spare: a graph is of one number of slots."""
+        if not self.keeps_all or length <= self.ring.slots:
+            self.wanted = max(self.wanted, length)
+            return
+        self.wanted = max(length, 2 * self.ring.slots)
+        if self.keys is not None and self.values is not None:
+            more = self.wanted - self.ring.slots
+            with torch.inference_mode(False):
+                self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+
+    def widen(self, spare: int) -> None:
+        """Have so many slots to spare, at least."""
+        if spare <= self.spare:
+            return
+        self._note_oldest()
+        held, before = (self.keys, self.values), self.ring
+        self.spare = spare
+        if self.keeps_all or held[0] is None or held[1] is None:
+            return
+        count = self.counter.expand(held[0].shape[0])
+        there = positions_in(self.ring, count)
+        # what is beyond the old ring was overwritten, and is read by nobody
+        index = slots_of(before, there.clamp(min=0))
+        with torch.inference_mode(False):
+            self.keys, self.values = (_taken(t, index).clone() for t in held if t is not None)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Take keys and values `[B, G, Q, D]`; give what their queries see, `[B, G, K, D]`.
+
+        Args:
+            padding: `[B]`, tokens of padding before each row; None where there are none.
+            in_place: give the slots as they lie. There must be no padding among the new tokens, and no gradient.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        new = key_states.shape[2]
+        before = self.before(padding)
+        if in_place:
+            slots = slots_of(self.ring, before[:, None] + torch.arange(new, device=self.device))
+            _put(self.keys, slots, key_states)
+            _put(self.values, slots, value_states)
+            keys, values = self.keys, self.values
+        else:
+            keys, values = self._in_order(key_states, value_states, before, padding)
+            self.keys, self.values = self._written(key_states, value_states, before, padding)
+        self.counter.add_(new)
+        # nobody asks a graph what the host knows, so that it is the same graph for all steps
+        self.known = None if is_compiling() else self.seen_before(new) + new
+        return keys, values
+
+    def seen_before(self, new: int) -> int:
+        """Tokens before the `new` ones that the counter knows of already, as far as the host knows."""
+        return int(self.counter) - new if self.known is None else self.known
+
+    def before(self, padding: Tensor | None) -> Tensor:
+        """Tokens of each row so far, padding left out: `[B]`, or `[1]` where there is none."""
+        if padding is None:
+            return self.counter[None]
+        return (self.counter - padding.to(self.device)).clamp(min=0)
+
+    def _dropped(self, count: Tensor) -> Tensor:
+        """Of so many tokens of a row, how many are left out of those in order."""
+        if self.kept.left is None:
+            return torch.zeros_like(count)
+        beyond = (count - self.kept.sinks - self.kept.left).clamp(min=0)
+        return torch.div(beyond, self.kept.period, rounding_mode="floor") * self.kept.period
+
+    def _past(self, padding: Tensor | None) -> int:
+        """Keys before the new tokens where they come in order: as many as there are, or as there may be at most."""
+        if self.kept.left is None:
+            return self.ring.slots if is_compiling() else self.seen
+        sinks, left, period = self.kept.sinks, self.kept.left, self.kept.period
+        if is_compiling() or padding is not None:
+            return sinks + left + period - 1 if is_compiling() else min(self.seen, sinks + left + period - 1)
+        return self.seen - max(0, self.seen - sinks - left) // period * period
+
+    def _in_order(
+        self, keys: Tensor, values: Tensor, before: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Keys and values `[B, G, K, D]`: those that are held, in order and the last ones right before the new."""
+        assert self.keys is not None and self.values is not None
+        past = self._past(padding)
+        if not past:
+            return keys, values
+        dropped = self._dropped(before)[:, None]
+        # which of its own kept tokens each is, negative where a row has fewer
+        rank = torch.arange(past, device=self.device) - past + before[:, None] - dropped
+        positions = torch.where(rank < self.kept.sinks, rank, rank + dropped).clamp(min=0)
+        index = slots_of(self.ring, positions)
+        return torch.cat((_taken(self.keys, index), keys), 2), torch.cat((_taken(self.values, index), values), 2)
+
+    def real(self, keys: int, new: int, padding: Tensor | None) -> Tensor | None:
+        """Which of `keys` in order, the `new` among them and just written, are tokens of a row: bool `[B or 1, K]`; None if all."""
+        if padding is None and not is_compiling():
+            return None
+        count = self.counter[None] if padding is None else self.counter - padding.to(self.device)
+        own = count.clamp(max=new).clamp(min=0)
+        before = count.clamp(min=0) - own
+        there = before - self._dropped(before) + own
+        return torch.arange(keys, device=self.device) >= keys - there[:, None]
+
+    def _written(
+        self, keys: Tensor, values: Tensor, before: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The slots with the new tokens in them."""
+        assert self.keys is not None and self.values is not None
+        new = keys.shape[2]
+        after = before + new if padding is None else (self.counter + new - padding.to(self.device)).clamp(min=0)
+        there = positions_in(self.ring, after)
+        # tokens of a row are the last of the new ones
+        index = there - after[:, None] + new
+        fresh = (there >= before[:, None]) & (there >= 0)
+        index = index.clamp(0, new - 1)
+        return _joined(self.keys, keys, index, fresh), _joined(self.values, values, index, fresh)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # what is dropped does not concern the mask: the attention function asks the cache
+        return query_length if is_compiling() else self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        # a graph must not know the number
+        return self.counter if is_compiling() and self.is_initialized else self.seen  # pyright: ignore[reportReturnType]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.counter.zero_()
+        self.known, self.oldest = 0, 0
+
+    def forget(self) -> None:
+        """Begin anew, with other tensors."""
+        self.reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._note_oldest()
+        self.known = self.seen - abs(tokens_to_remove)
+        self.counter.sub_(abs(tokens_to_remove))
+
+    def croppable(self) -> int:
+        """How many tokens can be taken back, so that all is there that the next one sees."""
+        self._note_oldest()
+        if self.kept.left is None or self.oldest <= self.kept.sinks:
+            return self.seen
+        return self.seen - self.oldest - self.kept.left - self.kept.period + 1
+
+    def _note_oldest(self) -> None:
+        if not self.keeps_all:
+            self.oldest = max(self.oldest, self.seen - self.ring.length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (t.repeat_interleave(repeats, 0) for t in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (t[indices] for t in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        # in place: a graph goes on with the tensors that it knows
+        for t in (self.keys, self.values):
+            if t is not None:
+                t.copy_(t.index_select(0, beam_idx.to(t.device)))
+
+
+def _put(held: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Write `new` `[B, G, Q, D]` to slots `[B or 1, Q]`."""
+    if slots.shape[0] == 1:
+        held.index_copy_(2, slots[0], new)
+    else:
+        held.scatter_(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]), new)
+
+
+def _taken(held: Tensor, slots: Tensor) -> Tensor:
+    """`[B, G, K, D]` of slots `[B or 1, K]`."""
+    if slots.shape[0] == 1:
+        return held.index_select(2, slots[0])
+    return held.gather(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]))
+
+
+def _joined(held: Tensor, new: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
+    """Slots `held`, but for those that are `fresh` `[B or 1, S]`, which get the new tokens of an `index`."""
+    written = torch.where(fresh[:, None, :, None], _taken(new, index), held)
+    if new.requires_grad or held.requires_grad:
+        return written
+    return held.copy_(written)
