@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import sparse_hf
-from tests.models.families import COMMON, TINY
+from tests.models.families import COMMON, TINY, named_cache
 
 SIZES = {
     "StableLmForCausalLM": {**COMMON, "num_key_value_heads": 4},
@@ -89,3 +89,23 @@ def test_packed_documents_are_kept_apart():
         alone = [by_word(part)[0] for part in (ids[:, :15], ids[:, 15:])]
         packed = by_word(ids, position_ids=positions)[0]
     torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("head", ["FalconForCausalLM", "StableLmForCausalLM"])
+def test_a_streaming_cache_reaches_the_layers(head):
+    torch.manual_seed(0)
+    kind = getattr(transformers, head)
+    sparse = sparse_hf.sparsify(kind(kind.config_class(**SIZES[head])).eval(), "window(7, 0) | first(2)")
+    ids, more = text()[0], {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    wanted = sparse.generate(ids, use_cache=False, **more)
+    assert torch.equal(
+        sparse.generate(ids, **named_cache(sparse, sparse_hf.StreamingCache(sparse.config)), **more), wanted
+    )
+
+
+def test_a_bias_by_distance_wants_a_cache_that_keeps_its_keys():
+    sparse = sparse_hf.sparsify(models("BloomForCausalLM")[0], "window(7, 0) | first(2)")
+    with pytest.raises(
+        NotImplementedError, match="a bias by distance would count those that are left; use a DynamicCache"
+    ):
+        sparse(text()[0], **named_cache(sparse, sparse_hf.StreamingCache(sparse.config)))

@@ -36,7 +36,7 @@ from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
-from .mask_request import FLEETING, said_in_pass
+from .mask_request import FLEETING, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
@@ -361,6 +361,9 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     if given.get("output_attentions"):
         check_weights(model.config._attn_implementation)
     own: dict[str, Any] = {}
+    # what a head has said of the same pass, and its dense class has not handed on
+    known = said_of(model.config)
+    marks = known.get("global_attention_mask") if marks is None else marks
     if not torch.compiler.is_compiling():
         Limits.of(model).check(given)
         check_bounds(model.config, given)
@@ -370,7 +373,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
-    if "streaming_cache" not in given:
+    if "streaming_cache" not in given and "streaming_cache" not in known:
         own |= begin_streaming(model.config, given)
     decode = given.get("decode")
     if decode is not None:
@@ -378,6 +381,6 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         own["decode"] = None
         if decode == "dense":
             own[LAYERS_SEE] = model.config.dense_patterns()
-    if "turned_sinks" not in given:
+    if "turned_sinks" not in given and "turned_sinks" not in known:
         own |= begin_turning(model, given)
     return own
