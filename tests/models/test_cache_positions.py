@@ -147,7 +147,9 @@ def test_from_the_trained_reach_on():
     sparse.generation_config.cache_implementation = "streaming"
     with torch.no_grad():
         torch.testing.assert_close(sparse(ids, use_cache=False).logits, wanted, **LIMIT)
-        torch.testing.assert_close(in_pieces(sparse, ids, DynamicCache()), wanted, **LIMIT)
+        # other caches leave positions as they are
+        true = in_pieces(sparse, ids, StreamingCache(sparse.config))
+        torch.testing.assert_close(in_pieces(sparse, ids, DynamicCache()), true, **LIMIT)
         within = sparse(ids[:, :50], use_cache=False).logits
     torch.testing.assert_close(within, wanted[:, :50], **LIMIT)
 

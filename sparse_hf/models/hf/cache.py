@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..names import STREAMING
 from .config import SparseConfigMixin
 from .inner_padding import has_padding_in_the_way
-from .streaming_cache import StreamingCache, why_not_streamed
+from .streaming_cache import StreamingCache, padding_of, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +71,7 @@ def over_slots(of_tokens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor | 
     if of_tokens is None or cache is None or not cache.is_compileable or kwargs.get("is_first_iteration"):
         return of_tokens
     if isinstance(cache, StreamingCache):
-        return None if cache.rows else of_tokens
+        return None if cache.settled else of_tokens
     return pad(of_tokens, (0, max(0, cache.get_max_length() - of_tokens.shape[1])))
 
 
@@ -241,9 +241,19 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
     return cache
 
 
-def prepare_cache(cache: Cache | None, length: int) -> None:
-    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would."""
+def prepare_cache(cache: Cache | None, length: int, mask: Tensor | None) -> None:
+    """Have a cache that `generate` goes on with hold a text of so many tokens, however the dense family would.
+
+    Args:
+        mask: of the prompt.
+
+    Raises:
+        ValueError: a static cache that has no room for it, or padding behind tokens that a streaming one cannot tell from others.
+    """
     if isinstance(cache, StreamingCache):
+        if mask is not None and mask.ndim == 2:
+            # a prompt may come in pieces, without the mask of the whole
+            padding_of(mask, mask.shape[1])
         cache.make_room(length)
     keep_all(cache, 0, length)
     most = _room(cache)

@@ -180,7 +180,7 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
             streaming.activate_past_recording()
         parent(generation_config, model_kwargs, mode, batch_size, max_length, *args)
         max_length = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        prepare_cache(given_cache(model_kwargs), max_length)
+        prepare_cache(given_cache(model_kwargs), max_length, model_kwargs.get("attention_mask"))
         _look_at_padding(self.config, generation_config, model_kwargs)
         prompt = prompt_length(generation_config, model_kwargs)
         marks = whole_marks(self.config, model_kwargs, prompt, assists=bool(generation_config.is_assistant))

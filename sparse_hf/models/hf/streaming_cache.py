@@ -71,6 +71,8 @@ class StreamingCache(Cache):
             self.turns_from = config.positions.reach_of(config)  # pyright: ignore
         # may a token of this text be at that position?
         self.turns = self.turns_from == 0
+        # has each row a token of its own, so that no more padding can come before it?
+        self.settled = False
         # are the tokens of this pass written among the slots, which attention reads as they lie?
         self.in_place = False
 
@@ -113,7 +115,8 @@ class StreamingCache(Cache):
                 layer.forget()
         self.make_room(seen + new)
         if attention_mask is not None or not seen:
-            self.padding = _going_on(self.padding, _padding(attention_mask, seen + new), seen)
+            self.padding = _going_on(self.padding, padding_of(attention_mask, seen + new), seen)
+        self.settled = self.padding is None or bool((self.padding < seen + new).all())
         is_padded = self.padding is not None and bool((self.padding > seen).any())
         has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.own_layers)
         self.in_place = few and not is_padded and not has_graph
@@ -161,6 +164,8 @@ class StreamingCache(Cache):
         Raises:
             ValueError: more of them than the layers hold what came before.
         """
+        # older versions count drafts on the device
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, -n takes the last n tokens back")
         if not tokens_to_remove:
@@ -177,6 +182,7 @@ class StreamingCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        self.settled = False
         self.padding, self.in_place, self.turns = None, False, self.turns_from == 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -241,7 +247,7 @@ def _kept(patterns: list[str]) -> list[Kept]:
     return [kept for kept in found if isinstance(kept, Kept)]
 
 
-def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def padding_of(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """Tokens of padding before each row, `[B]`; None where there are none."""
     if attention_mask is None:
         return None

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
@@ -29,7 +29,7 @@ from ...pattern import First, Window
 from ...pattern.base import as_pattern
 from ...pattern.complement import Outside
 from ..names import STREAMING
-from .cache import cache_name, cached_tokens, given_cache, new_tokens
+from .cache import cache_name, given_cache, new_tokens
 from .kept import Kept, read_kept
 from .positions import why_not_turned
 from .streaming_cache import StreamingCache
@@ -219,8 +219,8 @@ def _fake(q, keys, values, *rest):
 def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSinks]:
     """The argument by which attention learns of first tokens that are too far away, if any query of a pass sees such.
 
-    A `StreamingCache` says from where on. Without one, it is where the trained reach of a model ends whose `generation_config` asks
-    for a streaming cache, so that one pass over a text gives what a stream of it gives.
+    A `StreamingCache` says from where on. Without any cache, it is where the trained reach of a model ends whose `generation_config`
+    asks for a streaming one, so that one pass over a text gives what a stream of it gives. Other caches leave all as it is.
 
     Args:
         model: of the pass.
@@ -232,10 +232,7 @@ def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSink
     if isinstance(cache, StreamingCache):
         start = cache.turns_from if cache.turns else None
     else:
-        settings = getattr(model, "generation_config", None)
-        start = trained_reach(model.config) if getattr(settings, "cache_implementation", None) == STREAMING else None
-        is_far = start is not None and not model.training and _last_position(cache, tokens, places) >= start
-        start = start if is_far else None
+        start = _start_of_one_pass(model, tokens, places) if cache is None else None
     if start is None:
         return {}
     jumps = False
@@ -246,11 +243,15 @@ def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSink
     return {"turned_sinks": TurnedSinks(find_turns(model), start, jumps)}
 
 
-def _last_position(cache: Cache | None, tokens: Tensor, places: Tensor | None) -> int:
-    if places is not None and not torch.compiler.is_compiling():
-        return int(places.max())
-    past = 0 if torch.compiler.is_compiling() else cached_tokens(cache)
-    return past + tokens.shape[1] - 1
+def _start_of_one_pass(model: Any, tokens: Tensor, places: Tensor | None) -> int | None:
+    """From where on a pass without a cache turns first tokens; None where it has no such position."""
+    settings = getattr(model, "generation_config", None)
+    if getattr(settings, "cache_implementation", None) != STREAMING or model.training:
+        return None
+    knows = places is not None and not torch.compiler.is_compiling()
+    last = int(places.max()) if places is not None and knows else tokens.shape[1] - 1
+    reach = None if model.config.positions is None else model.config.positions.reach_of(model.config)
+    return trained_reach(model.config) if reach is not None and last >= reach else None
 
 
 def trained_reach(config: Any) -> int | None:
