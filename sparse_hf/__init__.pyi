@@ -285,6 +285,7 @@ from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
 from .pattern import Window as Window
+from .pattern import Window2d as Window2d
 from .pattern import causal as causal
 from .pattern import full as full
 from .pattern import recipes as recipes
@@ -573,6 +574,7 @@ __all__ = [
     "Stride",
     "Summary",
     "Window",
+    "Window2d",
     "causal",
     "full",
     "recipes",
