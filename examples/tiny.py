@@ -140,17 +140,17 @@ CHAT = (
 
 
 def write(folder: Path) -> None:
-    """Write a decoder with a chat template, an encoder of 512 positions, and 40 texts with labels."""
-    for name, auto_class, kind in (
-        ("my-llama", AutoModelForCausalLM, "decoder"),
-        ("my-bert", AutoModelForMaskedLM, "encoder"),
+    """Write a decoder of 4,096 positions with a chat template, an encoder of 512, and 40 texts with labels."""
+    for name, auto_class, kind, positions in (
+        ("my-llama", AutoModelForCausalLM, "decoder", 4096),
+        ("my-bert", AutoModelForMaskedLM, "encoder", 512),
     ):
         words = tokenizer(causal=kind == "decoder")
-        words.model_max_length = 512
+        words.model_max_length = positions
         if kind == "decoder":
             words.chat_template = CHAT
         words.save_pretrained(folder / name)
-        model(auto_class, kind, len(words), 512).save_pretrained(folder / name)
+        model(auto_class, kind, len(words), positions).save_pretrained(folder / name)
     lines = "".join(f"{json.dumps(row)}\n" for row in texts(40))
     (folder / "my-texts.jsonl").write_text(lines, encoding="utf-8")
 

@@ -39,11 +39,11 @@ def test_a_result_is_named_by_its_machine_and_its_date(path):
 
 
 def test_every_picture_stands_beside_its_figures():
-    assert {path.with_suffix(".json") for path in RESULTS.rglob("*.png")} <= set(FILES)
+    assert {path.with_suffix(".json") for path in (*RESULTS.rglob("*.png"), *RESULTS.rglob("*.html"))} <= set(FILES)
 
 
 def test_nothing_else_is_there():
-    others = {path for path in RESULTS.rglob("*") if path.is_file() and path.suffix not in (".json", ".png")}
+    others = {path for path in RESULTS.rglob("*") if path.is_file() and path.suffix not in (".json", ".png", ".html")}
     assert others == {RESULTS / "README.md"} and all(path.parent.parent == RESULTS for path in FILES)
 
 

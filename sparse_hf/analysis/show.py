@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from rich.console import Group
@@ -25,6 +26,14 @@ from .reach import Reach, reach
 
 COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
 SHADES = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
+# dots of a picture's side, and its size and margins in inches
+MAX_CELLS, SIDE, LEFT, BELOW = 800, 5.0, 0.85, 0.95
+# characters of a title's line
+TITLE_CHARACTERS = 60
+# of a dot, the pairs by row and by column that are asked for, and the least that is drawn of one that has any
+SAMPLED, LEAST_SHARE = 3, 0.6
+# rows of dots whose pairs are asked for at once
+ROWS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -165,14 +174,14 @@ def save_png(
     marked: Sequence[int] = (),
     **_,
 ) -> Path:
-    """Draw the blocks of the pattern, empty, partial and full, to a PNG file.
+    """Draw the pattern to a PNG file, a dot for each pair, or for a few of them where the text is long.
 
     Raises:
         ImportError: matplotlib is missing.
         FileNotFoundError: the folder does not exist.
     """
     try:
-        from matplotlib.colors import ListedColormap
+        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
@@ -181,31 +190,63 @@ def save_png(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")
     plan = _plan(pattern, length, block_size, marked)
-    # a cell per block, as backends see them, until blocks would be too small to tell apart
-    cells = min(length, max(32, min(plan.q_blocks, 256)))
-    figure = Figure(figsize=(5.2 * len(plan.patterns) + 0.8, 6.2), layout="constrained")
-    axes = figure.subplots(1, len(plan.patterns), squeeze=False)[0]
-    for p, (axis, one) in enumerate(zip(axes, _drawn(pattern, plan), strict=True)):
-        states = _grid(one, length, cells, marked)
+    drawn = _drawn(pattern, plan)
+    cells = min(length, MAX_CELLS)
+    density = min(1.0, plan.density + as_pattern(pattern).most_keys / length)
+    side = -(-length // cells)
+    unit = "a dot is a pair" if side == 1 else f"a dot is up to {side} x {side} pairs"
+    heads = [", ".join(str(h) for h, own in enumerate(plan.heads) if own == p) for p in range(len(drawn))]
+    titles = [f"heads {whose}\n{one}" if whose else str(one) for whose, one in zip(heads, drawn, strict=True)]
+    titles = ["\n".join(fill(line, TITLE_CHARACTERS) for line in title.split("\n")) for title in titles]
+    # every dot of a picture has pixels of its own, so that none is lost: places are in inches
+    above = 0.45 + 0.2 * max(title.count("\n") + 1 for title in titles)
+    width, height = LEFT + len(drawn) * (SIDE + LEFT), BELOW + SIDE + above
+    figure = Figure(figsize=(width, height))
+    for p, (title, one) in enumerate(zip(titles, drawn, strict=True)):
+        place = (LEFT + p * (SIDE + LEFT), BELOW, SIDE, SIDE)
+        axis = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
         axis.imshow(
-            states.numpy(), cmap=ListedColormap(list(COLORS.values())), vmin=EMPTY, vmax=FULL, interpolation="nearest",
-            extent=(0, length, length, 0),
+            _shares(one, length, cells, marked).numpy(), cmap=LinearSegmentedColormap.from_list("pairs", list(COLORS.values())),
+            vmin=0, vmax=1, interpolation="nearest", extent=(0, length, length, 0),
         )  # fmt: skip
-        heads = ", ".join(str(h) for h, own in enumerate(plan.heads) if own == p)
-        axis.set_title(f"heads {heads}\n{one}" if heads else str(one), fontsize=11, wrap=True)
+        # beside the picture, and not over its first row and column
+        axis.spines[:].set_position(("outward", 3))
+        axis.spines[:].set_color("grey")
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("key position (tokens)")
         axis.set_ylabel("query position (tokens)")
     names = {EMPTY: "no pair", PARTIAL: "some pairs", FULL: "every pair"}
     handles = [Patch(facecolor=COLORS[s], edgecolor="grey", label=name) for s, name in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    side = -(-length // cells)
-    density = min(1.0, plan.density + as_pattern(pattern).most_keys / length)
-    figure.suptitle(f"{length:,} tokens, {density:.2%} of all pairs; one cell is {side} x {side} pairs", fontsize=11)
+    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
+    figure.text(
+        0.5,
+        1 - 0.12 / height,
+        f"{length:,} tokens, {density:.2%} of all pairs; {unit}",
+        ha="center",
+        va="top",
+        fontsize=10,
+    )
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=MAX_CELLS / SIDE)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path
+
+
+def _shares(pattern: Pattern, length: int, cells: int, marked: Sequence[int]) -> torch.Tensor:
+    """How much of each dot is filled, 0 to 1: `[cells, cells]`, of a few of its pairs; a dot with any pair is to be seen."""
+    shares = _grid(pattern, length, cells, marked).float() / FULL
+    if cells == length or pattern.uses_marks or pattern.uses_content:
+        return shares
+    # of each dot so many rows and columns, evenly spaced
+    edges = torch.arange(cells * SAMPLED + 1) * length // (cells * SAMPLED)
+    at, found = edges[:-1], torch.empty(cells, cells)
+    for first in range(0, cells, ROWS_AT_ONCE):
+        rows = at[first * SAMPLED : (first + ROWS_AT_ONCE) * SAMPLED]
+        pairs = pattern.allows(rows[:, None], at[None, :], Marks(length=length)).expand(len(rows), len(at)).float()
+        found[first : first + ROWS_AT_ONCE] = pairs.view(-1, SAMPLED, cells, SAMPLED).mean((1, 3))
+    is_some = (shares > 0) & (shares < 1)
+    return torch.where(is_some, found.clamp(LEAST_SHARE, 1.0), shares)
 
 
 def _reach_note(found: Reach) -> str:

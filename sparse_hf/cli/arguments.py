@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 OUT_HELP = "Write the figures to this JSON file; in a folder, to MACHINE/DATE-BENCHMARK.json."
+TOKENS_HELP = "Tokens that marked() speaks of, ids or texts, like '101,102' or '[CLS],[SEP]'."
 PATTERN_HELP = "A pattern, like 'window(256, 256) | first(1)', or a recipe, like 'longformer(attention_window=512)'."
 
 
@@ -13,6 +16,26 @@ def words(text: str) -> list[str]:
 
 def numbers(text: str) -> list[int]:
     return [_number(word) for word in words(text)]
+
+
+def read_tokens(text: str) -> list[int | str]:
+    """Ids of tokens, and texts of others: "101,[SEP]"."""
+    return [int(word) if word.isdecimal() else word for word in words(text)]
+
+
+def read_folder(text: str) -> str:
+    """A checkpoint's folder, or what may be a hub id.
+
+    Raises:
+        FileNotFoundError: a path that leads to no checkpoint. Of a hub id the hub knows.
+    """
+    path = Path(text)
+    is_path = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{text} has no config.json; give the folder of a checkpoint")
+    if is_path and not path.is_dir():
+        raise FileNotFoundError(f"{text} is no folder with a checkpoint")
+    return text
 
 
 def read_lengths(text: str) -> list[int]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .arguments import OUT_HELP, PATTERN_HELP, read_contexts, read_lengths, words
+from .arguments import OUT_HELP, PATTERN_HELP, read_contexts, read_folder, read_lengths, words
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and the table to standard error.")]
 
 
 def attention(
@@ -25,6 +32,7 @@ def attention(
     ] = 60,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time one attention layer, forward and backward, length by length.
 
@@ -33,7 +41,8 @@ def attention(
     """
     from ..bench import run_attention
 
-    run_attention(
+    run = partial(
+        run_attention,
         read_lengths(lengths),
         pattern,
         heads=heads,
@@ -46,6 +55,7 @@ def attention(
         out=out,
         plot=plot,
     )
+    _print(run, as_json)
 
 
 def models(
@@ -77,6 +87,7 @@ def models(
     ] = 60,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time whole models with random weights beside Transformers' classes.
 
@@ -85,7 +96,8 @@ def models(
     """
     from ..bench import run_models
 
-    run_models(
+    run = partial(
+        run_models,
         words(models),
         read_lengths(lengths),
         layers=layers,
@@ -99,6 +111,7 @@ def models(
         out=out,
         plot=plot,
     )
+    _print(run, as_json)
 
 
 def plan(
@@ -115,6 +128,7 @@ def plan(
     ] = 60,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory into this PNG file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what the tables of patterns take to build and to keep, length by length.
 
@@ -122,7 +136,8 @@ def plan(
     """
     from ..bench import PLAN_PATTERNS, run_plan
 
-    run_plan(patterns or PLAN_PATTERNS, read_lengths(lengths), device=device, budget=budget, out=out, plot=plot)
+    run = partial(run_plan, device=device, budget=budget, out=out, plot=plot)
+    _print(partial(run, patterns or PLAN_PATTERNS, read_lengths(lengths)), as_json)
 
 
 def generate(
@@ -160,6 +175,7 @@ def generate(
     ] = 60,
     limit: Annotated[float, typer.Option(help="Seconds after which a case is given up, compiling included.")] = 300,
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time all that `model.generate` does, prompt by prompt: tokens, first calls, memory.
 
@@ -170,9 +186,26 @@ def generate(
 
     if model is None and shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; the known ones are {', '.join(SHAPES)}")
-    asked = Generation(read_contexts(contexts), model or shape, pattern, tokens=tokens, chunk=chunk, dtype=dtype)
+    asked = Generation(
+        read_contexts(contexts),
+        read_folder(model) if model else shape,
+        pattern,
+        tokens=tokens,
+        chunk=chunk,
+        dtype=dtype,
+    )
     limits = {"budget_s": budget, "limit_s": limit}
     asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
-    result = run_generate(asked, device, out)
+    result = _print(partial(run_generate, asked, device, out), as_json)
     if any(found.get("failed", "").startswith("wrong") for found in result["checked"].values()):
         raise typer.Exit(1)
+
+
+def _print(run: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
+    """Run a benchmark, which prints its table; if JSON is wanted, that goes to standard error."""
+    if not as_json:
+        return run()
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run()
+    typer.echo(json.dumps(result, indent=1))
+    return result

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .arguments import PATTERN_HELP, numbers
+from .arguments import PATTERN_HELP, TOKENS_HELP, read_tokens
 
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
 Subfolder = Annotated[str, typer.Option(help="The folder of the checkpoint in the source.")]
 Token = Annotated[str | None, typer.Option(help="For the hub; by default the one that `hf auth login` stored.")]
 Push = Annotated[str | None, typer.Option(help="Send the result to this repository of the hub, with its card.")]
 Private = Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def convert(
@@ -34,7 +36,7 @@ def convert(
     rope: Annotated[
         str | None, typer.Option(help="Scale rotary angles to --max-length: yarn or linear; by default not at all.")
     ] = None,
-    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
     cache: Annotated[
         str | None,
         typer.Option(
@@ -54,6 +56,7 @@ def convert(
     token: Token = None,
     push: Push = None,
     private: Private = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the sparse counterpart of a dense checkpoint."""
     import sparse_hf
@@ -65,7 +68,7 @@ def convert(
         "max_length": max_length,
         "positions": positions,
         "rope": rope,
-        "global_token_ids": numbers(global_token_ids),
+        "global_token_ids": read_tokens(global_token_ids),
         "cache": cache,
         "decode": decode,
         "revision": revision,
@@ -77,12 +80,11 @@ def convert(
             raise ValueError(
                 f"--dry-run writes nothing that could be sent to {push}; leave out one of --dry-run and --push"
             )
-        typer.echo(report_text(describe_conversion(source, pattern, **options)), nl=False)
+        report = describe_conversion(source, pattern, **options)
+        typer.echo(json.dumps(report, indent=2) if as_json else report_text(report), nl=as_json)
         return
     written = sparse_hf.convert(source, out, pattern, overwrite=overwrite, **options)
-    typer.echo(
-        f"written to {written}; after `import sparse_hf` it loads with AutoModel.from_pretrained({str(written)!r})"
-    )
+    _tell(written, "after `import sparse_hf` it loads", as_json)
     _push(written, push, private, token)
 
 
@@ -100,13 +102,14 @@ def export(
     revision: Revision = None,
     subfolder: Subfolder = "",
     token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a sparse checkpoint as one of Transformers' own, which needs no sparse_hf."""
     from ..conversion.export import export
 
     where = {"revision": revision, "subfolder": subfolder, "token": token}
     written = export(folder, out, to, drop=drop, text=text, overwrite=overwrite, **where)
-    typer.echo(f"written to {written}; it loads with AutoModel.from_pretrained({str(written)!r}), without sparse_hf")
+    _tell(written, "without sparse_hf it loads", as_json)
 
 
 def card(
@@ -118,6 +121,7 @@ def card(
     push: Push = None,
     private: Private = False,
     token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the README.md of a sparse checkpoint.
 
@@ -125,8 +129,18 @@ def card(
     """
     from ..conversion.card import write_card
 
-    typer.echo(f"written to {write_card(folder, base=base, address=push, overwrite=overwrite)}")
+    written = write_card(folder, base=base, address=push, overwrite=overwrite)
+    typer.echo(json.dumps({"file": str(written)}) if as_json else f"written to {written}")
     _push(folder, push, private, token)
+
+
+def _tell(folder: Path, how: str, as_json: bool) -> None:
+    """Say where a checkpoint was written, and what loads it."""
+    from ..conversion.loading import auto_class
+
+    name = auto_class(folder)
+    told = f"written to {folder}; {how} with {name}.from_pretrained({str(folder)!r})"
+    typer.echo(json.dumps({"folder": str(folder), "auto_class": name}) if as_json else told)
 
 
 def _push(folder: Path, repo: str | None, private: bool, token: str | None) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+from .arguments import read_folder
 
 # a length at which pairs are counted, unless another is asked for
 LONGEST = 16384
@@ -25,7 +28,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
-    found = read_info(folder, length)
+    with Console(stderr=True).status("counting pairs"):
+        found = read_info(read_folder(folder), length)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
 
 
@@ -43,8 +47,9 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from ..conversion.check import is_causal, meta_model, sees_past_only
+    from ..conversion.check import meta_model, sees_past_only
     from ..models import SparseConfigMixin, family_of
+    from ..models.hf.hearing import is_causal
 
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, SparseConfigMixin):
@@ -54,13 +59,13 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     family = family_of(config.model_type)
     model = meta_model(family, config.to_dict())
     most = None if config.positions is None else config.positions.reach_of(config)
-    counted = length or min(most or USUAL_LENGTH, LONGEST)
+    counted = min(most or USUAL_LENGTH, LONGEST) if length is None else length
     causal = is_causal(model)
     stacks = []
     for stack, count in config.stacks.items():
         past = sees_past_only(stack, causal)
         texts = [config.layer_pattern(layer, past, stack) for layer in range(count)]
-        stacks.append({"stack": stack, "layers": count, **_stack(texts, counted)})
+        stacks.append({"stack": stack, "layers": count, **_stack(texts, config.layer_patterns(stack), counted)})
     return {
         "folder": str(folder),
         "model_type": config.model_type,
@@ -70,12 +75,17 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "global_token_ids": config.global_token_ids,
         "counted_at": counted,
         "stacks": stacks,
-        "cache": _cache(config, counted) if model.can_generate() else None,
+        "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
     }
 
 
-def _stack(texts: Sequence[str], length: int) -> dict[str, Any]:
-    """Patterns by ranges of layers, and what they come to together."""
+def _stack(texts: Sequence[str], names: Sequence[str], length: int) -> dict[str, Any]:
+    """Patterns by ranges of layers, and what they come to together.
+
+    Args:
+        texts: the pattern of each layer, as it is computed.
+        names: the same as they are written, not cut to the past.
+    """
     from ..analysis import describe, describe_stack
 
     facts = {text: describe(text, length) for text in dict.fromkeys(texts)}
@@ -83,7 +93,7 @@ def _stack(texts: Sequence[str], length: int) -> dict[str, Any]:
     for text, group in groupby(texts):
         count = len(list(group))
         density = facts[text].density
-        ranges.append({"first": layer, "last": layer + count - 1, "pattern": text, "density": density})
+        ranges.append({"first": layer, "last": layer + count - 1, "pattern": names[layer], "density": density})
         layer += count
     if any(facts[text].reach_note == "depends on queries and keys" for text in texts):
         layers, ahead = None, None
@@ -121,7 +131,7 @@ def _cache(config: Any, length: int) -> dict[str, Any]:
         cache = StreamingCache(config)
     except ValueError as error:
         return {**found, "streaming_bytes": None, "why_not_streaming": str(error)}
-    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.layers)
+    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.own_layers)
     return {**found, "streaming_bytes": token * sum(slots)}
 
 
@@ -134,7 +144,7 @@ def info_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"marked tokens: ids {', '.join(map(str, found['global_token_ids']))}"
     at = f"at {found['counted_at']:,} tokens"
     for stack in found["stacks"]:
-        yield f"{stack['stack'] or 'all'} {stack['layers']} layers, {stack['density']:.2%} of all pairs {at}:".strip()
+        yield f"{stack['stack'] or 'all'} {stack['layers']} layer(s), {stack['density']:.2%} of all pairs {at}:".strip()
         for part in stack["patterns"]:
             whose = f"{part['first']}" if part["first"] == part["last"] else f"{part['first']}-{part['last']}"
             yield f"  {whose.rjust(5)}  {part['pattern']}  ({part['density']:.2%})"
@@ -149,12 +159,8 @@ def _reach(stack: dict[str, Any]) -> str:
         return "reach: depends on queries and keys"
     if needed is None:
         return f"reach: tokens never reach {whom}, through however many layers"
-    enough = (
-        "enough"
-        if needed <= layers
-        else f"more than there are: the farthest of {whom.removeprefix('every ')}s are not seen"
-    )
-    return f"reach: {needed:,} layers until every token reaches {whom}, of {layers:,} ({enough})"
+    enough = "enough" if needed <= layers else "fewer"
+    return f"reach: {needed:,} layer(s) until every token reaches {whom}; there are {layers:,}, {enough}"
 
 
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:

@@ -56,9 +56,12 @@ def show(
         typer.echo(json.dumps(_numbers(patterns, length, options) if found is None else found, indent=2))
     else:
         several = len(patterns) > 1 and told is None
-        pictures = (
-            [render_stack(patterns, length, **options)] if several else [render(p, length, **options) for p in patterns]
-        )
+        with Console(stderr=True).status("counting pairs"):
+            pictures = (
+                [render_stack(patterns, length, **options)]
+                if several
+                else [render(p, length, **options) for p in patterns]
+            )
         Console().print(*pictures, sep="\n")
         if told is not None:
             typer.echo(told)

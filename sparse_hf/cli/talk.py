@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .arguments import PATTERN_HELP
+from .arguments import PATTERN_HELP, read_folder
 
 if TYPE_CHECKING:
     from .decoder import Answer, Decoder, Text
@@ -162,7 +162,7 @@ def _load(folder: str, pattern: str | None, cache: str, dtype: str | None, devic
     with Console(stderr=True).status("loading"):
         from .decoder import load_decoder
 
-        return load_decoder(folder, pattern, cache, dtype, device)
+        return load_decoder(read_folder(folder), pattern, cache, dtype, device)
 
 
 def _greet(loaded: Decoder, is_plain: bool) -> None:

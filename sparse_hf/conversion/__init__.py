@@ -41,7 +41,7 @@ def convert(
     max_length: int | None = None,
     positions: str = "tile",
     rope: str | None = None,
-    global_token_ids: Sequence[int] = (),
+    global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
     decode: str | None = None,
     overwrite: bool = False,
@@ -64,7 +64,7 @@ def convert(
         max_length: positions of the result, in tokens; by default as many as before.
         positions: how learned tables of positions grow, by tiled copy ("tile") or along straight lines ("interpolate").
         rope: how rotary angles are scaled to a greater `max_length`, "yarn" or "linear"; by default not at all.
-        global_token_ids: token ids that `marked()` speaks of wherever they occur.
+        global_token_ids: tokens that `marked()` speaks of wherever they occur, ids or texts like "[CLS]".
         cache: the `cache_implementation` with which `generate` decodes, written to `generation_config.json`: "streaming" (bounded
             memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
             else what the dense folder says.
@@ -109,7 +109,7 @@ def describe_conversion(
     max_length: int | None = None,
     positions: str = "tile",
     rope: str | None = None,
-    global_token_ids: Sequence[int] = (),
+    global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
     decode: str | None = None,
     revision: str | None = None,

@@ -20,6 +20,7 @@ from .generation import CacheChoice, choose_cache
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
+from .token_ids import token_ids
 from .weights import Work
 
 
@@ -32,7 +33,7 @@ class Choice:
     max_length: int | None = None
     positions: str = "tile"
     rope: str | None = None
-    global_token_ids: tuple[int, ...] = ()
+    global_token_ids: tuple[int | str, ...] = ()
     cache: str | None = None
     decode: str | None = None
 
@@ -79,9 +80,8 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     model = meta_model(family, source.config)
     if not family.verified:
         check_once(type(model), model.config)
-    config = family.config_class.from_dense(
-        source.config, choice.pattern, choice.layers, choice.global_token_ids, choice.decode
-    )
+    marked = token_ids(choice.global_token_ids, source)
+    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, marked, choice.decode)
     if not family.verified:
         family = dataclasses.replace(family, positions=config.positions)
         check_growth(family.positions, model, choice.max_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,13 @@ JSON, HTML = "report.json", "report.html"
 WIDTH = 100
 
 
+def as_text(show: Callable[[Console], None]) -> str:
+    """What `show` prints to a console, as text."""
+    file = io.StringIO()
+    show(Console(file=file, width=WIDTH))
+    return file.getvalue()
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What `evaluate` found. `result` holds all figures, as JSON has them: see docs/how-to/evaluate.md for its keys.
@@ -28,9 +36,7 @@ class Evaluation:
     result: Found
 
     def __str__(self) -> str:
-        file = io.StringIO()
-        self.print(Console(file=file, width=WIDTH))
-        return file.getvalue()
+        return as_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the table and the verdicts."""

@@ -18,6 +18,7 @@ from ..pattern import Pattern, full
 from .generation import last_alone
 from .pieces import Piece, finish
 from .probes.base import Setup
+from .recall.ask import answer_tokens
 from .recall.tasks import Question
 from .subject import Contender
 from .texts import tokenize
@@ -103,10 +104,7 @@ class Search:
 def answer_logits(setup: Setup, contender: Contender, question: Question) -> Tensor:
     """The log-probabilities `[A, V]` that a contender gives in place of each token of the answer, given those before it."""
     tokenizer, model = setup.subject.tokenizer, contender.model
-    prompt, answer = (
-        tokenize(tokenizer, question.prompt),
-        tokenize(tokenizer, f" {', '.join(question.answers)}", special=False),
-    )
+    prompt, answer = tokenize(tokenizer, question.prompt), answer_tokens(tokenizer, question)
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
     # logits of the last A + 1 tokens, of which the very last predicts none
     some = {name: len(answer) + 1 for name in last_alone(model)}

@@ -26,7 +26,9 @@ class Settings:
     Raises:
         ValueError: a value outside what is possible.
 
-    Example: `Settings(length=1024, depths=(0.5,))`.
+    Example:
+        >>> Settings(length=1024, depths=(0.5,)).all_lengths
+        (256, 512, 1024)
     """
 
     length: int = 2048

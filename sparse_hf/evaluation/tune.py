@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -16,7 +15,7 @@ from ..models.hf.layer_spec import as_pattern
 from ..pattern.like import PatternLike
 from .api import PIECES, evaluate, prepare
 from .candidates import Candidate
-from .evaluation import WIDTH, Evaluation
+from .evaluation import Evaluation, as_text
 from .layers import dense_layers
 from .pieces import Found
 from .probes.recall import Recall, questions_of
@@ -40,9 +39,7 @@ class Tuning:
     evaluation: Evaluation
 
     def __str__(self) -> str:
-        file = io.StringIO()
-        self.print(Console(file=file, width=WIDTH))
-        return file.getvalue()
+        return as_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the layers, and how they stand beside every n-th."""

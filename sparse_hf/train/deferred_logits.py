@@ -96,6 +96,11 @@ class DeferredLogits(Tensor):
         """Logits of `hidden` instead, with further steps."""
         return defer(hidden, self.weight, self.bias, replace(self.recipe, steps=(*self.recipe.steps, *steps)))
 
+    def of(self, rows: Tensor) -> Tensor:
+        """Logits `[n, V]` of some rows of `[T, V]`, without those of others and without a graph."""
+        with torch.no_grad():
+            return self.recipe.logits(self.hidden[rows], self.weight, self.bias)
+
     def __repr__(self, *, tensor_contents=None):
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -107,7 +112,14 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if func in RULES and isinstance(first, DeferredLogits) and first.made is None:
+        # in the forward of an autograd function, what comes out has another past than what goes in
+        may_defer = torch.is_grad_enabled() or func is F.cross_entropy
+        if (
+            func in RULES
+            and isinstance(first, DeferredLogits)
+            and first.made is None
+            and (may_defer or not first.requires_grad)
+        ):
             found = RULES[func](func, first, *args[1:], **kwargs)
             if found is not NotImplemented:
                 return found
@@ -163,47 +175,46 @@ def _grads(output: Tensor, leaves, grad: Tensor | None = None) -> list[Tensor | 
 
 
 @dataclass(frozen=True)
-class _Loss:
-    """Labels `[T]` and the options of `cross_entropy`."""
+class PieceLoss:
+    """A loss that is a sum over rows, computed for some rows at a time.
 
-    target: Tensor
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
+    Attributes:
+        sum: logits `[n, V]`, in float32 at least, and the numbers of their rows `[n]`, to their loss.
+        rows: the rows that count.
+        divisor: what the sum is divided by.
+        dtype: that of the loss.
+        with_grad: will gradients be asked for?
+    """
+
+    sum: Callable[[Tensor, Tensor], Tensor]
+    rows: Tensor
+    divisor: int
     dtype: torch.dtype
     with_grad: bool
 
-    def sum(self, logits: Tensor, rows: Tensor) -> Tensor:
-        # at least float32: a sum of a piece is not rounded before it is added
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(
-            logits, self.target[rows], ignore_index=self.ignore_index, reduction="sum", label_smoothing=self.label_smoothing
-        )  # fmt: skip
-
 
 class _PieceByPiece(torch.autograd.Function):
-    """Cross entropy of logits that are made piece by piece, with its gradients.
+    """A loss of logits that are made piece by piece, with its gradients.
 
     Gradients are computed at once, since logits of a piece are gone when the next is made.
-    Tokens without a label are left out.
     """
 
     # torch's linear_cross_entropy does the same for a plain linear layer, from torch 2.13 on. It
     # takes no soft caps, scales or casts, which many families have
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, recipe: Recipe, loss: _Loss):
+    def forward(ctx, hidden, weight, bias, recipe: Recipe, loss: PieceLoss):
         needed = [loss.with_grad and n for n in ctx.needs_input_grad[:3]]
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needed[0] else None
         # sums over pieces are kept in float32, as a matrix product keeps them
         sums = [torch.zeros_like(t, dtype=wide) if n else None for t, n in ((weight, needed[1]), (bias, needed[2]))]
-        kept = (loss.target != loss.ignore_index).nonzero().squeeze(1)
-        for rows in kept.split(recipe.piece):
+        for rows in loss.rows.split(recipe.piece):
             leaves = [_leaf(*both) for both in zip((hidden[rows], weight, bias), needed, strict=True)]
             with torch.set_grad_enabled(any(needed)):
-                piece = loss.sum(recipe.logits(*leaves), rows)
+                logits = recipe.logits(*leaves)
+                piece = loss.sum(logits.to(torch.promote_types(logits.dtype, torch.float32)), rows)
             total += piece.detach()
             if not any(needed):
                 continue
@@ -214,17 +225,24 @@ class _PieceByPiece(torch.autograd.Function):
                 if grad_sum is not None and grad is not None:
                     grad_sum += grad
         ctx.save_for_backward(grad_hidden, *sums)
-        ctx.count, ctx.dtype = (len(kept) if loss.reduction == "mean" else 1), weight.dtype
+        ctx.divisor, ctx.dtype = loss.divisor, weight.dtype
         # the mean of nothing is NaN, as in torch
-        return (total / ctx.count if ctx.count else total / torch.zeros_like(total)).to(loss.dtype)
+        return (total / loss.divisor if loss.divisor else total / torch.zeros_like(total)).to(loss.dtype)
 
     @staticmethod
     @first_order
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, *sums = ctx.saved_tensors
-        scale = grad / max(ctx.count, 1)
+        scale = grad / max(ctx.divisor, 1)
         scaled = [None if s is None else (s * scale).to(ctx.dtype) for s in sums]
         return None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype), *scaled, None, None
+
+
+def piece_by_piece(logits: DeferredLogits, loss: PieceLoss) -> Tensor:
+    """The loss of logits `[T, V]`."""
+    result = _PieceByPiece.apply(logits.hidden, logits.weight, logits.bias, logits.recipe, loss)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _cross_entropy(
@@ -239,8 +257,13 @@ def _cross_entropy(
     # autocast may give another dtype than that of logits
     sample = torch.zeros(1, 2, dtype=logits.dtype, device=logits.device)
     dtype = func(sample, torch.zeros(1, dtype=torch.long, device=logits.device)).dtype
-    loss = _Loss(target, ignore_index, reduction, label_smoothing, dtype, torch.is_grad_enabled())
-    return _PieceByPiece.apply(logits.hidden, logits.weight, logits.bias, logits.recipe, loss)
+    rows = (target != ignore_index).nonzero().squeeze(1)
+
+    def summed(piece: Tensor, some: Tensor) -> Tensor:
+        return func(piece, target[some], ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+
+    divisor = len(rows) if reduction == "mean" else 1
+    return piece_by_piece(logits, PieceLoss(summed, rows, divisor, dtype, torch.is_grad_enabled()))
 
 
 def _index(func, logits: DeferredLogits, index):
@@ -259,8 +282,8 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
-def _reshape(func, logits: DeferredLogits, *shape):
-    if any(isinstance(s, torch.dtype) for s in shape):
+def _reshape(func, logits: DeferredLogits, *shape, **named):
+    if named or any(isinstance(s, torch.dtype) for s in shape):
         return NotImplemented
     sizes = list(shape[0]) if shape and not isinstance(shape[0], int) else list(shape)
     if sizes and sizes[-1] == -1:
@@ -270,10 +293,11 @@ def _reshape(func, logits: DeferredLogits, *shape):
     return logits.moved(logits.hidden.reshape(*sizes[:-1], logits.hidden.shape[-1]))
 
 
-def _leading(func, logits: DeferredLogits, first: int = 0, last: int = -1):
+def _leading(func, logits: DeferredLogits, *dims, **named):
     """`flatten` and `transpose` of two leading dimensions."""
-    dims = [d % logits.dim() for d in (first, last)]
-    return NotImplemented if logits.dim() - 1 in dims else logits.moved(func(logits.hidden, *dims))
+    dims = [d % logits.dim() for d in dims]
+    is_leading = len(dims) == 2 and not named and logits.dim() - 1 not in dims
+    return logits.moved(func(logits.hidden, *dims)) if is_leading else NotImplemented
 
 
 def _same(func, logits: DeferredLogits, **kwargs):
@@ -292,8 +316,10 @@ def _cast(func, logits: DeferredLogits, *args, **kwargs):
     return logits.moved(logits.hidden, (Tensor.to, (sample.dtype,)))
 
 
-def _pointwise(func, logits: DeferredLogits, *args):
+def _pointwise(func, logits: DeferredLogits, *args, **named):
     """What is done to each logit alike, or to those of one word."""
+    if named:
+        return NotImplemented
     for arg in args:
         is_number = isinstance(arg, (int, float))
         if not is_number and not (isinstance(arg, Tensor) and not arg.requires_grad and _is_row(arg, logits)):

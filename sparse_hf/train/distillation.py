@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .deferred_logits import DeferredLogits, PieceLoss, piece_by_piece
+
 # a label that no loss counts
 IGNORED = -100
 # answers of teacher and student are compared for this many tokens at a time: T x V is large
@@ -110,15 +112,31 @@ class _Divergence(torch.autograd.Function):
         return grad * grad_total.to(grad.dtype), None, None, None
 
 
+def _divergence(student: Tensor, teacher: Tensor, keep: Tensor, temperature: float) -> Tensor:
+    """`_Divergence`, of answers that are not made yet piece by piece."""
+    if not isinstance(student, DeferredLogits) or student.made is not None:
+        total = _Divergence.apply(student, teacher, keep, temperature)
+        assert isinstance(total, Tensor)
+        return total
+
+    def summed(answers: Tensor, rows: Tensor) -> Tensor:
+        wanted = teacher.of(rows) if isinstance(teacher, DeferredLogits) else teacher[rows]
+        ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (answers, wanted))
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+    rows = keep.nonzero().squeeze(1)
+    return piece_by_piece(student, PieceLoss(summed, rows, 1, torch.float32, torch.is_grad_enabled()))
+
+
 def distillation_loss(model, outputs, teacher_outputs, labels: Tensor, weights: Distillation) -> Tensor:
     """The teacher's terms, summed over labelled tokens."""
     keep = labelled(model, labels)
-    total = outputs["logits"].new_zeros((), dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=outputs["logits"].device)
     if weights.logits:
         # a decoder's last answer has no label
         kept = F.pad(keep, (0, labels.shape[1] - keep.shape[1])).flatten()
-        answers = (o["logits"].flatten(0, 1) for o in (outputs, teacher_outputs))
-        total = total + weights.logits * weights.temperature**2 * _Divergence.apply(*answers, kept, weights.temperature)
+        ours, theirs = (o["logits"].flatten(0, 1) for o in (outputs, teacher_outputs))
+        total = total + weights.logits * weights.temperature**2 * _divergence(ours, theirs, kept, weights.temperature)
     if weights.hidden:
         both = (o["hidden_states"] for o in (outputs, teacher_outputs))
         # the first states are the embeddings

@@ -21,6 +21,7 @@ from ..models import SparseMixin, sparsify
 from ..pattern import Window
 from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
 from .failures import TellAll
+from .long_text import long_text, long_text_of
 from .lora import add_lora
 from .spread import is_partitioned, receive_weights
 
@@ -72,6 +73,9 @@ class HealingTrainer(Trainer):
             # with a pattern of all pairs it computes what it did, and keeps packed documents apart
             # as the student does
             teacher = sparsify(teacher, Window(None, None))
+        like_student = long_text_of(student)
+        if like_student is not None:
+            long_text(teacher, **{**like_student.options, "checkpoint_layers": False, "offload": False})
         receive_weights(teacher.requires_grad_(False).eval(), self.args.device)
         return teacher
 

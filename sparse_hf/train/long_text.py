@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .deferred_logits import Recipe, defer
 from .distillation import unwrapped
-from .tiled import find_feed_forward, refuse_partitioned, tiled, tiled_forward
+from .tiled import find_feed_forward, find_norms, is_compiled, refuse_partitioned, tiled, tiled_forward, tiled_norm
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class LongText:
     Attributes:
         model: the model that was given.
         options: what was asked for.
-        in_pieces: names of what is computed in pieces: output layers and feed-forward layers.
+        in_pieces: names of what is computed in pieces: output layers, feed-forward layers, and norms.
         whole: names of layers whose feed-forward layers are computed whole.
     """
 
@@ -73,6 +73,11 @@ class LongText:
 KEPT_AS = "_long_text"
 
 
+def long_text_of(model: nn.Module) -> LongText | None:
+    """What `long_text` changed about a model, if it did."""
+    return vars(unwrapped(model)).get(KEPT_AS)
+
+
 def long_text(
     model: nn.Module,
     *,
@@ -94,7 +99,8 @@ def long_text(
     Args:
         model: a model of Transformers, sparse or dense, or one that PEFT wrapped.
         logits: tokens whose logits exist at a time; None leaves logits whole.
-        feed_forward: tokens that a feed-forward layer takes at a time; None leaves them whole.
+        feed_forward: tokens that a feed-forward layer takes at a time, and a norm of float32 in texts of
+            more than 16 such pieces; None leaves them whole.
         checkpoint_layers: keep the inputs of layers alone, and compute layers again in the backward
             pass, unless the model does so already.
         offload: keep inputs of layers in the memory of the host.
@@ -120,7 +126,7 @@ def long_text(
         "checkpoint_layers": checkpoint_layers,
         "offload": offload,
     }
-    handle = vars(base).get(KEPT_AS)
+    handle = long_text_of(base)
     if handle is not None:
         if handle.options != options:
             raise ValueError(
@@ -136,10 +142,14 @@ def long_text(
     for name, head in heads.items():
         handle.replace(name, head, "forward", _deferred, logits)
     if feed_forward is not None:
-        for name, (module, method) in find_feed_forward(base).items():
+        found = find_feed_forward(base)
+        for name, (module, method) in found.items():
             function = tiled_forward if method == "forward" else tiled
             handle.replace(name, module, method, function, feed_forward)
-        handle.whole = _without(base, handle.in_pieces)
+        for name, module in find_norms(base, base.config.get_text_config().hidden_size).items():
+            if not any(name.startswith(f"{outer}.") and method == "forward" for outer, (_, method) in found.items()):
+                handle.replace(name, module, "forward", tiled_norm, feed_forward)
+        handle.whole = _without(base, list(found))
         if handle.whole:
             logger.info(f"the feed-forward layers of {', '.join(handle.whole)} are computed whole")
     setattr(base, KEPT_AS, handle)
@@ -148,7 +158,7 @@ def long_text(
 
 def _deferred(head: nn.Linear, function: Callable, piece: int, hidden: Tensor) -> Tensor:
     """Logits of an output layer, not made yet where `hidden` `[..., D]` has more tokens than a piece."""
-    if hidden.numel() <= piece * hidden.shape[-1] or torch.compiler.is_compiling():
+    if hidden.numel() <= piece * hidden.shape[-1] or is_compiled():
         return function(hidden)
     refuse_partitioned([head.weight])
     kind = hidden.device.type
@@ -197,7 +207,7 @@ def _offloaded(function: Callable, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def _without(model: nn.Module, in_pieces: list[str]) -> list[str]:
-    """Layers, of those that are repeated, in which nothing goes in pieces."""
+def _without(model: nn.Module, feed_forward: list[str]) -> list[str]:
+    """Layers, of those that are repeated, which have no feed-forward layer in pieces."""
     layers = (name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer))
-    return [name for name in layers if not any(f"{piece}.".startswith(f"{name}.") for piece in in_pieces)]
+    return [name for name in layers if not any(f"{piece}.".startswith(f"{name}.") for piece in feed_forward)]

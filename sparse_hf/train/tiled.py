@@ -19,13 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .first_order import first_order
 
+logger = logging.get_logger(__name__)
 # classes of feed-forward layers
 NAMES = re.compile(r"(MLP|Mlp|FeedForward|FFN|FF|ActDense)$")
 # methods of layers that are the feed-forward layer, for apply_chunking_to_forward
 METHODS = ("feed_forward_chunk", "ff_chunk")
+# norms that go by way of float32 keep several times their input. They are quick, and what they keep
+# matters only in texts of more pieces than this
+NORMS_FROM_PIECES = 16
 
 
 @dataclass
@@ -143,7 +148,7 @@ def compute(x: Tensor, pieces: Pieces) -> Tensor:
 
 def tiled(owner: nn.Module, function: Callable, size: int, x: Tensor) -> Tensor:
     """What `function(x)` gives, a method of `owner`, piece by piece where `x` has more than `size` tokens."""
-    if x.numel() <= size * x.shape[-1] or torch.compiler.is_compiling():
+    if x.numel() <= size * x.shape[-1] or is_compiled():
         return function(x)
     weights = [p for p in owner.parameters() if p.requires_grad]
     refuse_partitioned(weights)
@@ -162,10 +167,28 @@ def tiled_forward(owner: nn.Module, function: Callable, size: int, *args: Any, *
     return tiled(owner, function, size, *args)
 
 
+def tiled_norm(owner: nn.Module, function: Callable, size: int, *args: Any, **kwargs: Any) -> Any:
+    """`tiled_forward`, in long texts alone."""
+    is_long = args and args[0].numel() > NORMS_FROM_PIECES * size * args[0].shape[-1]
+    return tiled_forward(owner, function, size, *args, **kwargs) if is_long else function(*args, **kwargs)
+
+
+def is_compiled() -> bool:
+    """Is this code traced by torch.compile, which takes a module as it was?"""
+    return torch.compiler.is_compiling() and _say_compiled()
+
+
+# called where code is traced, and no part of what is compiled
+@torch.compiler.assume_constant_result
+def _say_compiled() -> bool:
+    logger.warning_once("torch.compile computes whole what long_text computes in pieces; leave one of them out")
+    return True
+
+
 def refuse_partitioned(weights: Iterable[Tensor]) -> None:
     if any(hasattr(w, "ds_id") for w in weights):
         raise ValueError(
-            "DeepSpeed's ZeRO-3 takes weights apart again while long_text still needs them; use FSDP2, ZeRO-2, or no long_text"
+            "DeepSpeed's ZeRO-3 takes weights apart again while long_text still needs them; use FSDP2, or no long_text"
         )
 
 
@@ -199,3 +222,14 @@ def find_feed_forward(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             if hasattr(type(module), method):
                 found[name] = module, method
     return found
+
+
+def find_norms(model: nn.Module, width: int) -> dict[str, nn.Module]:
+    """Norms of hidden states of `width` that are written in Python; torch's own keep their input alone."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm")
+        and not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        and [tuple(p.shape) for p in module.parameters()] == [(width,)]
+    }

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from sparse_hf import sparsify
+from sparse_hf import evaluate, sparsify
+from sparse_hf.evaluation import Settings
 from sparse_hf.evaluation.recall.ask import SPARE, ask
 from sparse_hf.evaluation.recall.filler import Filler
 from sparse_hf.evaluation.recall.tasks import COMMON, TASKS, InProse, Question
@@ -36,6 +37,14 @@ def test_a_question_fills_its_length_and_no_more(name, filler):
 def test_a_question_is_drawn_by_its_seed_alone(name, filler):
     assert asked(name, filler) == asked(name, filler)
     assert asked(name, filler) != asked(name, filler, seed=2)
+
+
+def test_a_model_has_positions_for_the_reply():
+    settings = Settings(length=96, lengths=(800,), depths=(0.5,), progress=False)
+    model = tiny_model("GPT2LMHeadModel", n_positions=800)
+    options = {"tokenizer": tokenizer(), "settings": settings, "probes": ["recall", "cost"]}
+    tasks = evaluate(model, "window(9, 0)", TEXT, **options).result["probes"]["recall"]["candidates"]["dense"]["tasks"]
+    assert set(tasks) == set(TASKS)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])

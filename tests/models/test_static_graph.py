@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import CompileConfig, StaticCache
@@ -85,7 +87,7 @@ def test_patterns(pattern, graphs):
     compare(model, graphs, prompt())
 
 
-@pytest.mark.parametrize("pattern", STREAMED)
+@pytest.mark.parametrize("pattern", slow_but_for((STREAMED[3], STREAMED[6]), STREAMED))
 def test_patterns_that_have_an_end(pattern, graphs):
     compare(sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern), graphs, prompt(), "streaming")
 
@@ -158,3 +160,23 @@ def test_a_prompt_with_padding_in_the_way_runs_without_compilation(padded, graph
     right = model.generate(**inputs, **how(use_cache=False))
     assert torch.equal(model.generate(**inputs, **how(cache_implementation="static", compile_config=config)), right)
     assert not found
+
+
+def test_a_streaming_cache_that_is_copied_cropped_and_emptied_keeps_its_graph(graphs):
+    config, found = graphs
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    cache, first = StreamingCache(model.config), prompt()["input_ids"]
+
+    def check(text: torch.Tensor, held: StreamingCache) -> torch.Tensor:
+        right = model.generate(text, **how(use_cache=False))
+        assert torch.equal(model.generate(text, **how(compile_config=config), **named_cache(model, held)), right)
+        return right
+
+    text = torch.cat((check(first, cache), prompt(length=5)["input_ids"]), 1)
+    check(text, copy.deepcopy(cache))
+    answer = check(text, cache)
+    cache.crop(-3)
+    check(torch.cat((answer[:, :-4], prompt(length=5)["input_ids"]), 1), cache)
+    cache.reset()
+    check(first, cache)
+    assert len(found) == 1

@@ -68,6 +68,10 @@ MADE = {
     "transpose of words": lambda x: x.transpose(1, 2),
     "view of words": lambda x: x.view(-1),
     "flatten all": lambda x: x.flatten(),
+    "options by name": lambda x: x.flatten(start_dim=0, end_dim=1),
+    "transpose by name": lambda x: x.transpose(dim0=0, dim1=1),
+    "add by name": lambda x: torch.add(x, 2, alpha=3),
+    "size by name": lambda x: x.view(size=(-1, V)),
     "sum": lambda x: x.sum(),
     "two": lambda x: x * x,
     "bias of tokens": lambda x: x + torch.arange(L, dtype=torch.float64)[:, None],
@@ -144,7 +148,7 @@ def test_second_derivatives_are_refused():
 
 
 class Double(torch.autograd.Function):
-    """A function of one's own, which Python code of tensors does not see."""
+    """A function of one's own, whose gradient says that it was this one."""
 
     @staticmethod
     def forward(ctx, x):
@@ -152,13 +156,45 @@ class Double(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * 2
+        return grad * 3
 
 
-def test_a_function_of_ones_own_gets_whole_logits_and_gives_gradients():
-    (wanted, grads), (found, ours) = both(Double.apply)
-    torch.testing.assert_close(found, wanted)
+class Same(Double):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+
+class Sum(Double):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return F.cross_entropy(x.view(-1, V), LABELS.flatten())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(ctx.shape)
+
+
+@pytest.mark.parametrize("function", [Double, Same, Sum])
+def test_a_function_of_ones_own(function):
+    (wanted, grads), (found, ours) = both(function.apply)
+    torch.testing.assert_close(found + 0, wanted)
     for one, other in zip(ours, grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_hook_on_logits_stays():
+    seen = []
+
+    def hooked(x):
+        x.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+        return Double.apply(x)
+
+    (wanted, grads), (found, ours) = both(hooked)
+    torch.testing.assert_close(found, wanted)
+    assert len(seen) == 2
+    for one, other in zip((seen[1], *ours), (seen[0], *grads), strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -13,15 +13,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 import sparse_hf
-from sparse_hf.train import long_text, lora_config
+from sparse_hf.train import Distillation, HealingTrainer, long_text, lora_config
 from sparse_hf.train.deferred_logits import DeferredLogits
 from tests.models.families import HEADS, LENGTH, VOCABULARY, dense_model, inputs, is_decoder, labels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-# pieces that leave a rest
-SMALL = {"logits": 37, "feed_forward": 41}
+# pieces that leave a rest, and so many that norms go in pieces too
+SMALL = {"logits": 37, "feed_forward": 17}
 # MLM with bias, two stacks, tied and not, soft caps and scales
 CHOSEN = [
     "LlamaForCausalLM", "Gemma2ForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM",
@@ -118,6 +119,21 @@ def test_autocast(head):
         )
     assert handle is not None and found[0][0] == found[1][0]
     assert distance(found[1][1], exact) < 1.2 * distance(found[0][1], exact) + 1e-3
+
+
+def test_autocast_of_a_long_text_beside_a_short_one():
+    """Weights that autocast cast for pieces, which record no graph, are not those of the short text."""
+    model, batch = model_of("LlamaForCausalLM", torch.float32), batch_of("LlamaForCausalLM", "none")
+    ids, found = batch["input_ids"], []
+    for is_long in (False, True):
+        if is_long:
+            begin(model, feed_forward=50, checkpoint_layers=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            long, short = (model(input_ids=some, labels=some, use_cache=False).loss for some in (ids, ids[:1, :20]))
+        model.zero_grad()
+        (long + short).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert distance(found[1], found[0]) < 0.02
 
 
 @pytest.mark.parametrize("head", ["LlamaForCausalLM", "BertForMaskedLM", "GPT2LMHeadModel"])
@@ -238,10 +254,10 @@ def test_no_tensor_of_all_tokens_is_as_wide_as_vocabulary_or_feed_forward(head):
     with Shapes(VOCABULARY, 71) as stock:
         step(model, batch)
     assert stock.tokens[VOCABULARY] == stock.tokens[71] == tokens
-    with begin(model), Shapes(VOCABULARY, 71) as seen:
+    with begin(model, feed_forward=41), Shapes(VOCABULARY, 71) as seen:
         step(model, batch)
     # weights and their gradients have 32 rows
-    assert seen.tokens == {VOCABULARY: SMALL["logits"], 71: SMALL["feed_forward"]}
+    assert seen.tokens == {VOCABULARY: SMALL["logits"], 71: 41}
 
 
 def test_a_checkpointed_layer_does_not_go_through_its_pieces_again():
@@ -270,6 +286,8 @@ def test_offloaded_checkpoints(monkeypatch):
     with begin(model, offload=True):
         after, found = step(model, batch)
     assert not is_checkpointed(model)
+    # the input of each layer, and nothing that is made inside
+    assert [shape for shape in kept if 32 in shape] == 2 * [(*batch["labels"].shape, 32)]
     torch.testing.assert_close(after.loss, before.loss)
     assert distance(found, wanted) < 1e-6
 
@@ -385,7 +403,8 @@ def test_models_that_cannot():
 
 def test_layers_that_stay_whole_are_named():
     handle = begin(model_of("MixtralForCausalLM"))
-    assert handle.in_pieces == ["lm_head"] and handle.whole == ["model.layers.0", "model.layers.1"]
+    assert not [name for name in handle.in_pieces if "norm" not in name and name != "lm_head"]
+    assert handle.whole == ["model.layers.0", "model.layers.1"]
 
 
 def test_heads_without_words_are_only_tiled():
@@ -395,7 +414,7 @@ def test_heads_without_words_are_only_tiled():
     before, wanted = step(model, batch)
     with begin(model) as handle:
         after, found = step(model, batch)
-        assert handle.in_pieces == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        assert [n for n in handle.in_pieces if "norm" not in n] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert distance(found, wanted) < 1e-6
 
 
@@ -405,3 +424,38 @@ def test_generation_is_as_ever():
     wanted = model.generate(prompt, max_new_tokens=5, do_sample=False)
     with begin(model):
         assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), wanted)
+
+
+def test_compiled_code_says_that_it_is_whole(monkeypatch):
+    model = model_of("LlamaForCausalLM")
+    hidden, said = torch.randn(2, 90, 32, dtype=torch.float64), []
+    monkeypatch.setattr(logging.get_logger("sparse_hf.train.tiled"), "warning_once", said.append)
+    for module in (model.lm_head, model.model.layers[0].mlp):
+        wanted = module(hidden)
+        with begin(model):
+            found = torch.compile(module, backend="eager", fullgraph=True)(hidden)
+        torch.testing.assert_close(found, wanted)
+        assert not isinstance(found, DeferredLogits) and "torch.compile computes whole" in said.pop()
+
+
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "BertForMaskedLM"])
+def test_a_teachers_answers_are_never_whole(head, tmp_path):
+    found = []
+    for is_long in (False, True):
+        teacher, model = (
+            model_of(head, torch.float32),
+            sparse_hf.sparsify(model_of(head, torch.float32), "window(9, 9)").train(),
+        )
+        if is_long:
+            begin(model)
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        trainer = HealingTrainer(model, args, teacher=teacher, distillation=Distillation(temperature=3.0, hidden=0.5))
+        batch = batch_of(head, "none")
+        batch.pop("use_cache", None)
+        with Shapes(VOCABULARY) as seen:
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(200))
+            loss.backward()
+        assert seen.tokens[VOCABULARY] == (SMALL["logits"] if is_long else batch["labels"].numel())
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    assert distance(found[1][1], found[0][1]) < 1e-5

@@ -73,8 +73,9 @@ def _pass(contender: Contender, ids: Tensor) -> Any:
 
 
 def _decoding(contender: Contender, ids: Tensor) -> Found:
-    _, cache = prefill(contender.model, ids, streaming_cache(contender))
-    token, size = ids[:, -1:], cache_bytes(cache)
+    # the tokens that are decoded are the last of the text, beyond which there may be no positions
+    _, cache = prefill(contender.model, ids[:, : -TOKENS - 1], streaming_cache(contender))
+    token = ids[:, -1:]
     go_on(contender.model, token, cache)
 
     def decode() -> None:
@@ -83,7 +84,7 @@ def _decoding(contender: Contender, ids: Tensor) -> Found:
 
     return {
         "seconds_per_token": _seconds(decode, ids.device) / TOKENS,
-        "cache_bytes": size,
+        "cache_bytes": cache_bytes(cache),
         "cache": type(cache).__name__,
     }
 

@@ -9,9 +9,9 @@ from functools import partial
 from typing import ClassVar
 
 from ..pieces import Finished, Found, Piece
-from ..recall.ask import ask
+from ..recall.ask import ask, reply_length
 from ..recall.filler import Filler
-from ..recall.tasks import TASKS, Question
+from ..recall.tasks import TASKS, Question, Task
 from ..subject import Contender
 from .base import Setup
 
@@ -81,9 +81,17 @@ def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
         for length in settings.all_lengths:
             for depth in settings.depths if task.has_depth else (None,):
                 for repeat in range(settings.repeats):
-                    draw = random.Random(f"{settings.seed} {name} {length} {depth} {repeat}")
-                    question = task.ask(filler, length, depth or 0.0, draw)
+                    seed = f"{settings.seed} {name} {length} {depth} {repeat}"
+                    question = _asked_within(task, filler, length, depth or 0.0, seed)
                     yield {"task": name, "length": length, "depth": depth, "repeat": repeat}, question
+
+
+def _asked_within(task: Task, filler: Filler, length: int, depth: float, seed: str) -> Question:
+    """A question that has room for its reply within the length, beyond which a model may have no positions."""
+    question = task.ask(filler, length, depth, random.Random(seed))
+    over = filler.count(question.prompt) + reply_length(filler.tokenizer, question) - length
+    # the same draws give the same answers
+    return question if over <= 0 else task.ask(filler, length - over, depth, random.Random(seed))
 
 
 def _asked(setup: Setup, contender: Contender, question: Question) -> Found:

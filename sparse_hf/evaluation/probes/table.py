@@ -20,7 +20,7 @@ def choose(names: list[str] | None, setup: Setup) -> tuple[list[Probe], dict[str
     """The probes that are run, and why others are not; without names all that the model can be asked.
 
     Raises:
-        ValueError: an unknown name, one that the model or the texts cannot be asked, or none that is left.
+        ValueError: an unknown name, or one that the model or the texts cannot be asked.
     """
     unknown = next((name for name in names or () if name not in PROBES), None)
     if unknown is not None:

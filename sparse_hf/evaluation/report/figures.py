@@ -213,29 +213,35 @@ def _recall(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
                  [[mean(found["candidates"][name]["tasks"][task]) for task in tasks] for name in names], cell=(66, 24)),
             "facts recalled by each candidate in each task",
         ),
-        is_wide=True,
     )  # fmt: skip
-    for name in names:
-        cells = [
-            cell
-            for of_task in found["candidates"][name]["tasks"].values()
-            for cell in of_task
-            if cell["depth"] is not None
-        ]
-        if not cells:
-            continue
+    cells = {
+        name: [cell for of_task in found["candidates"][name]["tasks"].values() for cell in of_task] for name in names
+    }
+    if not any(cell["depth"] is not None for cell in cells["dense"]):
+        return
 
-        def at(length: int, depth: float, cells=cells) -> float | None:
-            own = [cell for cell in cells if cell["length"] == length and cell["depth"] == depth]
-            return mean(own) if own else None
+    def at(name: str, depth: float, lengths: Sequence[int]) -> float | None:
+        own = [cell for cell in cells[name] if cell["depth"] == depth and cell["length"] in lengths]
+        return mean(own) if own else None
 
-        values = [[at(length, depth) for length in found["lengths"]] for depth in found["depths"]]
+    depths, lengths = found["depths"], found["lengths"]
+    yield Figure(
+        "facts recalled, by depth",
+        "Mean over lengths and tasks. 0 % is the beginning of the text, farthest from the question.",
+        heat_map(
+            Grid([letters.letter(name) for name in names], [_share(depth) for depth in depths],
+                 [[at(name, depth, lengths) for depth in depths] for name in names], cell=(66, 24)),
+            "facts recalled by each candidate at each depth",
+        ),
+    )  # fmt: skip
+    for name in names if len(lengths) > 1 else ():
+        values = [[at(name, depth, [length]) for length in lengths] for depth in depths]
         yield Figure(
             f"{letters.letter(name)}: facts recalled, by length and depth",
             f"Of {name}, the mean over tasks whose facts have a depth.",
             heat_map(
-                Grid([_share(depth) for depth in found["depths"]], [f"{length:,}" for length in found["lengths"]], values,
-                     "depth", "tokens", cell=(66, 30)),
+                Grid([_share(depth) for depth in depths], [f"{length:,}" for length in lengths], values, "depth", "tokens",
+                     cell=(66, 30)),
                 f"facts recalled by {name} over lengths and depths",
             ),
         )  # fmt: skip

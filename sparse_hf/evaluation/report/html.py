@@ -31,7 +31,7 @@ code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: an
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { vertical-align: bottom; white-space: normal; min-width: 4.2rem }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 0 }
 td.name { text-align: left; max-width: 19rem; white-space: normal; min-width: 9rem }
 .verdicts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .8rem }
 .verdict { border: 1px solid #bbb; border-left: .5rem solid #777; padding: .6rem .8rem; break-inside: avoid }

@@ -88,7 +88,10 @@ class _Scale:
             )
             if len(found) >= 3:
                 return found[:: -(-len(found) // 7)]
-        return (10**self.low, 10**self.high)
+        # a small range, in which numbers are as good as evenly spaced
+        low, high = 10**self.low, 10**self.high
+        step = _round_step((high - low) / 3)
+        return tuple(round(i * step, 10) for i in range(math.ceil(low / step), int(high / step) + 1))
 
 
 def _round_step(step: float) -> float:
@@ -238,7 +241,7 @@ def _spread(places: list[float]) -> list[float]:
     moved, last = list(places), -math.inf
     for i in order:
         last = moved[i] = max(places[i], last + FONT)
-    limit = HEIGHT - BOTTOM + FONT / 2
+    limit = float(HEIGHT - BOTTOM - FONT / 3)
     for i in reversed(order):
         moved[i] = min(moved[i], limit)
         limit = moved[i] - FONT

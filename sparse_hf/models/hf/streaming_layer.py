@@ -87,11 +87,13 @@ class StreamingLayer(CacheLayerMixin):
     def make_room(self, length: int) -> None:
         """Have slots for so many tokens, if it keeps all. Some to spare: a graph is of one number of slots."""
         if not self.keeps_all or length <= self.ring.slots:
-            self.wanted = max(self.wanted, length)
             return
-        self.wanted = max(length, 2 * self.ring.slots)
+        grown = length if self.keys is None else max(length, 2 * self.ring.slots)
+        # an eighth more at most, so that texts of nearly the same length share a graph
+        step = max(LEAST_ROOM, (1 << (grown - 1).bit_length()) // 8)
+        more = -(-grown // step) * step - self.ring.slots
+        self.wanted = self.ring.slots + more
         if self.keys is not None and self.values is not None:
-            more = self.wanted - self.ring.slots
             with torch.inference_mode(False):
                 self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
 
