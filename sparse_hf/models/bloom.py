@@ -31,7 +31,7 @@ class SparseBloomAttention(BloomAttention):
         # what it is at the second of two tokens
         two = torch.ones(1, 2, dtype=torch.long, device=q.device)
         slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, 0, 1]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         dropout = self.attention_dropout.p if self.training else 0.0
         bias = by_distance(slopes, attention_mask, q, k)
         out, weights = attend(

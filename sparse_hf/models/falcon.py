@@ -45,7 +45,7 @@ class SparseFalconAttention(FalconAttention):
             kwargs |= {"position_bias": by_distance(slopes, attention_mask, q, k), "bias_skips_padding": True}
             # rotary layers have none in the dense class
             kwargs["dropout"] = self.attention_dropout.p if self.training else 0.0
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         out, weights = attend(self, q, k, v, attention_mask, self.inv_norm_factor, position_ids=position_ids, **kwargs)
         return self.dense(out.flatten(2)), weights
 

@@ -29,7 +29,7 @@ class SparseMPNetSelfAttention(MPNetSelfAttention):
     def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
         q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         dropout = self.dropout.p if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, None, dropout, position_bias=position_bias, **kwargs)
         return self.o(out.flatten(2)), *((weights,) if output_attentions else ())

@@ -35,7 +35,7 @@ class SparseMptAttention(MptAttention):
             k, v = cache.update(k, v, self.layer_idx)
         # the last entry is of a token itself, the one before it of its neighbour
         bias = by_distance(position_bias[:, 0, -1] - position_bias[:, 0, -2], attention_mask, q, k)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         dropout = self.attn_dropout_p if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, self.softmax_scale, dropout, position_bias=bias, **kwargs)
         return self.out_proj(out.flatten(2)), weights
