@@ -27,7 +27,7 @@ class SparseBloomAttention(BloomAttention):
     ):  # fmt: skip
         q, k, v = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+            k, v = layer_past.update(k, v, self.layer_idx)  # pyright: ignore[reportArgumentType]
         # what it is at the second of two tokens
         two = torch.ones(1, 2, dtype=torch.long, device=q.device)
         slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, 0, 1]

@@ -35,9 +35,10 @@ class SparseFalconAttention(FalconAttention):
     ):  # fmt: skip
         q, k, v = (states.transpose(1, 2) for states in self._split_heads(self.query_key_value(hidden_states)))
         if alibi is None:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+            assert position_embeddings is not None
+            q, k = apply_rotary_pos_emb(q, k, position_embeddings[0], position_embeddings[1])
         if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+            k, v = layer_past.update(k, v, self.layer_idx)  # pyright: ignore[reportArgumentType]
         if alibi is not None:
             # what it is at the second of two tokens, in front of the scale
             two = torch.ones(1, 2, dtype=torch.long, device=q.device)

@@ -64,7 +64,7 @@ def biased_parts(module: ModuleType, home: str) -> dict[type, type]:
         has_bias = isinstance(dense, type) and issubclass(dense, nn.Module) and dense.__module__ == module.__name__
         if has_bias and {"compute_bias", "_relative_position_bucket"} <= set(vars(dense)) and _tells_past(dense):
             read = {
-                "bucket_arguments": frozenset(inspect.signature(dense._relative_position_bucket).parameters),
+                "bucket_arguments": frozenset(_bucket_arguments(dense)),
                 "forward_arguments": tuple(inspect.signature(dense.forward).parameters)[2:],
             }
             made[dense] = subclass(home, (DistanceBias, dense), **read)
@@ -73,3 +73,7 @@ def biased_parts(module: ModuleType, home: str) -> dict[type, type]:
 
 def _tells_past(dense: Any) -> bool:
     return "past_seen_tokens" in inspect.signature(dense.compute_bias).parameters
+
+
+def _bucket_arguments(dense: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(dense._relative_position_bucket).parameters)
