@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -q -n 2
 
-.PHONY: help docs demo test test-oldest check test-all zoo test-transformers test-gpu bench cards dist
+.PHONY: help docs demo test test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards dist
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +26,7 @@ test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
 
 # attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles models, is the same
-OLDEST := tests/models tests/conversion tests/train tests/test_examples.py tests/test_registry.py \
+OLDEST := tests/models tests/conversion tests/train tests/zoo tests/test_examples.py tests/test_registry.py \
 	--ignore=tests/train/test_studies.py --ignore=tests/conversion/test_memory.py \
 	-m "not slow and not gpu and not transformers and not compiles"
 
@@ -44,6 +44,9 @@ test-all: $(STAMP) zoo  ## every test that needs no GPU
 
 zoo: $(STAMP)  ## try every model type of Transformers, and write docs/zoo.md
 	$(BIN)/python -m tests.zoo
+
+zoo-oldest:  ## the same with the oldest supported one, into docs/zoo-oldest.json
+	$(MAKE) zoo VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-transformers: $(STAMP)  ## Transformers' own common tests, on our classes beside the dense ones
 	$(BIN)/python -m pytest $(FAST) -m transformers tests/transformers

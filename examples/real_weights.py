@@ -36,10 +36,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    MPNetConfig,
-    MPNetModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    XLNetConfig,
+    XLNetModel,
 )
 
 import sparse_hf
@@ -122,7 +122,7 @@ CASES = {
         ),
     ),
 }
-MPNET = "mpnet"
+XLNET = "xlnet"
 
 
 def measure(name: str) -> dict:
@@ -267,15 +267,14 @@ def compare_embeddings(dense: PreTrainedModel, sparse: PreTrainedModel, batch: B
 
 
 def refusal() -> dict:
-    """What conversion says to a small MPNet, which computes attention by itself."""
+    """What conversion says to a small XLNet, which computes attention by itself."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = MPNetConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        MPNetModel(config).save_pretrained(Path(scratch) / "dense")
+        XLNetModel(XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64)).save_pretrained(Path(scratch) / "dense")
         try:
             sparse_hf.convert(Path(scratch) / "dense", Path(scratch) / "sparse", NARROW, progress=False)
         except ValueError as error:
-            return {"package": None, "dense_class": "MPNetModel", "weights": "random", "refused": str(error)}
-    raise RuntimeError("an MPNet model was converted, though no pattern reaches its attention")
+            return {"package": None, "dense_class": "XLNetModel", "weights": "random", "refused": str(error)}
+    raise RuntimeError("an XLNet model was converted, though no pattern reaches its attention")
 
 
 def in_own_process(name: str) -> dict:
@@ -356,7 +355,7 @@ def quality(m: dict) -> str:
 
 
 def main() -> None:
-    names = [*CASES, MPNET]
+    names = [*CASES, XLNET]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument(
@@ -367,7 +366,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if arguments.measure:
-        write_json(refusal() if arguments.measure == MPNET else measure(arguments.measure), arguments.out)
+        write_json(refusal() if arguments.measure == XLNET else measure(arguments.measure), arguments.out)
         return
     here = environment(torch.device("cpu"))
     here["versions"] = {key: value for key, value in here["versions"].items() if value}

@@ -53,6 +53,12 @@ from .models import SparseBigBirdPegasusForConditionalGeneration as SparseBigBir
 from .models import SparseBigBirdPegasusForQuestionAnswering as SparseBigBirdPegasusForQuestionAnswering
 from .models import SparseBigBirdPegasusForSequenceClassification as SparseBigBirdPegasusForSequenceClassification
 from .models import SparseBigBirdPegasusModel as SparseBigBirdPegasusModel
+from .models import SparseBloomConfig as SparseBloomConfig
+from .models import SparseBloomForCausalLM as SparseBloomForCausalLM
+from .models import SparseBloomForQuestionAnswering as SparseBloomForQuestionAnswering
+from .models import SparseBloomForSequenceClassification as SparseBloomForSequenceClassification
+from .models import SparseBloomForTokenClassification as SparseBloomForTokenClassification
+from .models import SparseBloomModel as SparseBloomModel
 from .models import SparseCamembertConfig as SparseCamembertConfig
 from .models import SparseCamembertForCausalLM as SparseCamembertForCausalLM
 from .models import SparseCamembertForMaskedLM as SparseCamembertForMaskedLM
@@ -81,6 +87,12 @@ from .models import SparseElectraForQuestionAnswering as SparseElectraForQuestio
 from .models import SparseElectraForSequenceClassification as SparseElectraForSequenceClassification
 from .models import SparseElectraForTokenClassification as SparseElectraForTokenClassification
 from .models import SparseElectraModel as SparseElectraModel
+from .models import SparseFalconConfig as SparseFalconConfig
+from .models import SparseFalconForCausalLM as SparseFalconForCausalLM
+from .models import SparseFalconForQuestionAnswering as SparseFalconForQuestionAnswering
+from .models import SparseFalconForSequenceClassification as SparseFalconForSequenceClassification
+from .models import SparseFalconForTokenClassification as SparseFalconForTokenClassification
+from .models import SparseFalconModel as SparseFalconModel
 from .models import SparseGemma2Config as SparseGemma2Config
 from .models import SparseGemma2ForCausalLM as SparseGemma2ForCausalLM
 from .models import SparseGemma2ForSequenceClassification as SparseGemma2ForSequenceClassification
@@ -148,6 +160,19 @@ from .models import SparseModernBertForQuestionAnswering as SparseModernBertForQ
 from .models import SparseModernBertForSequenceClassification as SparseModernBertForSequenceClassification
 from .models import SparseModernBertForTokenClassification as SparseModernBertForTokenClassification
 from .models import SparseModernBertModel as SparseModernBertModel
+from .models import SparseMPNetConfig as SparseMPNetConfig
+from .models import SparseMPNetForMaskedLM as SparseMPNetForMaskedLM
+from .models import SparseMPNetForMultipleChoice as SparseMPNetForMultipleChoice
+from .models import SparseMPNetForQuestionAnswering as SparseMPNetForQuestionAnswering
+from .models import SparseMPNetForSequenceClassification as SparseMPNetForSequenceClassification
+from .models import SparseMPNetForTokenClassification as SparseMPNetForTokenClassification
+from .models import SparseMPNetModel as SparseMPNetModel
+from .models import SparseMptConfig as SparseMptConfig
+from .models import SparseMptForCausalLM as SparseMptForCausalLM
+from .models import SparseMptForQuestionAnswering as SparseMptForQuestionAnswering
+from .models import SparseMptForSequenceClassification as SparseMptForSequenceClassification
+from .models import SparseMptForTokenClassification as SparseMptForTokenClassification
+from .models import SparseMptModel as SparseMptModel
 from .models import SparseOlmo2Config as SparseOlmo2Config
 from .models import SparseOlmo2ForCausalLM as SparseOlmo2ForCausalLM
 from .models import SparseOlmo2ForSequenceClassification as SparseOlmo2ForSequenceClassification
@@ -260,6 +285,7 @@ from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
 from .pattern import Window as Window
+from .pattern import Window2d as Window2d
 from .pattern import causal as causal
 from .pattern import full as full
 from .pattern import recipes as recipes
@@ -454,6 +480,12 @@ __all__ = [
     "SparseBigBirdPegasusForConditionalGeneration",
     "SparseBigBirdPegasusForSequenceClassification",
     "SparseBigBirdPegasusForQuestionAnswering",
+    "SparseBloomConfig",
+    "SparseBloomModel",
+    "SparseBloomForCausalLM",
+    "SparseBloomForSequenceClassification",
+    "SparseBloomForQuestionAnswering",
+    "SparseBloomForTokenClassification",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",
@@ -461,6 +493,12 @@ __all__ = [
     "SparseDistilBertForQuestionAnswering",
     "SparseDistilBertForTokenClassification",
     "SparseDistilBertForMultipleChoice",
+    "SparseFalconConfig",
+    "SparseFalconModel",
+    "SparseFalconForCausalLM",
+    "SparseFalconForSequenceClassification",
+    "SparseFalconForQuestionAnswering",
+    "SparseFalconForTokenClassification",
     "SparseLEDConfig",
     "SparseLEDModel",
     "SparseLEDForConditionalGeneration",
@@ -479,6 +517,19 @@ __all__ = [
     "SparseModernBertForQuestionAnswering",
     "SparseModernBertForTokenClassification",
     "SparseModernBertForMultipleChoice",
+    "SparseMPNetConfig",
+    "SparseMPNetModel",
+    "SparseMPNetForMaskedLM",
+    "SparseMPNetForSequenceClassification",
+    "SparseMPNetForQuestionAnswering",
+    "SparseMPNetForTokenClassification",
+    "SparseMPNetForMultipleChoice",
+    "SparseMptConfig",
+    "SparseMptModel",
+    "SparseMptForCausalLM",
+    "SparseMptForSequenceClassification",
+    "SparseMptForQuestionAnswering",
+    "SparseMptForTokenClassification",
     "SparsePerceiverConfig",
     "SparsePerceiverModel",
     "SparsePerceiverForMaskedLM",
@@ -523,6 +574,7 @@ __all__ = [
     "Stride",
     "Summary",
     "Window",
+    "Window2d",
     "causal",
     "full",
     "recipes",

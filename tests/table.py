@@ -26,6 +26,7 @@ PATTERNS = [
     "ring(50, 2)",
     "last(3)",
     "chunk(16, 1, 1) | first(16) | last(1, 16) | marked()",
+    "window2d(8, 12, 2, 1) | first(1)",
     "random_blocks(2, 16, 1)",
     "block_table(32, ((0, 1), (1,), (), (0, 2, 3), (4, 1), (5,), (6, 0), (7,)))",
     "per_head(window(9, 9), window(60, 60) & stride(3), window(9, 9), first(4) | window(3, 3))",

@@ -115,6 +115,23 @@ def pattern() -> Figure:
     return figure
 
 
+def grid() -> Figure:
+    """What `window2d` holds: the keys of three queries in the image, and all pairs."""
+    height, width, radius, queries = 6, 8, 1, (0, 28, 47)
+    figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
+    *images, pairs = figure.subplots(1, 4)
+    text = f"window2d({height}, {width}, {radius}, 1)"
+    place = torch.arange(height * width + 1)
+    held = (Pattern.parse(text) | Pattern.parse("first(1)")).allows(place[:, None], place).tolist()
+    for axes, query in zip(images, queries, strict=True):
+        keys = held[query + 1][1:]
+        shown = [[ORANGE if i == query else DARK if key else NOTHING for i, key in enumerate(keys)]]
+        cells(axes, [shown[0][row * width : (row + 1) * width] for row in range(height)], f"patch {query}")
+        axes.set(xlabel="", ylabel="")
+    cells(pairs, [[DARK if pair else NOTHING for pair in row] for row in held], f"{text}\n| first(1)")
+    return figure
+
+
 def plan() -> Figure:
     """From pairs to blocks to a table."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
@@ -246,7 +263,7 @@ def floors() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "overview": overview, "floors": floors, "pattern": pattern, "plan": plan, "backends": backends,
+    "overview": overview, "floors": floors, "pattern": pattern, "grid": grid, "plan": plan, "backends": backends,
 }  # fmt: skip
 
 

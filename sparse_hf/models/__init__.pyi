@@ -51,6 +51,14 @@ from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import (
     BigBirdPegasusForSequenceClassification,
     BigBirdPegasusModel,
 )
+from transformers.models.bloom.configuration_bloom import BloomConfig
+from transformers.models.bloom.modeling_bloom import (
+    BloomForCausalLM,
+    BloomForQuestionAnswering,
+    BloomForSequenceClassification,
+    BloomForTokenClassification,
+    BloomModel,
+)
 from transformers.models.camembert.configuration_camembert import CamembertConfig
 from transformers.models.camembert.modeling_camembert import (
     CamembertForCausalLM,
@@ -82,6 +90,14 @@ from transformers.models.electra.modeling_electra import (
     ElectraForSequenceClassification,
     ElectraForTokenClassification,
     ElectraModel,
+)
+from transformers.models.falcon.configuration_falcon import FalconConfig
+from transformers.models.falcon.modeling_falcon import (
+    FalconForCausalLM,
+    FalconForQuestionAnswering,
+    FalconForSequenceClassification,
+    FalconForTokenClassification,
+    FalconModel,
 )
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import (
@@ -158,6 +174,23 @@ from transformers.models.modernbert.modeling_modernbert import (
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
     ModernBertModel,
+)
+from transformers.models.mpnet.configuration_mpnet import MPNetConfig
+from transformers.models.mpnet.modeling_mpnet import (
+    MPNetForMaskedLM,
+    MPNetForMultipleChoice,
+    MPNetForQuestionAnswering,
+    MPNetForSequenceClassification,
+    MPNetForTokenClassification,
+    MPNetModel,
+)
+from transformers.models.mpt.configuration_mpt import MptConfig
+from transformers.models.mpt.modeling_mpt import (
+    MptForCausalLM,
+    MptForQuestionAnswering,
+    MptForSequenceClassification,
+    MptForTokenClassification,
+    MptModel,
 )
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2ForSequenceClassification, Olmo2Model
@@ -472,6 +505,12 @@ __all__ = [
     "SparseBigBirdPegasusForConditionalGeneration",
     "SparseBigBirdPegasusForSequenceClassification",
     "SparseBigBirdPegasusForQuestionAnswering",
+    "SparseBloomConfig",
+    "SparseBloomModel",
+    "SparseBloomForCausalLM",
+    "SparseBloomForSequenceClassification",
+    "SparseBloomForQuestionAnswering",
+    "SparseBloomForTokenClassification",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",
@@ -479,6 +518,12 @@ __all__ = [
     "SparseDistilBertForQuestionAnswering",
     "SparseDistilBertForTokenClassification",
     "SparseDistilBertForMultipleChoice",
+    "SparseFalconConfig",
+    "SparseFalconModel",
+    "SparseFalconForCausalLM",
+    "SparseFalconForSequenceClassification",
+    "SparseFalconForQuestionAnswering",
+    "SparseFalconForTokenClassification",
     "SparseLEDConfig",
     "SparseLEDModel",
     "SparseLEDForConditionalGeneration",
@@ -497,6 +542,19 @@ __all__ = [
     "SparseModernBertForQuestionAnswering",
     "SparseModernBertForTokenClassification",
     "SparseModernBertForMultipleChoice",
+    "SparseMPNetConfig",
+    "SparseMPNetModel",
+    "SparseMPNetForMaskedLM",
+    "SparseMPNetForSequenceClassification",
+    "SparseMPNetForQuestionAnswering",
+    "SparseMPNetForTokenClassification",
+    "SparseMPNetForMultipleChoice",
+    "SparseMptConfig",
+    "SparseMptModel",
+    "SparseMptForCausalLM",
+    "SparseMptForSequenceClassification",
+    "SparseMptForQuestionAnswering",
+    "SparseMptForTokenClassification",
     "SparsePerceiverConfig",
     "SparsePerceiverModel",
     "SparsePerceiverForMaskedLM",
@@ -1095,6 +1153,27 @@ class SparseBigBirdPegasusForQuestionAnswering(SparseMixin, BigBirdPegasusForQue
     config: SparseBigBirdPegasusConfig
 
 @dataclass(kw_only=True)
+class SparseBloomConfig(SparseConfigMixin, BloomConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseBloomModel(SparseMixin, BloomModel):
+    config: SparseBloomConfig
+
+class SparseBloomForCausalLM(SparseGenerationMixin, BloomForCausalLM):
+    config: SparseBloomConfig
+
+class SparseBloomForSequenceClassification(SparseMixin, BloomForSequenceClassification):
+    config: SparseBloomConfig
+
+class SparseBloomForQuestionAnswering(SparseMixin, BloomForQuestionAnswering):
+    config: SparseBloomConfig
+
+class SparseBloomForTokenClassification(SparseMixin, BloomForTokenClassification):
+    config: SparseBloomConfig
+
+@dataclass(kw_only=True)
 class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):
     pattern: InitVar[PatternLike | None] = None
     layers: InitVar[LayersLike] = None
@@ -1117,6 +1196,27 @@ class SparseDistilBertForTokenClassification(SparseMixin, DistilBertForTokenClas
 
 class SparseDistilBertForMultipleChoice(SparseMixin, DistilBertForMultipleChoice):
     config: SparseDistilBertConfig
+
+@dataclass(kw_only=True)
+class SparseFalconConfig(SparseConfigMixin, FalconConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseFalconModel(SparseMixin, FalconModel):
+    config: SparseFalconConfig
+
+class SparseFalconForCausalLM(SparseGenerationMixin, FalconForCausalLM):
+    config: SparseFalconConfig
+
+class SparseFalconForSequenceClassification(SparseMixin, FalconForSequenceClassification):
+    config: SparseFalconConfig
+
+class SparseFalconForQuestionAnswering(SparseMixin, FalconForQuestionAnswering):
+    config: SparseFalconConfig
+
+class SparseFalconForTokenClassification(SparseMixin, FalconForTokenClassification):
+    config: SparseFalconConfig
 
 @dataclass(kw_only=True)
 class SparseLEDConfig(AttentionWindowEncoderConfigMixin, LEDConfig):
@@ -1165,6 +1265,51 @@ class SparseModernBertForTokenClassification(SparseMixin, ModernBertForTokenClas
 
 class SparseModernBertForMultipleChoice(SparseMixin, ModernBertForMultipleChoice):
     config: SparseModernBertConfig
+
+@dataclass(kw_only=True)
+class SparseMPNetConfig(SparseConfigMixin, MPNetConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseMPNetModel(SparseMixin, MPNetModel):
+    config: SparseMPNetConfig
+
+class SparseMPNetForMaskedLM(SparseMixin, MPNetForMaskedLM):
+    config: SparseMPNetConfig
+
+class SparseMPNetForSequenceClassification(SparseMixin, MPNetForSequenceClassification):
+    config: SparseMPNetConfig
+
+class SparseMPNetForQuestionAnswering(SparseMixin, MPNetForQuestionAnswering):
+    config: SparseMPNetConfig
+
+class SparseMPNetForTokenClassification(SparseMixin, MPNetForTokenClassification):
+    config: SparseMPNetConfig
+
+class SparseMPNetForMultipleChoice(SparseMixin, MPNetForMultipleChoice):
+    config: SparseMPNetConfig
+
+@dataclass(kw_only=True)
+class SparseMptConfig(SparseConfigMixin, MptConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseMptModel(SparseMixin, MptModel):
+    config: SparseMptConfig
+
+class SparseMptForCausalLM(SparseGenerationMixin, MptForCausalLM):
+    config: SparseMptConfig
+
+class SparseMptForSequenceClassification(SparseMixin, MptForSequenceClassification):
+    config: SparseMptConfig
+
+class SparseMptForQuestionAnswering(SparseMixin, MptForQuestionAnswering):
+    config: SparseMptConfig
+
+class SparseMptForTokenClassification(SparseMixin, MptForTokenClassification):
+    config: SparseMptConfig
 
 @dataclass(kw_only=True)
 class SparsePerceiverConfig(SparseConfigMixin, PerceiverConfig):

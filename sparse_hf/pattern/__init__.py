@@ -4,6 +4,7 @@ from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .blocks import BlockTable, RandomBlocks
 from .complement import Outside
+from .grid import Window2d
 from .lsh import LSH, LSHChunks
 from .parse import PatternError
 from .per_head import PerHead
@@ -46,6 +47,7 @@ __all__ = [
     "Stride",
     "Summary",
     "Window",
+    "Window2d",
     "causal",
     "full",
     "recipes",

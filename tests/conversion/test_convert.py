@@ -173,7 +173,7 @@ def damage(folder: Path, how: str) -> None:
             ValueError,
             "'fancy' has no sparse counterpart: Transformers does not know it .* supported are albert",
         ),
-        ("mpnet", ValueError, "'mpnet' has no sparse counterpart: it computes attention by itself"),
+        ("xlnet", ValueError, "'xlnet' has no sparse counterpart: it computes attention by itself"),
     ],
 )
 def test_a_damaged_source_is_refused_before_any_work(how, error, message, bert, tmp_path):

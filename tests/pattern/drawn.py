@@ -22,6 +22,7 @@ from sparse_hf import (
     Stride,
     Summary,
     Window,
+    Window2d,
 )
 from sparse_hf.pattern.base import Marks
 
@@ -44,6 +45,7 @@ primitives = st.one_of(
     st.builds(Chunk, size, small, small),
     st.builds(Ring, size, small, small),
     st.builds(Last, small, size),
+    st.builds(Window2d, size, size, st.integers(0, 4), small),
     st.builds(RandomBlocks, st.integers(1, 4), size, st.integers(0, 2**40)),
     st.builds(BlockTable, size, st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=8).map(tuple)),
 )

@@ -1,7 +1,8 @@
 """Try every model type, write `docs/zoo.md`, `docs/zoo.json` and what `sparse-hf list` names, and fail if one that worked does so no more.
 
-Types are shared out among processes. The files are written with the version of Transformers that `constraints.txt` names; with another
-one the types that it has are tried, and nothing is written.
+Types are shared out among processes. The files are written with the version of Transformers that `constraints.txt` names. With the oldest
+supported one, of `constraints-oldest.txt`, another file is written, of which the page counts what works; with others types are tried, and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from sparse_hf.models.derived.entry import WORKED
 from tests.zoo.trial import answer, be_quiet
 
 ROOT = Path(__file__).parents[2]
-JSON, TEXT = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
-WRITTEN_WITH = re.search(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+JSON, OLDEST, TEXT = (ROOT / "docs" / name for name in ("zoo.json", "zoo-oldest.json", "zoo.md"))
+WRITTEN_WITH, OLDEST_WITH = (
+    re.search(r"^transformers==(.+)$", (ROOT / name).read_text(), re.M)[1]
+    for name in ("constraints.txt", "constraints-oldest.txt")
+)
+# version of Transformers -> the file of what works with it
+FILES = {WRITTEN_WITH: JSON, OLDEST_WITH: OLDEST}
 # tests of `trial` and what they are called in the table
 COLUMNS = {
     "mask": "mask",
@@ -42,14 +48,15 @@ HEAD = """\
 Every model type of Transformers {version}, tried with a tiny random model by `make zoo`, which
 writes this page and `zoo.json`. {works} of {all} work: {verified} are **verified** (an entry of the
 table, and tests of their own), {derived} are **derived** when they are first met. {refused} are
-refused; the last table says why.
+refused; the last table says why.{oldest}
 
 A derived type is compared with its dense class when it is made sparse, on a tiny copy of its
 configuration: under a pattern of all pairs, under a narrow pattern as an explicit mask where the
 class takes one (`mask`), and for tokens that reach further than the pattern. The other columns are
 what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
 tokens with a `cache` equal to those without, a folder `saved` and loaded, `exported` back to the
-dense class, and gradient `checkpointing`. `-` is what a class does not have.
+dense class, and gradient `checkpointing`. `-` is what a class does not have, or does not do with
+text alone.
 
 ## Verified
 
@@ -70,7 +77,8 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="model types; by default all of them")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
-    known: dict[str, Any] = json.loads(JSON.read_text(encoding="utf-8"))["types"] if JSON.exists() else {}
+    file = FILES.get(transformers.__version__, JSON)
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["types"] if file.exists() else {}
     found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes)
     lost = [line for name, entry in found.items() for line in worse(name, known.get(name, {}), entry)]
     counts = Counter(entry["status"] for entry in found.values())
@@ -82,8 +90,10 @@ def main() -> int:
     if lost:
         print("\n".join(lost))
         return 1
+    if not given.types and transformers.__version__ in FILES:
+        content = {"transformers": transformers.__version__, "types": found}
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not given.types and transformers.__version__ == WRITTEN_WITH:
-        JSON.write_text(json.dumps({"transformers": WRITTEN_WITH, "types": found}, indent=1) + "\n", encoding="utf-8")
         TEXT.write_text(_page(found), encoding="utf-8")
         worked = [name for name, entry in found.items() if entry["status"] == "derived"]
         WORKED.write_text(json.dumps({"transformers": WRITTEN_WITH, "types": worked}) + "\n", encoding="utf-8")
@@ -123,10 +133,20 @@ def _page(found: dict[str, Any]) -> str:
         verified=len(by["verified"]),
         derived=len(by["derived"]),
         refused=len(by["refused"]),
+        oldest=_of_oldest(),
         names=textwrap.fill(", ".join(by["verified"]), 100, break_on_hyphens=False),
         table="\n".join(rows),
         reasons="\n".join(reasons),
     )
+
+
+def _of_oldest() -> str:
+    """What works with the oldest supported version."""
+    if not OLDEST.exists():
+        return ""
+    types = json.loads(OLDEST.read_text(encoding="utf-8"))["types"]
+    works = sum(entry["status"] != "refused" for entry in types.values())
+    return f" On {OLDEST_WITH}, the oldest supported\nversion, {works} of {len(types)} work (`zoo-oldest.json`)."
 
 
 def _cell(value: Any) -> str:

@@ -8,12 +8,15 @@ import pytest
 import transformers
 
 import sparse_hf
-from tests.zoo.__main__ import JSON, TEXT, WRITTEN_WITH, worse
+from tests.zoo.__main__ import FILES, JSON, TEXT, worse
 from tests.zoo.trial import answer
 
 TYPES = json.loads(JSON.read_text(encoding="utf-8"))["types"]
-# a decoder, layers of another kind, sinks, two stacks, images, sounds; one of the table, and three that are refused
-SOME = ("glm", "lfm2", "gpt_oss", "mt5", "dinov2", "wav2vec2", "bert", "longt5", "llava", "mpnet")
+# what works with the version that is installed
+FILE = FILES.get(transformers.__version__)
+HERE = {} if FILE is None or not FILE.exists() else json.loads(FILE.read_text(encoding="utf-8"))["types"]
+# a decoder, layers of another kind, sinks, two stacks, images, sounds; two of the table, and three that are refused
+SOME = ("glm", "lfm2", "gpt_oss", "mt5", "dinov2", "wav2vec2", "bert", "mpnet", "longt5", "llava", "xlnet")
 
 
 def test_its_files_agree():
@@ -23,10 +26,10 @@ def test_its_files_agree():
     assert all(f"| {name} |" in page for name, entry in TYPES.items() if entry["status"] != "verified")
 
 
-@pytest.mark.skipif(transformers.__version__ != WRITTEN_WITH, reason="written with another version of Transformers")
+@pytest.mark.skipif(not HERE, reason="written with other versions of Transformers")
 @pytest.mark.parametrize("name", SOME)
 def test_some_types_are_what_it_says(name):
-    assert answer(name) == TYPES[name]
+    assert answer(name) == HERE[name]
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,10 @@ class _Trial:
         try:
             return tensors_of(model(**self.inputs))
         except FAILURES as error:
-            raise RefusedError(f"the attention of {self.name} does not fit ours: {_line(error)}") from error
+            reason = f"the attention of {self.name} does not fit ours: {_line(error)}"
+            if MaskRequest.__name__ in str(error):
+                reason = f"{self.name} computes with the mask of all pairs, which sparse attention never makes ({_line(error)})"
+            raise RefusedError(reason) from error
         finally:
             _ARRIVALS.reset(token)
 

@@ -232,7 +232,7 @@ def _small_list(name: str, value: Any, kept: list[int], count: Any) -> Any:
     numbers = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     if not numbers:
         return value
-    if re.search(r"layer|indic|index|idx|block", name) and isinstance(count, int):
+    if re.search(r"layer|indic|index|idx|block", name) and isinstance(count, int) and len(value) != count:
         return kind(kept.index(v) for v in value if v in kept)
     if name == "image_size":
         return kind(min(v, 64) for v in value)

@@ -10,6 +10,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from .cache import LAYERS_SEE
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import MaskRequest, TokenData, layer_pattern, why_dense
+from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -66,7 +67,9 @@ def sparse_mask(
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     own = frozenset() if config is None else config.own_mask_functions
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own)
+    # kept with the mask, which layers have whenever they are computed
+    said = {name: value for name, value in said_of(config).items() if name != FLEETING}
+    return MaskRequest(attention_mask, mask_function, q_offset, own=own, said=said)
 
 
 def sparse_attention_forward(
@@ -84,7 +87,8 @@ def sparse_attention_forward(
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
-    request = MaskRequest.of(attention_mask, query, key)
+    request = MaskRequest.of(attention_mask, query, key, module.config)
+    kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
@@ -109,6 +113,10 @@ def sparse_attention_forward(
     streaming = kwargs.get("streaming_cache")
     if streaming is not None:
         _check_streaming(streaming, module.layer_idx, pattern, opaque)
+        if bias is not None:
+            raise NotImplementedError(
+                "a StreamingCache drops keys, and a bias by distance would count those that are left; use a DynamicCache"
+            )
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
@@ -128,7 +136,8 @@ def sparse_attention_forward(
             pattern = pattern if far is None else far.near
             return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
         request = request.of_held(streaming, module.layer_idx, query, key)
-    shifts = not stack.counts_padding and counts_positions(pattern)
+    skips = kwargs.get("bias_skips_padding", False)
+    shifts = skips or not stack.counts_padding and counts_positions(pattern)
     batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
@@ -147,7 +156,8 @@ def sparse_attention_forward(
         query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
         wants_lse=sinks is not None or part is not None,
     )  # fmt: skip
-    if order is not None and bias is None:
+    reorders = bias is None or skips
+    if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
@@ -158,9 +168,24 @@ def sparse_attention_forward(
     if sinks is not None:
         out = with_sink(out, lse, sinks)
         weights = None if weights is None else with_sink(weights, lse, sinks)
-    if order is not None and bias is None:
+    if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer with those of its pass that its class keeps from it.
+
+    Raises:
+        NotImplementedError: a layer would not know them when gradient checkpointing computes it again.
+    """
+    kept = {name: value for name, value in request.said.items() if name not in kwargs and name != FLEETING}
+    if kept and request.said.get(FLEETING):
+        raise NotImplementedError(
+            f"this class keeps {next(iter(kept))} from its layers, which gradient checkpointing computes again; pass attention_mask "
+            "too, by which they find it, or train without gradient checkpointing"
+        )
+    return {**kept, **kwargs}
 
 
 def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
@@ -207,6 +232,9 @@ def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) 
     """Put the tokens of a call in another order; returns the mask function for it."""
     call.q, call.batch, call.q_offset = order.queries_first(call.q), order.batch, order.length - call.q.shape[2]
     call.k, call.v = order.keys_first(call.k), order.keys_first(call.v)
+    if call.scoring.bias is not None:
+        # slots of a static cache behind the last token are gone
+        call.scoring = replace(call.scoring, bias=call.scoring.bias[:, : 2 * order.length - 1])
     return None if opaque is None else order.mask_function(opaque)
 
 

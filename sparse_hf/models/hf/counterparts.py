@@ -26,6 +26,7 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in COUNTERPARTS:
             module.__class__ = COUNTERPARTS[type(module)]
+    for module in model.modules():
         own = getattr(module, "number_layers", None)
         if own is not None:
             own()

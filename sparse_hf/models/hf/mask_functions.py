@@ -77,6 +77,10 @@ def explicit_mask(mask: Tensor, q_offset: int, b: Tensor, h: Tensor, q: Tensor, 
     return mask[b if mask.shape[0] > 1 else torch.zeros_like(b), 0, q - q_offset, k]
 
 
+# what is added to the score of a pair that may not be seen is at most this
+FORBIDDEN = -10_000
+
+
 def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
     """A mask `[B or 1, 1, Q, K]` that the user made, bool (true: may see) or additive (0: may see), as a bool one.
 
@@ -95,7 +99,8 @@ def as_allowed(mask: Tensor, queries: int, keys: int) -> Tensor:
             "or floating point (0: may see, -inf: may not)"
         )
     allowed = mask == 0
-    if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+    # the least of half precision, or what older classes write, behind which no weight is left
+    if not (allowed | (mask <= FORBIDDEN)).all():
         raise ValueError(
             "a 4-D attention_mask that adds other values than 0 and -inf is a bias, which is not supported"
         )

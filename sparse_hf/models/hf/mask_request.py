@@ -5,7 +5,9 @@ Legend: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,6 +73,34 @@ class TokenData:
         return self.positions, self.bounds, self.marks
 
 
+# arguments of a pass that layers read, beside what Transformers hands them
+NOTHING_SAID: Mapping[str, Any] = {}
+# among them: layers will be computed again when nobody says this any more
+FLEETING = "is_fleeting"
+# of the pass that goes on: the configuration of its model, and what was said
+_OF_PASS: ContextVar[tuple[Any, Mapping[str, Any]] | None] = ContextVar("of_pass", default=None)
+
+
+@contextmanager
+def said_in_pass(config: Any, said: Mapping[str, Any]) -> Iterator[None]:
+    """Have the mask requests of a model know arguments of its pass; some dense classes keep them from their layers.
+
+    Args:
+        config: the model's own, and that of the models within it, which may not be given what their head was.
+    """
+    before = _OF_PASS.set((config, {**said_of(config), **said}))
+    try:
+        yield
+    finally:
+        _OF_PASS.reset(before)
+
+
+def said_of(config: Any) -> Mapping[str, Any]:
+    """What was said in the pass of a model with this configuration."""
+    found = None if torch.compiler.is_compiling() else _OF_PASS.get()
+    return NOTHING_SAID if found is None or found[0] is not config else found[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Padding, documents and marks in the form that plans want.
@@ -93,25 +123,37 @@ class MaskRequest:
     reads_documents: bool = True
     # names of mask functions whose pairs the patterns of the model hold already
     own: frozenset[str] = frozenset()
+    # arguments of the pass, which some dense classes keep from their layers
+    said: Mapping[str, Any] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
 
+    # dense classes ask masks for it; 4 would be a mask of pairs
+    ndim = 2
+
     @classmethod
-    def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor) -> MaskRequest:
-        """The request behind what a layer gets for its mask; a tensor is one of pairs, `[B or 1, 1, Q, K]`."""
+    def of(cls, given: MaskRequest | Tensor | None, query: Tensor, key: Tensor, config: Any = None) -> MaskRequest:
+        """The request behind what a layer gets for its mask; a tensor is one of pairs, `[B or 1, 1, Q, K]`.
+
+        Args:
+            config: of the layer, which tells of which pass it is part.
+        """
         if isinstance(given, MaskRequest):
             return given
-        queries, keys = query.shape[2], key.shape[2]
+        queries, keys, said = query.shape[2], key.shape[2], said_of(config)
         if given is None:
-            return cls(None, None, keys - queries)
+            return cls(None, None, keys - queries, said=said)
         if given.ndim == 4 and given.shape[1:3] == (1, 1) and queries > 1:
             # the same for every query: padding, as older classes write it
-            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries)
+            return cls(as_allowed(given, 1, keys)[:, 0, 0], None, keys - queries, said=said)
         allowed = as_allowed(given, queries, keys)
-        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, reads_documents=False)
+        return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, said=said)
 
-    def to(self, device) -> MaskRequest:
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own)
+    def to(self, target: Any) -> MaskRequest:
+        """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
+        if isinstance(target, torch.dtype):
+            return self
+        mask = None if self.attention_mask is None else self.attention_mask.to(target)
+        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own, self.said)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
 from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
+from .mask_request import FLEETING, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
 else:
     _Model = _GeneratingModel = object
 
+# arguments of ours that layers read
+READ_BY_LAYERS = (
+    "global_attention_mask", "document_positions", "streaming_cache", "turned_sinks", LAYERS_SEE, CHECKED,
+)  # fmt: skip
 # what `generate` calls before each pass
 PREPARES = "prepare_inputs_for_generation"
 GLOBAL_MASK_DOC = """
@@ -71,6 +77,8 @@ class SparseMixin(SavedByOthers, _Model):
     # heads whose parent already divides by `num_items_in_batch`
     _parent_scales_loss = False
     _supports_context_parallel = False
+    # does the dense class keep from its layers the arguments that it does not know?
+    keeps_arguments = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -297,7 +305,8 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        output = parent(self, *args, **kwargs)
+        with _said(self, kwargs):
+            output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
             remember_marks(output, kwargs["global_attention_mask"])
@@ -309,6 +318,29 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
+
+
+def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Have layers know of arguments that the dense class may keep from them.
+
+    Raises:
+        NotImplementedError: arguments in a compiled graph, where the class keeps them.
+    """
+    said = {name: kwargs[name] for name in READ_BY_LAYERS if kwargs.get(name) is not None}
+    if not said:
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        # a decoder's positions reach its layers under another name, and that padding was checked saves a look at most
+        harmless = {CHECKED, "document_positions"} if isinstance(model, GenerationMixin) else {CHECKED}
+        lost = [name for name in said if name not in harmless]
+        if lost and model.keeps_arguments:
+            raise NotImplementedError(
+                f"{type(model).__name__} keeps {lost[0]} from its layers in a compiled graph; run without torch.compile"
+            )
+        return nullcontext()
+    # under its name in newer versions, or in older ones
+    name = next(n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), n))
+    return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
 
 
 def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
@@ -329,6 +361,9 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     if given.get("output_attentions"):
         check_weights(model.config._attn_implementation)
     own: dict[str, Any] = {}
+    # what a head has said of the same pass, and its dense class has not handed on
+    known = said_of(model.config)
+    marks = known.get("global_attention_mask") if marks is None else marks
     if not torch.compiler.is_compiling():
         Limits.of(model).check(given)
         check_bounds(model.config, given)
@@ -338,7 +373,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks
-    if "streaming_cache" not in given:
+    if "streaming_cache" not in given and "streaming_cache" not in known:
         own |= begin_streaming(model.config, given)
     decode = given.get("decode")
     if decode is not None:
@@ -346,6 +381,6 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         own["decode"] = None
         if decode == "dense":
             own[LAYERS_SEE] = model.config.dense_patterns()
-    if "turned_sinks" not in given:
+    if "turned_sinks" not in given and "turned_sinks" not in known:
         own |= begin_turning(model, given)
     return own

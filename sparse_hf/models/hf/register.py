@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
 from ..derived.entry import has_layers
+from ..derived.off_interface import OFF_THE_INTERFACE
 from . import attention_interface  # noqa: F401  # registers our attention with Transformers
 from .auto_classes import auto_classes, known_names
 from .config import SparseConfigMixin
@@ -209,7 +210,8 @@ def family_of(model_type: str) -> Family:
     """
     family = find_family(model_type)
     if family is None:
-        supported = f"supported are {', '.join(sorted(FAMILIES))}"
+        names = ", ".join(sorted(entry.dense_type for entry in ENTRIES))
+        supported = f"supported are {names}, and those that `sparse-hf list` names as derived"
         raise ValueError(f"model type {model_type!r} has no sparse counterpart: {_reason(model_type)}; {supported}")
     return family
 
@@ -224,4 +226,6 @@ def _reason(model_type: str) -> str:
     spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
     if spec is None:
         return "Transformers has no model class for it"
-    return "it computes attention by itself, not through Transformers' attention interface, so no pattern can reach it"
+    more = OFF_THE_INTERFACE.get(model_type)
+    found = "it computes attention by itself, not through Transformers' attention interface"
+    return f"{found}, so no pattern can reach it" if more is None else f"{found}, and {more}"

@@ -1,0 +1,31 @@
+"""ALiBi (arXiv:2108.12409): a bias that falls with the distance, a slope for each head.
+
+Legend: B batch, H heads, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hf.mask_request import MaskRequest
+from .hf.positions import Positions
+
+ALIBI = Positions("alibi")
+
+
+def by_distance(slopes: Tensor, attention_mask: Any, query: Tensor, key: Tensor) -> Tensor:
+    """The bias `[H, F + K]` of distances (key - query) from `-F` up, where F is the place of the last query.
+
+    Dense classes add the same number to all keys of a query, which a softmax does not see.
+
+    Args:
+        slopes: `[H]`.
+        attention_mask: as a layer gets it.
+        query: `[B, H, Q, D]`.
+        key: `[B, H, K, D]`.
+    """
+    last = int(MaskRequest.of(attention_mask, query, key).q_offset) + query.shape[2] - 1
+    return slopes[:, None].float() * torch.arange(-last, key.shape[2], device=key.device)

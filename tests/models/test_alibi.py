@@ -1,0 +1,117 @@
+"""BLOOM, MPT and Falcon: what their slopes by distance count, beyond the tables that every family goes through."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+import transformers
+from transformers.models.bloom import modeling_bloom
+from transformers.models.falcon import modeling_falcon
+
+import sparse_hf
+from sparse_hf import Pattern
+from tests.models.families import TINY
+
+PATTERN = "window(9, 9) | first(2)"
+# heads that are no power of two have slopes of another kind
+ALIBI = {
+    "BloomForCausalLM": {**TINY["bloom"], "hidden_size": 48, "n_head": 6},
+    "MptForCausalLM": {**TINY["mpt"], "d_model": 48, "n_heads": 6},
+    "FalconForCausalLM": {**TINY["falcon"], "alibi": True, "multi_query": False},
+}
+FALCONS = {
+    "rotary, keys of a group": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "rotary, keys of a head": {"multi_query": False, "new_decoder_architecture": False},
+    "slopes, keys that all share": {"alibi": True},
+}
+
+
+def dense_model(head: str, **changes):
+    torch.manual_seed(0)
+    kind = getattr(transformers, head)
+    dense = kind(kind.config_class(**{**ALIBI[head], **changes})).eval()
+    for weight in dense.parameters():
+        weight.data.mul_(3 if weight.ndim == 2 else 1)
+    return dense
+
+
+def some_ids(length: int = 60):
+    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def of_dense(dense, ids, pattern: str):
+    """The dense class under the pattern, in place of the mask that it makes."""
+    place = torch.arange(ids.shape[1])
+    held = Pattern.parse(f"({pattern}) & causal()").allows(place[:, None], place)
+    mask = torch.where(held, 0.0, torch.finfo(torch.float32).min)[None, None].expand(len(ids), 1, -1, -1)
+    module = {"bloom": modeling_bloom, "falcon": modeling_falcon}.get(dense.config.model_type)
+    # their slopes are read off a mask of tokens
+    inside = nullcontext() if module is None else patch.object(module, "create_causal_mask", lambda **_: mask)
+    with inside:
+        return dense(ids, labels=ids, **({"attention_mask": mask} if module is None else {}))
+
+
+def assert_alike(one, other, dense, sparse):
+    torch.testing.assert_close(other.logits, one.logits, atol=2e-5, rtol=2e-5)
+    wanted, found = (torch.autograd.grad(o.loss, tuple(m.parameters())) for o, m in ((one, dense), (other, sparse)))
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ALIBI)
+def test_slopes_of_any_number_of_heads(head):
+    dense, ids = dense_model(head), some_ids()
+    sparse = sparse_hf.sparsify(dense, PATTERN)
+    assert_alike(of_dense(dense, ids, PATTERN), sparse(ids, labels=ids), dense, sparse)
+
+
+@pytest.mark.parametrize("changes", FALCONS.values(), ids=FALCONS)
+def test_falcons_of_every_kind(changes):
+    dense, ids = dense_model("FalconForCausalLM", **{"alibi": False, "multi_query": True, **changes}), some_ids()
+    sparse = sparse_hf.sparsify(dense, PATTERN)
+    assert_alike(of_dense(dense, ids, PATTERN), sparse(ids, labels=ids), dense, sparse)
+    more = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        cached, again = (sparse.generate(ids, use_cache=c, **more) for c in (True, False))
+    assert torch.equal(cached, again)
+
+
+@pytest.mark.parametrize("head", ALIBI)
+@pytest.mark.parametrize("pattern", [PATTERN, "window(None, None)"])
+def test_padding_in_front_shifts_nothing(head, pattern):
+    sparse, ids = sparse_hf.sparsify(dense_model(head), pattern), some_ids()
+    real = torch.ones_like(ids)
+    real[0, :11] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sparse(ids, attention_mask=real).logits[:1, 11:], sparse(ids[:1, 11:]).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("head", ["BloomForCausalLM", "FalconForCausalLM"])
+@pytest.mark.parametrize("pattern", [PATTERN, "window(None, None)"])
+def test_padding_inside_a_row_has_no_distance(head, pattern):
+    dense, ids = dense_model(head), some_ids()
+    sparse, real = sparse_hf.sparsify(dense, pattern), torch.ones_like(ids)
+    real[0, 20:31] = 0
+    kept = torch.cat((torch.arange(20), torch.arange(31, 60)))
+    with torch.no_grad():
+        found = sparse(ids, attention_mask=real).logits[:1, kept]
+        if head == "FalconForCausalLM" or pattern == PATTERN:
+            wanted = sparse(ids[:1, kept]).logits
+        else:
+            wanted = dense(ids, attention_mask=real).logits[:1, kept]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_mpt_reads_on_behind_its_longest_text():
+    dense = dense_model("MptForCausalLM", max_seq_len=512)
+    short = dense_model("MptForCausalLM", max_seq_len=32)
+    ids = some_ids()
+    with torch.no_grad():
+        wanted = of_dense(dense, ids, PATTERN).logits
+        found = sparse_hf.sparsify(short, PATTERN)(ids).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
