@@ -97,43 +97,30 @@ def sparse_attention_forward(
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
-    if kwargs.get("page_bounds") is not None:
-        if bias is not None:
-            raise NotImplementedError(
-                "continuous batching knows no bias by distance; use generate, which takes padded batches"
-            )
-        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
-        pattern = own_heads(layer_pattern(module, stack, True), module, query.shape[1], stack.heads)
-        bounds = kwargs["page_bounds"]
-        return paged_attention(query, key, value, pattern, scoring, bounds, backend, kwargs.get("s_aux")), None
-    is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
-    pattern = layer_pattern(module, stack, is_causal)
-    if kwargs.get(LAYERS_SEE) is not None:
-        pattern = kwargs[LAYERS_SEE][module.layer_idx]
-    streaming = kwargs.get("streaming_cache")
-    if streaming is not None:
-        _check_streaming(streaming, module.layer_idx, pattern, opaque)
-        if bias is not None:
-            raise NotImplementedError(
-                "a StreamingCache drops keys, and a bias by distance would count those that are left; use a DynamicCache"
-            )
-    if query.shape[1] != stack.heads:
-        pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
     # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
     sinks = kwargs.get("s_aux")
+    is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
+    bounds, streaming = kwargs.get("page_bounds"), kwargs.get("streaming_cache")
+    pattern = layer_pattern(module, stack, is_causal or bounds is not None)
+    if kwargs.get(LAYERS_SEE) is not None:
+        pattern = kwargs[LAYERS_SEE][module.layer_idx]
+    if bounds is not None or streaming is not None:
+        _check_cache(streaming, module, pattern, opaque, bias)
+    if query.shape[1] != stack.heads:
+        pattern = own_heads(pattern, module, query.shape[1], stack.heads)
+    if bounds is not None:
+        return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
     filled = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
         if streaming.in_place:
-            part = (
-                None
-                if far is None
-                else far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
-            )
-            pattern = pattern if far is None else far.near
+            part = None
+            if far is not None:
+                part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
+                pattern = far.near
             return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
         request = request.of_held(streaming, module.layer_idx, query, key)
     skips = kwargs.get("bias_skips_padding", False)
@@ -163,11 +150,9 @@ def sparse_attention_forward(
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
     out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None)
-    if part is not None:
-        out, lse = merge([(out, lse), part])
-    if sinks is not None:
-        out = with_sink(out, lse, sinks)
-        weights = None if weights is None else with_sink(weights, lse, sinks)
+    out, lse = _with_rest(out, lse, part, sinks)
+    if weights is not None and sinks is not None:
+        weights = with_sink(weights, lse, sinks)
     if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
@@ -211,11 +196,17 @@ def _over_slots(
     """Attention `[B, Q, H, D]` to the slots of a cache as they lie, and to what another part of it found."""
     wants_lse = sinks is not None or part is not None
     out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
+    out, _ = _with_rest(out, lse, part, sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+def _with_rest(
+    out: Tensor, lse: Tensor, part: tuple[Tensor, Tensor] | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out and lse of pairs with those of others, and out with the share that learned logits take."""
     if part is not None:
         out, lse = merge([(out, lse), part])
-    if sinks is not None:
-        out = with_sink(out, lse, sinks)
-    return out.transpose(1, 2).contiguous()
+    return (out if sinks is None else with_sink(out, lse, sinks)), lse
 
 
 def _check_turned(order: PaddingFirst | None, opaque: Callable | None, bias: Tensor | None) -> None:
@@ -327,12 +318,23 @@ def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
     )  # fmt: skip
 
 
-def _check_streaming(cache: StreamingCache, layer: int, pattern: str, opaque: Callable | None) -> None:
-    """Does a cache that drops keys hold all that a layer sees?"""
+def _check_cache(
+    cache: StreamingCache | None, module, pattern: str, opaque: Callable | None, bias: Tensor | None
+) -> None:  # fmt: skip
+    """Can a layer attend to the pages of continuous batching, or to a cache that drops keys (None: to pages)?"""
+    if bias is not None:
+        raise NotImplementedError(
+            "continuous batching knows no bias by distance; use generate, which takes padded batches"
+            if cache is None
+            else "a StreamingCache drops keys, and a bias by distance would count those that are left; use a DynamicCache"
+        )
+    if cache is None:
+        return
     if opaque is not None:
         raise NotImplementedError(
             "a mask function that sparse_hf does not know may speak of keys that a StreamingCache drops; use a DynamicCache"
         )
+    layer = module.layer_idx
     if pattern != cache.patterns[layer]:
         raise ValueError(
             f"the StreamingCache keeps what {cache.patterns[layer]} sees, and the pattern of layer {layer} is {pattern}; make it of "
