@@ -149,9 +149,6 @@ def _shown(parameter: inspect.Parameter) -> str:
 
 def _unknown(word: str, column: int, text: str) -> PatternError:
     close = difflib.get_close_matches(word, [*WORDS, DENSE], 1)
-    if close:
-        return _error(text, column, f"unknown word {word!r}; did you mean {close[0]!r}?")
-    return _error(
-        text, column, f"unknown word {word!r}. The known words are {_known()}; a pattern of your own is known once the module "
-        "that defines it is imported",
-    )  # fmt: skip
+    about = f"; did you mean {close[0]!r}? A" if close else f". The known words are {_known()}; a"
+    own = " pattern of your own is known once the module that defines it is imported"
+    return _error(text, column, f"unknown word {word!r}{about}{own}")
