@@ -268,15 +268,24 @@ def test_takes_tokens_back(pattern):
     sparse, ids = sparse_model(pattern=pattern), text(2, 140)
     with torch.no_grad():
         wanted = sparse(ids, use_cache=False).logits
-        cache = StreamingCache(sparse.config)
+        cache = StreamingCache(sparse.config, spare=16)
         wrong = ids.flip(0)
-        for begin, size, taken in ((0, 70, 3), (67, 1, 0), (68, 20, SPARE), (72, 40, 9), (103, 20, 1), (122, 18, 0)):
+        for begin, size, taken in ((0, 70, 3), (67, 1, 0), (68, 20, 16), (72, 40, 9), (103, 20, 1), (122, 18, 0)):
             end = begin + size - taken
             given = torch.cat((ids[:, begin:end], wrong[:, end : end + taken]), 1)
             found = sparse(given, **named_cache(sparse, cache)).logits
             torch.testing.assert_close(found[:, : size - taken], wanted[:, begin:end], **LIMIT)
             cache.crop(-taken)
             assert cache.get_seq_length() == end
+
+
+def test_holds_no_more_than_the_pattern_sees():
+    sparse = sparse_model(pattern="window(20, 0) | first(3)")
+    cache = StreamingCache(sparse.config)
+    in_pieces(sparse, text(1, 90), cache)
+    assert all(layer.keys.shape[2] == 3 + 20 + 1 for layer in cache.layers)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 89
 
 
 def test_refuses_to_take_back_more_than_it_can():

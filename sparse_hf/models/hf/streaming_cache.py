@@ -27,7 +27,7 @@ from .streaming_layer import StreamingLayer
 Positioning = Literal["true", "cache", "auto"]
 POSITIONS = get_args(Positioning)
 # new tokens that are computed with nothing but themselves copied, and tokens that can always be taken back
-SPARE = 16
+SPARE = 1
 # the same where drafts of an assistant are taken back
 SPARE_FOR_DRAFTS = 64
 
