@@ -12,7 +12,7 @@ from sparse_hf import Pattern, PatternError
     [
         (
             "windw(1, 2)",
-            r"column 1: unknown word 'windw'; did you mean 'window'\?\n  windw",
+            r"column 1: unknown word 'windw'; did you mean 'window'\? A pattern of your own is .*imported\n  windw",
         ),
         ("window(1, 2) | frst(3)", r"column 16: unknown word 'frst'"),
         ("window(1, 2, 3)", r"column 1: window: too many positional arguments; the form is window\(left, right\)"),
