@@ -150,5 +150,6 @@ def _shown(parameter: inspect.Parameter) -> str:
 def _unknown(word: str, column: int, text: str) -> PatternError:
     close = difflib.get_close_matches(word, [*WORDS, DENSE], 1)
     about = f"; did you mean {close[0]!r}? A" if close else f". The known words are {_known()}; a"
-    own = " pattern of your own is known once the module that defines it is imported"
-    return _error(text, column, f"unknown word {word!r}{about}{own}")
+    return _error(
+        text, column, f"unknown word {word!r}{about} pattern of your own is known once the module that defines it is imported"
+    )  # fmt: skip

@@ -90,6 +90,17 @@ def of_samples(
             )  # fmt: skip
 
 
+def of_contenders(
+    probe: str, setup: Setup, work: Callable[[Setup, Contender, Any], Found], given: Any, what: dict[str, Any],
+    place: tuple[int, int],
+) -> Iterator[Piece]:  # fmt: skip
+    """A piece for each contender, of the same `given`; `place` is that of the first in the order of all pieces."""
+    for c, contender in enumerate(setup.subject.contenders):
+        yield Piece(
+            probe, contender.name, what, contender.weights, (*place, c), partial(work, setup, contender, given)
+        )  # fmt: skip
+
+
 def by_candidate(finished: Sequence[Finished]) -> dict[str, list[Found]]:
     """What was found of each contender."""
     found: dict[str, list[Found]] = {}

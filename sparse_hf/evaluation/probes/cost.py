@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from ...models.hf.streaming_cache import StreamingCache
 from ..generation import go_on, last_alone, prefill
 from ..pieces import Finished, Found, Piece
 from ..subject import Contender
-from .base import Setup
+from .base import Setup, of_contenders
 
 # passes that are timed, of which the least counts, and tokens that are decoded for a mean
 PASSES, TOKENS = 2, 8
@@ -37,16 +36,8 @@ class Cost:
         ids = torch.cat([sample.ids for sample in setup.samples], 1)
         for n, length in enumerate(setup.settings.all_lengths):
             text = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
-            for c, contender in enumerate(setup.subject.contenders):
-                what = {"length": length, "device": str(setup.subject.device)}
-                yield Piece(
-                    self.name,
-                    contender.name,
-                    what,
-                    contender.weights,
-                    (4, n, c),
-                    partial(_measured, setup, contender, text),
-                )
+            what = {"length": length, "device": str(setup.subject.device)}
+            yield from of_contenders(self.name, setup, _measured, text, what, (4, n))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         found: dict[str, list[Found]] = {}

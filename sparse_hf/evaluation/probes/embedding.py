@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from ..pieces import Finished, Found, Piece
 from ..subject import Contender
 from ..texts import Sample
-from .base import Setup, by_candidate
+from .base import Setup, by_candidate, of_samples
 
 # tokens of a passage that is looked for, and of the pieces that texts are cut into for those who read no more
 PASSAGE, CHUNK = 32, 512
@@ -41,16 +41,12 @@ class Embedding:
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
+        yield from of_samples(self.name, setup, setup.subject.contenders, _whole, 3)
         dense, weights = setup.subject.dense, setup.subject.dense.weights
         for s, sample in enumerate(setup.samples):
-            what = {"text": sample.name, "ids": sample.digest}
-            for c, contender in enumerate(setup.subject.contenders):
-                yield Piece(
-                    self.name, contender.name, what, f"{weights} {contender.weights}", (0, s, c, 3),
-                    partial(_whole, setup, contender, sample),
-                )  # fmt: skip
             for name, cut in ((TRUNCATED, _truncated), (CHUNKED, _chunked)):
-                yield Piece(self.name, name, {**what, "cut": name}, weights, (2, s), partial(cut, setup, dense, sample))
+                what = {"text": sample.name, "ids": sample.digest, "cut": name}
+                yield Piece(self.name, name, what, weights, (2, s), partial(cut, setup, dense, sample))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         found = by_candidate(finished)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import ClassVar
 
 from ..pieces import Finished, Found, Piece
@@ -13,7 +12,7 @@ from ..recall.ask import ask, reply_length
 from ..recall.filler import Filler
 from ..recall.tasks import TASKS, Question, Task
 from ..subject import Contender
-from .base import Setup
+from .base import Setup, of_contenders
 
 # (task, length, depth) -> what was found there
 _Cells = dict[tuple[str, int, float | None], list[Found]]
@@ -42,16 +41,8 @@ class Recall:
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
         for i, (where, question) in enumerate(questions_of(setup)):
-            for c, contender in enumerate(setup.subject.contenders):
-                what = {**where, "prompt": question.prompt, "answers": question.answers}
-                yield Piece(
-                    self.name,
-                    contender.name,
-                    what,
-                    contender.weights,
-                    (3, i, c),
-                    partial(_asked, setup, contender, question),
-                )
+            what = {**where, "prompt": question.prompt, "answers": question.answers}
+            yield from of_contenders(self.name, setup, _asked, question, what, (3, i))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         cells: dict[str, _Cells] = defaultdict(lambda: defaultdict(list))

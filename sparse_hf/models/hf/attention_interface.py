@@ -164,6 +164,8 @@ def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[st
     Raises:
         NotImplementedError: a layer would not know them when gradient checkpointing computes it again.
     """
+    if not request.said:
+        return kwargs
     kept = {name: value for name, value in request.said.items() if name not in kwargs and name != FLEETING}
     if kept and request.said.get(FLEETING):
         raise NotImplementedError(
