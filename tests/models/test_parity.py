@@ -155,6 +155,10 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
             # it reads positions off a mask of tokens
             with patch.object(modeling_bloom, "create_causal_mask", lambda **_: whole):
                 return dense(**batch)
+        if HEADS[head].startswith("deberta"):
+            # it multiplies states by a mask of tokens
+            with patch.object(dense.base_model.encoder, "get_attention_mask", lambda _: whole == 0):
+                return dense(**batch)
         return dense(**{**batch, "attention_mask": mask if window is not None else whole})
     encoded = dense.get_encoder()(input_ids=batch["input_ids"], attention_mask=whole)[0]
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
@@ -312,6 +316,8 @@ COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "Llam
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:
         pytest.skip("the experts of this version of Transformers cannot be compiled")
+    if HEADS[head].startswith("deberta"):
+        pytest.skip("scores that depend on content and distance are computed outside of graphs")
     torch._dynamo.reset()
     sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
     batch = inputs(head)
