@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..units import size
 from .arguments import read_folder
 
 # a length at which pairs are counted, unless another is asked for
@@ -166,14 +167,8 @@ def _reach(stack: dict[str, Any]) -> str:
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
     if cache is None:
         return
-    yield f"cache of a row {at}, {cache['dtype']}: {_size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
+    yield f"cache of a row {at}, {cache['dtype']}: {size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
     if cache["streaming_bytes"] is None:
         yield f"  no streaming cache: {cache['why_not_streaming']}"
     else:
-        yield f"  {_size(cache['streaming_bytes'])} with a streaming cache"
-
-
-def _size(count: int) -> str:
-    from ..bench.text import size
-
-    return size(count)
+        yield f"  {size(cache['streaming_bytes'])} with a streaming cache"
