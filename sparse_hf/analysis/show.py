@@ -319,14 +319,14 @@ def _numbers(facts: Description) -> Table:
     table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{n * n:,}")
     table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
     table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
-    table.add_row("layers until every token reaches every other", facts.reach_note, "1")
+    table.add_row("layers until all tokens are reached", facts.reach_note, "1")
     table.add_row(
         "FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
     )
     table.add_row(
-        "FLOPs per layer, forward and backward",
+        "FLOPs per layer, with backward",
         f"{facts.flops_step / 1e9:,.2f} G",
         f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
     )
-    table.add_row("memory per layer: block table, or scores", size(facts.table_bytes), size(facts.score_bytes))
+    table.add_row("block table, or scores, per layer", size(facts.table_bytes), size(facts.score_bytes))
     return table

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .arguments import PATTERN_HELP, TOKENS_HELP, read_tokens
+from .paragraphs import print_lines
 
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
 Subfolder = Annotated[str, typer.Option(help="The folder of the checkpoint in the source.")]
@@ -81,7 +82,10 @@ def convert(
                 f"--dry-run writes nothing that could be sent to {push}; leave out one of --dry-run and --push"
             )
         report = describe_conversion(source, pattern, **options)
-        typer.echo(json.dumps(report, indent=2) if as_json else report_text(report), nl=as_json)
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            print_lines(report_text(report).splitlines())
         return
     written = sparse_hf.convert(source, out, pattern, overwrite=overwrite, **options)
     _tell(written, "after `import sparse_hf` it loads", as_json)

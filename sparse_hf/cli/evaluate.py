@@ -82,7 +82,7 @@ def evaluate(
             read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        global_token_ids=_ids(global_token_ids, model),
+        global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
     candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
@@ -126,7 +126,7 @@ def tune(
     _tell(found, folder, as_json, opened)
 
 
-def _ids(text: str, model: str) -> tuple[int, ...]:
+def token_ids(text: str, model: str) -> tuple[int, ...]:
     """Ids of tokens, of which some may be named by their texts."""
     from transformers import AutoTokenizer
 
