@@ -6,13 +6,14 @@ import json
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .arguments import PATTERN_HELP, numbers, words
+from .arguments import PATTERN_HELP, TOKENS_HELP, numbers, read_folder, read_tokens, words
 
 # options of both commands
 Texts = Annotated[
@@ -60,7 +61,7 @@ def evaluate(
     depths: Depths = "0.1,0.5,0.9",
     repeats: Repeats = 1,
     tasks: Tasks = "",
-    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
     seed: Seed = 0,
     out: Annotated[
         Path | None,
@@ -72,14 +73,16 @@ def evaluate(
     """Measure what patterns cost a model in quality, and what they save, on your texts.
 
     Beside the dense model stand any number of patterns with the same weights. An interrupted run goes on with the same command.
-
-    Example: sparse-hf evaluate my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --open
     """
     from ..evaluation import Candidate, evaluate
 
+    read_folder(model, tokenizer=True)
+    for one in pattern or ():
+        if Path(one).is_dir():
+            read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        global_token_ids=tuple(numbers(global_token_ids)),
+        global_token_ids=_ids(global_token_ids, model),
     )  # fmt: skip
     candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
@@ -110,11 +113,10 @@ def tune(
 
     Layers are ranked by how far answers move when one alone is local, and chosen one by one. The choice is held against as many
     layers evenly spaced, on other questions. An interrupted run goes on with the same command.
-
-    Example: sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25
     """
     from ..evaluation import tune
 
+    read_folder(model, tokenizer=True)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed
     )
@@ -122,6 +124,15 @@ def tune(
     with _interruptible(folder):
         found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
+
+
+def _ids(text: str, model: str) -> tuple[int, ...]:
+    """Ids of tokens, of which some may be named by their texts."""
+    from transformers import AutoTokenizer
+
+    from ..conversion.token_ids import ids_of
+
+    return ids_of(read_tokens(text), partial(AutoTokenizer.from_pretrained, model), model)
 
 
 def _settings(*, lengths: str, depths: str, tasks: str, **others: Any):
