@@ -71,6 +71,8 @@ def evaluate(
     pieces = [piece for probe in chosen for piece in probe.pieces(setup)]
     finished = finish(pieces, None if folder is None else folder / PIECES, settings.progress)
     results = {probe.name: probe.summary(setup, _of(probe.name, finished)) for probe in chosen}
+    # tasks that a probe could not ask
+    left_out |= {name: reason for of_probe in results.values() for name, reason in of_probe.pop("left_out", {}).items()}
     result = {
         "environment": environment(setup.subject.device),
         **_description(setup),
