@@ -57,8 +57,8 @@ def evaluate(
     probes: Annotated[
         str,
         typer.Option(
-            help="Any of divergence, perplexity, masked, embedding, coverage, recall, cost, with commas; by default all that the model "
-            "can be asked."
+            help="Any of divergence, perplexity, longppl, masked, embedding, coverage, recall, cost, with commas; by default "
+            "all that the model can be asked."
         ),
     ] = "",
     length: Length = 2048,
