@@ -142,7 +142,13 @@ def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> G
 
 
 def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -> Group:
-    """The picture, then the numbers, for a terminal; options as in `describe`."""
+    """The picture, then the numbers, for a terminal; options as in `describe`.
+
+    Examples:
+        >>> from rich.console import Console
+        >>> Console(width=40).print(render("window(1, 0)", 4).renderables[0])
+        window(1, 0)   at 4 tokens
+    """
     facts = describe(pattern, length, **options)
     plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
     parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
@@ -180,6 +186,10 @@ def save_png(
     Raises:
         ImportError: matplotlib is missing.
         FileNotFoundError: the folder does not exist.
+
+    Examples:
+        >>> save_png("window(64, 64) | first(1)", 512, "pattern.png").name
+        'pattern.png'
     """
     try:
         from matplotlib.colors import LinearSegmentedColormap

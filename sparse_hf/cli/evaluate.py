@@ -28,7 +28,14 @@ Depths = Annotated[str, typer.Option(help="Where facts stand that recall asks fo
 Repeats = Annotated[int, typer.Option(help="Questions of recall for each task, length and depth.")]
 Tasks = Annotated[
     str,
-    typer.Option(help="Any of passkey, needle, needles, values, variables, pairs, words, with commas; by default all."),
+    typer.Option(
+        help="Tasks of recall with commas, like 'passkey,niah_multikey_1', or a group: 'short' (passkey, needle, needles, values, "
+        "variables, pairs, words; the default) or 'ruler' (the thirteen of RULER)."
+    ),
+]
+Questions = Annotated[
+    list[Path] | None,
+    typer.Option(help="A file of questions about documents, as SQuAD or HotpotQA has them, for qa_1 and qa_2."),
 ]
 Seed = Annotated[int, typer.Option(help="Of whatever is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
@@ -51,8 +58,8 @@ def evaluate(
     probes: Annotated[
         str,
         typer.Option(
-            help="Any of divergence, perplexity, masked, embedding, coverage, recall, cost, with commas; by default all that the model "
-            "can be asked."
+            help="Any of divergence, perplexity, longppl, masked, embedding, coverage, recall, cost, with commas; by default "
+            "all that the model can be asked."
         ),
     ] = "",
     length: Length = 2048,
@@ -61,6 +68,7 @@ def evaluate(
     depths: Depths = "0.1,0.5,0.9",
     repeats: Repeats = 1,
     tasks: Tasks = "",
+    questions: Questions = None,
     global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
     seed: Seed = 0,
     out: Annotated[
@@ -82,7 +90,7 @@ def evaluate(
             read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        global_token_ids=token_ids(global_token_ids, model),
+        questions=tuple(questions or ()), global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
     candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
@@ -102,6 +110,7 @@ def tune(
     depths: Depths = "0.1,0.5,0.9",
     repeats: Repeats = 1,
     tasks: Tasks = "",
+    questions: Questions = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="The folder for finished pieces and the report; by default MODEL-tuning, here.")
@@ -118,8 +127,9 @@ def tune(
 
     read_folder(model, tokenizer=True)
     settings = _settings(
-        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed
-    )
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
+        questions=tuple(questions or ()),
+    )  # fmt: skip
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
         found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)

@@ -119,6 +119,12 @@ def write_card(
         FileNotFoundError: no checkpoint.
         FileExistsError: there is a README.md.
         ValueError: the checkpoint is not sparse.
+
+    Examples:
+        >>> from sparse_hf import convert
+        >>> sparse = convert("my-bert", "sparse", "window(128, 128) | first(1)", progress=False)
+        >>> write_card(sparse, base="owner/my-bert").name
+        'README.md'
     """
     folder = Path(folder)
     check_sparse(folder)

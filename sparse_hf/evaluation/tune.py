@@ -82,9 +82,9 @@ def tune(
     Raises:
         ValueError: a model that says nothing, a budget outside 0 .. 1 or of more layers than can be dense, and as `evaluate`.
 
-    Example:
-        found = sparse_hf.tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")], budget=0.25)
-        sparse_hf.convert("my-llama", "my-sparse-llama", "window(1023, 0) | first(4)", layers=found.layers)
+    Examples:
+        >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
+        >>> convert("my-llama", "out", "window(1023, 0) | first(4)", layers=found.layers)  # doctest: +SKIP
     """
     settings = settings or Settings()
     if not 0 < budget < 1:

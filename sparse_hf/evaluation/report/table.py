@@ -31,6 +31,7 @@ def _cost(key: str) -> Callable[[Any], Any]:
 
 COLUMNS = (
     Column("perplexity", "perplexity", lambda one: one["perplexity"], lambda x: f"{x:.2f}"),
+    Column("LongPPL", "longppl", lambda one: one["perplexity"], lambda x: f"{x:.2f}"),
     Column("named", "masked", lambda one: one["accuracy"], lambda x: f"{x:.1%}"),
     Column("cosine", "embedding", lambda one: one["cosine"], lambda x: f"{x:.3f}"),
     Column("found", "embedding", lambda one: one.get("found"), lambda x: f"{x:.0%}"),
