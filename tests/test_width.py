@@ -11,6 +11,7 @@ from rich.console import Console
 
 import sparse_hf
 from sparse_hf.analysis import render, render_stack
+from sparse_hf.cli.paragraphs import print_hanging
 from sparse_hf.evaluation.report.table import summary_tables, verdict_lines
 from tests.models.families import dense_model
 from tests.processes import ROOT
@@ -80,6 +81,21 @@ def test_commands_fit(arguments, width, folders, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     lines = invoke(*arguments).splitlines()
     assert lines and max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(
+    ("text", "indent", "lines"),
+    [
+        ("to a greater length: none", 2, ["to a greater length:", "  none"]),
+        ("  0-1  window(127, 0)  (3%)", 4, ["  0-1  window(127, 0)", "    (3%)"]),
+        ("name  " + "x" * 30, 6, ["name", "      " + "x" * 30]),
+        ("", 2, [""]),
+    ],
+)
+def test_what_does_not_fit_goes_on_below(text, indent, lines):
+    console = Console(file=(file := StringIO()), width=22)
+    print_hanging(console, text, indent)
+    assert file.getvalue().splitlines() == lines
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -19,10 +20,11 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_hanging(console: Console, text: str, indent: int) -> None:
     """Print a paragraph whose lines but the first are indented."""
-    lines, begin = [""], text[:indent]
-    for word in text[indent:].split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) + 1 > max(LEAST_WIDTH, console.width - indent):
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    for number, line in enumerate(lines):
-        console.print((begin if number == 0 else " " * indent) + line, markup=False, soft_wrap=True)
+    line, width = "", max(console.width, indent + LEAST_WIDTH)
+    # each word with the blanks before it
+    for word in re.findall(r" *\S+", text):
+        if line.strip() and len(line) + len(word) > width:
+            console.print(line, markup=False, soft_wrap=True)
+            line, word = " " * indent, word.lstrip()
+        line += word
+    console.print(line, markup=False, soft_wrap=True)
