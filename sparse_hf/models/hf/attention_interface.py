@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from ...attention import attend, attention, hashed_weights, route, uses_hashes, with_weights
+from ...attention import attend, attention, content_weights, route, uses_content, with_weights
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
@@ -258,8 +258,8 @@ def _computed(
         call.chosen_plan = _opaque_plan(call, opaque)
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
-        by_hashes = opaque is None and uses_hashes(str(pattern))
-        return hashed_weights(call) if by_hashes else with_weights(call)
+        by_content = opaque is None and uses_content(str(pattern))
+        return content_weights(call) if by_content else with_weights(call)
     if opaque is not None:
         return *attend(call, route(call, backend)), None
     if not call.scoring.is_plain:
