@@ -25,6 +25,7 @@ from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
 from ...attention.merge import merge, with_sink
 from ...attention.scoring import Scoring
+from ...attention.slots.far_keys import far_attention
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
@@ -113,11 +114,11 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = None
+    filled = part = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
+        part = _to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring)
         if streaming.in_place:
-            part = None
             if far is not None:
                 part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
                 pattern = far.near
@@ -125,10 +126,11 @@ def sparse_attention_forward(
         request = request.of_held(streaming, module.layer_idx, query, key)
     skips = kwargs.get("bias_skips_padding", False)
     shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
+    data = _token_data(kwargs, stack.name)
+    data = data if filled is None else replace(data, marks=filled.marks)
+    batch = request.batch(data, query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
-    part = None
     # packed documents begin anew, and with them their positions
     if far is not None and documents is None:
         _check_turned(order, opaque, bias)
@@ -200,6 +202,19 @@ def _over_slots(
     out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
     out, _ = _with_rest(out, lse, part, sinks)
     return out.transpose(1, 2).contiguous()
+
+
+def _to_pinned(
+    cache: StreamingCache, layer: int, query: Tensor, pattern: str, filled: Filled, scoring: Scoring
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Attention to tokens that a layer keeps for good, behind the keys that it gave; None if there are none."""
+    new = query.shape[2]
+    far = cache.far_keys(layer, new)
+    if far is None:
+        return None
+    own = (filled.seen + torch.arange(new, device=query.device))[None]
+    own = own if filled.begins is None else own - filled.begins.to(own.device)[:, None]
+    return far_attention(query, far, own, pattern, scoring)
 
 
 def _with_rest(

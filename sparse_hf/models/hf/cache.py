@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..names import STREAMING
 from .config import SparseConfigMixin
 from .inner_padding import has_padding_in_the_way
-from .streaming_cache import StreamingCache, padding_of, why_not_streamed
+from .streaming_cache import StreamingCache, padding_of, why_not_by_default, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -80,18 +80,21 @@ def new_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
 
 
-def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dict[str, StreamingCache]:
+def begin_streaming(
+    config: SparseConfigMixin, kwargs: Mapping[str, Any], marks: Tensor | None
+) -> dict[str, StreamingCache]:
     """Announce a pass to a `StreamingCache`, and give the argument by which attention gets to it.
 
     Args:
         config: of the model.
         kwargs: all arguments of `forward` by name. Models hand keys alone to their attention, and no cache.
+        marks: of the new tokens.
     """
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
     can_be_in_place = config._attn_implementation == "sparse"
-    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place, marks)
     if not torch.compiler.is_compiling():
         _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
@@ -227,7 +230,7 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
             # what a folder says of all calls gives way to what this call says
             generation_config.cache_implementation = None
         return None
-    if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
+    if drafts and (model.config.is_encoder_decoder or why_not_by_default(model.config)):
         return None
     cache, mask = StreamingCache(model.config, positions="auto"), kwargs.get("attention_mask")
     generation_config.cache_implementation = None

@@ -35,7 +35,15 @@ from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
-from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
+from .marks import (
+    check_spelling,
+    forward_marks,
+    generation_marks,
+    prompt_length,
+    remember_marks,
+    step_marks,
+    whole_marks,
+)
 from .mask_request import FLEETING, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
@@ -257,9 +265,12 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
         if getattr(given_cache(given), CHECKED, False):
             inputs[CHECKED] = True
-        marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
-        if marks is not None:
-            inputs["global_attention_mask"] = over_slots(marks, given)
+        if isinstance(given_cache(given), StreamingCache):
+            inputs["global_attention_mask"] = step_marks(self.config, input_ids, given, inputs)
+        else:
+            marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
+            if marks is not None:
+                inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
         decoding_patterns(self, inputs, given)
@@ -374,7 +385,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     if marks is not None:
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given and "streaming_cache" not in known:
-        own |= begin_streaming(model.config, given)
+        own |= begin_streaming(model.config, given, marks)
     decode = given.get("decode")
     if decode is not None:
         model.config.check_decode(decode)

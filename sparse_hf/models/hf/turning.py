@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from ...attention.scoring import Scoring
-from ...attention.strides import folded
+from ...attention.slots.far_keys import FarKeys, far_attention
 from ...pattern import First, Window
 from ...pattern.base import as_pattern
 from ...pattern.complement import Outside
@@ -153,23 +153,24 @@ class FarSinks:
             scoring: scale and soft cap.
         """
         own, positions = queries
-        sinks, left, _ = self.kept
+        sinks, left = self.kept.sinks, self.kept.left
         assert left is not None
         # among what is kept for it, a query is behind the first tokens and the window
         among = own.clamp(max=sinks + left)
         wanted = torch.where(positions >= self.start, among, positions)
         turned = self.turn.turned(q, self.turn.from_to(positions, wanted))
         least = -1 if self.jumps else left
-        if torch.compiler.is_compiling():
-            return _operator(turned, keys, values, own, self.pattern, least, scoring.scale, scoring.softcap)
-        return _to_first(turned, keys, values, own, self.pattern, least, scoring)
+        far = FarKeys(keys, values, torch.arange(keys.shape[2], device=q.device)[None])
+        return far_attention(turned, far, own, self.pattern, scoring, least)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
 def _kept_with_sinks(pattern: str) -> Kept | None:
     kept = read_kept(pattern)
-    return kept if isinstance(kept, Kept) and kept.sinks and kept.left is not None else None
+    if isinstance(kept, str) or not kept.sinks or kept.left is None or kept.pinned is not None:
+        return None
+    return kept
 
 
 @torch.compiler.assume_constant_result
@@ -180,40 +181,6 @@ def _near(text: str, jumps: bool) -> str:
     if pattern.heads:
         return str(type(pattern)(*(head & rest for head in pattern.heads)))
     return str(pattern & rest)
-
-
-def _to_first(
-    q: Tensor, keys: Tensor, values: Tensor, own: Tensor, pattern: str, least: int, scoring: Scoring
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention to first tokens that are more than `least` before a query; what sees none gives 0 and an lse of -inf."""
-    form, groups = as_pattern(pattern), keys.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    index, place = torch.arange(keys.shape[2], device=q.device)[None, None], own.clamp(min=0)[:, :, None]
-    apart = own[:, :, None] - index > least
-    held = torch.stack([head.allows(place, index) & apart for head in form.heads or (form,)], 1)
-    held = folded(held.expand(-1, q.shape[1], -1, -1), groups)
-    scores = folded(q, groups).to(dtype) @ keys.to(dtype).mT * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    blind = ~held.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(held | blind), -torch.inf)
-    out = (scores.softmax(-1) @ values.to(dtype)).masked_fill(blind, 0)
-    lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
-    return tuple(t.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for t in (out.to(q.dtype), lse))  # pyright: ignore
-
-
-@torch.library.custom_op("sparse_hf::first_tokens", mutates_args=())
-def _operator(
-    q: Tensor, keys: Tensor, values: Tensor, own: Tensor, pattern: str, least: int, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _to_first(q, keys, values, own, pattern, least, Scoring(scale, softcap))
-    return out.contiguous(), lse.contiguous()
-
-
-@_operator.register_fake
-def _fake(q, keys, values, *rest):
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], values.shape[-1])), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSinks]:
