@@ -40,8 +40,9 @@ class StreamingCache(Cache):
     """For `model.generate(ids, cache=StreamingCache(model.config))`, and for passes by hand, of any number of tokens.
 
     Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + spare` tokens per layer and row,
-    from the first pass on, and of marked tokens and summaries as they come; a pass of more than `spare` tokens needs that of its own tokens more while it runs. Padding is on the
-    left, before all tokens of its row. Weights that `sparse_reference` gives are those of the keys that are held, as they lie.
+    from the first pass on, and of marked tokens and summaries as they come; a pass of more than `spare` tokens needs that of its own
+    tokens more while it runs. Padding is on the left, before all tokens of its row. Weights that `sparse_reference` gives are those
+    of the keys that are held, as they lie.
 
     Copies (`copy.deepcopy`) go on with a shared prefix on their own. `crop(-n)` takes n tokens back, at least `spare` of them.
 
