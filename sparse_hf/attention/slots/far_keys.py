@@ -33,9 +33,14 @@ class FarKeys(NamedTuple):
     places: Tensor
     marked: Tensor | None = None
 
+    @classmethod
+    def of_first(cls, keys: Tensor, values: Tensor) -> FarKeys:
+        """The first tokens of each row."""
+        return cls(keys, values, torch.arange(keys.shape[2], device=keys.device)[None])
+
 
 def far_attention(
-    q: Tensor, far: FarKeys, own: Tensor, pattern: str, scoring: Scoring, least: int = -1
+    q: Tensor, far: FarKeys, own: Tensor, pattern: str, scoring: Scoring, least: int = -1, slopes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Out `[B, H, Q, D]` and lse `[B, H, Q]` of a pattern's pairs; what sees none gives 0 and an lse of -inf.
 
@@ -46,25 +51,30 @@ def far_attention(
         pattern: the text of a causal pattern.
         scoring: scale and soft cap.
         least: keys that are no more than that before a query are not seen.
+        slopes: `[H]`, by which scores fall with the distance (ALiBi).
     """
     if torch.compiler.is_compiling():
-        return _operator(q, *far, own, pattern, least, scoring.scale, scoring.softcap)
-    return _computed(q, far, own, pattern, least, scoring)
+        return _operator(q, *far, own, slopes, pattern, least, scoring.scale, scoring.softcap)
+    return _computed(q, far, own, slopes, pattern, least, scoring)
 
 
 def _computed(
-    q: Tensor, far: FarKeys, own: Tensor, pattern: str, least: int, scoring: Scoring
+    q: Tensor, far: FarKeys, own: Tensor, slopes: Tensor | None, pattern: str, least: int, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     at_once = max(1, SCORES // (q.shape[0] * q.shape[1] * max(1, far.keys.shape[2])))
     if q.shape[2] > at_once:
         pieces = zip(q.split(at_once, 2), own.split(at_once, 1), strict=True)
-        found = [_computed(one, far, places, pattern, least, scoring) for one, places in pieces]
+        found = [_computed(one, far, places, slopes, pattern, least, scoring) for one, places in pieces]
         return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
     groups, dtype = far.keys.shape[1], torch.promote_types(q.dtype, torch.float32)
     held = folded(_mask(far, own, pattern, least).expand(-1, q.shape[1], -1, -1), groups)
     scores = folded(q, groups).to(dtype) @ far.keys.to(dtype).mT * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if slopes is not None:
+        apart = (far.places[:, None, :] - own[:, :, None]).to(dtype)[:, None]  # [B or 1, 1, Q, S]
+        bias = (slopes.to(dtype)[:, None, None] * apart).expand(q.shape[0], -1, -1, -1)
+        scores = scores + folded(bias, groups)
     blind = ~held.any(-1, keepdim=True)
     scores = scores.masked_fill(~(held | blind), -torch.inf)
     out = (scores.softmax(-1) @ far.values.to(dtype)).masked_fill(blind, 0)
@@ -86,11 +96,11 @@ def _mask(far: FarKeys, own: Tensor, pattern: str, least: int) -> Tensor:
 
 @torch.library.custom_op("sparse_hf::far_keys", mutates_args=())
 def _operator(
-    q: Tensor, keys: Tensor, values: Tensor, places: Tensor, marked: Tensor | None, own: Tensor, pattern: str, least: int,
-    scale: float, softcap: float | None,
+    q: Tensor, keys: Tensor, values: Tensor, places: Tensor, marked: Tensor | None, own: Tensor, slopes: Tensor | None,
+    pattern: str, least: int, scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     far = FarKeys(keys, values, places, marked)
-    out, lse = _computed(q, far, own, pattern, least, Scoring(scale, softcap))
+    out, lse = _computed(q, far, own, slopes, pattern, least, Scoring(scale, softcap))
     return out.contiguous(), lse.contiguous()
 
 

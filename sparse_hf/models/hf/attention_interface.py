@@ -25,7 +25,6 @@ from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
 from ...attention.merge import merge, with_sink
 from ...attention.scoring import Scoring
-from ...attention.slots.far_keys import far_attention
 from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
@@ -35,6 +34,7 @@ from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
+from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
@@ -114,10 +114,14 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = part = None
+    filled = part = slopes = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
-        part = _to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring)
+        slopes = kwargs.get("alibi_slopes")
+        part = to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring, slopes)
+        if streaming.in_place and slopes is not None:
+            found = over_sloped_slots((query, key, value), filled, pattern, scoring, slopes, part)
+            return found[0].transpose(1, 2).contiguous(), None
         if streaming.in_place:
             if far is not None:
                 part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
@@ -137,6 +141,11 @@ def sparse_attention_forward(
         begins = None if real is None else real.int().argmax(1)
         seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
         part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
+    if filled is not None and slopes is not None:
+        begins = None if real is None else real.int().argmax(1)
+        first, pattern = to_first((query, key, value), filled, begins, pattern, scoring, slopes)
+        part = part if first is None else first if part is None else merge([first, part])
+        scoring, bias = sloped(scoring, slopes, key.shape[2]), slopes
     by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
@@ -202,19 +211,6 @@ def _over_slots(
     out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
     out, _ = _with_rest(out, lse, part, sinks)
     return out.transpose(1, 2).contiguous()
-
-
-def _to_pinned(
-    cache: StreamingCache, layer: int, query: Tensor, pattern: str, filled: Filled, scoring: Scoring
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Attention to tokens that a layer keeps for good, behind the keys that it gave; None if there are none."""
-    new = query.shape[2]
-    far = cache.far_keys(layer, new)
-    if far is None:
-        return None
-    own = (filled.seen + torch.arange(new, device=query.device))[None]
-    own = own if filled.begins is None else own - filled.begins.to(own.device)[:, None]
-    return far_attention(query, far, own, pattern, scoring)
 
 
 def _with_rest(

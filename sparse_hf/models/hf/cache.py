@@ -100,6 +100,13 @@ def begin_streaming(
     return {"streaming_cache": cache}
 
 
+def of_streaming(cache: Any) -> dict[str, Any]:
+    """Arguments of attention that a `StreamingCache` has, for layers whose dense class keeps a pass's from them."""
+    if not isinstance(cache, StreamingCache):
+        return {}
+    return {"streaming_cache": cache, "turned_sinks": cache.turned_sinks}
+
+
 def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) -> None:
     """Say once where a stream has more tokens than the model has positions for."""
     most = None if config.positions is None else config.positions.reach_of(config)
@@ -124,16 +131,20 @@ def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) 
 LAYERS_SEE = "layers_see"
 
 
-def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any]) -> None:
+def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any], is_anew: bool) -> None:
     """Have a step of `generate` behind a prompt see what the dense model sees, if this call or the configuration wants it.
 
     Args:
         model: that generates.
         inputs: of `forward`, from which `decode` is taken.
         given: arguments of `prepare_inputs_for_generation`.
+        is_anew: are all tokens computed again?
     """
-    decode = inputs.pop("decode", None) or model.config.decode
-    if decode == "dense" and not given.get("is_first_iteration") and cached_tokens(given_cache(inputs)):
+    decode, cache = inputs.pop("decode", None) or model.config.decode, given_cache(inputs)
+    if decode != "dense" or given.get("is_first_iteration") or is_anew or cache is None:
+        return
+    # the first pass of an assistant is not called so; no static cache assists, and its length would be waited for at every token
+    if cache.is_compileable or cached_tokens(cache):
         inputs[LAYERS_SEE] = model.config.dense_patterns()
 
 

@@ -273,7 +273,7 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
                 inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
-        decoding_patterns(self, inputs, given)
+        decoding_patterns(self, inputs, given, is_anew=lost is not None)
         return inputs
 
     return prepare_inputs_for_generation
@@ -316,7 +316,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with _said(self, kwargs):
+        with _said(self, kwargs, given_cache(given) is not None):
             output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
@@ -331,8 +331,13 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> AbstractContextManager[None]:
     """Have layers know of arguments that the dense class may keep from them.
+
+    Args:
+        model: of the pass.
+        kwargs: its arguments.
+        has_cache: behind a cache nobody asks where documents begin.
 
     Raises:
         NotImplementedError: arguments in a compiled graph, where the class keeps them.
@@ -342,7 +347,11 @@ def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[
         return nullcontext()
     if torch.compiler.is_compiling():
         # a decoder's positions reach its layers under another name, and that padding was checked saves a look at most
-        harmless = {CHECKED, "document_positions"} if isinstance(model, GenerationMixin) else {CHECKED}
+        is_decoder = isinstance(model, GenerationMixin) or has_cache
+        harmless = {CHECKED, "document_positions"} if is_decoder else {CHECKED}
+        if "streaming_cache" in said:
+            # layers have the cache, which has the rest
+            harmless |= {"streaming_cache", "turned_sinks", "global_attention_mask"}
         lost = [name for name in said if name not in harmless]
         if lost and model.keeps_arguments:
             raise NotImplementedError(

@@ -13,7 +13,7 @@ Legend: B batch; a token's number counts from the start of the text, padding inc
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class StreamingCache(Cache):
         self.padding: Tensor | None = None
         # the marks of the tokens of this pass `[B, Q]`, None where there are none
         self.marks: Tensor | None = None
+        # what this pass says of first tokens that are too far away
+        self.turned_sinks: Any = None
         reason = why_not_turned(config) or self._why_not_turned()
         if positions == "cache" and reason:
             raise ValueError(reason)
@@ -118,7 +120,7 @@ class StreamingCache(Cache):
                 padding elsewhere than on the left or than it was, layers that an interrupted pass has left behind, or marked tokens that
                 see keys which were dropped.
         """
-        self.marks = marks
+        self.marks, self.turned_sinks = marks, None
         few = new <= min(layer.spare for layer in self.own_layers) and can_be_in_place and not torch.is_grad_enabled()
         if is_compiling():
             # what a graph cannot ask: `generate` compiles steps behind a prompt, whose padding is known

@@ -101,7 +101,7 @@ class TurnedSinks:
 
     def of_layer(self, layer: int, pattern: str) -> FarSinks | None:
         """What a layer does with its first tokens; None if it has none, or turns nothing."""
-        kept, turn = _kept_with_sinks(pattern), self.turns[layer]
+        kept, turn = kept_with_sinks(pattern), self.turns[layer]
         return None if kept is None or turn is None else FarSinks(turn, kept, self.start, self.jumps, pattern)
 
 
@@ -118,7 +118,7 @@ class FarSinks:
     @property
     def near(self) -> str:
         """The pattern of the other part."""
-        return _near(self.pattern, self.jumps)
+        return near_pattern(self.pattern, self.jumps)
 
     def part(
         self, tensors: tuple[Tensor, Tensor, Tensor], seen: Tensor | int, of_rows: Tensor | None, of_keys: Tensor | None,
@@ -160,24 +160,27 @@ class FarSinks:
         wanted = torch.where(positions >= self.start, among, positions)
         turned = self.turn.turned(q, self.turn.from_to(positions, wanted))
         least = -1 if self.jumps else left
-        far = FarKeys(keys, values, torch.arange(keys.shape[2], device=q.device)[None])
+        far = FarKeys.of_first(keys, values)
         return far_attention(turned, far, own, self.pattern, scoring, least)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
-def _kept_with_sinks(pattern: str) -> Kept | None:
+def kept_with_sinks(pattern: str) -> Kept | None:
+    """What a layer keeps whose first tokens may be far away; None of others."""
     kept = read_kept(pattern)
-    if isinstance(kept, str) or not kept.sinks or kept.left is None or kept.pinned is not None:
-        return None
-    return kept
+    return None if isinstance(kept, str) or not kept.sinks or kept.left is None else kept
 
 
 @torch.compiler.assume_constant_result
-def _near(text: str, jumps: bool) -> str:
+def near_pattern(text: str, jumps: bool) -> str:
+    """A pattern without first tokens that are far away, or without any of them where positions jump."""
     kept, pattern = read_kept(text), as_pattern(text)
     assert isinstance(kept, Kept)
     rest = Outside(First(kept.sinks)) if jumps else Window(kept.left, 0)
+    if kept.pinned is not None:
+        # tokens that are kept for good are seen from any distance
+        rest = rest | Outside(First(kept.sinks))
     if pattern.heads:
         return str(type(pattern)(*(head & rest for head in pattern.heads)))
     return str(pattern & rest)
@@ -207,7 +210,10 @@ def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSink
         steps = places[:, 1:] - places[:, :-1]
         # padding repeats positions
         jumps = bool((steps > 1).any())
-    return {"turned_sinks": TurnedSinks(find_turns(model), start, jumps)}
+    turned = TurnedSinks(find_turns(model), start, jumps)
+    if isinstance(cache, StreamingCache):
+        cache.turned_sinks = turned
+    return {"turned_sinks": turned}
 
 
 def _start_of_one_pass(model: Any, tokens: Tensor, places: Tensor | None) -> int | None:
@@ -226,7 +232,7 @@ def trained_reach(config: Any) -> int | None:
     positions = config.positions
     if positions is None or positions.scheme != "rotary" or set(config.stacks) != {""} or why_not_turned(config):
         return None
-    if not any(_kept_with_sinks(config.layer_pattern(n, is_causal=True)) for n in range(config.num_hidden_layers)):
+    if not any(kept_with_sinks(config.layer_pattern(n, is_causal=True)) for n in range(config.num_hidden_layers)):
         return None
     return positions.reach_of(config)
 
