@@ -34,6 +34,7 @@ from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
+from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 
@@ -113,11 +114,15 @@ def sparse_attention_forward(
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = None
+    filled = part = slopes = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
+        slopes = kwargs.get("alibi_slopes")
+        part = to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring, slopes)
+        if streaming.in_place and slopes is not None:
+            found = over_sloped_slots((query, key, value), filled, pattern, scoring, slopes, part)
+            return found[0].transpose(1, 2).contiguous(), None
         if streaming.in_place:
-            part = None
             if far is not None:
                 part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
                 pattern = far.near
@@ -125,16 +130,22 @@ def sparse_attention_forward(
         request = request.of_held(streaming, module.layer_idx, query, key)
     skips = kwargs.get("bias_skips_padding", False)
     shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
+    data = _token_data(kwargs, stack.name)
+    data = data if filled is None else replace(data, marks=filled.marks)
+    batch = request.batch(data, query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
-    part = None
     # packed documents begin anew, and with them their positions
     if far is not None and documents is None:
         _check_turned(order, opaque, bias)
         begins = None if real is None else real.int().argmax(1)
         seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
         part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
+    if filled is not None and slopes is not None:
+        begins = None if real is None else real.int().argmax(1)
+        first, pattern = to_first((query, key, value), filled, begins, pattern, scoring, slopes)
+        part = part if first is None else first if part is None else merge([first, part])
+        scoring, bias = sloped(scoring, slopes, key.shape[2]), slopes
     by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
