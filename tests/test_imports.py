@@ -15,12 +15,13 @@ ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
     "attention": {"plan", "pattern"},
+    "parallel": {"attention", "plan", "pattern"},
     "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern"},
     "evaluation": {"bench", "models", "plan", "pattern"},
-    "train": {"models", "attention", "plan", "pattern"},
+    "train": {"models", "parallel", "attention", "plan", "pattern"},
     "testing": set(),
     "registry": set(),
     "version": set(),
@@ -39,7 +40,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }
-NO_TRANSFORMERS = {"pattern", "plan", "attention", "analysis", "testing", "registry"}
+NO_TRANSFORMERS = {"pattern", "plan", "attention", "parallel", "analysis", "testing", "registry"}
 BACKENDS = {"reference", "blockwise", "flex", "flash", "triton"}
 
 

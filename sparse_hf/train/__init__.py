@@ -13,6 +13,7 @@ from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
+from .split_sequence import SplitSequence, split_sequence
 
 __all__ = [
     "CheckedCollator",
@@ -27,6 +28,7 @@ __all__ = [
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",
+    "SplitSequence",
     "TellAll",
     "add_lora",
     "first_position",
@@ -34,6 +36,7 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "split_sequence",
     "tokens",
     "without_repeated",
 ]
