@@ -177,7 +177,7 @@ class Held:
         own = torch.arange(*text.bounds[ranks.rank : ranks.rank + 2]).expand(len(needs.wide), -1)
         index = torch.cat((needs.left[ranks.rank], own, needs.right[ranks.rank]), 1)
         wide = WideRows.of(ranks, text, needs.wide, like) if needs.wide.shape[1] else None
-        return Held(needs.left[ranks.rank].shape[1], _batch_of(text, index, rows, device), route.to(device), wide)
+        return Held(needs.left[ranks.rank].shape[1], batch_of(text, index, rows, device), route.to(device), wide)
 
     def attention(self, call: AttentionCall, backend: str) -> Results:
         own_k, own_v = call.k.transpose(1, 2), call.v.transpose(1, 2)  # [B, n, G, D]
@@ -190,7 +190,7 @@ class Held:
         return found if self.wide is None else self.wide.put(call, *found)
 
 
-def _batch_of(text: SplitText, index: Tensor, rows: int, device: torch.device) -> BatchInfo:
+def batch_of(text: SplitText, index: Tensor, rows: int, device: torch.device) -> BatchInfo:
     """What the batch says of the tokens `[R, K]`, in their order."""
     sequences, at = text.sequences, index.clamp(min=0)
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ MOST_WIDE = 256
 SAVED_BY_WIDE = 8
 # squares a side by which a pattern is compared with itself elsewhere, and the least side of one
 SQUARES, LEAST_SIDE = 32, 64
+# of them those that differ, at most: a strip or two. Of squares half as large there may be twice as many
+MOST_CUT = 4 * SQUARES
 # a pattern that repeats itself at longer distances counts as one that does not
 LONGEST_PERIOD = 1 << 16
 # texts without padding, documents and marks whose needs are kept
@@ -172,8 +175,8 @@ class _Finder:
         right = self._seen(q0, q1, piece.q1 + 1, piece.last)
         begin, end = _run_down(left, piece.q0), _run_up(right, piece.q1)
         single_right = right[right > end]
-        for period in self._periods():
-            start = _aligned(left, begin, piece.first, period)
+        for period, more in product(self._periods(), (0, max(self._numbers(), default=0))):
+            start = _aligned(left, max(piece.first, begin - more), piece.first, period)
             laid = _Laid(left[left < start], start, end, single_right)
             if self._is_same(q0, q1, laid):
                 left = torch.cat((laid.left, torch.arange(start, piece.q0)))
@@ -236,10 +239,12 @@ class _Finder:
 
     def _periods(self) -> list[int]:
         """Distances by which keys might move and the pattern be the same: any, or a multiple of its numbers."""
-        numbers = {number for pattern in self.patterns for number in _numbers(pattern) if number > 1}
-        found = [1]
+        numbers = sorted(self._numbers() - {0, 1})
         common = math.lcm(*numbers)
-        return [*found, *({*numbers, common} if common <= LONGEST_PERIOD else numbers)]
+        return [1, *numbers, *([common] if common <= LONGEST_PERIOD else [])]
+
+    def _numbers(self) -> set[int]:
+        return {number for pattern in self.patterns for number in _numbers(pattern)}
 
     def _is_same(self, q0: int, q1: int, laid: _Laid) -> bool:
         """Does the pattern hold the same pairs of these queries and keys once they are laid side by side?"""
@@ -259,17 +264,47 @@ class _Finder:
         asks_length = any(pattern.uses_length for pattern in self.patterns) and laid.length != self.length
         if not shift and not asks_length:
             return True
-        side = max(LEAST_SIDE, *(-(-n // SQUARES) for n in (q1 + 1 - q0, laid.end + 1 - laid.start)))
+        extent = max(q1 + 1 - q0, laid.end + 1 - laid.start)
+        side = 1 << max(LEAST_SIDE, -(-extent // SQUARES)).bit_length()
         q, k = (t.flatten() for t in torch.meshgrid(
             torch.arange(q0, q1 + 1, side) - first, torch.arange(laid.start, laid.end + 1, side) - first, indexing="ij"
         ))  # fmt: skip
-        for pattern in self.patterns:
+        return all(self._are_same(pattern, (q, k), (q1 - first, laid.end - first), side, laid) for pattern in self.patterns)
+
+    def _are_same(
+        self, pattern: Pattern, squares: tuple[Tensor, Tensor], ends: tuple[int, int], side: int, laid: _Laid
+    ) -> bool:  # fmt: skip
+        """Does a pattern hold the same pairs of squares where they are laid?
+
+        Those that are told apart are cut into smaller ones, unless all of their pairs are held, or none.
+
+        Args:
+            squares: their first queries and keys, `[T]` each.
+            ends: the last query and the last key; what squares hold beyond does not count.
+        """
+        (q, k), shift, length, most = squares, laid.shift(self.piece.first), laid.length, MOST_CUT
+        while len(q):
             before = pattern.signature(q, k, side, Marks(length=self.length))
-            after = pattern.signature(q - shift, k - shift, side, Marks(length=laid.length))
+            after = pattern.signature(q - shift, k - shift, side, Marks(length=length))
             if before is None or after is None:
                 return False
-            if any(bool((one != other).any()) for one, other in zip(before, after, strict=True)):
+            differs = torch.zeros_like(q, dtype=torch.bool)
+            for one, other in zip(before, after, strict=True):
+                differs |= one != other
+            q, k = q[differs], k[differs]
+            last = side - 1
+            states = [
+                pattern.blocks(q - by, q + last - by, k - by, k + last - by, Marks(length=n))
+                for by, n in ((0, self.length), (shift, length))
+            ]
+            differs = (states[0] != states[1]) | (states[0] == PARTIAL)
+            q, k = q[differs], k[differs]
+            if len(q) > most or (len(q) and side == 1):
                 return False
+            side, most = side // 2, 2 * most
+            q, k = (torch.cat([t + side * step for step in steps]) for t, steps in ((q, (0, 0, 1, 1)), (k, (0, 1, 0, 1))))
+            counts = (q <= ends[0]) & (k <= ends[1])
+            q, k = q[counts], k[counts]
         return True
 
 

@@ -174,7 +174,7 @@ class _Pass:
 
     def run(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = _by_name(function, args, kwargs)
-        _check_arguments(given)
+        _check_arguments(self.base.config, given)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
@@ -315,7 +315,7 @@ def _by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[st
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _check_arguments(given: dict[str, Any]) -> None:
+def _check_arguments(config: Any, given: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         raise NotImplementedError("a text that is split over processes cannot be compiled; run without torch.compile")
     decoding = next((name for name in OF_DECODING if given.get(name) is not None), None)
@@ -325,6 +325,10 @@ def _check_arguments(given: dict[str, Any]) -> None:
         )
     if given.get("output_attentions"):
         raise NotImplementedError("attention weights are those of the whole text, of which a process has a part; ask for none")
+    if given.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise NotImplementedError(
+            "the loss that balances experts is one of all tokens, of which a process has a part; set output_router_logits=False"
+        )
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise NotImplementedError(
