@@ -31,17 +31,17 @@ from .wide import WideRows
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+# FSDP walks through dataclasses that layers are given, in search of tensors
 class SplitAttention:
     """What layers of one forward pass call instead of `attention`.
 
     Attributes:
+        ranks, text: who shares the text, and how.
         calls: how many layers have called.
     """
 
-    ranks: Ranks
-    text: SplitText
-    calls: int = 0
+    def __init__(self, ranks: Ranks, text: SplitText):
+        self.ranks, self.text, self.calls = ranks, text, 0
 
     def attention(self, call: AttentionCall, backend: str) -> Results:
         """Out `[B, H, n, E]` and lse `[B, H, n]` of this rank's queries; every rank calls it.
@@ -62,6 +62,23 @@ class SplitAttention:
         if way == "heads":
             return self._by_heads(replace(call, pattern=pattern), backend)
         return self._held(pattern, way == "whole", call.q).attention(replace(call, pattern=pattern), backend)
+
+    def marked_rows(self, call: AttentionCall, out: Tensor) -> Tensor | None:
+        """`out` `[B, H, n, E]` with the rows of marked tokens by the pairs of another call; None if nothing is marked.
+
+        Args:
+            call: its queries, keys and values are other projections, and its pattern says what marked queries see.
+        """
+        marks = self.text.batch.marks
+        if marks is None or not bool(marks.any()):
+            return None
+        own = "marked rows", out.device
+        if own not in self.text.memo:
+            most = int(marks.sum(1).max())
+            order = marks.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            index = torch.where(marks.gather(1, order), order, -1)
+            self.text.memo[own] = WideRows.of(self.ranks, self.text, index, out)
+        return self.text.memo[own].put(call, out, out[..., 0])[0]
 
     def _way(self, pattern: Pattern, heads: int, key_heads: int) -> str:
         own = "way", pattern, heads, key_heads

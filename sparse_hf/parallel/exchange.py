@@ -66,7 +66,6 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
-
     def check_same(self, values: list[float], device: torch.device) -> None:
         """Raise ValueError where numbers are not those of the other ranks."""
         own = torch.tensor(values, dtype=torch.float64, device=device)

@@ -195,7 +195,8 @@ class _Finder:
         back = int(self._are_wide(torch.arange(q1, q1 - count, -1)).int().cumprod(0).sum())
         if front + back and q1 + 1 - q0 > front + back:
             whole, rest = (
-                sum(len(self._seen(a, z, *side)) for side in piece.sides) for a, z in ((q0, q1), (q0 + front, q1 - back))
+                sum(len(self._seen(a, z, *side)) for side in piece.sides)
+                for a, z in ((q0, q1), (q0 + front, q1 - back))
             )
             if whole - rest >= SAVED_BY_WIDE * (front + back):
                 ends = torch.cat((torch.arange(q0, q0 + front), torch.arange(q1 - back + 1, q1 + 1)))
@@ -269,7 +270,9 @@ class _Finder:
         q, k = (t.flatten() for t in torch.meshgrid(
             torch.arange(q0, q1 + 1, side) - first, torch.arange(laid.start, laid.end + 1, side) - first, indexing="ij"
         ))  # fmt: skip
-        return all(self._are_same(pattern, (q, k), (q1 - first, laid.end - first), side, laid) for pattern in self.patterns)
+        return all(
+            self._are_same(pattern, (q, k), (q1 - first, laid.end - first), side, laid) for pattern in self.patterns
+        )
 
     def _are_same(
         self, pattern: Pattern, squares: tuple[Tensor, Tensor], ends: tuple[int, int], side: int, laid: _Laid
@@ -302,7 +305,9 @@ class _Finder:
             if len(q) > most or (len(q) and side == 1):
                 return False
             side, most = side // 2, 2 * most
-            q, k = (torch.cat([t + side * step for step in steps]) for t, steps in ((q, (0, 0, 1, 1)), (k, (0, 1, 0, 1))))
+            q, k = (
+                torch.cat([t + side * step for step in steps]) for t, steps in ((q, (0, 0, 1, 1)), (k, (0, 1, 0, 1)))
+            )
             counts = (q <= ends[0]) & (k <= ends[1])
             q, k = q[counts], k[counts]
         return True

@@ -87,11 +87,16 @@ class WideRows:
             pattern, self.text.length, key_padding_mask=padding, segment_ids=segments, marks=marks, device=q.device
         )
 
+        # rows that are alike are asked once
+        index = self.index[: plan.batch_rows].expand(plan.batch_rows, -1)
+
         def part(first: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             row = torch.arange(plan.batch_rows, device=q.device)[:, None, None]
             keys = torch.arange(first, first + k.shape[2], device=q.device)
-            queries = self.index.expand(plan.batch_rows, -1)[..., None]
-            allowed = [plan.allows(row, p, queries.clamp(min=0), keys) & (queries >= 0) for p in range(len(plan.patterns))]
+            queries = index[..., None]
+            allowed = [
+                plan.allows(row, p, queries.clamp(min=0), keys) & (queries >= 0) for p in range(len(plan.patterns))
+            ]
             of_heads = torch.stack([allowed[p] for p in plan.heads or (0,)], 1)  # [rows, H or 1, M, keys]
             return _dense(call, (q, k, v), of_heads)
 

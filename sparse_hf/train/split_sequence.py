@@ -23,6 +23,7 @@ from ..models.hf.marks import find_marks
 from ..models.hf.mask_request import said_in_pass
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.text_parts import TEXT_PART
+from ..models.longformer.tokens import GLOBAL
 from ..parallel import Ranks, SplitAttention, SplitText, even_parts
 from ..plan import of_batch
 from .distillation import shifts, unwrapped
@@ -65,7 +66,9 @@ class SplitSequence:
         """
         for name, parameter in self.model.named_parameters():
             if type(parameter.data) is not Tensor or hasattr(parameter, "device_mesh"):
-                raise ValueError(f"{name} is spread over processes by FSDP or the like, which averages gradients itself")
+                raise ValueError(
+                    f"{name} is spread over processes by FSDP or the like, which averages gradients itself"
+                )
             if parameter.requires_grad:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.distributed.all_reduce(grad, group=self.ranks.group)
@@ -156,7 +159,9 @@ def _check_model(base: nn.Module) -> None:
         raise ValueError(f"{type(base).__name__}.forward was replaced by something else; call split_sequence before it")
     config = base.config
     if config.is_encoder_decoder:
-        raise NotImplementedError(f"{config.model_type} has two texts, of which a split knows one; use data parallelism or FSDP")
+        raise NotImplementedError(
+            f"{config.model_type} has two texts, of which a split knows one; use data parallelism or FSDP"
+        )
     scheme = None if config.positions is None else config.positions.scheme
     if scheme in ("relative", "alibi"):
         raise NotImplementedError(
@@ -178,7 +183,9 @@ class _Pass:
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-            raise ValueError("a text is split by input_ids or inputs_embeds, [batch, tokens, ...], and neither was given")
+            raise ValueError(
+                "a text is split by input_ids or inputs_embeds, [batch, tokens, ...], and neither was given"
+            )
         rows, length = tokens.shape[:2]
         sizes = self.handle._sizes(length)
         given = {name: value for name, value in given.items() if value is not None}
@@ -229,9 +236,13 @@ class _Pass:
             marks = find_marks(config, ids, given.get("global_attention_mask"))
             if marks is None and ids is not None:
                 marks = self.base.default_marks(ids)
+            mask = given.get("attention_mask")
+            if config.heads_mark and mask is not None and mask.dtype != torch.bool and bool((mask == GLOBAL).any()):
+                marks = mask == GLOBAL if marks is None else marks.bool() | (mask == GLOBAL)
             if marks is not None:
                 given["global_attention_mask"] = marks.long()
                 marks = marks.cpu().bool()
+                marks = marks if real is None else marks & real
         return SplitText(sizes, rows, of_batch(real, documents, marks))
 
     def _prepare_labels(self, given: dict[str, Any], rows: int, length: int) -> None:
@@ -245,7 +256,9 @@ class _Pass:
         counted = labels
         if shifts(self.base):
             if not self.base._parent_scales_loss:
-                raise NotImplementedError(f"{type(self.base).__name__} shifts labels by itself, across the ends of parts")
+                raise NotImplementedError(
+                    f"{type(self.base).__name__} shifts labels by itself, across the ends of parts"
+                )
             counted = given.setdefault("shift_labels", pad(labels, (0, 1), value=IGNORED)[:, 1:])
         if given.get("num_items_in_batch") is None:
             given["num_items_in_batch"] = (counted != IGNORED).sum()
@@ -271,7 +284,11 @@ class _Pass:
         padding_id = self.base.config.pad_token_id
         if self.base.config.model_type.endswith("opt"):
             mask = given.get("attention_mask")
-            mask = torch.ones_like(tokens[..., :1].reshape(tokens.shape[:2]) if tokens.ndim > 2 else tokens) if mask is None else mask
+            mask = (
+                torch.ones_like(tokens[..., :1].reshape(tokens.shape[:2]) if tokens.ndim > 2 else tokens)
+                if mask is None
+                else mask
+            )
             return (mask.long().cumsum(1) * mask - 1).long()
         if tokens.ndim > 2:
             return torch.arange(tokens.shape[1], device=tokens.device)[None] + padding_id + 1
@@ -324,7 +341,9 @@ def _check_arguments(config: Any, given: dict[str, Any]) -> None:
             f"{decoding} was given, and decoding takes a whole model; call remove() of what split_sequence returned first"
         )
     if given.get("output_attentions"):
-        raise NotImplementedError("attention weights are those of the whole text, of which a process has a part; ask for none")
+        raise NotImplementedError(
+            "attention weights are those of the whole text, of which a process has a part; ask for none"
+        )
     if given.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise NotImplementedError(
             "the loss that balances experts is one of all tokens, of which a process has a part; set output_router_logits=False"

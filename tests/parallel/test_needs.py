@@ -40,7 +40,9 @@ def batches() -> dict[str, tuple]:
     marks[0, [0, 150, 299]] = marks[1, [71, 72]] = True
     left = torch.stack((index >= 0, index >= 100))
     right = torch.stack((index < 290, index < 60))
-    documents = torch.stack(((index >= 72).int() + (index >= 200), (index >= 10).int() + (index >= 190) + (index >= 194)))
+    documents = torch.stack(
+        ((index >= 72).int() + (index >= 200), (index >= 10).int() + (index >= 190) + (index >= 194))
+    )
     padded = index < torch.tensor([[280], [300]])
     return {
         "bare": (None, None, None),
@@ -68,7 +70,13 @@ def test_a_rank_sees_what_it_sees_in_the_whole_text(text, name):
         index = torch.cat((left, own, right), 1).expand(2, -1)
         padding, documents, marks = batch_of(split, index[: len(left)], 2, torch.device("cpu")).tensors
         plan = build_plan(
-            pattern, size, index.shape[1], q_offset=left.shape[1], key_padding_mask=padding, segment_ids=documents, marks=marks
+            pattern,
+            size,
+            index.shape[1],
+            q_offset=left.shape[1],
+            key_padding_mask=padding,
+            segment_ids=documents,
+            marks=marks,
         )
         heads = list(plan.heads) or [0]
         has = plan.to_dense()[:, heads].expand(2, -1, -1, -1)

@@ -32,7 +32,8 @@ HEADS = {
     "gpt2": "GPT2LMHeadModel",
     "longformer": "LongformerForMaskedLM",
 }
-MARKED = {"input_ids": [(0, 0), (0, 61), (0, 89), (1, 40), (2, 20), (2, 21)]}
+# row and column
+MARKED = [(0, 0), (0, 61), (0, 89), (1, 40), (2, 20), (2, 21)]
 
 
 class Cell(NamedTuple):
@@ -52,7 +53,10 @@ class Cell(NamedTuple):
     how: str = ""
 
 
-DECODERS = [Cell("llama", "window(9, 0) | first(2)", data, ranks) for data in ("plain", "left", "right", "packed") for ranks in (2, 4)]
+DECODERS = [
+    Cell("llama", "window(9, 0) | first(2)", data, ranks)
+    for data, ranks in (("plain", 2), ("left", 4), ("right", 2), ("packed", 2), ("packed", 4))
+]
 ENCODERS = [
     Cell("bert", pattern, data, 4)
     for pattern in ("window(5, 4) | first(2)", "window(4, 4) | marked()")
@@ -68,6 +72,8 @@ OTHERS = [
     Cell("roberta", "window(5, 5) | first(1)", "right", 2),
     Cell("bert", "window(4, 4) | first(1)", "packed", 2, "checkpoints long"),
     Cell("bert", "per_head(window(3, 3) | marked(), window(9, 1), fixed(6, 2), stride(3) | marked())", "right", 4),
+    Cell("longformer", None, "plain", 2, "checkpoints"),
+    Cell("longformer", None, "right", 4),
     Cell("llama", "window(9, 0) | first(2)", "right", 2, "fsdp2"),
     Cell("bert", "window(4, 4) | marked()", "right", 2, "fsdp2"),
 ]
@@ -94,7 +100,7 @@ def whole_batch(cell: Cell) -> dict[str, Tensor]:
     ids = torch.randint(LOWEST, VOCABULARY, (ROWS, LENGTH), generator=generator)
     labels, mask, marks = ids.clone(), torch.ones_like(ids), torch.zeros_like(ids)
     labels[1, :50] = -100
-    for row, column in MARKED["input_ids"]:
+    for row, column in MARKED:
         marks[row, column] = 1
     batch = {"input_ids": ids, "labels": labels}
     if cell.data == "left":
@@ -134,7 +140,7 @@ def expected(cell: Cell) -> dict[str, Tensor]:
 def shared_step(cell: Cell, groups: dict[int, Any]) -> dict[str, Tensor]:
     """Loss and gradients as this rank has them after the step."""
     batch, model = whole_batch(cell), stock(cell.family)
-    model = model if cell.family == "longformer" and cell.pattern is None else sparse_hf.sparsify(model, cell.pattern)
+    model = sparse_hf.sparsify(model, cell.pattern)
     if "checkpoints" in cell.how:
         model.gradient_checkpointing_enable()
     if "long" in cell.how.split():
@@ -171,14 +177,12 @@ def refusals() -> dict[str, str]:
         "rows": ("BertForSequenceClassification", "window(4, 4)", {"labels": torch.zeros(ROWS, dtype=torch.long)}),
         "bias": ("BloomForCausalLM", "window(4, 0)", {}),
         "two texts": ("T5ForConditionalGeneration", "window(4, 4)", {}),
-        "other texts": ("LlamaForCausalLM", "window(4, 0)", {"input_ids": None}),
+        "other texts": ("LlamaForCausalLM", "window(4, 0)", {}),
         "short": ("LlamaForCausalLM", "window(4, 0)", {"input_ids": torch.ones(1, 3, dtype=torch.long)}),
     }
-    said = {}
-    rank = torch.distributed.get_rank()
+    said, rank = {}, torch.distributed.get_rank()
     for name, (head, pattern, given) in cases.items():
-        batch = {"input_ids": torch.full((ROWS, LENGTH), 7 + (rank if name == "other texts" else 0)), **given}
-        batch = {"input_ids": torch.full((ROWS, LENGTH), 7 + rank)} if name == "other texts" else batch
+        batch = {"input_ids": torch.full((ROWS, LENGTH), 7 + rank * (name == "other texts")), **given}
         try:
             model = sparse_hf.sparsify(dense_model(head, vocab_size=VOCABULARY), pattern)
             with split_sequence(model):

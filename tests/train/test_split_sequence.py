@@ -5,9 +5,12 @@ That one is of Transformers, with a dense mask, in float64.
 
 from __future__ import annotations
 
-import pytest
-import torch
+import re
 
+import pytest
+
+import sparse_hf
+from sparse_hf.train import split_sequence
 from tests.train import split_ranks
 
 # heads of Transformers compute softmax, norms and losses in single precision, whatever the weights
@@ -66,15 +69,12 @@ def test_what_a_layer_exchanges_is_the_window_and_the_first_tokens(found):
     }.items(),
 )
 def test_refusals_name_the_remedy(name, message, found):
-    import re
-
     for rank in found:
         assert re.search(message, rank["refusals"].get(name, "nothing")), rank["refusals"].get(name)
 
 
 def test_without_processes():
-    model = split_ranks.sparse_hf.sparsify(split_ranks.stock("llama"), "window(4, 0)")
+    model = sparse_hf.sparsify(split_ranks.stock("llama"), "window(4, 0)")
     with pytest.raises(ValueError, match="there is no process group"):
-        split_ranks.split_sequence(model)
+        split_sequence(model)
     assert "forward" not in vars(model)
-    assert torch.distributed.is_available()

@@ -112,7 +112,9 @@ def sparse_attention_forward(
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     if kwargs.get(TEXT_PART) is not None:
         check_part(opaque, kwargs)
-        return _of_part((query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend), None
+        return _of_part(
+            (query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend
+        ), None
     if bounds is not None:
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
