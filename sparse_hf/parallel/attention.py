@@ -103,7 +103,7 @@ class SplitAttention:
 
     def _by_heads(self, call: AttentionCall, backend: str) -> Results:
         """Whole texts of some heads, and back."""
-        ranks, sizes, (rows, heads, n, _) = self.ranks, self.text.sizes, call.q.shape
+        ranks, heads = self.ranks, call.q.shape[1]
         repeats = _dealt(heads, call.k.shape[1], ranks.size)
         assert repeats is not None
         own = heads // ranks.size

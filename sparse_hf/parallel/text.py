@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..plan import BatchInfo

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf.pattern import Pattern
 from sparse_hf.parallel import SplitText, find_needs
 from sparse_hf.parallel.attention import batch_of
+from sparse_hf.pattern import Pattern
 from sparse_hf.plan import build_plan, of_batch
 from tests import oracle
 
