@@ -5,6 +5,8 @@ Legend: C numbers of a row, S ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,8 +54,25 @@ class Ranks:
         rows = rows.contiguous()
         out = rows.new_empty(sum(received), *rows.shape[1:])
         self.bytes_sent += (len(rows) - sent[self.rank]) * rows[:1].numel() * rows.element_size()
-        dist.all_to_all_single(out, rows, received, sent, group=self.group)
+        with self._told():
+            dist.all_to_all_single(out, rows, received, sent, group=self.group)
         return out
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what a process waited for that others have left.
+
+        Raises:
+            RuntimeError: another process has gone, or does not come within the timeout of the group.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of the {self.size} processes that share a text waited for the others, and one of them has ended or "
+                "hangs; see what it said. How long a process waits is the timeout of its process group (init_process_group(timeout=...), "
+                "TrainingArguments(ddp_timeout=60))"
+            ) from error
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all ranks of a number, whose gradient on each rank is that of its own `value`."""
@@ -63,7 +82,8 @@ class Ranks:
         """The sum over all ranks, without a gradient."""
         total = value.detach().clone()
         self.bytes_sent += total.numel() * total.element_size()
-        dist.all_reduce(total, group=self.group)
+        with self._told():
+            dist.all_reduce(total, group=self.group)
         return total
 
     def check_same(self, values: list[float], device: torch.device) -> None:
@@ -72,7 +92,8 @@ class Ranks:
         # the greatest of all, and the least
         both = torch.cat((own, -own))
         self.bytes_sent += both.numel() * both.element_size()
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
+        with self._told():
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         if not torch.equal(both[: len(own)], -both[len(own) :]):
             raise ValueError(
                 "processes that share a text were given different ones; each of them takes the same whole batch, which it splits itself "

@@ -14,6 +14,7 @@ from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
 from .split_sequence import SplitSequence, split_sequence
+from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
 
 __all__ = [
     "CheckedCollator",
@@ -29,6 +30,8 @@ __all__ = [
     "PackedCollator",
     "RepeatableCollator",
     "SplitSequence",
+    "SplitTrainer",
+    "SplitTrainerMixin",
     "TellAll",
     "add_lora",
     "first_position",
@@ -39,4 +42,5 @@ __all__ = [
     "split_sequence",
     "tokens",
     "without_repeated",
+    "without_ring",
 ]

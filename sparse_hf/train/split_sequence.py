@@ -47,11 +47,14 @@ class SplitSequence:
         model: the model that was given.
         ranks: the processes that share a text.
         parts: how many tokens each gets of a text, from the length and the number of processes.
+        is_on: whether texts are split.
     """
 
     model: nn.Module
     ranks: Ranks
     parts: Callable[[int, int], list[int]] = field(default=even_parts, repr=False)
+    is_on: bool = True
+    _forward: Callable | None = field(default=None, repr=False)
 
     @property
     def bytes_exchanged(self) -> int:
@@ -82,9 +85,12 @@ class SplitSequence:
     def remove(self) -> None:
         """Make the model what it was; doing it twice does nothing more."""
         base = unwrapped(self.model)
+        self.is_on = False
         if vars(base).get(KEPT_AS) is self:
-            vars(base).pop("forward", None)
             vars(base).pop(KEPT_AS)
+            # somebody may have wrapped it since, as accelerate does
+            if vars(base).get("forward") is self._forward:
+                vars(base).pop("forward")
 
     def __enter__(self) -> SplitSequence:
         return self
@@ -139,8 +145,9 @@ def split_sequence(
 
     @wraps(function)
     def forward(*args, **kwargs):
-        return _Pass(handle, base).run(function, args, kwargs)
+        return _Pass(handle, base).run(function, args, kwargs) if handle.is_on else function(*args, **kwargs)
 
+    handle._forward = forward
     # neither a parameter nor a module: state dicts, classes and folders stay as they are
     setattr(base, "forward", forward)  # noqa: B010 - to a type checker a method is no attribute
     setattr(base, KEPT_AS, handle)

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate import ParallelismConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sparse_hf
-from sparse_hf.train import long_text, split_sequence
+from sparse_hf.train import SplitTrainer, long_text, split_sequence
 from tests import oracle
 from tests.models.families import additive, dense_model
 from tests.models.longformers import stock_model
@@ -192,6 +194,63 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def trained(folder: str, shared: bool) -> dict[str, Any]:
+    """Losses, norms of gradients and weights after three steps of a `SplitTrainer`, resumed after the second."""
+    if shared:
+        # accelerate takes it on devices alone, though nothing of it needs one
+        ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    data = [{name: value[row % ROWS] for name, value in whole_batch(DECODERS[2]).items()} for row in range(4)]
+    rows = 1 if shared else 2
+
+    def trainer(pattern: str) -> SplitTrainer:
+        # two processes share a text, and there are two such pairs
+        config = {"parallelism_config": ParallelismConfig(cp_size=2, dp_shard_size=2)} if shared else {}
+        arguments = TrainingArguments(
+            output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=2, max_steps=3,
+            learning_rate=1e-2, train_sampling_strategy="sequential", per_device_train_batch_size=rows,
+            per_device_eval_batch_size=rows, **config,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = sparse_hf.sparsify(dense_model(HEADS["llama"], vocab_size=VOCABULARY), pattern)
+        return SplitTrainer(model, arguments, train_dataset=data, eval_dataset=data)
+
+    def said(one: SplitTrainer) -> dict[str, Any]:
+        history = [(entry["loss"], entry["grad_norm"]) for entry in one.state.log_history if "loss" in entry]
+        assert one.model is not None
+        weights = torch.cat([p.detach().flatten() for p in one.model.parameters()])
+        return {"history": history, "eval_loss": one.evaluate()["eval_loss"], "weights": weights}
+
+    first = trainer("window(9, 0) | first(2)")
+    first.train()
+    found = {"first": said(first), "bytes": first.split.bytes_exchanged if first.split else 0}
+    again = trainer("window(9, 0) | first(2)")
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return found | {"again": said(again)}
+
+
+def _leave(rank: int, folder: str) -> None:
+    """The second process ends in the midst of a step; the first says what it was told."""
+    transformers.logging.set_verbosity_error()
+    model = sparse_hf.sparsify(stock("llama"), "window(4, 0)")
+    batch = whole_batch(DECODERS[0])
+    with split_sequence(model):
+        model(**batch)
+        if rank:
+            os._exit(0)
+        try:
+            model(**batch)
+        except RuntimeError as error:
+            Path(folder, "said").write_text(str(error))
+    # no barrier: there is nobody to wait for
+    os._exit(0)
+
+
+def left_alone(folder: Path) -> str:
+    """What a process says whose other one has ended."""
+    run_distributed(2)(_leave)(str(folder))
+    return (folder / "said").read_text()
+
+
 def _work(rank: int, cells: list[Cell], folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     transformers.logging.set_verbosity_error()
@@ -203,7 +262,7 @@ def _work(rank: int, cells: list[Cell], folder: str) -> None:
         (family, pattern): [bytes_of(length, pattern, family) for length in (256, 1024)]
         for family, pattern in (("llama", "window(15, 0) | first(2)"), ("bert", "window(8, 8) | first(1)"))
     }
-    found["refusals"] = refusals()
+    found |= {"refusals": refusals(), "trained": trained(f"{folder}/trained", shared=True)}
     torch.save(found, f"{folder}/{rank}.pt")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 import sparse_hf
 from sparse_hf.train import split_sequence
@@ -71,6 +72,24 @@ def test_what_a_layer_exchanges_is_the_window_and_the_first_tokens(found):
 def test_refusals_name_the_remedy(name, message, found):
     for rank in found:
         assert re.search(message, rank["refusals"].get(name, "nothing")), rank["refusals"].get(name)
+
+
+def test_trainer_does_what_it_does_alone(found, tmp_path):
+    """Two pairs of processes, by accelerate's own setting; a run that goes on from a checkpoint too."""
+    alone = split_ranks.trained(str(tmp_path), shared=False)
+    for rank in found:
+        has = rank["trained"]
+        assert has["bytes"] > 0 == alone["bytes"]
+        for run in ("first", "again"):
+            flat = [sum(has[run]["history"], ()), sum(alone[run]["history"], ())]
+            assert flat[0] == pytest.approx(flat[1], rel=1e-4)
+            assert has[run]["eval_loss"] == pytest.approx(alone[run]["eval_loss"], rel=1e-4)
+            torch.testing.assert_close(has[run]["weights"], alone[run]["weights"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_that_ends_is_told_of(tmp_path):
+    said = split_ranks.left_alone(tmp_path)
+    assert "one of them has ended or hangs" in said and "ddp_timeout" in said
 
 
 def test_without_processes():
