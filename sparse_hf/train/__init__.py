@@ -13,6 +13,8 @@ from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
+from .split_sequence import SplitSequence, split_sequence
+from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
 
 __all__ = [
     "CheckedCollator",
@@ -27,6 +29,9 @@ __all__ = [
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",
+    "SplitSequence",
+    "SplitTrainer",
+    "SplitTrainerMixin",
     "TellAll",
     "add_lora",
     "first_position",
@@ -34,6 +39,8 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "split_sequence",
     "tokens",
     "without_repeated",
+    "without_ring",
 ]

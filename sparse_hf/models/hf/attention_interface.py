@@ -37,6 +37,7 @@ from .pages import paged_attention
 from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
+from .text_parts import TEXT_PART, TextPart, check_part
 
 
 def sparse_mask(
@@ -110,6 +111,11 @@ def sparse_attention_forward(
         _check_cache(streaming, module, pattern, opaque, bias)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
+    if kwargs.get(TEXT_PART) is not None:
+        check_part(opaque, kwargs)
+        return _of_part(
+            (query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend
+        ), None
     if bounds is not None:
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
@@ -167,6 +173,16 @@ def sparse_attention_forward(
     if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _of_part(
+    tensors: tuple[Tensor, Tensor, Tensor], pattern: str, scoring: Scoring, dropout: Dropout, sinks: Tensor | None,
+    part: TextPart, backend: str,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Q, H, D]` of this process's tokens to a text that several processes hold."""
+    call = AttentionCall(*tensors, pattern, 0, scoring, dropout, NOTHING, wants_lse=sinks is not None)
+    out, _ = _with_rest(*part.attention(call, backend), None, sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
