@@ -29,6 +29,7 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
+from .chosen_keys import chosen_attention
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
@@ -87,13 +88,17 @@ def sparse_attention_forward(
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
+    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
+    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    if kwargs.get("indices") is not None:
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        chosen = kwargs["indices"][:, None]
+        return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
-    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
-    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)

@@ -148,6 +148,10 @@ class MaskRequest:
         allowed = as_allowed(given, queries, keys)
         return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, said=said)
 
+    def __getitem__(self, index: Any) -> MaskRequest:
+        """The same request: classes with an indexer hand it the mask of a head, which is that of all."""
+        return self
+
     def to(self, target: Any) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
         if isinstance(target, torch.dtype):

@@ -1,0 +1,97 @@
+"""Layers that choose their keys by content: which pairs they may choose among, and attention to what they chose.
+
+A choice is an index: of each query the keys that it attends to, by number, below 0 for none. It was made among the pairs that
+the model's own mask, padding and the layer's pattern allow, so that attention to it asks nothing of these any more.
+
+Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C heads of the choice, N keys chosen for a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import with_weights
+from ...attention.backend import AttentionCall
+from ...attention.chosen import Limits, attend_chosen
+from ...attention.dropout import Dropout
+from ...attention.merge import with_sink
+from ...attention.scoring import Scoring
+from ...plan import NOTHING, build_plan
+from .inner_padding import counts_positions
+from .mask_request import MaskRequest, TokenData, layer_pattern
+
+
+def limits_of_choice(module: Any, mask: MaskRequest | Tensor, query: Tensor, key: Tensor) -> Limits:
+    """The pairs that a layer may choose among: those of its pattern, of the model's own mask, and of real tokens.
+
+    Args:
+        module: the indexer, which has the configuration and the number of its layer.
+        mask: what its layer got, or the pairs of one that the user made, `[B or 1, Q, K]`.
+        query, key: `[B, heads, Q, D]` and `[B, heads, K, D]`, for their lengths and device.
+
+    Raises:
+        NotImplementedError: compiled code, or padding inside a row under a pattern that counts positions.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{type(module).__name__} chooses keys by content, one piece of the text after another, which is no single graph; run "
+            "without torch.compile"
+        )
+    request = MaskRequest.of(mask[:, None] if isinstance(mask, Tensor) else mask, query, key, module.config)
+    is_causal, opaque = request.reading(module_is_causal=True)
+    pattern = layer_pattern(module, request.stack(module), is_causal)
+    own = "limits", pattern, query.shape[2], key.shape[2], key.device
+    if own not in request.memo:
+        request.memo[own] = _limits(request, pattern, opaque, query, key)
+    limits = request.memo[own]
+    return limits if not is_causal else replace(limits, q_offset=int(request.q_offset))
+
+
+def _limits(request: MaskRequest, pattern: str, opaque: Callable | None, query: Tensor, key: Tensor) -> Limits:
+    """What beside causality limits a choice."""
+    batch = request.batch(TokenData(request.said.get("document_positions")), query, key, shifts=False)
+    counts = counts_positions(pattern)
+    if batch.padding_first is not None and counts:
+        raise NotImplementedError(
+            f"attention_mask has padding inside a row, around which {pattern} cannot count where keys are chosen by content; "
+            "pad on the left or on the right"
+        )
+    if batch.info.is_empty and opaque is None and not counts:
+        return Limits()
+    real, documents, _ = batch.info.tensors
+    plan = build_plan(
+        pattern, query.shape[2], key.shape[2], q_offset=int(request.q_offset), key_padding_mask=real,
+        segment_ids=documents, mask_function=opaque, device=key.device,
+    )  # fmt: skip
+    rows = torch.arange(query.shape[0], device=key.device)[:, None, None, None]
+    return Limits(allows=partial(plan.allows, rows, 0))
+
+
+def chosen_attention(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scoring: Scoring, dropout: float, sinks: Tensor | None,
+    wants_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention `[B, Q, H, D]` to the keys that were chosen, `[B, C, Q, N]`, and the weights `[B, H, Q, K]` if they are wanted."""
+    if not wants_weights:
+        out, _ = attend_chosen(
+            query, key, value, chosen, scale=scoring.scale, sinks=sinks, soft_cap=scoring.softcap, dropout=dropout
+        )
+        return out.transpose(1, 2).contiguous(), None
+    call = AttentionCall(query, key, value, None, 0, scoring, Dropout.draw(dropout), NOTHING)
+    out, lse, weights = with_weights(call, as_mask(chosen, key.shape[2]).repeat_interleave(query.shape[1] // chosen.shape[1], 1))
+    if sinks is not None:
+        from_sink = with_sink(weights, lse, sinks)
+        out, weights = with_sink(out, lse, sinks), from_sink
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def as_mask(chosen: Tensor, keys: int) -> Tensor:
+    """A choice as pairs, `[B, C, Q, K]` bool: n x n, for weights that somebody wants to see."""
+    mask = torch.zeros(*chosen.shape[:3], keys + 1, dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(-1, torch.where(chosen < 0, keys, chosen).long(), True)[..., :keys]
