@@ -8,7 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,16 +45,16 @@ def limits_of_choice(module: Any, mask: MaskRequest | Tensor, query: Tensor, key
         )
     request = MaskRequest.of(mask[:, None] if isinstance(mask, Tensor) else mask, query, key, module.config)
     is_causal, opaque = request.reading(module_is_causal=True)
-    pattern = layer_pattern(module, request.stack(module), is_causal)
-    own = "limits", pattern, query.shape[2], key.shape[2], key.device
+    pattern = layer_pattern(module, request.stack(module), is_causal=False)
+    own = "limits", pattern, is_causal, query.shape[2], key.shape[2], key.device
     if own not in request.memo:
-        request.memo[own] = _limits(request, pattern, opaque, query, key)
-    limits = request.memo[own]
-    return limits if not is_causal else replace(limits, q_offset=int(request.q_offset))
+        found = _limits(request, pattern, opaque, query, key)
+        request.memo[own] = replace(found, q_offset=int(request.q_offset)) if is_causal else found
+    return request.memo[own]
 
 
 def _limits(request: MaskRequest, pattern: str, opaque: Callable | None, query: Tensor, key: Tensor) -> Limits:
-    """What beside causality limits a choice."""
+    """What beside causality limits a choice. Patterns are of positions, so that none need be cut to the past."""
     batch = request.batch(TokenData(request.said.get("document_positions")), query, key, shifts=False)
     counts = counts_positions(pattern)
     if batch.padding_first is not None and counts:
@@ -89,6 +89,15 @@ def chosen_attention(
         from_sink = with_sink(weights, lse, sinks)
         out, weights = with_sink(out, lse, sinks), from_sink
     return out.transpose(1, 2).contiguous(), weights
+
+
+def refuse_bounds(kwargs: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError for packed documents that are said in a way that no indexer hears of."""
+    if kwargs.get("cu_seq_lens_k") is not None or kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "cu_seq_lens do not reach layers that choose keys by content, which would choose across documents; pass position_ids that "
+            "begin anew in each document, and no cu_seq_lens"
+        )
 
 
 def as_mask(chosen: Tensor, keys: int) -> Tensor:

@@ -11,6 +11,9 @@ class IndexedConfigMixin(SparseConfigMixin):
 
     implies_pattern = True
     chooses_keys = True
+    # can packed documents be told apart in all of its layers, and does the dense class take a static cache?
+    documents_are_told_apart = True
+    takes_static_cache = True
 
     @property
     def uses_marks(self) -> bool:
