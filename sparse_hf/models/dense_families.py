@@ -10,6 +10,8 @@ To add a family: an entry here, and its tiny configuration in `tests/models/fami
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import registry
 from .hf.dense_family import DenseFamily, OtherFamily
 from .hf.positions import ROTARY, Positions
@@ -40,13 +42,13 @@ def _other(module: str, prefix: str, dense_type: str, sparse_type: str = "") -> 
 
 
 
-def _indexed(prefix: str, dense_type: str, indexer: str, source: str, **more: str) -> IndexedFamily:
+def _indexed(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
     return IndexedFamily(
         prefix=prefix, dense_type=dense_type, positions=ROTARY, indexer=indexer, source=source, **more
     )
 
 
-def _of_text(prefix: str, dense_type: str, indexer: str, source: str, **more: str) -> IndexedFamily:
+def _of_text(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
     """A family whose models of images or sounds have one of text inside, which is what this is of."""
     more = {"config": f"{prefix}TextConfig", "indexer_class": f"{prefix}TextIndexer"} | more
     return _indexed(prefix, f"{dense_type}_text", indexer, source, **more)
@@ -99,13 +101,25 @@ OTHER_FAMILIES = (
 INDEXED_FAMILIES = tuple(
     entry
     for entry in (
-        _indexed("AXK2", "axk2", "DsaIndexer", "SK Telecom, 2026, A.X-K2"),
-        _indexed("DeepseekV32", "deepseek_v32", "DsaIndexer", "arXiv:2512.02556"),
-        _of_text("Dots3Note", "dots3_note", "InterleavedIndexer", "rednote-hilab, 2026, dots3-note"),
-        _indexed("GlmMoeDsa", "glm_moe_dsa", "InterleavedIndexer", "arXiv:2602.15763"),
-        _indexed("HYV4", "hy_v4", "TrailingIndexer", "Tencent, 2026, Hy4"),
-        _of_text("HYV4VL", "hy_v4_vl", "TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
-        _of_text("MistralLarge4", "mistral_large4", "ScaledIndexer", "Mistral AI, 2026, Mistral Large 4"),
+        _indexed("AXK2", "axk2", "dsa.DsaIndexer", "SK Telecom, 2026, A.X-K2"),
+        _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556"),
+        _of_text("Dots3Note", "dots3_note", "dsa.InterleavedIndexer", "rednote-hilab, 2026, dots3-note"),
+        _of_text(
+            "Glm5Next", "glm5_next", "pools.LearnedPoolIndexer", "Z.ai, 2026, GLM-5.3-Flash", takes_patterns=False, packs=False,
+            attention="pools.ChoiceAsMask", attention_class="Glm5NextTextAttention",
+        ),  # fmt: skip
+        _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763"),
+        _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
+        _of_text("HYV4VL", "hy_v4_vl", "dsa.TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
+        _of_text(
+            "MiniMaxM3VL", "minimax_m3_vl", "blocks.BlockIndexer", "MiniMax, 2026, MiniMax-M3", packs=False,
+            indexer_class="MiniMaxM3VLIndexer", attention="blocks.BlockAttention", attention_class="MiniMaxM3VLAttention",
+        ),  # fmt: skip
+        _of_text("MistralLarge4", "mistral_large4", "dsa.ScaledIndexer", "Mistral AI, 2026, Mistral Large 4"),
+        _of_text(
+            "Qwen4Exp", "qwen4_exp", "pools.MeanPoolIndexer", "Qwen, 2026, Qwen4-Exp", takes_patterns=False, packs=False,
+            indexer_class="Qwen4ExpTextQSAIndexer",
+        ),  # fmt: skip
     )
     if is_there(entry.dense_type.removesuffix("_text"))
 )

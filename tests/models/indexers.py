@@ -24,18 +24,39 @@ SLIDING = {
     "swa_num_key_value_heads": 2, "swa_q_lora_rank": 20, "swa_kv_lora_rank": 12, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
     "swa_v_head_dim": 10,
 }  # fmt: skip
+GROUPED = {
+    **TOKENS, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 512,
+}  # fmt: skip
 OF_IMAGES = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
 # dense model type -> its tiny configuration: fewer keys are chosen than a text has
 TINY: dict[str, dict[str, Any]] = {
     "axk2": MLA,
     "deepseek_v32": MLA,
     "dots3_note_text": {**MLA, **SLIDING},
+    "glm5_next_text": {
+        **MLA, "qk_rope_head_dim": 0, "index_kpool": 4,
+        "layer_types": ["indexed_attention", "indexed_attention", "linear_attention", "indexed_attention"],
+        "indexer_types": ["full", "shared", "full", "full"], "linear_head_dim": 8, "linear_num_heads": 4, "hc_mult": 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
     "glm_moe_dsa": {**MLA, "index_topk_pattern": "FSFS"},
     "hy_v4": MLA,
     "hy_v4_vl_text": {**MLA, "rope_parameters": OF_IMAGES},
+    "minimax_m3_vl_text": {
+        **GROUPED, "num_local_experts": 4, "dense_intermediate_size": 64, "shared_intermediate_size": 32, "rotary_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 8, "index_topk_blocks": 3,
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
     "mistral_large4_text": {
         **{name: value for name, value in MLA.items() if name != "q_lora_rank"},
         "index_topk_pattern": "FSFS", "no_rope_layers": [1, 1, 0, 1], "kv_source_layers": [0, 0, 2, 3],
+    },
+    "qwen4_exp_text": {
+        **GROUPED, "layer_types": ["indexed_attention", "linear_attention"] * 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "num_experts": 4, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [], "indexer_n_heads": 8, "indexer_kv_heads": 1,
+        "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
     },
 }  # fmt: skip
 # those that this version of Transformers has

@@ -29,7 +29,7 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import chosen_attention, refuse_bounds
+from .chosen_keys import choice_of, chosen_attention
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
@@ -90,10 +90,9 @@ def sparse_attention_forward(
     query, key, value = _of_autocast(query, key, value)
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
-    if kwargs.get("indices") is not None:
+    chosen = choice_of(module, attention_mask, query, key, kwargs)
+    if chosen is not None:
         scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
-        chosen = kwargs["indices"][:, None]
-        refuse_bounds(kwargs)
         return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)

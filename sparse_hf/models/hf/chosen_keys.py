@@ -9,7 +9,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,65 @@ from ...attention.dropout import Dropout
 from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...plan import NOTHING, build_plan
+from .documents import number_documents
 from .inner_padding import counts_positions
 from .mask_request import MaskRequest, TokenData, layer_pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The keys of each query, `[B, C, Q, N]` with C one of 1, G and H, where a class hands them on in place of a mask."""
+
+    index: Tensor
+
+
+def choice_of(module: Any, mask: Any, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer chose, `[B, C, Q, N]`, wherever its class says it; None of a layer that chooses nothing.
+
+    Args:
+        module: the attention module.
+        mask, query, key, kwargs: what it hands to its attention function.
+    """
+    chosen, blocks = kwargs.get("indices"), kwargs.get("block_indices")
+    if not isinstance(mask, Choice) and chosen is None and blocks is None:
+        return None
+    refuse_bounds(kwargs)
+    if isinstance(mask, Choice):
+        return mask.index
+    return _tokens_of_blocks(module, mask, query, key, blocks) if chosen is None else chosen[:, None]
+
+
+def _tokens_of_blocks(module: Any, mask: Any, query: Tensor, key: Tensor, blocks: Tensor) -> Tensor:
+    """The tokens of chosen blocks `[B, C, Q, N]` that the query may see; blocks are counted from the first real token."""
+    size = module.indexer.block_size
+    request = MaskRequest.of(mask, query, key, module.config)
+    begins = request.first_real(key.device)[:, None, None, None] + blocks * size
+    tokens = (begins[..., None] + torch.arange(size, device=key.device)).flatten(3)
+    limits = limits_of_choice(module, request, query, key)
+    hidden = (blocks < 0).repeat_interleave(size, -1) | (tokens >= key.shape[2])
+    slots = torch.arange(query.shape[2], device=key.device)[:, None]
+    if limits.q_offset is not None:
+        hidden |= tokens > slots + limits.q_offset
+    if limits.allows is not None:
+        hidden |= ~limits.allows(slots, tokens.clamp(0, key.shape[2] - 1))
+    return tokens.masked_fill_(hidden, -1).int()
+
+
+def refuse_documents(request: MaskRequest, states: Tensor) -> None:
+    """Raise NotImplementedError for rows of packed documents, whose keys would be pooled across documents.
+
+    Args:
+        states: `[B, Q, ...]`, for their length.
+    """
+    positions, real = request.said.get("document_positions"), request.attention_mask
+    if positions is None or int(request.q_offset):
+        return
+    real = None if real is None else real[:, : states.shape[1]]
+    if number_documents(positions, real).any():
+        raise NotImplementedError(
+            "position_ids begin anew inside a row, as in rows of packed documents, and this family scores keys by blocks of a row, which "
+            "would mix them; have one text to a row"
+        )
 
 
 def limits_of_choice(module: Any, mask: MaskRequest | Tensor, query: Tensor, key: Tensor) -> Limits:

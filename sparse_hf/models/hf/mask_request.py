@@ -152,6 +152,22 @@ class MaskRequest:
         """The same request: classes with an indexer hand it the mask of a head, which is that of all."""
         return self
 
+    # classes that ask a mask what it is made of, and join it to a choice of keys, take that in its place
+    dtype = torch.bool
+
+    def __and__(self, choice: Any) -> Any:
+        return choice
+
+    def first_real(self, device: torch.device) -> Tensor:
+        """The slot of each row's first real token, `[B or 1]`."""
+        real = self.attention_mask
+        return torch.zeros(1, dtype=torch.long, device=device) if real is None else real.to(device).int().argmax(1)
+
+    def real_tokens(self, rows: int, end: int, device: torch.device) -> Tensor:
+        """Which of the first `end` slots hold real tokens, `[B, end]`."""
+        real = self.attention_mask
+        return torch.ones(rows, end, dtype=torch.bool, device=device) if real is None else real[:, :end].to(device)
+
     def to(self, target: Any) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
         if isinstance(target, torch.dtype):

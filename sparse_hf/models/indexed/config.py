@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ...pattern import Pattern
+from typing import ClassVar
+
+from ...pattern import Pattern, full
 from ..hf.config import SparseConfigMixin
 
 
@@ -11,9 +13,9 @@ class IndexedConfigMixin(SparseConfigMixin):
 
     implies_pattern = True
     chooses_keys = True
-    # can packed documents be told apart in all of its layers, and does the dense class take a static cache?
-    documents_are_told_apart = True
-    takes_static_cache = True
+    # can a pattern limit the choice, and are packed documents told apart? Written by `derive_indexed`
+    takes_patterns: ClassVar[bool] = True
+    documents_are_told_apart: ClassVar[bool] = True
 
     @property
     def uses_marks(self) -> bool:
@@ -27,6 +29,10 @@ class IndexedConfigMixin(SparseConfigMixin):
         super().validate_sparse_attention()
         patterns = [Pattern.parse(text) for text in self.layer_patterns()]
         for layer, pattern in enumerate(patterns):
+            if not self.takes_patterns and pattern != full():
+                raise ValueError(
+                    f"layer {layer} has the pattern {pattern}; {self.model_type} chooses pools of keys, and no pattern limits that: give none"
+                )
             if pattern.heads or pattern.uses_marks or pattern.uses_content:
                 raise ValueError(
                     f"layer {layer} has the pattern {pattern}; {self.model_type} chooses keys by content among those of a pattern of "

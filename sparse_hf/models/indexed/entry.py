@@ -16,12 +16,20 @@ class IndexedFamily(DenseFamily):
     """A family whose layers have an indexer, which chooses the keys of each query.
 
     Attributes:
-        indexer: how it chooses, a class of `indexed/dsa.py`.
+        indexer: how it chooses, `{file of this room}.{class}`.
         indexer_class: the dense class of the indexer, if it is not called `{prefix}Indexer`.
+        attention: what its attention module does in another way, if anything, in the same form.
+        attention_class: the dense class of that.
+        takes_patterns: can a pattern limit the choice?
+        packs: are packed documents told apart?
     """
 
     indexer: str
     indexer_class: str = ""
+    attention: str = ""
+    attention_class: str = ""
+    takes_patterns: bool = True
+    packs: bool = True
 
     def derive(self) -> None:
         # by name, because it imports torch and Transformers
