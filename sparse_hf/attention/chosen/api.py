@@ -64,7 +64,9 @@ def attend_chosen(
     """
     _check(query, key, value, chosen)
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
-        raise ValueError(f"sinks has shape {tuple(sinks.shape)}; it must be [{query.shape[1]}], one for each query head")
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}; it must be [{query.shape[1]}], one for each query head"
+        )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap)
@@ -86,7 +88,9 @@ def chosen_call(
     return AttentionCall(query, key, value, None, 0, scoring, dropout, NOTHING, chosen_plan=ChosenKeys(chosen))
 
 
-def _prepare(recorded: bool, query, key, value, chosen, seed, scale, soft_cap, dropout) -> tuple[AttentionCall, Backend]:
+def _prepare(
+    recorded: bool, query, key, value, chosen, seed, scale, soft_cap, dropout
+) -> tuple[AttentionCall, Backend]:
     call = chosen_call(query, key, value, chosen, Scoring(scale, soft_cap), Dropout(dropout, seed))
     call.recorded = recorded
     return call, GATHERED_KEYS

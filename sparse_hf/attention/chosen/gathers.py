@@ -145,7 +145,12 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     from . import kernels
 
     shape, q, k, v = _shape(call)
-    out, lse, grad_out, grad_lse = readable(given.out), given.lse.contiguous(), readable(given.some_grad_out), given.grad_lse
+    out, lse, grad_out, grad_lse = (
+        readable(given.out),
+        given.lse.contiguous(),
+        readable(given.some_grad_out),
+        given.grad_lse,
+    )
     grad_q, delta = like(q), torch.empty_like(lse)
     if not q.numel() or not k.numel():
         return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None

@@ -38,8 +38,8 @@ class Table:
 @pytest.mark.parametrize("count", [1, 7, 60, 100])
 @pytest.mark.parametrize("kind", ["normal", "ties", "below zero"])
 def test_equals_brute_force(kind, count, monkeypatch):
-    monkeypatch.setattr("sparse_hf.attention.chosen.choose.KEYS", 16)
-    monkeypatch.setattr("sparse_hf.attention.chosen.choose.MAX_SCORES", 600)
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.KEYS", 16)
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.MAX_SCORES", 600)
     scores = torch.randn(2, 2, 20, 60)
     scores = scores.round() * 0.5 if kind == "ties" else -scores.abs() if kind == "below zero" else scores
     allowed = torch.ones_like(scores, dtype=torch.bool)
@@ -47,7 +47,7 @@ def test_equals_brute_force(kind, count, monkeypatch):
 
 
 def test_limits(monkeypatch):
-    monkeypatch.setattr("sparse_hf.attention.chosen.choose.KEYS", 16)
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.KEYS", 16)
     scores = torch.randn(2, 1, 30, 50).round()
     start, end = torch.randint(0, 20, (2, 30)), torch.randint(10, 50, (2, 30))
     query, key = torch.arange(30)[:, None], torch.arange(50)
