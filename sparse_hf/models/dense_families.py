@@ -41,11 +41,8 @@ def _other(module: str, prefix: str, dense_type: str, sparse_type: str = "") -> 
     return OtherFamily(f"{__package__}.{module}", prefix, dense_type, sparse_type or f"sparse_{dense_type}")
 
 
-
 def _indexed(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
-    return IndexedFamily(
-        prefix=prefix, dense_type=dense_type, positions=ROTARY, indexer=indexer, source=source, **more
-    )
+    return IndexedFamily(prefix=prefix, dense_type=dense_type, positions=ROTARY, indexer=indexer, source=source, **more)
 
 
 def _of_text(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
@@ -105,19 +102,36 @@ INDEXED_FAMILIES = tuple(
         _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556"),
         _of_text("Dots3Note", "dots3_note", "dsa.InterleavedIndexer", "rednote-hilab, 2026, dots3-note"),
         _of_text(
-            "Glm5Next", "glm5_next", "pools.LearnedPoolIndexer", "Z.ai, 2026, GLM-5.3-Flash", takes_patterns=False, packs=False,
-            attention="pools.ChoiceAsMask", attention_class="Glm5NextTextAttention",
+            "Glm5Next",
+            "glm5_next",
+            "pools.LearnedPoolIndexer",
+            "Z.ai, 2026, GLM-5.3-Flash",
+            takes_patterns=False,
+            packs=False,
+            attention="pools.ChoiceAsMask",
+            attention_class="Glm5NextTextAttention",
         ),  # fmt: skip
         _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763"),
         _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
         _of_text("HYV4VL", "hy_v4_vl", "dsa.TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
         _of_text(
-            "MiniMaxM3VL", "minimax_m3_vl", "blocks.BlockIndexer", "MiniMax, 2026, MiniMax-M3", packs=False,
-            indexer_class="MiniMaxM3VLIndexer", attention="blocks.BlockAttention", attention_class="MiniMaxM3VLAttention",
+            "MiniMaxM3VL",
+            "minimax_m3_vl",
+            "blocks.BlockIndexer",
+            "MiniMax, 2026, MiniMax-M3",
+            packs=False,
+            indexer_class="MiniMaxM3VLIndexer",
+            attention="blocks.BlockAttention",
+            attention_class="MiniMaxM3VLAttention",
         ),  # fmt: skip
         _of_text("MistralLarge4", "mistral_large4", "dsa.ScaledIndexer", "Mistral AI, 2026, Mistral Large 4"),
         _of_text(
-            "Qwen4Exp", "qwen4_exp", "pools.MeanPoolIndexer", "Qwen, 2026, Qwen4-Exp", takes_patterns=False, packs=False,
+            "Qwen4Exp",
+            "qwen4_exp",
+            "pools.MeanPoolIndexer",
+            "Qwen, 2026, Qwen4-Exp",
+            takes_patterns=False,
+            packs=False,
             indexer_class="Qwen4ExpTextQSAIndexer",
         ),  # fmt: skip
     )

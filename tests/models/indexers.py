@@ -81,7 +81,9 @@ def one_head() -> list[str]:
 def dense_model(head: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     sparse = getattr(sparse_hf, f"Sparse{head}")
-    config = sparse.config_class.__bases__[1](**{**TINY[sparse_hf.family_of(sparse.config_class.model_type).dense_type], **changes})
+    config = sparse.config_class.__bases__[1](
+        **{**TINY[sparse_hf.family_of(sparse.config_class.model_type).dense_type], **changes}
+    )
     model = sparse_hf.dense_class(sparse)(config).eval()
     for parameter in model.parameters():
         # initial weights make nearly equal scores, and norms that do nothing

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import sparse_hf
-from sparse_hf.models.hf.chosen_keys import as_mask
+from sparse_hf.models.hf.chosen_keys import Choice, as_mask
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import additive, named_cache
-from tests.models.indexers import EOS, LENGTH, TINY, TYPES, VOCABULARY, dense_model, heads, inputs, lower_key_first, one_head
+from tests.models.indexers import (
+    EOS,
+    LENGTH,
+    TINY,
+    TYPES,
+    VOCABULARY,
+    dense_model,
+    heads,
+    inputs,
+    lower_key_first,
+    one_head,
+)
 from tests.models.test_parity import enable_checkpointing
 
 LIMIT = 2e-5
+# Transformers counts their blocks from the padding, and we from the first token of the text
+FROM_THE_TEXT = {"MiniMaxM3VLTextModel", "MiniMaxM3VLForCausalLM"}
 DECODERS = heads("ForCausalLM")
 
 
@@ -47,8 +59,15 @@ def assert_same(ours, stock, batch) -> None:
         torch.testing.assert_close(ours["loss"], stock["loss"], rtol=LIMIT, atol=LIMIT)
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
-@pytest.mark.parametrize("head", heads())
+def with_sides(names, sides=("none", "right", "left")) -> list[tuple[str, str]]:
+    return [(head, side) for head in names for side in sides if side != "left" or head not in FROM_THE_TEXT]
+
+
+def limited_by_patterns(names) -> list[str]:
+    return [head for head in names if getattr(sparse_hf, f"Sparse{head}").config_class.takes_patterns]
+
+
+@pytest.mark.parametrize(("head", "side"), with_sides(heads()))
 def test_answers_and_gradients_are_those_of_transformers(head, side):
     dense = dense_model(head)
     sparse = sparse_hf.sparsify(dense)
@@ -68,35 +87,50 @@ def test_answers_and_gradients_are_those_of_transformers(head, side):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=LIMIT, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("head", one_head())
+def test_a_padded_row_gives_what_it_gives_alone(head, side):
+    sparse, batch = sparse_hf.sparsify(dense_model(head)), inputs(side, labels=False)
+    real = batch["attention_mask"][0].bool()
+    with torch.no_grad():
+        padded, alone = sparse(**batch)[0][0][real], sparse(input_ids=batch["input_ids"][:1, real])[0][0]
+    torch.testing.assert_close(padded, alone, rtol=LIMIT, atol=LIMIT)
+
+
+def as_pairs(chosen) -> torch.Tensor:
+    """What an indexer gives, as pairs of queries and keys (or blocks of them), none of which is in the future."""
+    if isinstance(chosen, Choice):
+        chosen = chosen.index
+    if chosen.dtype != torch.bool:
+        chosen = as_mask(chosen if chosen.ndim == 4 else chosen[:, None], LENGTH)
+    return chosen & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+
 @pytest.mark.parametrize("head", one_head())
 def test_ties_aside_the_choice_is_that_of_transformers(head):
-    dense, found, wanted = dense_model(head), [], []
+    dense, kept = dense_model(head), {}
     sparse = sparse_hf.sparsify(dense)
-    for model, kept in ((sparse, found), (dense, wanted)):
+    for name, model in (("ours", sparse), ("stock", dense)):
         for module in model.modules():
             if type(module).__name__.endswith("Indexer"):
-                module.register_forward_hook(lambda _, __, chosen, kept=kept: kept.append(chosen))
-    batch = inputs(labels=False)
-    with torch.no_grad(), lower_key_first():
-        sparse(**batch)
-        dense(**batch)
-    assert len(found) == len(wanted) > 0
-    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-    for ours, stock in zip(found, wanted, strict=True):
-        ours, stock = (as_mask(one[:, None], LENGTH)[:, 0] & causal for one in (ours, stock))
-        assert torch.equal(ours, stock)
-        assert ours.sum(-1).eq(torch.arange(1, LENGTH + 1).clamp(max=ours.sum(-1).max())).all()
-    # where Transformers breaks ties by chance, it differs in few rows, and only between keys with the same score
-    by_chance = wanted.copy()
-    wanted.clear()
-    with torch.no_grad():
-        dense(**batch)
-    ties = as_mask(wanted[0][:, None], LENGTH) != as_mask(by_chance[0][:, None], LENGTH)
-    assert (ties & causal).any(-1).float().mean() < 0.1
+                module.register_forward_hook(lambda _, __, chosen, name=name: kept[name].append(as_pairs(chosen)))
+
+    def found(name, model):
+        kept[name] = []
+        with torch.no_grad():
+            model(**inputs(labels=False))
+        return kept[name]
+
+    with lower_key_first():
+        ours, stock = found("ours", sparse), found("stock", dense)
+    assert len(ours) == len(stock) > 0
+    assert all(map(torch.equal, ours, stock))
+    # where Transformers breaks ties by chance, the first layer differs in few rows
+    ties = ours[0] != found("stock", dense)[0]
+    assert ties.any(-1).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("head", one_head())
+@pytest.mark.parametrize(("head", "side"), with_sides(limited_by_patterns(one_head()), ("none", "left")))
 def test_a_pattern_limits_the_choice(head, side):
     pattern = "window(40, 0) | first(3)"
     dense = dense_model(head)
@@ -114,9 +148,9 @@ def test_a_pattern_limits_the_choice(head, side):
 def _given(sparse, pattern: str, real: torch.Tensor):
     """The pairs of a pattern as the dense class takes them: a mask for each kind of layer."""
     config = sparse.config
-    kinds = getattr(config, "layer_types", None) or ["indexed_attention"] * config.num_hidden_layers
-    masks = {kind: additive(_pairs(pattern, real, config.own_window(layer))) for layer, kind in enumerate(kinds)}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    windows = {kind: config.own_window(layer) for layer, kind in enumerate(config.layer_types)}
+    masks = {kind: additive(_pairs(pattern, real, window)) for kind, window in windows.items()}
+    return masks if len(set(map(str, windows.values()))) > 1 else next(iter(masks.values()))
 
 
 def _pairs(pattern: str, real: torch.Tensor, window) -> torch.Tensor:
@@ -125,7 +159,7 @@ def _pairs(pattern: str, real: torch.Tensor, window) -> torch.Tensor:
     return plan.to_dense().expand(2, -1, -1, -1)
 
 
-@pytest.mark.parametrize("head", one_head())
+@pytest.mark.parametrize("head", limited_by_patterns(one_head()))
 def test_pairs_that_the_user_gives_are_honoured(head):
     dense = dense_model(head)
     sparse = sparse_hf.sparsify(dense)
@@ -139,10 +173,12 @@ def test_pairs_that_the_user_gives_are_honoured(head):
 @pytest.mark.parametrize("head", one_head())
 def test_packed_documents_do_not_see_each_other(head):
     sparse = sparse_hf.sparsify(dense_model(head))
-    if not sparse.config.documents_are_told_apart:
-        pytest.skip("it mixes the tokens of a row elsewhere too")
     ids, cut = inputs()["input_ids"], 70
     positions = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])[None].expand(2, -1)
+    if not sparse.config.documents_are_told_apart:
+        with pytest.raises(NotImplementedError, match="have one text to a row"):
+            sparse(input_ids=ids, position_ids=positions, use_cache=False)
+        return
     with torch.no_grad():
         packed = sparse(input_ids=ids, position_ids=positions, use_cache=False)[0]
         alone = [sparse(input_ids=part, use_cache=False)[0] for part in (ids[:, :cut], ids[:, cut:])]
@@ -154,9 +190,8 @@ def test_packed_documents_do_not_see_each_other(head):
 def test_generates_what_transformers_does(head, cache):
     dense = dense_model(head)
     sparse = sparse_hf.sparsify(dense)
-    if cache and not sparse.config.takes_static_cache:
-        pytest.skip("the dense class takes none")
-    batch = {name: value[:, :60] for name, value in inputs("left").items() if name in ("input_ids", "attention_mask")}
+    side = "none" if head in FROM_THE_TEXT else "left"
+    batch = {name: value[:, :60] for name, value in inputs(side).items() if name in ("input_ids", "attention_mask")}
     for more in ({}, {"num_beams": 2}):
         kwargs = {**batch, **more, "max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
         with lower_key_first():
@@ -168,12 +203,13 @@ def test_generates_what_transformers_does(head, cache):
 def test_a_text_in_pieces_is_the_text_as_a_whole(head):
     sparse = sparse_hf.sparsify(dense_model(head))
     ids = inputs()["input_ids"]
-    caches = [DynamicCache(config=sparse.config)]
-    caches += [StaticCache(config=sparse.config, max_cache_len=LENGTH + 9)] * sparse.config.takes_static_cache
+    caches = [DynamicCache(config=sparse.config), StaticCache(config=sparse.config, max_cache_len=LENGTH + 9)]
     with torch.no_grad():
         whole = sparse(input_ids=ids, use_cache=False).logits
         for cache in caches:
-            pieces = [sparse(input_ids=piece, **named_cache(sparse, cache)).logits for piece in ids.split([61, 1, 40, 48], 1)]
+            pieces = [
+                sparse(input_ids=piece, **named_cache(sparse, cache)).logits for piece in ids.split([61, 1, 40, 48], 1)
+            ]
             torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=LIMIT, atol=LIMIT)
 
 
@@ -214,7 +250,7 @@ def test_nothing_of_two_lengths_is_made(head):
         outputs = sparse(input_ids=ids, use_cache=False)
         outputs[0].square().mean().backward()
     assert not seen.quadratic
-    assert math.isfinite(seen.largest) and seen.calls > 100
+    assert seen.calls > 100
 
 
 @pytest.mark.parametrize("head", one_head())
@@ -267,6 +303,15 @@ def test_bounds_of_documents_are_asked_for_as_positions():
     bounds = torch.tensor([0, 70, LENGTH], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="pass position_ids"):
         sparse(input_ids=inputs()["input_ids"][:1], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False)
+
+
+@pytest.mark.parametrize("head", ["Glm5NextTextModel", "Qwen4ExpForCausalLM"])
+def test_pools_are_limited_by_no_pattern(head):
+    if head not in heads():
+        pytest.skip("this version of Transformers has no such family")
+    dense = dense_model(head)
+    with pytest.raises(ValueError, match="no pattern limits that: give none"):
+        sparse_hf.sparsify(dense, "window(40, 0)")
 
 
 def test_padding_inside_a_row():

@@ -67,21 +67,25 @@ def _tokens_of_blocks(module: Any, mask: Any, query: Tensor, key: Tensor, blocks
     return tokens.masked_fill_(hidden, -1).int()
 
 
-def refuse_documents(request: MaskRequest, states: Tensor) -> None:
+def refuse_documents(positions: Tensor | None, real: Tensor | None) -> None:
     """Raise NotImplementedError for rows of packed documents, whose keys would be pooled across documents.
 
     Args:
-        states: `[B, Q, ...]`, for their length.
+        positions: `[B or 1, Q]`, what the model was told of the new tokens.
+        real: `[B, Q]` bool, true on real tokens; None if all are.
     """
-    positions, real = request.said.get("document_positions"), request.attention_mask
-    if positions is None or int(request.q_offset):
-        return
-    real = None if real is None else real[:, : states.shape[1]]
-    if number_documents(positions, real).any():
+    if positions is not None and number_documents(positions, real).any():
         raise NotImplementedError(
             "position_ids begin anew inside a row, as in rows of packed documents, and this family scores keys by blocks of a row, which "
             "would mix them; have one text to a row"
         )
+
+
+def refuse_documents_of(request: MaskRequest, queries: int) -> None:
+    """The same of what a model asked its mask function for."""
+    real = request.attention_mask
+    if not int(request.q_offset):
+        refuse_documents(request.said.get("document_positions"), None if real is None else real[:, :queries])
 
 
 def limits_of_choice(module: Any, mask: MaskRequest | Tensor, query: Tensor, key: Tensor) -> Limits:
@@ -141,7 +145,9 @@ def chosen_attention(
         )
         return out.transpose(1, 2).contiguous(), None
     call = AttentionCall(query, key, value, None, 0, scoring, Dropout.draw(dropout), NOTHING)
-    out, lse, weights = with_weights(call, as_mask(chosen, key.shape[2]).repeat_interleave(query.shape[1] // chosen.shape[1], 1))
+    out, lse, weights = with_weights(
+        call, as_mask(chosen, key.shape[2]).repeat_interleave(query.shape[1] // chosen.shape[1], 1)
+    )
     if sinks is not None:
         from_sink = with_sink(weights, lse, sinks)
         out, weights = with_sink(out, lse, sinks), from_sink

@@ -9,7 +9,6 @@ queries and n blocks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 
 from ...attention.chosen import Limits, choose
-from ..hf.chosen_keys import refuse_documents
+from ..hf.chosen_keys import refuse_documents_of
 from ..hf.mask_request import MaskRequest
 
 
@@ -84,7 +83,11 @@ class BlockIndexer(torch.nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Cache | None, position_ids: Tensor
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        position_ids: Tensor,
     ) -> Tensor:
         """The blocks of each query, `[B, I, Q, N]` int32, below 0 where there are fewer.
 
@@ -108,7 +111,9 @@ class BlockIndexer(torch.nn.Module):
             places = (start[:, None] + torch.arange(end, device=key.device)).clamp(max=end - 1)
             key = key.gather(1, places[..., None].expand_as(key))
         scores = BestInBlock(query, key, position_ids, self.block_size, self.local_blocks)
-        return choose(scores, self.topk_blocks, Limits(end=position_ids.div(self.block_size, rounding_mode="floor") + 1))
+        return choose(
+            scores, self.topk_blocks, Limits(end=position_ids.div(self.block_size, rounding_mode="floor") + 1)
+        )
 
 
 class BlockAttention(torch.nn.Module):
@@ -119,7 +124,7 @@ class BlockAttention(torch.nn.Module):
     def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, past_key_values=None, **kwargs):
         cache = past_key_values if cache is None else cache
         if self.indexer is not None and isinstance(attention_mask, MaskRequest):
-            refuse_documents(attention_mask, hidden_states)
+            refuse_documents_of(attention_mask, hidden_states.shape[1])
             slots = int(attention_mask.q_offset) + torch.arange(hidden_states.shape[1], device=hidden_states.device)
             kwargs["position_ids"] = slots - attention_mask.first_real(hidden_states.device)[:, None]
         # by position, since its name has changed

@@ -13,12 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache
 
 from ...attention.chosen import IndexerScores, choose
 from ..hf.chosen_keys import limits_of_choice
-
 
 # cosines and sines `[B, Q, D of what is turned]`, and positions `[B, Q]`
 Positions = tuple[tuple[Tensor, Tensor], Tensor | None]
@@ -83,7 +81,9 @@ class DsaIndexer(torch.nn.Module):
         sizes = [self.head_dim - dims, dims] if self.turns_last else [dims, self.head_dim - dims]
         both = [t.split(sizes, dim=-1) for t in (query, key)]
         turning = self.turn(*(parts[self.turns_last] for parts in both), *positions[0], unsqueeze_dim=2)
-        joined = ((parts[0], new) if self.turns_last else (new, parts[1]) for parts, new in zip(both, turning, strict=True))
+        joined = (
+            (parts[0], new) if self.turns_last else (new, parts[1]) for parts, new in zip(both, turning, strict=True)
+        )
         query, key = (torch.cat(parts, dim=-1) for parts in joined)
         return query, key
 
@@ -107,7 +107,9 @@ class ScaledIndexer(InterleavedIndexer):
     q_input_norm: Any
     softmax_scaling: Any
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, position_ids, cache=None, past_key_values=None):
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, position_ids, cache=None, past_key_values=None
+    ):
         queries = self.q_input_norm(hidden_states)
         return super().forward(
             hidden_states, queries, position_embeddings, attention_mask, position_ids, cache, past_key_values

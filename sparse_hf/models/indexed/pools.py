@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...attention.chosen import IndexerScores, Limits, choose
-from ..hf.chosen_keys import Choice, refuse_documents
+from ..hf.chosen_keys import Choice, refuse_documents, refuse_documents_of
 from ..hf.mask_request import MaskRequest
 
 
@@ -93,6 +93,12 @@ class LearnedPoolIndexer(torch.nn.Module):
 class ChoiceAsMask(torch.nn.Module):
     """Before the dense attention module of GLM-5-Next among the bases: hands its choice on, and makes no mask of it."""
 
+    def forward(self, hidden_states, attention_mask, cache=None, past_key_values=None, **kwargs):
+        refuse_documents(kwargs.get("document_positions"), attention_mask)
+        # by position, since its name has changed
+        forward: Any = super().forward
+        return forward(hidden_states, attention_mask, past_key_values if cache is None else cache, **kwargs)
+
     def build_attention_mask_from_topk(self, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Choice:
         return Choice(topk_indices[:, None])
 
@@ -130,7 +136,7 @@ class MeanPoolIndexer(torch.nn.Module):
                 "a 4-D attention_mask says pair by pair which keys a query sees, and pools of keys are made once for all queries; pass a "
                 "2-D attention_mask"
             )
-        refuse_documents(attention_mask, hidden_states)
+        refuse_documents_of(attention_mask, hidden_states.shape[1])
         new, size = hidden_states.shape[1], self.compress_ratio
         cos, sin = position_embeddings
         joined = self.index_qk_proj(hidden_states).unflatten(-1, (-1, self.index_head_dim))
@@ -155,4 +161,3 @@ class MeanPoolIndexer(torch.nn.Module):
         behind = tail(seen - seen % size, seen, size - 1)
         behind = order[rows[..., None], behind.clamp(min=0)].masked_fill(behind < 0, -1)
         return Choice(torch.cat([tokens_of_pools(pools, tokens), behind.int()], -1)[:, None])
-
