@@ -9,7 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import sparse_hf
+from sparse_hf.attention.chosen import IndexerScores, Limits
 from sparse_hf.models.hf.chosen_keys import Choice, as_mask
+from sparse_hf.models.indexed import dsa, loss
+from sparse_hf.models.indexed.dsa import DsaIndexer
 from sparse_hf.testing import AllocationInterceptor
 from tests.models.families import additive, named_cache
 from tests.models.indexers import (
@@ -343,3 +346,102 @@ def test_half_precision_and_dropout():
     dropped = sparse.train()(**batch).loss
     torch.manual_seed(1)
     assert dropped.isfinite() and torch.equal(dropped, sparse(**batch).loss) and not torch.allclose(dropped, plain)
+
+
+def brute_loss(scores, weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """KL of the mean of the attention weights `[B, H, Q, K]` and the softmax of all scores, over the queries that see a key."""
+    whole = slice(0, weights.shape[-1])
+    found = scores.scores(slice(0, weights.shape[2]), whole)[:, 0].double()
+    target = weights.double().mean(1)
+    logs = found.masked_fill(~seen, -1e30).log_softmax(-1)
+    kl = torch.where(target > 0, target * (target.clamp(min=1e-300).log() - logs), 0.0).sum(-1)
+    return kl[seen.any(-1)].mean()
+
+
+@pytest.mark.parametrize("offset", [0, 13])
+def test_the_loss_of_an_indexer_is_that_of_all_pairs(offset, monkeypatch):
+    monkeypatch.setattr(loss, "MAX_WEIGHTS", 1 << 12)
+    generator, queries = torch.Generator().manual_seed(0), 70
+    keys = queries + offset
+    shapes = (2, queries, 4, 8), (2, keys, 8), (2, queries, 4)
+    of_indexer = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    query, key = torch.randn(2, 4, queries, 12, generator=generator), torch.randn(2, 2, keys, 12, generator=generator)
+    real = torch.ones(2, keys, dtype=torch.bool)
+    real[0, : offset + 5] = False
+    limits = Limits(q_offset=offset, allows=lambda _, k: real[:, None, None, k])
+    seen = real[:, None] & torch.ones(queries, keys, dtype=torch.bool).tril(offset)
+    scores = IndexerScores(*of_indexer, scale=0.3)
+    products = (query @ key.repeat_interleave(2, 1).mT).masked_fill(~seen[:, None], -torch.inf) * 0.5
+    wanted = brute_loss(scores, products.softmax(-1).nan_to_num(), seen)
+    found = loss.indexer_loss(scores, query, key, limits, 0.5)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(t, of_indexer) for t in (found, wanted)), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "head", [h for h in one_head() if h not in FROM_THE_TEXT | {"Glm5NextTextModel", "Qwen4ExpForCausalLM"}]
+)
+def test_indexers_learn_from_attention_to_all_keys(head):
+    sparse = sparse_hf.sparsify(dense_model(head, index_topk=2 * LENGTH))
+    sparse.set_attn_implementation("sparse_reference")
+    batch, given, indexers = inputs("left", labels=False), [], []
+    for module in sparse.modules():
+        if isinstance(module, DsaIndexer):
+            indexers.append(module)
+            module.register_forward_pre_hook(lambda m, args, kw: given.append((m, args, kw)), with_kwargs=True)
+    with sparse_hf.indexer_losses(sparse) as losses:
+        outputs = sparse(**batch, output_attentions=True, use_cache=False)
+    assert len(losses.each) == len(indexers) == len(given)
+    seen = _pairs("causal()", batch["attention_mask"], None)[:, 0]
+    assert all(one.isfinite() and one > 0 for one in losses.each)
+    learned = torch.autograd.grad(losses.mean(), list(sparse.parameters()), allow_unused=True)
+    for (name, _), gradient in zip(sparse.named_parameters(), learned, strict=True):
+        assert (gradient is not None and gradient.any()) == (".indexer." in name), name
+    # the first layer's own, from the weights that the reference shows
+    with torch.no_grad():
+        indexer, args, kwargs = given[0]
+        kept = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dsa, "limits_of_choice", lambda *_: Limits())
+            patch.setattr(dsa, "choose", lambda scores, *_: kept.append(scores) or torch.zeros(2, 1, 1, 1))
+            indexer(*args, **kwargs)
+    # a learned sink, which has no key, takes no part in it
+    weights = outputs.attentions[0]
+    wanted = brute_loss(kept[0], (weights / weights.sum(-1, keepdim=True)).nan_to_num(), seen)
+    torch.testing.assert_close(losses.each[0].double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_indexers_fall_and_are_made_in_pieces():
+    length = 2111
+    sparse = sparse_hf.sparsify(
+        dense_model("DeepseekV32ForCausalLM", max_position_embeddings=length, num_hidden_layers=2)
+    )
+    ids = torch.randint(EOS + 1, VOCABULARY, (1, length))
+    found, parameters = [], [p for name, p in sparse.named_parameters() if ".indexer." in name]
+    optimizer = torch.optim.Adam(parameters, 1e-2)
+    for _ in range(4):
+        with AllocationInterceptor(length, block_sizes=()) as seen:
+            with sparse_hf.indexer_losses(sparse) as losses:
+                sparse(input_ids=ids, use_cache=False)
+            optimizer.zero_grad()
+            losses.mean().backward()
+        optimizer.step()
+        found.append(float(losses.mean()))
+        assert not seen.quadratic
+    assert found == sorted(found, reverse=True)
+
+
+def test_models_without_such_an_indexer_have_no_losses_of_it():
+    sparse = sparse_hf.sparsify(dense_model("DeepseekV32ForCausalLM"))
+    with sparse_hf.indexer_losses(sparse) as losses, pytest.raises(ValueError, match="call the model in it"):
+        losses.mean()
+    with (
+        pytest.raises(ValueError, match="no indexer that scores single keys"),
+        sparse_hf.indexer_losses(torch.nn.Linear(2, 2)),
+    ):
+        pass
+    enable_checkpointing(sparse)
+    with pytest.raises(ValueError, match="switch it off"), sparse_hf.indexer_losses(sparse):
+        pass

@@ -29,7 +29,7 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention
+from .chosen_keys import choice_of, chosen_attention, learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
@@ -93,6 +93,9 @@ def sparse_attention_forward(
     chosen = choice_of(module, attention_mask, query, key, kwargs)
     if chosen is not None:
         scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        learns = learning()
+        if learns is not None:
+            learns.attention(getattr(module, "indexer", None), query, key, scoring.scale)
         return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)

@@ -9,9 +9,10 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,27 @@ from ...plan import NOTHING, build_plan
 from .documents import number_documents
 from .inner_padding import counts_positions
 from .mask_request import MaskRequest, TokenData, layer_pattern
+
+
+class Learning(Protocol):
+    """Who is told, within a context, what indexers scored and what attention would have weighed."""
+
+    def scores(self, indexer: Any, scores: Any, limits: Limits) -> None:
+        """An indexer's scores, with a gradient for its parameters, and the pairs that it may choose among."""
+        ...
+
+    def attention(self, indexer: Any, query: Tensor, key: Tensor, scale: float) -> None:
+        """The tensors of the attention of the layer that has this indexer."""
+        ...
+
+
+# of the context that goes on
+LEARNING: ContextVar[Learning | None] = ContextVar("learning", default=None)
+
+
+def learning() -> Learning | None:
+    """Who is told now; None if nobody is, as where no gradient is asked for."""
+    return LEARNING.get() if torch.is_grad_enabled() else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -227,7 +227,8 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
         )
     if config.chooses_keys:
         raise ValueError(
-            f"each token of {config.model_type} chooses keys by content anew, and a StreamingCache would have dropped some; use a DynamicCache"
+            f"each token of {config.model_type} chooses keys by content anew, and a StreamingCache would have dropped some; use a "
+            "DynamicCache"
         )
     if config.decode == "dense":
         raise ValueError(

@@ -31,7 +31,8 @@ class IndexedConfigMixin(SparseConfigMixin):
         for layer, pattern in enumerate(patterns):
             if not self.takes_patterns and pattern != full():
                 raise ValueError(
-                    f"layer {layer} has the pattern {pattern}; {self.model_type} chooses pools of keys, and no pattern limits that: give none"
+                    f"layer {layer} has the pattern {pattern}; {self.model_type} chooses pools of keys, and no pattern limits that: give "
+                    "none"
                 )
             if pattern.heads or pattern.uses_marks or pattern.uses_content:
                 raise ValueError(

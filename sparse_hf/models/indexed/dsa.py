@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...attention.chosen import IndexerScores, choose
-from ..hf.chosen_keys import limits_of_choice
+from ..hf.chosen_keys import learning, limits_of_choice
 
 # cosines and sines `[B, Q, D of what is turned]`, and positions `[B, Q]`
 Positions = tuple[tuple[Tensor, Tensor], Tensor | None]
@@ -46,7 +46,6 @@ class DsaIndexer(torch.nn.Module):
     k_norm: Any
     weights_proj: Any
 
-    @torch.no_grad()
     def forward(
         self,
         hidden_states: Tensor,
@@ -59,8 +58,14 @@ class DsaIndexer(torch.nn.Module):
     ) -> Tensor:
         """The keys of each query, `[B, Q, N]` int32, below 0 where there are fewer."""
         cache = past_key_values if cache is None else cache
-        scores = self.scores(hidden_states, q_resid, (position_embeddings, position_ids), cache)
+        learns = learning()
+        with torch.set_grad_enabled(learns is not None):
+            # what a model learns otherwise passes no indexer
+            states, q_resid = hidden_states.detach(), q_resid.detach()
+            scores = self.scores(states, q_resid, (position_embeddings, position_ids), cache)
         limits = limits_of_choice(self, attention_mask, scores.query.transpose(1, 2), scores.key[:, None])
+        if learns is not None:
+            learns.scores(self, scores, limits)
         return choose(scores, self.index_topk, limits)[:, 0]
 
     def scores(self, states: Tensor, q_resid: Tensor, positions: Positions, cache: Cache | None) -> IndexerScores:
@@ -109,11 +114,13 @@ class ScaledIndexer(InterleavedIndexer):
 
     def forward(
         self, hidden_states, position_embeddings, attention_mask, position_ids, cache=None, past_key_values=None
-    ):
-        queries = self.q_input_norm(hidden_states)
+    ) -> Tensor:
         return super().forward(
-            hidden_states, queries, position_embeddings, attention_mask, position_ids, cache, past_key_values
+            hidden_states, hidden_states, position_embeddings, attention_mask, position_ids, cache, past_key_values
         )
+
+    def scores(self, states: Tensor, q_resid: Tensor, positions: Positions, cache: Cache | None) -> IndexerScores:
+        return super().scores(states, self.q_input_norm(states), positions, cache)
 
     def turned(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         query = self.softmax_scaling(query, positions[1], head_dim_first=False)
