@@ -15,12 +15,13 @@ import sparse_hf
 from sparse_hf.analysis import describe_stack
 from sparse_hf.analysis.show import _shares
 from sparse_hf.bench.plot import apart
-from sparse_hf.bench.text import Figures, duration, size, times
+from sparse_hf.bench.text import Figures
 from sparse_hf.cli import app
 from sparse_hf.cli.commands import BENCHES, COMMANDS
 from sparse_hf.cli.examples import EXAMPLES
 from sparse_hf.cli.mistakes import name_flags
 from sparse_hf.pattern import Pattern, full
+from sparse_hf.units import duration, size, times
 from tests.models.families import dense_model
 from tests.test_talk import tokenizer
 

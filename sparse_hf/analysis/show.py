@@ -22,6 +22,7 @@ from ..pattern.base import Marks, as_pattern
 from ..pattern.forms import StrideForm, read_stride
 from ..plan import BlockPlan, build_plan
 from ..plan.strided import is_worth_regrouping
+from ..units import size
 from .reach import Reach, reach
 
 COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
@@ -327,16 +328,5 @@ def _numbers(facts: Description) -> Table:
         f"{facts.flops_step / 1e9:,.2f} G",
         f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
     )
-    table.add_row("memory per layer: block table, or scores", _size(facts.table_bytes), _size(facts.score_bytes))
+    table.add_row("memory per layer: block table, or scores", size(facts.table_bytes), size(facts.score_bytes))
     return table
-
-
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count:,} B"
-    size = float(count)
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:,.1f} {unit}"
-    return f"{size / 1024:,.1f} GiB"

@@ -16,7 +16,7 @@ from .evaluate import evaluate, tune
 from .examples import epilog
 from .families import list_families
 from .info import info
-from .mistakes import MISTAKES, by_flags
+from .mistakes import MISTAKES, by_flags, one_line
 from .show import show
 
 # in the order in which help lists them
@@ -74,5 +74,5 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         Console(stderr=True).print("[bold red]error:[/]", end=" ")
-        Console(stderr=True, markup=False, highlight=False).print(str(error), soft_wrap=True)
+        Console(stderr=True, markup=False, highlight=False).print(one_line(error), soft_wrap=True)
         raise SystemExit(2) from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ..units import size
 from .arguments import read_folder
 
 # a length at which pairs are counted, unless another is asked for
@@ -29,13 +29,8 @@ def info(
 ) -> None:
     """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
     with Console(stderr=True).status("counting pairs"):
-        found = read_info(read_folder(folder), length)
+        found = read_info(folder, length)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
-
-
-def is_checkpoint(text: str) -> bool:
-    """Is it the folder of a checkpoint, and no pattern?"""
-    return (Path(text) / "config.json").is_file()
 
 
 def read_info(folder: str, length: int | None) -> dict[str, Any]:
@@ -43,7 +38,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
 
     Raises:
         ValueError: a dense checkpoint, or a length below 1.
-        OSError: no checkpoint.
+        OSError: no checkpoint, or a damaged one.
     """
     from transformers import AutoConfig
 
@@ -51,7 +46,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     from ..models import SparseConfigMixin, family_of
     from ..models.hf.hearing import is_causal
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(read_folder(folder, weights=False))
     if not isinstance(config, SparseConfigMixin):
         raise ValueError(
             f"{folder} is dense ({config.model_type}); `sparse-hf convert {folder} OUT --pattern PATTERN --dry-run` tells what it would be"
@@ -166,14 +161,8 @@ def _reach(stack: dict[str, Any]) -> str:
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
     if cache is None:
         return
-    yield f"cache of a row {at}, {cache['dtype']}: {_size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
+    yield f"cache of a row {at}, {cache['dtype']}: {size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
     if cache["streaming_bytes"] is None:
         yield f"  no streaming cache: {cache['why_not_streaming']}"
     else:
-        yield f"  {_size(cache['streaming_bytes'])} with a streaming cache"
-
-
-def _size(count: int) -> str:
-    from ..bench.text import size
-
-    return size(count)
+        yield f"  {size(cache['streaming_bytes'])} with a streaming cache"

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .arguments import PATTERN_HELP, numbers
-from .info import info_lines, is_checkpoint, read_info
+from .info import info_lines, read_info
 
 
 def show(
@@ -38,7 +38,7 @@ def show(
     """
     from ..analysis import render, render_stack, save_png
 
-    if len(patterns) == 1 and is_checkpoint(patterns[0]):
+    if len(patterns) == 1 and Path(patterns[0]).is_dir():
         found = read_info(patterns[0], length)
         told, tokens = "\n".join(info_lines(found)), int(found["counted_at"])
         patterns = list(dict.fromkeys(part["pattern"] for stack in found["stacks"] for part in stack["patterns"]))

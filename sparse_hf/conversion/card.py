@@ -23,7 +23,7 @@ from .check import meta_model, sees_past_only, sparse_config
 from .hub import is_id
 from .prepare import mark_warnings
 from .report import report_text
-from .source import card_metadata
+from .source import card_metadata, check_folder
 
 PICTURE, RESULTS, REPORT = "pattern.png", "results.json", "conversion.json"
 # numbers of the pattern are given for no greater length, which would take long to count
@@ -140,10 +140,9 @@ def check_sparse(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: a dense one.
+        ValueError: a dense or a damaged one.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse checkpoint")
+    check_folder(folder, weights=False)
     model_type = read_json(folder / "config.json").get("model_type", "")
     if model_type != family_of(model_type).sparse_type:
         raise ValueError(f"{folder} is {model_type}, which is dense; convert it first (sparse-hf convert)")

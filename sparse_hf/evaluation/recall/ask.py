@@ -16,12 +16,12 @@ SPARE = 6
 
 def reply_length(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
     """How many tokens a model may take to answer."""
-    return len(answer_tokens(tokenizer, question)) + SPARE
+    return question.reply or len(answer_tokens(tokenizer, question)) + SPARE
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
     """The answers as they stand behind the question."""
-    return tokenize(tokenizer, f" {', '.join(question.answers)}", special=False)
+    return tokenize(tokenizer, question.wanted, special=False)
 
 
 @torch.inference_mode()
