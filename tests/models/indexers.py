@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 import sparse_hf
 
+# kinds of layers were called after their family in older versions of Transformers
+OLD = "indexed_attention" not in DYNAMIC_LAYER_TYPE_MAPPING
+INDEXED, POOLED = ("deepseek_sparse_attention", "qwen_sparse_attention") if OLD else ("indexed_attention",) * 2
 VOCABULARY, LENGTH, PADDED, EOS = 97, 150, 37, 2
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
 MLA = {
@@ -20,7 +24,7 @@ MLA = {
     "index_topk": 16, "index_head_dim": 16, "index_n_heads": 8, "max_position_embeddings": 512,
 }  # fmt: skip
 SLIDING = {
-    "layer_types": ["indexed_attention", "sliding_attention"] * 2, "sliding_window": 20, "head_dim": 24, "swa_num_attention_heads": 2,
+    "layer_types": [INDEXED, "sliding_attention"] * 2, "sliding_window": 20, "head_dim": 24, "swa_num_attention_heads": 2,
     "swa_num_key_value_heads": 2, "swa_q_lora_rank": 20, "swa_kv_lora_rank": 12, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
     "swa_v_head_dim": 10,
 }  # fmt: skip
@@ -36,7 +40,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dots3_note_text": {**MLA, **SLIDING},
     "glm5_next_text": {
         **MLA, "qk_rope_head_dim": 0, "index_kpool": 4,
-        "layer_types": ["indexed_attention", "indexed_attention", "linear_attention", "indexed_attention"],
+        "layer_types": [INDEXED, INDEXED, "linear_attention", INDEXED],
         "indexer_types": ["full", "shared", "full", "full"], "linear_head_dim": 8, "linear_num_heads": 4, "hc_mult": 2,
         "mlp_layer_types": ["dense", "sparse"] * 2,
     },
@@ -53,7 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
         "index_topk_pattern": "FSFS", "no_rope_layers": [1, 1, 0, 1], "kv_source_layers": [0, 0, 2, 3],
     },
     "qwen4_exp_text": {
-        **GROUPED, "layer_types": ["indexed_attention", "linear_attention"] * 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        **GROUPED, "layer_types": [POOLED, "linear_attention"] * 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
         "num_experts": 4, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [], "indexer_n_heads": 8, "indexer_kv_heads": 1,
         "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,

@@ -33,7 +33,7 @@ from .chosen_keys import choice_of, chosen_attention, learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
+from .mask_request import FLEETING, MaskRequest, TensorLikeRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
@@ -70,7 +70,8 @@ def sparse_mask(
     own = frozenset() if config is None else config.own_mask_functions
     # kept with the mask, which layers have whenever they are computed
     said = {name: value for name, value in said_of(config).items() if name != FLEETING}
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own, said=said)
+    kind = TensorLikeRequest if config is not None and config.chooses_keys else MaskRequest
+    return kind(attention_mask, mask_function, q_offset, own=own, said=said)
 
 
 def sparse_attention_forward(
