@@ -46,7 +46,7 @@ def as_taken(head: str, batch: dict) -> dict:
     if head.endswith("ForSequenceClassification"):
         return {**batch, "labels": torch.tensor([0, 1])}
     if head.endswith("ForTokenClassification"):
-        return {**batch, "labels": batch["input_ids"] % 2}
+        return {**batch, "labels": (batch["input_ids"] % 2).masked_fill(batch["attention_mask"] == 0, -100)}
     return batch if head.endswith("ForCausalLM") else {name: batch[name] for name in batch if name != "labels"}
 
 
@@ -246,7 +246,7 @@ def test_checkpointing_changes_no_gradient(head):
 
 @pytest.mark.parametrize("head", one_head())
 def test_nothing_of_two_lengths_is_made(head):
-    length = 4219
+    length = 4219 if head.startswith("DeepseekV32") else 2111
     sparse = sparse_hf.sparsify(dense_model(head, max_position_embeddings=2 * length)).train()
     ids = torch.randint(EOS + 1, VOCABULARY, (1, length))
     with AllocationInterceptor(length) as seen:
@@ -428,7 +428,7 @@ def test_losses_of_indexers_fall_and_are_made_in_pieces():
             optimizer.zero_grad()
             losses.mean().backward()
         optimizer.step()
-        found.append(float(losses.mean()))
+        found.append(losses.mean().item())
         assert not seen.quadratic
     assert found == sorted(found, reverse=True)
 

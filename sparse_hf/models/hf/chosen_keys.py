@@ -45,6 +45,14 @@ class Learning(Protocol):
 LEARNING: ContextVar[Learning | None] = ContextVar("learning", default=None)
 
 
+def refuse_graphs() -> None:
+    """Raise NotImplementedError in compiled code."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "keys are chosen by content one piece of the text after another, which is no single graph; run without torch.compile"
+        )
+
+
 def learning() -> Learning | None:
     """Who is told now; None if nobody is, as where no gradient is asked for."""
     return LEARNING.get() if torch.is_grad_enabled() else None
@@ -119,13 +127,8 @@ def limits_of_choice(module: Any, mask: MaskRequest | Tensor, query: Tensor, key
         query, key: `[B, heads, Q, D]` and `[B, heads, K, D]`, for their lengths and device.
 
     Raises:
-        NotImplementedError: compiled code, or padding inside a row under a pattern that counts positions.
+        NotImplementedError: padding inside a row under a pattern that counts positions.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{type(module).__name__} chooses keys by content, one piece of the text after another, which is no single graph; run "
-            "without torch.compile"
-        )
     request = MaskRequest.of(mask[:, None] if isinstance(mask, Tensor) else mask, query, key, module.config)
     is_causal, opaque = request.reading(module_is_causal=True)
     pattern = layer_pattern(module, request.stack(module), is_causal=False)

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 
 from ...attention.chosen import Limits, choose
-from ..hf.chosen_keys import refuse_documents_of
+from ..hf.chosen_keys import refuse_documents_of, refuse_graphs
 from ..hf.mask_request import MaskRequest
 
 
@@ -94,6 +94,7 @@ class BlockIndexer(torch.nn.Module):
         Args:
             position_ids: `[B, Q]`, counted from the first token of each row, see `BlockAttention`.
         """
+        refuse_graphs()
         query, key = (
             norm(project(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
             for norm, project in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...attention.chosen import IndexerScores, choose
-from ..hf.chosen_keys import learning, limits_of_choice
+from ..hf.chosen_keys import learning, limits_of_choice, refuse_graphs
 
 # cosines and sines `[B, Q, D of what is turned]`, and positions `[B, Q]`
 Positions = tuple[tuple[Tensor, Tensor], Tensor | None]
@@ -58,11 +58,13 @@ class DsaIndexer(torch.nn.Module):
     ) -> Tensor:
         """The keys of each query, `[B, Q, N]` int32, below 0 where there are fewer."""
         cache = past_key_values if cache is None else cache
+        refuse_graphs()
         learns = learning()
         with torch.set_grad_enabled(learns is not None):
             # what a model learns otherwise passes no indexer
             states, q_resid = hidden_states.detach(), q_resid.detach()
-            scores = self.scores(states, q_resid, (position_embeddings, position_ids), cache)
+            cos, sin = (angles.detach() for angles in position_embeddings)
+            scores = self.scores(states, q_resid, ((cos, sin), position_ids), cache)
         limits = limits_of_choice(self, attention_mask, scores.query.transpose(1, 2), scores.key[:, None])
         if learns is not None:
             learns.scores(self, scores, limits)

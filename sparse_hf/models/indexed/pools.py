@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...attention.chosen import IndexerScores, Limits, choose
-from ..hf.chosen_keys import Choice, refuse_documents, refuse_documents_of
+from ..hf.chosen_keys import Choice, refuse_documents, refuse_documents_of, refuse_graphs
 from ..hf.mask_request import MaskRequest
 
 
@@ -63,6 +63,7 @@ class LearnedPoolIndexer(torch.nn.Module):
             attention_mask: `[B, Q]`, which of the new tokens are real.
         """
         cache = past_key_values if cache is None else cache
+        refuse_graphs()
         query = self.wq_b(q_resid).unflatten(-1, (-1, self.head_dim))
         gate = torch.nn.functional.linear(hidden_states, self.index_kpool_compress_gate)
         key = self.k_norm(self.wk(hidden_states))
@@ -131,6 +132,7 @@ class MeanPoolIndexer(torch.nn.Module):
             attention_mask: what the model asked its mask function for.
         """
         cache = past_key_values if cache is None else cache
+        refuse_graphs()
         if not isinstance(attention_mask, MaskRequest):
             raise NotImplementedError(
                 "a 4-D attention_mask says pair by pair which keys a query sees, and pools of keys are made once for all queries; pass a "
