@@ -29,10 +29,11 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
+from .chosen_keys import choice_of, chosen_attention, learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
+from .mask_request import FLEETING, MaskRequest, TensorLikeRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
 from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
@@ -71,7 +72,8 @@ def sparse_mask(
     own = frozenset() if config is None else config.own_mask_functions
     # kept with the mask, which layers have whenever they are computed
     said = {name: value for name, value in said_of(config).items() if name != FLEETING}
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own, said=said)
+    kind = TensorLikeRequest if config is not None and config.chooses_keys else MaskRequest
+    return kind(attention_mask, mask_function, q_offset, own=own, said=said)
 
 
 def sparse_attention_forward(
@@ -89,13 +91,20 @@ def sparse_attention_forward(
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
+    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
+    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    chosen = choice_of(module, attention_mask, query, key, kwargs)
+    if chosen is not None:
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        learns = learning()
+        if learns is not None:
+            learns.attention(getattr(module, "indexer", None), query, key, scoring.scale)
+        return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
     bias = None if bias is None or not bias.numel() else bias
-    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
-    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)

@@ -309,6 +309,11 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
         )
+    if config.chooses_keys:
+        raise ValueError(
+            f"each token of {config.model_type} chooses keys by content anew, and a StreamingCache would have dropped some; use a "
+            "DynamicCache"
+        )
     if config.decode == "dense":
         raise ValueError(
             f"sparse_attention of this {config.model_type} model says decode='dense', for which all keys are needed; use a DynamicCache, "
