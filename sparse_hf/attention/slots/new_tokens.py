@@ -72,25 +72,28 @@ def slots_attention(
         k, v: `[B, G, K, D]`; what lies behind the new tokens is read by nobody, but no NaN may lie there.
         filled: what stands in the slots.
         pattern: the text of a causal pattern.
-        scoring: scale and soft cap; a bias is refused.
+        scoring: scale, soft cap, and a bias `[H, 2 K - 1]` of the distances (slot - query) from `1 - K` to `K - 1`; a ring knows none.
         wants_lse: is the lse read? If not, it holds nothing.
     """
-    if scoring.bias is not None:
-        raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
+    if scoring.bias is not None and filled.ring:
+        raise NotImplementedError(
+            "attention over a ring of slots, of which some were written again, knows no relative bias"
+        )
     if filled.shared is not None and filled.length is not None and why_unfit(q, v) is not None:
-        return _by_shared_mask(q, k, v, filled, pattern, scoring, wants_lse)
+        return _by_shared_mask((q, k, v), filled, pattern, scoring, wants_lse)
     # traced, so that a graph finds where texts begin once for all layers
     begins = filled.begins if filled.real is None else filled.real.int().argmax(1)
     return _operator(
         q, k, v, filled.seen, filled.real, begins, filled.marks, filled.oldest, list(filled.ring), pattern, scoring.scale,
-        scoring.softcap, wants_lse,
+        scoring.softcap, wants_lse, scoring.bias,
     )  # fmt: skip
 
 
 def _by_shared_mask(
-    q: Tensor, k: Tensor, v: Tensor, filled: Filled, pattern: str, scoring: Scoring, wants_lse: bool
+    tensors: tuple[Tensor, Tensor, Tensor], filled: Filled, pattern: str, scoring: Scoring, wants_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where no kernel reads a ring, under a mask that layers of one pattern share."""
+    q, k, v = tensors
     assert filled.shared is not None and filled.length is not None
     # as long as the ring has not come round, slots are filled from the first on
     keys, new = min(k.shape[2], filled.length), q.shape[2]
@@ -107,7 +110,7 @@ def _by_shared_mask(
             opened, blind = filled.shared[own]
             filled.shared[own] = torch.zeros_like(opened, dtype=q.dtype).masked_fill_(~opened, -torch.inf), blind
     opened, blind = filled.shared[own]
-    return _under(q, k[:, :, :keys], v[:, :, :keys], opened, blind, scoring, wants_lse)
+    return _under((q, k[:, :, :keys], v[:, :, :keys]), opened, blind, None, scoring, wants_lse)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -121,31 +124,30 @@ def takes_slots(pattern: str) -> bool:
 def _operator(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
     oldest: Tensor | None, ring: list[int], pattern: str, scale: float, softcap: float | None, wants_lse: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form, turns, scoring = as_pattern(pattern), Ring(*ring), Scoring(scale, softcap)
     # a ring holds the last tokens of a text without end
     reach = read_reach(form, ANY_LENGTH if turns else k.shape[2])
-    if (
-        reach is not None
-        and oldest is None
-        and why_unfit(q, v) is None
-        and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS
-    ):
+    fits = bias is None and oldest is None and why_unfit(q, v) is None
+    if reach is not None and fits and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
         from .kernels import decode
 
         return decode((q, k, v), seen, real, begins, reach, turns, scoring)
+    of_bias = None if bias is None else _bias(bias, seen, q.shape[2], k.shape[2])
     if turns:
         places = _new(seen, begins, q.shape[2])
         mask = _ring_mask(form, reach, places, positions_in(turns, places[:, -1] + 1), turns, marks, oldest)
     elif reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
+        of_bias = None if of_bias is None else _taken(of_bias.expand(slots.shape[0], -1, -1, -1).mT, slots).mT
         places = slots if begins is None else slots - begins[:, None]
         exists = exists if real is None else exists & real.gather(1, slots)
         mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
     else:
         mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])
-    return _dense(q, k, v, mask, scoring, wants_lse)
+    return _dense((q, k, v), mask, of_bias, scoring, wants_lse)
 
 
 @_operator.register_fake
@@ -217,6 +219,14 @@ def _mask(
     return torch.stack(torch.broadcast_tensors(*found), 1)
 
 
+def _bias(bias: Tensor, seen: Tensor, new: int, slots: int) -> Tensor:
+    """`[1, H, Q, K]` of a bias `[H, 2 K - 1]` by distance."""
+    queries = seen + torch.arange(new, device=seen.device)[:, None]
+    distances = torch.arange(slots, device=seen.device) - queries + slots - 1
+    # of new tokens behind the last slot, which nobody reads
+    return bias[:, distances.clamp(min=0)][None]
+
+
 def _taken(t: Tensor, slots: Tensor) -> Tensor:
     """`[B, G, n, D]` of `[B, G, K, D]`."""
     if slots.shape[0] == 1:
@@ -225,15 +235,16 @@ def _taken(t: Tensor, slots: Tensor) -> Tensor:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, wants_lse: bool
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor, bias: Tensor | None, scoring: Scoring, wants_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention under a mask, and its lse if it is wanted; what sees nothing gives 0."""
+    """Attention under a mask and a bias `[B or 1, H, Q, n]`, and its lse if it is wanted; what sees nothing gives 0."""
+    q, k, v = tensors
     blind = ~mask.any(-1, keepdim=True)
     opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), k.shape[1])
-    out, found = _under(q, k, v, opened, blind, scoring, wants_lse)
+    out, found = _under(tensors, opened, blind, bias, scoring, wants_lse)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     # an operator gives tensors of its own, of the layout that it has said
-    return like(q, v.shape[-1]).copy_(out), lse.copy_(found) if found.numel() else lse
+    return like(q, v.shape[-1]).copy_(out), lse.copy_(found) if wants_lse else lse
 
 
 def _opened(mask: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor | None]:
@@ -247,16 +258,21 @@ def _opened(mask: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor | Non
 
 
 def _under(
-    q: Tensor, k: Tensor, v: Tensor, opened: Tensor, blind: Tensor | None, scoring: Scoring, wants_lse: bool
+    tensors: tuple[Tensor, Tensor, Tensor], opened: Tensor, blind: Tensor | None, bias: Tensor | None, scoring: Scoring,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention under a mask of query heads by key head, and its lse."""
-    lse, queries = q.new_empty(q.shape[:3] if wants_lse else 0, dtype=torch.float32), folded(q, k.shape[1])
-    if scoring.softcap is None and not wants_lse:
+    """Attention under a mask of query heads by key head, and its lse, which is empty if it is not wanted."""
+    q, k, v = tensors
+    groups, lse = k.shape[1], q.new_empty(0, dtype=torch.float32)
+    queries = folded(q, groups)
+    if scoring.softcap is None and bias is None and not wants_lse:
         out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
     else:
         scores = queries.float() @ k.float().mT * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        if bias is not None:
+            scores = scores + folded(bias.float().expand(q.shape[0], -1, -1, -1), groups)
         scores = scores.masked_fill(~opened, -torch.inf)
         out = (scores.softmax(-1) @ v.float()).to(q.dtype)
         lse = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)

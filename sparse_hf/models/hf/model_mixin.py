@@ -75,6 +75,12 @@ class SparseMixin(SavedByOthers, _Model):
     """Attention by the configuration's pattern, marks from `global_attention_mask` or `global_token_ids`.
 
     Comes before the dense class among the bases: `class SparseBertModel(SparseMixin, BertModel)`.
+
+    Examples:
+        >>> from sparse_hf import SparseBertConfig, SparseBertModel
+        >>> config = SparseBertConfig(num_hidden_layers=1, sparse_attention={"patterns": {"all": "window(8, 8)"}, "layers": ["all"]})
+        >>> SparseBertModel(config)(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
+        torch.Size([1, 3, 768])
     """
 
     config: SparseConfigMixin

@@ -56,6 +56,14 @@ class StreamingCache(Cache):
     Raises:
         ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it. Or positions
             that cannot be those in a cache.
+
+    Examples:
+        >>> from sparse_hf import sparsify
+        >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(63, 0) | first(4)")
+        >>> cache = StreamingCache(model.config)
+        >>> tokens = model.generate(torch.randint(5, 300, (1, 500)), past_key_values=cache, max_new_tokens=20)
+        >>> tokens.shape[1], cache.layers[0].keys.shape[2] < 100
+        (520, True)
     """
 
     def __init__(self, config: PreTrainedConfig, spare: int = SPARE, positions: Positioning = "true"):
@@ -316,6 +324,11 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
     if set(config.stacks) != {""}:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
+        )
+    if config.chooses_keys:
+        raise ValueError(
+            f"each token of {config.model_type} chooses keys by content anew, and a StreamingCache would have dropped some; use a "
+            "DynamicCache"
         )
     if config.decode == "dense":
         raise ValueError(
