@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from ...attention import attend, attention, hashed_weights, route, uses_hashes, with_weights
+from ...attention import attend, attention, content_weights, route, uses_content, with_weights
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
@@ -35,8 +35,10 @@ from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .mask_request import FLEETING, MaskRequest, TensorLikeRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
+from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
+from .text_parts import TEXT_PART, TextPart, check_part
 
 
 def sparse_mask(
@@ -119,15 +121,24 @@ def sparse_attention_forward(
         _check_cache(streaming, module, pattern, opaque, bias)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
+    if kwargs.get(TEXT_PART) is not None:
+        check_part(opaque, kwargs)
+        return _of_part(
+            (query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend
+        ), None
     if bounds is not None:
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = None
+    filled = part = slopes = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
+        slopes = kwargs.get("alibi_slopes")
+        part = to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring, slopes)
+        if streaming.in_place and slopes is not None:
+            found = over_sloped_slots((query, key, value), filled, pattern, scoring, slopes, part)
+            return found[0].transpose(1, 2).contiguous(), None
         if streaming.in_place:
-            part = None
             if far is not None:
                 part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
                 pattern = far.near
@@ -135,16 +146,22 @@ def sparse_attention_forward(
         request = request.of_held(streaming, module.layer_idx, query, key)
     skips = kwargs.get("bias_skips_padding", False)
     shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
+    data = _token_data(kwargs, stack.name)
+    data = data if filled is None else replace(data, marks=filled.marks)
+    batch = request.batch(data, query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
-    part = None
     # packed documents begin anew, and with them their positions
     if far is not None and documents is None:
         _check_turned(order, opaque, bias)
         begins = None if real is None else real.int().argmax(1)
         seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
         part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
+    if filled is not None and slopes is not None:
+        begins = None if real is None else real.int().argmax(1)
+        first, pattern = to_first((query, key, value), filled, begins, pattern, scoring, slopes)
+        part = part if first is None else first if part is None else merge([first, part])
+        scoring, bias = sloped(scoring, slopes, key.shape[2]), slopes
     by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
@@ -166,6 +183,16 @@ def sparse_attention_forward(
     if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _of_part(
+    tensors: tuple[Tensor, Tensor, Tensor], pattern: str, scoring: Scoring, dropout: Dropout, sinks: Tensor | None,
+    part: TextPart, backend: str,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Q, H, D]` of this process's tokens to a text that several processes hold."""
+    call = AttentionCall(*tensors, pattern, 0, scoring, dropout, NOTHING, wants_lse=sinks is not None)
+    out, _ = _with_rest(*part.attention(call, backend), None, sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -268,8 +295,8 @@ def _computed(
         call.chosen_plan = _opaque_plan(call, opaque)
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
-        by_hashes = opaque is None and uses_hashes(str(pattern))
-        return hashed_weights(call) if by_hashes else with_weights(call)
+        by_content = opaque is None and uses_content(str(pattern))
+        return content_weights(call) if by_content else with_weights(call)
     if opaque is not None:
         return *attend(call, route(call, backend)), None
     if not call.scoring.is_plain:

@@ -110,6 +110,12 @@ class SparseConfigMixin(_Config):
         layers: which layers get another pattern, see `from_dense`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         sparse_attention: in place of these three, what a `config.json` says.
+
+    Examples:
+        >>> from sparse_hf import SparseLlamaConfig
+        >>> spec = {"patterns": {"near": "window(63, 0)", "far": "causal()"}, "layers": ["near", "far"]}
+        >>> SparseLlamaConfig(num_hidden_layers=2, sparse_attention=spec).layer_pattern(0, True)
+        'window(63, 0) & window(None, 0)'
     """
 
     sparse_attention: dict[str, Any] | None = None
