@@ -284,6 +284,8 @@ from .pattern import RandomBlocks as RandomBlocks
 from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
+from .pattern import TopK as TopK
+from .pattern import TopKBlocks as TopKBlocks
 from .pattern import Window as Window
 from .pattern import Window2d as Window2d
 from .pattern import causal as causal
@@ -573,6 +575,8 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "TopK",
+    "TopKBlocks",
     "Window",
     "Window2d",
     "causal",
