@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from ..units import size
 from .arguments import read_folder
+from .paragraphs import print_lines
 
 # a length at which pairs are counted, unless another is asked for
 LONGEST = 16384
@@ -30,7 +32,10 @@ def info(
     """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
     with Console(stderr=True).status("counting pairs"):
         found = read_info(folder, length)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_lines(info_lines(found))
 
 
 def read_info(folder: str, length: int | None) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from ..conversion.check import meta_model, sees_past_only
+    from ..conversion.prepare import checkpoint_warnings
     from ..models import SparseConfigMixin, family_of
     from ..models.hf.hearing import is_causal
 
@@ -71,6 +77,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "counted_at": counted,
         "stacks": stacks,
         "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
+        "warnings": checkpoint_warnings(Path(folder), config, causal, length),
     }
 
 
@@ -145,6 +152,7 @@ def info_lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {whose.rjust(5)}  {part['pattern']}  ({part['density']:.2%})"
         yield f"  {_reach(stack)}"
     yield from _cache_lines(found["cache"], at)
+    yield from (f"Note: {warning}" for warning in found["warnings"])
 
 
 def _reach(stack: dict[str, Any]) -> str:

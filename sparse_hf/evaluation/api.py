@@ -59,9 +59,12 @@ def evaluate(
         ValueError: a pattern, text, probe or setting that does not fit; the message names it, and the remedy.
         FileNotFoundError: no such text or model.
 
-    Example:
-        found = sparse_hf.evaluate("my-llama", ["window(1023, 0) | first(4)"], [Path("contract.txt")], out="evaluation")
-        print(found)
+    Examples:
+        >>> text = "the court shall hear a party who owns land. " * 100
+        >>> settings = Settings(length=128, progress=False)
+        >>> found = evaluate("my-llama", "window(31, 0) | first(4)", [text], probes=["divergence"], settings=settings)
+        >>> [one["candidate"] for one in found.result["verdicts"]]
+        ['window(31, 0) | first(4)']
     """
     settings = settings or Settings()
     setup = prepare(model, patterns, texts, tokenizer, settings)

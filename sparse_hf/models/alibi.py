@@ -10,10 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hf.cache import of_streaming
 from .hf.mask_request import MaskRequest
 from .hf.positions import Positions
 
 ALIBI = Positions("alibi")
+
+
+def alibi_arguments(slopes: Tensor, attention_mask: Any, query: Tensor, key: Tensor, cache: Any) -> dict[str, Any]:
+    """The arguments of attention that say of ALiBi: a bias by distance, or slopes where a cache has dropped keys.
+
+    Args:
+        slopes, attention_mask, query, key: see `by_distance`.
+        cache: of the layer, None without one.
+    """
+    streaming = of_streaming(cache)
+    if streaming:
+        return {**streaming, "alibi_slopes": slopes}
+    return {"position_bias": by_distance(slopes, attention_mask, query, key)}
 
 
 def by_distance(slopes: Tensor, attention_mask: Any, query: Tensor, key: Tensor) -> Tensor:

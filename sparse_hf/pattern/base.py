@@ -84,6 +84,11 @@ class Pattern:
 
     Equality and hash are those of the class and its fields. A subclass of another pattern is another pattern: what is known
     of `Window`, say, is assumed of no subclass, and one that redefines `allows` redefines what else speaks of its pairs.
+
+    Examples:
+        >>> pattern = Pattern.parse("window(256, 256) | first(1)")
+        >>> bool(pattern.allows(torch.tensor(9), torch.tensor(300))), str(pattern & Pattern.parse("causal()"))
+        (False, '(window(256, 256) | first(1)) & window(None, 0)')
     """
 
     word: ClassVar[str] = ""

@@ -33,6 +33,10 @@ class LSHChunks(Content):
 
     `buckets` is an even number, its factors, or None: about two buckets per chunk of the text. `seed` None draws new
     rotations in every pass.
+
+    Examples:
+        >>> LSHChunks(size=64, rounds=2).most_keys
+        256
     """
 
     size: int
@@ -71,6 +75,11 @@ class LSH(Content):
     for it.
 
     `buckets` is an even number or its even factors, and `seed` fixes the random directions.
+
+    Examples:
+        >>> str(LSH(size=64, rounds=2, buckets=32))
+        'lsh(32, 2, 64, 0)'
+
     """
 
     buckets: int | tuple[int, ...]

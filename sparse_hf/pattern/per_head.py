@@ -12,7 +12,13 @@ from .base import Pattern, check_class, either_side
 
 @dataclass(frozen=True, init=False)
 class PerHead(Pattern):
-    """One pattern per head; outermost only."""
+    """One pattern per head; outermost only.
+
+    Examples:
+        >>> from sparse_hf import Pattern
+        >>> Pattern.parse("per_head(window(64, 0), stride(64))").heads[1]
+        stride(64)
+    """
 
     patterns: tuple[Pattern, ...]
     word = "per_head"

@@ -27,7 +27,7 @@ from ..backends.triton.walk import why_unfit
 from ..scoring import Scoring
 from ..strides import folded, like
 from .reach import Reach, read_reach
-from .ring import NO_RING, Ring, positions_in
+from .ring import NO_RING, Ring, positions_in, slots_of
 
 # new tokens from which a pass is one over a prompt
 MAX_TOKENS = 128
@@ -43,9 +43,10 @@ class Filled:
         seen: `[]`, whole number: tokens that came before, padding included.
         real: `[B, K]` bool, false on padding; None where there is none. But under patterns that hold the whole past, padding must stand
             before all tokens of its row. A ring needs none.
-        marks: `[B, K]` bool, the tokens that `marked()` speaks of; of a ring None.
+        marks: `[B, K]` bool, the tokens that `marked()` speaks of; None where there is none.
         begins: `[B]`, tokens of padding before each row; None where they are known from `real`, or there is none.
         ring: where tokens stand by their positions; `NO_RING` where each is in the slot of its number, padding included.
+        oldest: `[B or 1]`, the position behind the first tokens of a ring from which on it is read; None where all of it is.
     """
 
     seen: Tensor
@@ -53,6 +54,7 @@ class Filled:
     marks: Tensor | None = None
     begins: Tensor | None = None
     ring: Ring = NO_RING
+    oldest: Tensor | None = None
 
 
 def slots_attention(
@@ -73,8 +75,8 @@ def slots_attention(
     # traced, so that a graph finds where texts begin once for all layers
     begins = filled.begins if filled.real is None else filled.real.int().argmax(1)
     return _operator(
-        q, k, v, filled.seen, filled.real, begins, filled.marks, list(filled.ring), pattern, scoring.scale, scoring.softcap,
-        wants_lse,
+        q, k, v, filled.seen, filled.real, begins, filled.marks, filled.oldest, list(filled.ring), pattern, scoring.scale,
+        scoring.softcap, wants_lse,
     )  # fmt: skip
 
 
@@ -88,17 +90,23 @@ def takes_slots(pattern: str) -> bool:
 @torch.library.custom_op("sparse_hf::slots", mutates_args=())
 def _operator(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
-    ring: list[int], pattern: str, scale: float, softcap: float | None, wants_lse: bool,
+    oldest: Tensor | None, ring: list[int], pattern: str, scale: float, softcap: float | None, wants_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form, turns, scoring = as_pattern(pattern), Ring(*ring), Scoring(scale, softcap)
     # a ring holds the last tokens of a text without end
     reach = read_reach(form, ANY_LENGTH if turns else k.shape[2])
-    if reach is not None and why_unfit(q, v) is None and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
+    if (
+        reach is not None
+        and oldest is None
+        and why_unfit(q, v) is None
+        and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS
+    ):
         from .kernels import decode
 
         return decode((q, k, v), seen, real, begins, reach, turns, scoring)
     if turns:
-        mask = _ring_mask(form, reach, seen, begins, q.shape[2], turns)
+        places = _new(seen, begins, q.shape[2])
+        mask = _ring_mask(form, reach, places, positions_in(turns, places[:, -1] + 1), turns, marks, oldest)
     elif reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
@@ -146,15 +154,19 @@ def _window_mask(reach: Reach, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
 
 
 def _ring_mask(
-    pattern: Pattern, reach: Reach | None, seen: Tensor, begins: Tensor | None, new: int, ring: Ring
+    pattern: Pattern, reach: Reach | None, q: Tensor, k: Tensor, ring: Ring, marks: Tensor | None, oldest: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """`[B or 1, H or 1, Q, K]`: what a pattern holds of the slots of a ring."""
-    q = _new(seen, begins, new)
-    k = positions_in(ring, q[:, -1] + 1)
+    """`[B or 1, H or 1, Q, K]`: what a pattern holds of the slots of a ring, for places `[B or 1, Q]` and `[B or 1, K]`."""
+    if oldest is not None:
+        k = k.where((k < ring.first) | (k >= oldest[:, None]), -1)
     if reach is not None:
         return _window_mask(reach, q, k, k >= 0)
-    own, every, there = q.clamp(min=0)[:, :, None], k.clamp(min=0)[:, None, :], (k >= 0)[:, None, :]
-    found = [one.allows(own, every) & there for one in pattern.heads or (pattern,)]
+    own, every, there = q.clamp(min=0), k.clamp(min=0)[:, None, :], (k >= 0)[:, None, :]
+    about = Marks()
+    if marks is not None:
+        of_q = marks.gather(1, slots_of(ring, own).expand(marks.shape[0], -1))
+        about = Marks(of_q[:, :, None], marks[:, None, :])
+    found = [one.allows(own[:, :, None], every, about) & there for one in pattern.heads or (pattern,)]
     return torch.stack(torch.broadcast_tensors(*found), 1)
 
 
