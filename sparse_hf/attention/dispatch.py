@@ -26,7 +26,7 @@ from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
 from .composite.chosen import CHOICES
-from .composite.content import ContentPairs, DenseContentPairs, Kind, dense_weights
+from .composite.content import ContentPairs, ContentPlan, DenseContentPairs, Kind, dense_weights, planned
 from .composite.global_tokens import GlobalTokens
 from .composite.lsh import HASHES
 from .composite.strided import Strided
@@ -141,6 +141,11 @@ def kind_of(call: AttentionCall) -> Kind:
     if len(hashes) > 1:
         raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")
     return HASHES if True in hashes else CHOICES
+
+
+def content_plan(call: AttentionCall) -> ContentPlan:
+    """The plan of a call whose pattern chooses pairs by content, which the call goes on with."""
+    return planned(call, kind_of(call))
 
 
 def content_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

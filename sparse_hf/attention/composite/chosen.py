@@ -42,8 +42,8 @@ class ChoicePlan:
     def batch_rows(self) -> int:
         return self.positions.batch_rows
 
-    def chosen_mask(self, call: AttentionCall) -> Tensor:
-        index, keys = self.chosen.index.long(), call.k.shape[2]
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        index, keys = self.chosen.index[:, :, queries].long(), call.k.shape[2]
         mask = torch.zeros(*index.shape[:3], keys + 1, dtype=torch.bool, device=index.device)
         return mask.scatter_(-1, index.where(index >= 0, keys), True)[..., :keys]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ...pattern import Pattern
@@ -31,8 +32,8 @@ class ContentPlan(Protocol):
         """The plan of the pairs that are chosen, as the kind's backend takes it."""
         ...
 
-    def chosen_mask(self, call: AttentionCall) -> Tensor:
-        """The pairs that are chosen, `[B, H, Q, K]` bool. O(n^2)."""
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        """The pairs of queries `[m]` that are chosen, `[B, H, m, K]` bool."""
         ...
 
 
@@ -95,8 +96,15 @@ class DenseContentPairs(AutogradBackend, ContentPairs):
 
 def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
-    plan = planned(call, kind)
-    return with_weights(call, plan.chosen_mask(call) | plan.positions.to_dense())
+    queries = torch.arange(call.q.shape[2], device=call.q.device)
+    return with_weights(call, held_by(planned(call, kind), call, queries))
+
+
+def held_by(plan: ContentPlan, call: AttentionCall, queries: Tensor) -> Tensor:
+    """The pairs of queries `[m]`, of positions and chosen, `[B, H, m, K]` bool."""
+    rows, keys = (torch.arange(n, device=queries.device) for n in (call.q.shape[0], call.k.shape[2]))
+    positions = plan.positions.allows(rows[:, None, None, None], 0, queries[:, None], keys)
+    return plan.chosen_mask(call, queries) | positions
 
 
 def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
