@@ -104,7 +104,8 @@ def sparse_attention_forward(
     kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
-    bias = None if bias is None or not bias.numel() else bias
+    # some families hand over an empty vector where they have none
+    bias = None if bias is None or bias.ndim == 1 else bias
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
@@ -166,16 +167,17 @@ def sparse_attention_forward(
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
         return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
     call = AttentionCall(
-        query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
+        query, key, value, pattern, int(request.q_offset), _of_place(scoring, request, query, key), Dropout.draw(dropout), batch.info,
         wants_lse=sinks is not None or part is not None,
     )  # fmt: skip
-    reorders = bias is None or skips
+    computed_by = kwargs.get("computed_by")
+    reorders = (bias is None and computed_by is None) or skips
     if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None)
+    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None, computed_by)
     out, lse = _with_rest(out, lse, part, sinks)
     if weights is not None and sinks is not None:
         weights = with_sink(weights, lse, sinks)
@@ -222,9 +224,16 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
 
 def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:
     """Are these new tokens of a static cache, whose graph serves all lengths? It has no gradient."""
-    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS or scoring.bias is not None:
+    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS:
         return False
     return not torch.is_grad_enabled() and takes_slots(pattern)
+
+
+def _of_place(scoring: Scoring, request: MaskRequest, query: Tensor, key: Tensor) -> Scoring:
+    """Scoring whose bias is that of queries at their place, where it was made for any place."""
+    if scoring.bias is None or not isinstance(request.q_offset, Tensor):
+        return scoring
+    return replace(scoring, bias=scoring.bias[:, key.shape[2] - query.shape[2] - int(request.q_offset) :])
 
 
 def _over_slots(
@@ -287,11 +296,19 @@ def _as_mask(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) 
 
 
 def _computed(
-    call: AttentionCall, opaque: Callable | None, backend: str, wants_weights: bool
+    call: AttentionCall, opaque: Callable | None, backend: str, wants_weights: bool, computed_by: Callable | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Out `[B, H, Q, D]`, lse `[B, H, Q]` if the call wants it, and the weights if they are wanted."""
+    """Out `[B, H, Q, D]`, lse `[B, H, Q]` if the call wants it, and the weights if they are wanted.
+
+    Args:
+        computed_by: what computes the output of a family whose scores no backend knows.
+    """
     if opaque is not None:
         call.chosen_plan = _opaque_plan(call, opaque)
+    if computed_by is not None:
+        call.pattern = _parsed(call.pattern)
+        # it knows no lse
+        return computed_by(call), call.q.new_empty(0), None
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
         by_content = opaque is None and uses_content(str(pattern))
