@@ -26,7 +26,15 @@ from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
 from .composite.chosen import CHOICES
-from .composite.content import ContentPairs, ContentPlan, DenseContentPairs, Kind, dense_weights, planned
+from .composite.content import (
+    ContentPairs,
+    ContentPlan,
+    DenseContentPairs,
+    Kind,
+    dense_weights,
+    planned,
+    positions_plan,
+)
 from .composite.global_tokens import GlobalTokens
 from .composite.lsh import HASHES
 from .composite.strided import Strided
@@ -128,6 +136,9 @@ def _for_content(call: AttentionCall, name: str) -> Backend:
     reason = backend.why_not(call)
     if reason:
         raise NotImplementedError(reason)
+    if name not in ("auto", "reference"):
+        # says why the backend cannot, if it cannot
+        pick(call.part(call.q, call.k, call.v, positions_plan(call)))
     return backend
 
 

@@ -111,7 +111,11 @@ def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
     """The plan of a call, which its backward pass finds again."""
     if call.chosen_plan is None:
         assert call.pattern is not None
-        form = read_content(str(call.pattern))
-        positions = find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
-        call.chosen_plan = kind.make_plan(call, form.chosen, positions)
+        call.chosen_plan = kind.make_plan(call, read_content(str(call.pattern)).chosen, positions_plan(call))
     return call.chosen_plan
+
+
+def positions_plan(call: AttentionCall) -> BlockPlan:
+    """The plan of what positions say."""
+    form = read_content(str(call.pattern))
+    return find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
