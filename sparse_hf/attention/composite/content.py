@@ -83,7 +83,8 @@ class ContentPairs(Backend):
     def _calls(self, call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
         """The calls over pairs of positions and over those that are chosen."""
         plan = planned(call, self.kind)
-        return tuple(call.part(call.q, call.k, call.v, part, call.dropout) for part in (plan.positions, plan.chosen))
+        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
+        return positions, call.part(call.q, call.k, call.v, plan.chosen, call.dropout)
 
 
 class DenseContentPairs(AutogradBackend, ContentPairs):
