@@ -204,7 +204,7 @@ LADDER = (
     ("Does the pattern leave out no pair of this text?", "Dense", "PyTorch's attention"),
     ("Are there fewer than 128 queries (decoding)?", "Decode", "PyTorch's attention, slices of keys"),
     ("A window over a short text, on a GPU?", "SlidingWindow", "PyTorch's FlashAttention-2"),
-    ("Are pairs chosen by content, lsh(...)?", "HashedPairs", "positions and hashes, merged"),
+    ("Are pairs chosen by content (lsh, topk)?", "ContentPairs", "positions and choices, merged"),
     ("Marks in a call that a CUDA graph records?", "GlobalTokens", "window and marked tokens, merged"),
     ("A stride that pays when put side by side?", "Strided", "each part on a backend for blocks"),
 )
