@@ -31,6 +31,7 @@ import sparse_hf
 from examples.assets import CACHE, GUTENBERG, MINILM, SMOLLM2, fetch
 from sparse_hf.bench import environment, peak_bytes, result_path, write_json
 from sparse_hf.testing import AllocationInterceptor
+from sparse_hf.units import size
 
 DECODER_PATTERN = "window(511, 0) | first(4)"
 ENCODER_PATTERN = "window(128, 128) | first(1)"
@@ -201,7 +202,7 @@ def table(results: dict[str, dict]) -> Table:
             found["class"],
             quality,
             f"{found['seconds']:.1f} ({min(found['runs']):.1f} to {max(found['runs']):.1f})",
-            "" if found["peak"] is None else f"{found['peak'] / 2**20:,.0f} MiB",
+            size(found["peak"]),
             str(found["quadratic"]),
         )
         shown.add_row(name, *values)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedConfig, PreTrainedModel
 
+import sparse_hf
 from tests import readme
 from tests.processes import ROOT, printed
 from tests.snippets import documented, snippets
@@ -19,13 +22,32 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 SNIPPETS = {page: list(snippets(page.read_text(encoding="utf-8"))) for page in PAGES}
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 API = re.findall(r"^::: (\S+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), re.M)
-DOCUMENTED = [name for name in API if ">>>" in (documented(name)[0].__doc__ or "")]
 EXAMPLES = [page for page, found in SNIPPETS.items() if found]
 # pages whose prose keeps to this width
 MAX_LINE = 100
 OLDER = {DOCS / "MEASUREMENTS.md", DOCS / "results" / "README.md"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`]+)`")
+
+
+def public_names() -> Iterator[str]:
+    """Dotted names of all that is public: what the reference describes, and what `sparse_hf` gives, but for classes that are
+    derived from those of Transformers."""
+    for name in API:
+        found, module = documented(name)
+        if found is not module:
+            yield name
+            continue
+        members = inspect.getmembers(module, inspect.isfunction)
+        yield from (f"{name}.{one}" for one, of in members if of.__module__ == name and not one.startswith("_"))
+    for name in dir(sparse_hf):
+        found = getattr(sparse_hf, name)
+        is_derived = name.startswith("Sparse") and issubclass(found, (PreTrainedConfig, PreTrainedModel))
+        if (inspect.isclass(found) or inspect.isfunction(found)) and not is_derived:
+            yield f"{found.__module__}.{found.__name__}"
+
+
+DOCUMENTED = sorted(set(public_names()))
 
 
 def name_of(page: Path) -> str:
@@ -145,8 +167,13 @@ def test_examples_of_docstrings_run(name, errors):
     assert not errors[name], errors[name]
 
 
-def test_most_of_the_reference_has_examples():
-    assert len(DOCUMENTED) >= len(API) / 2
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_public_names_have_examples(name):
+    assert ">>>" in (documented(name)[0].__doc__ or "")
+
+
+def test_few_examples_of_docstrings_are_not_run():
+    assert len([name for name in DOCUMENTED if "+SKIP" in (documented(name)[0].__doc__ or "")]) <= 2
 
 
 def test_every_notebook_shows_what_it_draws():

@@ -15,12 +15,14 @@ import sparse_hf
 from sparse_hf.analysis import describe_stack
 from sparse_hf.analysis.show import _shares
 from sparse_hf.bench.plot import apart
-from sparse_hf.bench.text import Figures, duration, size, times
+from sparse_hf.bench.text import Figures
 from sparse_hf.cli import app
 from sparse_hf.cli.commands import BENCHES, COMMANDS
+from sparse_hf.cli.evaluate import token_ids
 from sparse_hf.cli.examples import EXAMPLES
 from sparse_hf.cli.mistakes import name_flags
 from sparse_hf.pattern import Pattern, full
+from sparse_hf.units import duration, size, times
 from tests.models.families import dense_model
 from tests.test_talk import tokenizer
 
@@ -173,8 +175,28 @@ def test_info_of_what_is_dense_or_endless(tmp_path):
         invoke("info", tmp_path / "dense")
     sparse = sparse_hf.sparsify(dense_model("BertForMaskedLM"), "window(20, 20) | marked()", global_token_ids=[5])
     sparse.save_pretrained(tmp_path / "bert")
-    text = invoke("info", tmp_path / "bert", "--length", "100")
+    text = " ".join(invoke("info", tmp_path / "bert", "--length", "100").split())
     assert "marked tokens: ids 5" in text and "there are 2, fewer" in text and "cache" not in text
+
+
+def test_info_and_show_warn_as_convert_does(tmp_path):
+    """Of what is not heard, of nothing global, of marks that nobody sets, and of texts longer than what was trained."""
+    dense_model("BertForMaskedLM").save_pretrained(tmp_path / "dense")
+    options = ("--pattern", "window(9, 9) | marked()", "--max-length", "1024")
+    said = invoke("convert", tmp_path / "dense", tmp_path / "bert", *options, "--dry-run")
+    invoke("convert", tmp_path / "dense", tmp_path / "bert", *options)
+    sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "window(20, 0)").save_pretrained(tmp_path / "llama")
+    notes = {name: json.loads(invoke("info", tmp_path / name, "--json"))["warnings"] for name in ("bert", "llama")}
+    begins = {"bert": ("marked()", "the model was made for 512"), "llama": ("through", "nothing is global")}
+    for name, found in notes.items():
+        assert [note.startswith(one) for note, one in zip(found, begins[name], strict=True)] == [True, True], name
+    assert all(" ".join(note.split()) in " ".join(said.split()) for note in notes["bert"])
+    shown = " ".join(invoke("show", tmp_path / "llama", "--length", "100").split())
+    assert "Note: through the model's 2 layers a token hears at most 40 tokens back, and texts may have 100" in shown
+    told = " ".join(invoke("info", tmp_path / "bert", "--length", "2000").split())
+    assert "Note: the table of positions ends at 1,024 tokens, and texts of 2,000 are refused" in told
+    told = " ".join(invoke("info", tmp_path / "llama", "--length", "700").split())
+    assert "Note: the model was made for 512 tokens and is to read 700" in told
 
 
 def test_show_gives_numbers_as_json():
@@ -200,6 +222,12 @@ def test_tokens_are_named_by_their_texts(tmp_path):
         ValueError, match=r"--global-token-ids has '\[CLS\]', which is no token of .*; its special tokens are '<s>'"
     ):
         invoke(*given, "[CLS]", "--overwrite")
+    # as `evaluate` does
+    assert token_ids("<s>,w7,9", str(tmp_path / "dense")) == (1, 7, 9) and token_ids("", "nowhere") == ()
+    text = tmp_path / "text"
+    text.write_text("w7 " * 99)
+    with pytest.raises(ValueError, match=r"--global-token-ids has '\[CLS\]', which is no token of "):
+        invoke("evaluate", tmp_path / "dense", "--pattern", "marked()", "--text", text, "--global-token-ids", "[CLS]")
     (tmp_path / "dense" / "tokenizer.json").unlink()
     (tmp_path / "dense" / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="--global-token-ids has texts, and .* has no tokenizer that knows them"):

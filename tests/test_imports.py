@@ -17,13 +17,14 @@ ALLOWED = {
     "attention": {"plan", "pattern"},
     "parallel": {"attention", "plan", "pattern"},
     "models": {"attention", "plan", "pattern", "registry", "version"},
-    "analysis": {"plan", "pattern"},
+    "analysis": {"plan", "pattern", "units"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
-    "bench": {"models", "attention", "plan", "pattern"},
-    "evaluation": {"bench", "models", "plan", "pattern"},
+    "bench": {"models", "attention", "plan", "pattern", "units"},
+    "evaluation": {"bench", "models", "plan", "pattern", "units"},
     "train": {"models", "parallel", "attention", "plan", "pattern"},
     "testing": set(),
     "registry": set(),
+    "units": set(),
     "version": set(),
     # the command line imports the faces of packages alone
     "cli": {
@@ -35,12 +36,13 @@ ALLOWED = {
         "bench",
         "evaluation",
         "models",
+        "units",
         "version",
     },
     "__main__": {"cli"},
     "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }
-NO_TRANSFORMERS = {"pattern", "plan", "attention", "parallel", "analysis", "testing", "registry"}
+NO_TRANSFORMERS = {"pattern", "plan", "attention", "parallel", "analysis", "testing", "registry", "units"}
 BACKENDS = {"reference", "blockwise", "flex", "flash", "triton"}
 
 

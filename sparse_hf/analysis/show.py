@@ -22,6 +22,7 @@ from ..pattern.base import Marks, as_pattern
 from ..pattern.forms import StrideForm, read_stride
 from ..plan import BlockPlan, build_plan
 from ..plan.strided import is_worth_regrouping
+from ..units import size
 from .reach import Reach, reach
 
 COLORS = {EMPTY: "#ffffff", PARTIAL: "#9ecae1", FULL: "#08519c"}
@@ -141,7 +142,13 @@ def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> G
 
 
 def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -> Group:
-    """The picture, then the numbers, for a terminal; options as in `describe`."""
+    """The picture, then the numbers, for a terminal; options as in `describe`.
+
+    Examples:
+        >>> from rich.console import Console
+        >>> Console(width=40).print(render("window(1, 0)", 4).renderables[0])
+        window(1, 0)   at 4 tokens
+    """
     facts = describe(pattern, length, **options)
     plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
     parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
@@ -179,6 +186,10 @@ def save_png(
     Raises:
         ImportError: matplotlib is missing.
         FileNotFoundError: the folder does not exist.
+
+    Examples:
+        >>> save_png("window(64, 64) | first(1)", 512, "pattern.png").name
+        'pattern.png'
     """
     try:
         from matplotlib.colors import LinearSegmentedColormap
@@ -318,25 +329,14 @@ def _numbers(facts: Description) -> Table:
     table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{n * n:,}")
     table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
     table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
-    table.add_row("layers until every token reaches every other", facts.reach_note, "1")
+    table.add_row("layers until all tokens are reached", facts.reach_note, "1")
     table.add_row(
         "FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
     )
     table.add_row(
-        "FLOPs per layer, forward and backward",
+        "FLOPs per layer, with backward",
         f"{facts.flops_step / 1e9:,.2f} G",
         f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
     )
-    table.add_row("memory per layer: block table, or scores", _size(facts.table_bytes), _size(facts.score_bytes))
+    table.add_row("block table, or scores, per layer", size(facts.table_bytes), size(facts.score_bytes))
     return table
-
-
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count:,} B"
-    size = float(count)
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:,.1f} {unit}"
-    return f"{size / 1024:,.1f} GiB"

@@ -19,13 +19,14 @@ from torch import Tensor
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
 from ..plan import build_plan
+from ..units import duration, times
 from .exactness import row_error
 from .measure import DTYPES, Timer, check_dtype, chosen_device, peak_bytes, synchronize
 from .peers import Peer, peers
 from .plot import plot_result, readable
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .sparse_peers import sparse_peers
-from .text import Figures, duration, exponents, times
+from .text import Figures, exponents
 
 # largest relative error of an output row against float64 that still counts as correct
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel, StoppingCriteriaList
 
 from ..pattern import Pattern
 from ..plan import build_plan
+from ..units import duration, size, times
 from .clock import SETTLING, Clock, OvertimeError, Stop, Times, read_times, time_limit
 from .generate_cases import CASES, Case, Models, load_models
 from .generate_exact import COMPARED_STEPS, compare, make_prompt, random_ids
@@ -32,7 +33,7 @@ from .measure import (
 )
 from .plot import Line, Panel, draw
 from .results import Result, Row, environment, result_path, slopes, write_json
-from .text import Figures, duration, joined, size, times
+from .text import Figures, joined
 
 # whatever a broken case raises is its row, and others are still run
 BROKEN = (Exception,)

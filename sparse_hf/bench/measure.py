@@ -75,20 +75,6 @@ class Timer:
         return statistics.median(taken)
 
 
-def seconds_in_turn(works: Sequence[Callable[[], object]], repeats: int, budget_s: float) -> list[float]:
-    """Median times of a call of each, by the clock.
-
-    All have a turn before one has its next, which none has once the budget is spent.
-    """
-    begin, taken = time.perf_counter(), [[] for _ in works]
-    for turn in range(repeats):
-        if turn and time.perf_counter() - begin > budget_s:
-            break
-        for work, times in zip(works, taken, strict=True):
-            times.append(_clock_time(work))
-    return [statistics.median(times) for times in taken]
-
-
 def _clock_time(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()

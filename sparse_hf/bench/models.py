@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models import sparsify
+from ..units import duration, size, times
 from .cases import CASES, VOCABULARY, Case
 from .measure import (
     DTYPES,
@@ -30,7 +31,7 @@ from .measure import (
 )
 from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
-from .text import Figures, duration, exponents, size, times
+from .text import Figures, exponents
 
 # tokens on which both are compared before anything is timed: no length for which Transformers'
 # BigBird draws a block twice
@@ -287,9 +288,9 @@ def _one_length(
 
 
 def _figures_text(row: Row) -> str:
-    step = "" if row["step_s"] is None else f", step {row['step_s'] * 1e3:,.1f} ms"
-    memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:,.0f} MiB"
-    return f"forward {row['forward_s'] * 1e3:,.1f} ms{step}{memory}"
+    step = "" if row["step_s"] is None else f", step {duration(row['step_s'])}"
+    memory = "" if row["peak_bytes"] is None else f", {size(row['peak_bytes'])}"
+    return f"forward {duration(row['forward_s'])}{step}{memory}"
 
 
 def _figures(case: Case, row: Row, shape: ModelShape, errors: Errors, timer: Timer) -> Row:

@@ -19,10 +19,11 @@ from ..pattern import Pattern
 from ..pattern.base import Marks
 from ..plan import BlockPlan, build_plan
 from ..plan.tile_lists import Lists, TileLists, tile_lists
+from ..units import duration, size
 from .measure import Timer, chosen_device, measured, peak_bytes, print_row, why_not_run
 from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
-from .text import Figures, duration, exponents, size
+from .text import Figures, exponents
 
 PATTERNS = ("window(256, 256)", "streaming(window=1024, sinks=4)", "longformer()", "bigbird()")
 # what each table is to take at so many tokens: seconds, and bytes of memory, by the kind of device

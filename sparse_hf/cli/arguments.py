@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 OUT_HELP = "Write the figures to this JSON file; in a folder, to MACHINE/DATE-BENCHMARK.json."
@@ -23,19 +24,48 @@ def read_tokens(text: str) -> list[int | str]:
     return [int(word) if word.isdecimal() else word for word in words(text)]
 
 
-def read_folder(text: str) -> str:
-    """A checkpoint's folder, or what may be a hub id.
+def read_folder(text: str, *, weights: bool = True, tokenizer: bool = False) -> str:
+    """A checkpoint's folder, whose files are whole, or what may be a hub id.
+
+    Args:
+        text: what the user gave.
+        weights: a folder without them is refused.
+        tokenizer: so is one without a tokenizer.
 
     Raises:
-        FileNotFoundError: a path that leads to no checkpoint. Of a hub id the hub knows.
+        FileNotFoundError: a path that leads to no checkpoint, or a file that is missing in it. Of a hub id the hub knows.
+        ValueError: a damaged file.
     """
     path = Path(text)
     is_path = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{text} has no config.json; give the folder of a checkpoint")
+    if path.is_file():
+        raise ValueError(f"{text} is a file; give the folder of a checkpoint")
     if is_path and not path.is_dir():
         raise FileNotFoundError(f"{text} is no folder with a checkpoint")
+    if path.is_dir():
+        from ..conversion.source import check_folder
+
+        check_folder(path, weights=weights, tokenizer=tokenizer)
     return text
+
+
+def read_layers(text: str | None) -> str | None:
+    """What `--layers` says, or the file that `tune` wrote.
+
+    Raises:
+        ValueError: a file that says no layers.
+    """
+    if text is None or not text.endswith(".json"):
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {text}; --layers takes layers.json of sparse-hf tune, or ranges like '0-3=dense'"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{text} says no layers; --layers takes layers.json of sparse-hf tune") from error
 
 
 def read_lengths(text: str) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from . import talk
 from .bench import attention, generate, models, plan
@@ -16,7 +17,7 @@ from .evaluate import evaluate, tune
 from .examples import epilog
 from .families import list_families
 from .info import info
-from .mistakes import MISTAKES, by_flags
+from .mistakes import MISTAKES, by_flags, one_line
 from .show import show
 
 # in the order in which help lists them
@@ -73,6 +74,8 @@ def main() -> None:
     except MISTAKES as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True).print("[bold red]error:[/]", end=" ")
-        Console(stderr=True, markup=False, highlight=False).print(str(error), soft_wrap=True)
+        console = Console(stderr=True, highlight=False)
+        # a terminal would cut words, and a file has lines of any length
+        told = Text.assemble(("error:", "bold red"), " ", one_line(error))
+        console.print(told, soft_wrap=not console.is_terminal)
         raise SystemExit(2) from None

@@ -6,13 +6,14 @@ import json
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from .arguments import PATTERN_HELP, numbers, words
+from .arguments import PATTERN_HELP, TOKENS_HELP, numbers, read_folder, read_layers, read_tokens, words
 
 # options of both commands
 Texts = Annotated[
@@ -27,7 +28,14 @@ Depths = Annotated[str, typer.Option(help="Where facts stand that recall asks fo
 Repeats = Annotated[int, typer.Option(help="Questions of recall for each task, length and depth.")]
 Tasks = Annotated[
     str,
-    typer.Option(help="Any of passkey, needle, needles, values, variables, pairs, words, with commas; by default all."),
+    typer.Option(
+        help="Tasks of recall with commas, like 'passkey,niah_multikey_1', or a group: 'short' (passkey, needle, needles, values, "
+        "variables, pairs, words; the default) or 'ruler' (the thirteen of RULER)."
+    ),
+]
+Questions = Annotated[
+    list[Path] | None,
+    typer.Option(help="A file of questions about documents, as SQuAD or HotpotQA has them, for qa_1 and qa_2."),
 ]
 Seed = Annotated[int, typer.Option(help="Of whatever is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
@@ -50,8 +58,8 @@ def evaluate(
     probes: Annotated[
         str,
         typer.Option(
-            help="Any of divergence, perplexity, masked, embedding, coverage, recall, cost, with commas; by default all that the model "
-            "can be asked."
+            help="Any of divergence, perplexity, longppl, masked, embedding, coverage, recall, cost, with commas; by default "
+            "all that the model can be asked."
         ),
     ] = "",
     length: Length = 2048,
@@ -60,7 +68,8 @@ def evaluate(
     depths: Depths = "0.1,0.5,0.9",
     repeats: Repeats = 1,
     tasks: Tasks = "",
-    global_token_ids: Annotated[str, typer.Option(help="Token ids that marked() speaks of, like '101,102'.")] = "",
+    questions: Questions = None,
+    global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
     seed: Seed = 0,
     out: Annotated[
         Path | None,
@@ -72,16 +81,18 @@ def evaluate(
     """Measure what patterns cost a model in quality, and what they save, on your texts.
 
     Beside the dense model stand any number of patterns with the same weights. An interrupted run goes on with the same command.
-
-    Example: sparse-hf evaluate my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --open
     """
     from ..evaluation import Candidate, evaluate
 
+    read_folder(model, tokenizer=True)
+    for one in pattern or ():
+        if Path(one).is_dir():
+            read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        global_token_ids=tuple(numbers(global_token_ids)),
+        questions=tuple(questions or ()), global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
-    candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
+    candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
     with _interruptible(folder):
         found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
@@ -92,13 +103,26 @@ def tune(
     model: Annotated[str, typer.Argument(help="A decoder: a folder or a hub id.")],
     pattern: Annotated[str, typer.Option(help=f"{PATTERN_HELP} Of the layers that do not stay dense.")],
     text: Texts = None,
-    budget: Annotated[float, typer.Option(help="The share of layers that stay dense.")] = 0.25,
+    budget: Annotated[float, typer.Option(help="The share that stays dense.")] = 0.25,
+    of: Annotated[
+        str, typer.Option(help="What --budget is a share of: layers, pairs, or bytes of the cache.")
+    ] = "layers",
+    by: Annotated[
+        str, typer.Option(help="What stays dense: layers, heads, or both for what moves the answers less.")
+    ] = "layers",
+    rank: Annotated[
+        str,
+        typer.Option(
+            help="By what layers are ranked: answers (a pass for each layer and question) or attention (a pass for each question)."
+        ),
+    ] = "answers",
     length: Length = 2048,
     samples: Samples = 1,
     lengths: Lengths = "",
     depths: Depths = "0.1,0.5,0.9",
     repeats: Repeats = 1,
     tasks: Tasks = "",
+    questions: Questions = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="The folder for finished pieces and the report; by default MODEL-tuning, here.")
@@ -106,22 +130,33 @@ def tune(
     as_json: AsJson = False,
     opened: Opened = False,
 ) -> None:
-    """Choose the layers of a decoder that stay dense while the others get a pattern.
+    """Choose the layers or heads of a decoder that stay dense while all else gets a pattern.
 
-    Layers are ranked by how far answers move when one alone is local, and chosen one by one. The choice is held against as many
-    layers evenly spaced, on other questions. An interrupted run goes on with the same command.
-
-    Example: sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25
+    Layers are ranked by how far answers move when one alone is local, and chosen one by one; heads by their attention to what
+    answers copy. The choice is held against as many layers evenly spaced and against wider windows, on other questions. An
+    interrupted run goes on with the same command.
     """
-    from ..evaluation import tune
+    from ..evaluation import Budget, tune
 
+    read_folder(model, tokenizer=True)
     settings = _settings(
-        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed
-    )
+        length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
+        questions=tuple(questions or ()),
+    )  # fmt: skip
+    spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
-        found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)
+        found = tune(model, pattern, text or (), budget=spent, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
+
+
+def token_ids(text: str, model: str) -> tuple[int, ...]:
+    """Ids of tokens, of which some may be named by their texts."""
+    from transformers import AutoTokenizer
+
+    from ..conversion.token_ids import ids_of
+
+    return ids_of(read_tokens(text), partial(AutoTokenizer.from_pretrained, model), model)
 
 
 def _settings(*, lengths: str, depths: str, tasks: str, **others: Any):

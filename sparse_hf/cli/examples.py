@@ -19,6 +19,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'sparse-hf generate my-llama --pattern "window(4095, 0) | first(4)" < book.txt',
     ),
     "chat": ("sparse-hf chat my-sparse-llama", 'sparse-hf chat my-llama --pattern "streaming(window=4096, sinks=4)"'),
+    "evaluate": (
+        'sparse-hf evaluate my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --open',
+        'sparse-hf evaluate my-bert --pattern "window(128, 128) | marked()" --global-token-ids "[CLS]" --text notes.txt',
+    ),
+    "tune": ('sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25',),
     "bench attention": (
         'sparse-hf bench attention --pattern "window(1023, 0)" --lengths 4096,16384 --out docs/results',
     ),

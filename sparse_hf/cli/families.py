@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .paragraphs import print_hanging, print_lines
+
 
 def list_families(
     family: Annotated[
@@ -73,8 +75,7 @@ def _tell(row: dict[str, Any], as_json: bool) -> None:
     else:
         lines.append("made when it is first met, and compared with its dense class on a tiny copy before it is used")
     lines.append(f"convert: sparse-hf convert FOLDER OUT --pattern PATTERN, of any checkpoint of type {row['family']}")
-    for line in lines:
-        typer.echo(line)
+    print_lines(lines)
 
 
 def _list(rows: list[dict[str, Any]], derived: list[str]) -> None:
@@ -83,21 +84,10 @@ def _list(rows: list[dict[str, Any]], derived: list[str]) -> None:
     console.print(f"verified ({len(rows)}), their positions and their heads:", style="bold")
     for row in rows:
         told = f"{row['family'].ljust(name)}  {row['positions'].ljust(10)}  {_short(row['heads'])}"
-        _print_hanging(console, told, name + 14)
+        print_hanging(console, told, name + 14)
     console.print(f"derived when they are first met ({len(derived)} that were tried):", style="bold")
-    _print_hanging(console, "  " + ", ".join(derived), 2)
+    print_hanging(console, "  " + ", ".join(derived), 2)
     console.print("`sparse-hf list FAMILY` tells all about one.", markup=False)
-
-
-def _print_hanging(console: Console, text: str, indent: int) -> None:
-    """Print a paragraph whose lines but the first are indented; names are never cut."""
-    lines, begin = [""], text[:indent]
-    for word in text[indent:].split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) + 1 > max(20, console.width - indent):
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    for number, line in enumerate(lines):
-        console.print((begin if number == 0 else " " * indent) + line, markup=False, soft_wrap=True)
 
 
 def _short(heads: list[str]) -> str:

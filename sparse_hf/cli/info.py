@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..units import size
 from .arguments import read_folder
+from .paragraphs import print_lines
 
 # a length at which pairs are counted, unless another is asked for
 LONGEST = 16384
@@ -29,13 +31,11 @@ def info(
 ) -> None:
     """Tell what a sparse checkpoint does: its pattern layer by layer, reach, lengths, cache and density."""
     with Console(stderr=True).status("counting pairs"):
-        found = read_info(read_folder(folder), length)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(info_lines(found)))
-
-
-def is_checkpoint(text: str) -> bool:
-    """Is it the folder of a checkpoint, and no pattern?"""
-    return (Path(text) / "config.json").is_file()
+        found = read_info(folder, length)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_lines(info_lines(found))
 
 
 def read_info(folder: str, length: int | None) -> dict[str, Any]:
@@ -43,15 +43,16 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
 
     Raises:
         ValueError: a dense checkpoint, or a length below 1.
-        OSError: no checkpoint.
+        OSError: no checkpoint, or a damaged one.
     """
     from transformers import AutoConfig
 
     from ..conversion.check import meta_model, sees_past_only
+    from ..conversion.prepare import checkpoint_warnings
     from ..models import SparseConfigMixin, family_of
     from ..models.hf.hearing import is_causal
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(read_folder(folder, weights=False))
     if not isinstance(config, SparseConfigMixin):
         raise ValueError(
             f"{folder} is dense ({config.model_type}); `sparse-hf convert {folder} OUT --pattern PATTERN --dry-run` tells what it would be"
@@ -76,6 +77,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "counted_at": counted,
         "stacks": stacks,
         "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
+        "warnings": checkpoint_warnings(Path(folder), config, causal, length),
     }
 
 
@@ -150,6 +152,7 @@ def info_lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {whose.rjust(5)}  {part['pattern']}  ({part['density']:.2%})"
         yield f"  {_reach(stack)}"
     yield from _cache_lines(found["cache"], at)
+    yield from (f"Note: {warning}" for warning in found["warnings"])
 
 
 def _reach(stack: dict[str, Any]) -> str:
@@ -166,14 +169,8 @@ def _reach(stack: dict[str, Any]) -> str:
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
     if cache is None:
         return
-    yield f"cache of a row {at}, {cache['dtype']}: {_size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
+    yield f"cache of a row {at}, {cache['dtype']}: {size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
     if cache["streaming_bytes"] is None:
         yield f"  no streaming cache: {cache['why_not_streaming']}"
     else:
-        yield f"  {_size(cache['streaming_bytes'])} with a streaming cache"
-
-
-def _size(count: int) -> str:
-    from ..bench.text import size
-
-    return size(count)
+        yield f"  {size(cache['streaming_bytes'])} with a streaming cache"

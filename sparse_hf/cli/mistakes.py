@@ -8,10 +8,18 @@ import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
+from safetensors import SafetensorError
 from typer.models import OptionInfo
 
 # what is a mistake of the user's, or of the folder, the file or the network that the user named
-MISTAKES = (ValueError, OSError, ImportError, NotImplementedError)
+MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, SafetensorError)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line: its first paragraph. A pattern with its mark below what is wrong stays as it is."""
+    message = str(error)
+    has_mark = any(line.strip() == "^" for line in message.splitlines())
+    return message if has_mark else " ".join(message.split("\n\n")[0].split())
 
 
 def by_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from .arguments import PATTERN_HELP, numbers
-from .info import info_lines, is_checkpoint, read_info
+from .info import info_lines, read_info
+from .paragraphs import print_lines
 
 
 def show(
@@ -38,12 +39,12 @@ def show(
     """
     from ..analysis import render, render_stack, save_png
 
-    if len(patterns) == 1 and is_checkpoint(patterns[0]):
+    if len(patterns) == 1 and Path(patterns[0]).is_dir():
         found = read_info(patterns[0], length)
-        told, tokens = "\n".join(info_lines(found)), int(found["counted_at"])
+        tokens = int(found["counted_at"])
         patterns = list(dict.fromkeys(part["pattern"] for stack in found["stacks"] for part in stack["patterns"]))
     else:
-        found, told, tokens = None, None, 4096 if length is None else length
+        found, tokens = None, 4096 if length is None else length
     if png and len(patterns) > 1:
         raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
     options = {
@@ -55,7 +56,7 @@ def show(
     if as_json:
         typer.echo(json.dumps(_numbers(patterns, tokens, options) if found is None else found, indent=2))
     else:
-        several = len(patterns) > 1 and told is None
+        several = len(patterns) > 1 and found is None
         with Console(stderr=True).status("counting pairs"):
             pictures = (
                 [render_stack(patterns, tokens, **options)]
@@ -63,8 +64,8 @@ def show(
                 else [render(p, tokens, **options) for p in patterns]
             )
         Console().print(*pictures, sep="\n")
-        if told is not None:
-            typer.echo(told)
+        if found is not None:
+            print_lines(info_lines(found))
     if png:
         save_png(patterns[0], tokens, png, **options)
         Console(stderr=True).print(f"drawn to {png}")

@@ -162,7 +162,7 @@ def _load(folder: str, pattern: str | None, cache: str, dtype: str | None, devic
     with Console(stderr=True).status("loading"):
         from .decoder import load_decoder
 
-        return load_decoder(read_folder(folder), pattern, cache, dtype, device)
+        return load_decoder(read_folder(folder, tokenizer=True), pattern, cache, dtype, device)
 
 
 def _greet(loaded: Decoder, is_plain: bool) -> None:

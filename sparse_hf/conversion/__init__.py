@@ -17,7 +17,7 @@ from .folder import check_target, keep_apart, whole_folder
 from .generation import write_cache
 from .gguf import dequantise, is_gguf, read_gguf
 from .hub import Place
-from .prepare import Choice, Prepared, prepare
+from .prepare import REPORT, Choice, Prepared, prepare
 from .processors import declare_classes, set_limit
 from .progress import progress_bar
 from .push import push_to_hub
@@ -29,7 +29,7 @@ __all__ = ["convert", "describe_conversion", "push_to_hub", "report_text"]
 
 logger = logging.get_logger(__name__)
 
-REPORT, REPORT_TEXT = "conversion.json", "conversion.txt"
+REPORT_TEXT = "conversion.txt"
 
 
 def convert(

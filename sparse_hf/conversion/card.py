@@ -21,11 +21,11 @@ from ..version import HOW_TO_INSTALL
 from .carry import CARD, read_json
 from .check import meta_model, sees_past_only, sparse_config
 from .hub import is_id
-from .prepare import mark_warnings
+from .prepare import REPORT, mark_warnings
 from .report import report_text
-from .source import card_metadata
+from .source import card_metadata, check_folder
 
-PICTURE, RESULTS, REPORT = "pattern.png", "results.json", "conversion.json"
+PICTURE, RESULTS = "pattern.png", "results.json"
 # numbers of the pattern are given for no greater length, which would take long to count
 LONGEST, DEFAULT_LENGTH = 16384, 4096
 # Auto class -> what hubs call the task, the most telling first
@@ -119,6 +119,12 @@ def write_card(
         FileNotFoundError: no checkpoint.
         FileExistsError: there is a README.md.
         ValueError: the checkpoint is not sparse.
+
+    Examples:
+        >>> from sparse_hf import convert
+        >>> sparse = convert("my-bert", "sparse", "window(128, 128) | first(1)", progress=False)
+        >>> write_card(sparse, base="owner/my-bert").name
+        'README.md'
     """
     folder = Path(folder)
     check_sparse(folder)
@@ -140,10 +146,9 @@ def check_sparse(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: a dense one.
+        ValueError: a dense or a damaged one.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a sparse checkpoint")
+    check_folder(folder, weights=False)
     model_type = read_json(folder / "config.json").get("model_type", "")
     if model_type != family_of(model_type).sparse_type:
         raise ValueError(f"{folder} is {model_type}, which is dense; convert it first (sparse-hf convert)")

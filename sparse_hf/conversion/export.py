@@ -94,6 +94,12 @@ def export(
         FileNotFoundError, FileExistsError: what to read is missing, what to write is there.
         ValueError: the checkpoint is not sparse, or a layer's pattern has no native form.
         OSError: the disk is full.
+
+    Examples:
+        >>> from sparse_hf import convert
+        >>> sparse = convert("my-llama", "sparse", "window(63, 0)", progress=False)
+        >>> export(sparse, "mistral", "native", progress=False).name
+        'mistral'
     """
     if to not in FORMS:
         raise ValueError(f"to is {to!r}; it must be {' or '.join(map(repr, FORMS))}")

@@ -15,6 +15,7 @@ from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
 from ..pattern.like import PatternLike
+from .carry import read_json
 from .check import check_fits, meta_model, sparse_config
 from .generation import CacheChoice, choose_cache
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
@@ -22,6 +23,8 @@ from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
 from .token_ids import token_ids
 from .weights import Work
+
+REPORT = "conversion.json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,25 @@ def prepare(source: Source, choice: Choice) -> Prepared:
             *_length_warnings(*lengths),
         ),
     )
+
+
+def checkpoint_warnings(
+    folder: Path, config: SparseConfigMixin, is_causal: bool, length: int | None = None
+) -> list[str]:
+    """What `convert` says of a checkpoint, said of one that is there, which reads `length` tokens or all that it takes."""
+    family, report = family_of(config.model_type), folder / REPORT
+    limit = family.positions.reach_of(config)
+    # without a report, what the model takes is what it was made for
+    made_for = (read_json(report).get("max_length") or [limit])[0] if report.is_file() else limit
+    tokens = limit if length is None else length
+    if family.positions.has_table and limit is not None and tokens is not None and tokens > limit:
+        past_table = f"the table of positions ends at {limit:,} tokens, and texts of {tokens:,} are refused; convert with more (max_length)"
+        return [past_table, *checkpoint_warnings(folder, config, is_causal)]
+    return [
+        *mark_warnings(config, family, config.architectures or []),
+        *hearing_warnings(config, is_causal, tokens),
+        *_length_warnings(made_for, tokens),
+    ]
 
 
 def mark_warnings(config: SparseConfigMixin, family: Family, architectures: list[str]) -> list[str]:

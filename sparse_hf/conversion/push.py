@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from .card import check_sparse, write_card
 from .carry import CARD
 from .hub import is_id, reason
+from .source import check_folder
 
 
 def push_to_hub(
@@ -36,7 +37,7 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: no checkpoint in the folder.
-        ValueError: no id, or the checkpoint is not sparse.
+        ValueError: no id, or the checkpoint is not sparse, or is damaged.
         PermissionError: the hub refuses it.
 
     Examples:
@@ -46,6 +47,7 @@ def push_to_hub(
     if not is_id(repo):
         raise ValueError(f"{repo!r} is no hub id; give owner/name")
     folder = Path(folder)
+    check_folder(folder)
     if (folder / CARD).exists():
         check_sparse(folder)
     else:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .carry import CARD, carried_files, read_json
+from .carry import CARD, carried_files, has_tokenizer, read_json
 from .hub import FORMS, HERE, Place, fetch, is_id
 from .shards import Shard, Stored, read_shard
 
@@ -64,13 +64,49 @@ def open_source(folder: Path, name: str) -> Source:
         FileNotFoundError: no configuration, no weights, or a shard that the index names is missing.
         ValueError: a file that is cut off or is not what its name says.
     """
+    config = _config(folder)
+    return Source(name, folder, config, tuple(read_shard(shard) for shard in _shards(folder)))
+
+
+def check_folder(folder: Path, *, weights: bool = True, tokenizer: bool = False) -> None:
+    """Raise what is wrong with a checkpoint's files, which names the file; of the weights, headers are read.
+
+    Args:
+        folder: of the checkpoint.
+        weights: they have to be there; else they may be absent, and are checked where they are not.
+        tokenizer: it has to be there too.
+
+    Raises:
+        FileNotFoundError: no configuration, weights or tokenizer, or a shard that the index names is missing.
+        ValueError: a file that is cut off or is not what its name says.
+    """
+    config = _config(folder)
+    if weights or any((folder / name).exists() for form in FORMS for name in form):
+        for shard in _shards(folder):
+            read_shard(shard)
+    carried = carried_files(folder, config)
+    if not tokenizer:
+        return
+    if not has_tokenizer(carried, folder):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer; save one there: AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
+        )
+    for path in carried:
+        if path.parent == folder and path.name.startswith("tokenizer") and path.suffix == ".json":
+            read_json(path)
+
+
+def _config(folder: Path) -> dict:
+    """What `config.json` holds, once it is known that what Transformers reads beside it is readable too."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved checkpoint")
     config = _with_floats(read_json(path))
     if not config.get("model_type"):
         raise ValueError(f'{path} names no model_type, so its family is unknown; add it, like "model_type": "bert"')
-    return Source(name, folder, config, tuple(read_shard(shard) for shard in _shards(folder)))
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_json(folder / GENERATION_CONFIG_NAME)
+    return config
 
 
 def _with_floats(value: Any) -> Any:

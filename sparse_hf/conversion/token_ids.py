@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -21,13 +22,20 @@ def token_ids(asked: Sequence[int | str], source: Source) -> tuple[int, ...]:
     Raises:
         ValueError: a text that is no token, or no tokenizer that could tell.
     """
-    if not any(isinstance(one, str) for one in asked):
-        return tuple(one for one in asked if not isinstance(one, str))
+    return ids_of(asked, partial(_load, source), source.name)
+
+
+def ids_of(asked: Sequence[int | str], load: Callable[[], Any], name: str) -> tuple[int, ...]:
+    """The same by a tokenizer that `load` gives, if there is a text; errors call the checkpoint `name`."""
+    tokenizer = load() if any(isinstance(one, str) for one in asked) else None
+    return tuple(_id(one, tokenizer, name) if isinstance(one, str) else one for one in asked)
+
+
+def _load(source: Source) -> Any:
     # without its files, Transformers makes a tokenizer of its own
     if not has_tokenizer(source.carried, source.folder):
         raise ValueError(f"global_token_ids has texts, and {source.name} has no tokenizer that knows them; give ids")
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder)
-    return tuple(_id(one, tokenizer, source.name) if isinstance(one, str) else one for one in asked)
+    return AutoTokenizer.from_pretrained(source.folder)
 
 
 def _id(text: str, tokenizer: Any, name: str) -> int:

@@ -45,7 +45,7 @@ def evaluate(
         model: a decoder or encoder in memory, dense or sparse, or its folder or hub id. A sparse one is a candidate itself.
         patterns: patterns, their texts, `"NAME: PATTERN; LAYERS"`, folders of sparse checkpoints, or a mapping from names.
         texts: what the model will read: texts, or paths of files. Each must have `settings.length` tokens.
-        probes: any of divergence, perplexity, masked, embedding, coverage, recall and cost; by default all that the model can
+        probes: any of divergence, perplexity, longppl, masked, embedding, coverage, recall and cost; by default all that the model can
             be asked.
         tokenizer: by default that of the model's folder.
         out: a folder for finished pieces, `report.json` and `report.html`. What is there already is not done again, so that an
@@ -59,9 +59,12 @@ def evaluate(
         ValueError: a pattern, text, probe or setting that does not fit; the message names it, and the remedy.
         FileNotFoundError: no such text or model.
 
-    Example:
-        found = sparse_hf.evaluate("my-llama", ["window(1023, 0) | first(4)"], [Path("contract.txt")], out="evaluation")
-        print(found)
+    Examples:
+        >>> text = "the court shall hear a party who owns land. " * 100
+        >>> settings = Settings(length=128, progress=False)
+        >>> found = evaluate("my-llama", "window(31, 0) | first(4)", [text], probes=["divergence"], settings=settings)
+        >>> [one["candidate"] for one in found.result["verdicts"]]
+        ['window(31, 0) | first(4)']
     """
     settings = settings or Settings()
     setup = prepare(model, patterns, texts, tokenizer, settings)
@@ -71,6 +74,8 @@ def evaluate(
     pieces = [piece for probe in chosen for piece in probe.pieces(setup)]
     finished = finish(pieces, None if folder is None else folder / PIECES, settings.progress)
     results = {probe.name: probe.summary(setup, _of(probe.name, finished)) for probe in chosen}
+    # tasks that a probe could not ask
+    left_out |= {name: reason for of_probe in results.values() for name, reason in of_probe.pop("left_out", {}).items()}
     result = {
         "environment": environment(setup.subject.device),
         **_description(setup),

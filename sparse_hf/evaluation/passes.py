@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 # numbers of a chunk of logits, 64 MiB in float32
@@ -56,6 +57,16 @@ def answers(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tenso
             output = model(input_ids=token, **options)
         # heads that were trained beside another task name them so
         yield start, (output["logits"] if "logits" in output else output["prediction_logits"])[0].float()
+
+
+@torch.inference_mode()
+def losses(model: PreTrainedModel, states: Tensor, ids: Tensor) -> Tensor:
+    """The loss of each token of `ids` `[n]` but the first, from the states `[n, D]` of those before it: `[n - 1]`."""
+    found = []
+    for start, logits in answers(model, states[:-1]):
+        wanted = ids[start + 1 : start + 1 + len(logits)].to(logits.device)
+        found.append(cross_entropy(logits, wanted, reduction="none").double().cpu())
+    return torch.cat(found)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 # a text of fewer tokens says nothing of a pattern
 SHORTEST = 32
@@ -18,7 +19,8 @@ class Settings:
         lengths: tokens of the texts of `recall` and `cost`; by default a quarter, half and all of `length`.
         depths: where in a text a fact stands that `recall` asks for, 0 at its beginning and 1 at its end.
         repeats: questions of `recall` for each task, length and depth.
-        tasks: tasks of `recall`; by default all.
+        tasks: tasks of `recall`, or groups of them: "short", "ruler"; by default the short ones, and those of `questions`.
+        questions: files of questions about documents, in the format of SQuAD or HotpotQA.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         seed: of whatever is drawn.
         progress: show a progress bar on standard error.
@@ -37,6 +39,7 @@ class Settings:
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     repeats: int = 1
     tasks: tuple[str, ...] = ()
+    questions: tuple[Path, ...] = ()
     global_token_ids: tuple[int, ...] = ()
     seed: int = 0
     progress: bool = True

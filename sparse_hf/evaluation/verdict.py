@@ -16,8 +16,9 @@ from .pieces import Found
 from .probes.base import Setup
 from .subject import Contender
 
-# what is lost at the most where a candidate is safe as it is: perplexity and the loss of hidden tokens, recall, answers, cosine
-MOST_PERPLEXITY, LEAST_RECALL, LEAST_SAME, LEAST_COSINE = 1.02, 0.9, 0.9, 0.98
+# what is lost at the most where a candidate is safe as it is: perplexity and the loss of hidden tokens, perplexity of tokens that
+# need the far past, recall, answers, cosine
+MOST_PERPLEXITY, MOST_LONG, LEAST_RECALL, LEAST_SAME, LEAST_COSINE = 1.02, 1.1, 0.9, 0.9, 0.98
 # perplexity beyond which healing has to teach much
 FAR = 1.5
 # the share of layers that are named to stay dense
@@ -98,6 +99,13 @@ def _losses(name: str, results: dict[str, Found]):
             f"perplexity {own:.2f}, dense {dense:.2f} ({own / dense - 1:+.1%})",
             own / dense > MOST_PERPLEXITY,
             own / dense > FAR,
+        )
+    if of("longppl") and of("longppl")["perplexity"] is not None:
+        dense, own = of("longppl", "dense")["perplexity"], of("longppl")["perplexity"]
+        count = results["longppl"]["key_tokens"]
+        yield _Loss(
+            f"perplexity of {count:,} tokens that need the far past {own:.2f}, dense {dense:.2f}",
+            own / dense > MOST_LONG,
         )
     if of("masked"):
         dense, own = of("masked", "dense")["accuracy"], of("masked")["accuracy"]

@@ -84,6 +84,11 @@ class Pattern:
 
     Equality and hash are those of the class and its fields. A subclass of another pattern is another pattern: what is known
     of `Window`, say, is assumed of no subclass, and one that redefines `allows` redefines what else speaks of its pairs.
+
+    Examples:
+        >>> pattern = Pattern.parse("window(256, 256) | first(1)")
+        >>> bool(pattern.allows(torch.tensor(9), torch.tensor(300))), str(pattern & Pattern.parse("causal()"))
+        (False, '(window(256, 256) | first(1)) & window(None, 0)')
     """
 
     word: ClassVar[str] = ""
@@ -185,7 +190,7 @@ class Pattern:
 
     @property
     def uses_content(self) -> bool:
-        """Are its pairs chosen from queries and keys at run time? `lsh` and `lsh_chunks` alone do so."""
+        """Are its pairs chosen from queries and keys at run time? `lsh`, `topk` and their kin do so."""
         return False
 
     @property

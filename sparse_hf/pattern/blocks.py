@@ -51,6 +51,12 @@ class RandomBlocks(Pattern):
     `[i * R // count, (i + 1) * R // count)`, and one block is drawn from each that is not empty, so that draws are
     distinct. Draws past the end of the sequence, or after the query in a causal model, are absent. After BigBird
     (arXiv:2007.14062, section 2), which draws from the whole of a sequence of known length.
+
+    Examples:
+        >>> blocks = RandomBlocks(count=2, size=64, seed=0)
+        >>> keys = blocks.allows(torch.tensor(1000), torch.arange(1024))
+        >>> int(keys.sum())
+        128
     """
 
     count: int
@@ -128,7 +134,12 @@ class RandomBlocks(Pattern):
 
 @dataclass(frozen=True)
 class BlockTable(Pattern):
-    """An explicit layout: query block i of `size` positions sees the key blocks `rows[i]`; later query blocks see nothing."""
+    """An explicit layout: query block i of `size` positions sees the key blocks `rows[i]`; later query blocks see nothing.
+
+    Examples:
+        >>> torch.where(BlockTable(2, ((0,), (0, 1))).allows(torch.tensor(3), torch.arange(8)))[0].tolist()
+        [0, 1, 2, 3]
+    """
 
     size: int
     rows: tuple[tuple[int, ...], ...]

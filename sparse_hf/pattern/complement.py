@@ -10,7 +10,13 @@ from .primitives import full
 
 @dataclass(frozen=True)
 class Outside(Pattern):
-    """The pairs of a sequence that `pattern` does not hold: `window(99, 0) & outside(window(9, 0))` is 10 to 99 back."""
+    """The pairs of a sequence that `pattern` does not hold: `window(99, 0) & outside(window(9, 0))` is 10 to 99 back.
+
+    Examples:
+        >>> far = Pattern.parse("window(9, 0) & outside(window(4, 0))")
+        >>> torch.where(far.allows(torch.tensor(9), torch.arange(10)))[0].tolist()
+        [0, 1, 2, 3, 4]
+    """
 
     pattern: Pattern
     word = "outside"

@@ -30,6 +30,10 @@ class Window2d(Pattern):
     outside of it are in no pair; `window2d(height, width, radius, offset=n) | first(n)` has those in front see all, and all
     see them. In an image of another size rows would end elsewhere: `height` and `width` are those of the patches that the model
     makes, as 16 x 16 of 224 x 224 pixels in patches of 14.
+
+    Examples:
+        >>> torch.where(Window2d(3, 3, 1).allows(torch.tensor(0), torch.arange(9)))[0].tolist()
+        [0, 1, 3, 4]
     """
 
     height: int

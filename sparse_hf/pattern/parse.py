@@ -21,7 +21,15 @@ SIGNATURES_KEPT = 256
 
 
 class PatternError(ValueError):
-    """A text that is not a pattern; the message says where and what would be."""
+    """A text that is not a pattern; the message says where and what would be.
+
+    Examples:
+        >>> try:
+        ...     parse("window(1)")
+        ... except PatternError as error:
+        ...     print(str(error).splitlines()[0])
+        column 1: window: missing a required argument: 'right'; the form is window(left, right)
+    """
 
 
 def parse(text: str) -> Any:

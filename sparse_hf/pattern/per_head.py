@@ -12,7 +12,13 @@ from .base import Pattern, check_class, either_side
 
 @dataclass(frozen=True, init=False)
 class PerHead(Pattern):
-    """One pattern per head; outermost only."""
+    """One pattern per head; outermost only.
+
+    Examples:
+        >>> from sparse_hf import Pattern
+        >>> Pattern.parse("per_head(window(64, 0), stride(64))").heads[1]
+        stride(64)
+    """
 
     patterns: tuple[Pattern, ...]
     word = "per_head"
@@ -28,9 +34,7 @@ class PerHead(Pattern):
             if pattern.heads is not None:
                 raise TypeError("per_head stands outermost and does not nest")
             if pattern.uses_content:
-                raise ValueError(
-                    f"per_head holds {pattern}, which draws directions of its own for each head; use it alone"
-                )
+                raise ValueError(f"per_head holds {pattern}, which chooses pairs for each head by itself; use it alone")
         object.__setattr__(self, "patterns", patterns)
 
     @property

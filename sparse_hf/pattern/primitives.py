@@ -12,7 +12,12 @@ from .words import recipe
 
 @dataclass(frozen=True)
 class Window(Pattern):
-    """Keys from `left` before the query to `right` after it, both ends inclusive; None is no limit."""
+    """Keys from `left` before the query to `right` after it, both ends inclusive; None is no limit.
+
+    Examples:
+        >>> torch.where(Window(2, 1).allows(torch.tensor(5), torch.arange(10)))[0].tolist()
+        [3, 4, 5, 6]
+    """
 
     left: int | None
     right: int | None
@@ -67,7 +72,12 @@ class Window(Pattern):
 
 @dataclass(frozen=True)
 class First(Pattern):
-    """Pairs whose query or key is among the first `n` positions: sinks in a causal model, global tokens in an encoder."""
+    """Pairs whose query or key is among the first `n` positions: sinks in a causal model, global tokens in an encoder.
+
+    Examples:
+        >>> torch.where(First(2).allows(torch.tensor(5), torch.arange(8)))[0].tolist()
+        [0, 1]
+    """
 
     n: int
     word = "first"
@@ -94,7 +104,12 @@ class First(Pattern):
 
 @dataclass(frozen=True)
 class Marked(Pattern):
-    """Pairs whose query or key is marked in this batch: `global_attention_mask`, or token ids named in the configuration."""
+    """Pairs whose query or key is marked in this batch: `global_attention_mask`, or token ids named in the configuration.
+
+    Examples:
+        >>> str(Window(128, 128) | Marked())
+        'window(128, 128) | marked()'
+    """
 
     word = "marked"
 
@@ -130,6 +145,10 @@ class MarkedKeys(Marked):
     """Pairs whose key is marked: every token sees the marked ones, which see no more than others.
 
     The half of `marked()` that is left where marked queries have an attention of their own (Longformer).
+
+    Examples:
+        >>> str(Window(128, 128) | MarkedKeys())
+        'window(128, 128) | marked_keys()'
     """
 
     word = "marked_keys"
@@ -153,7 +172,12 @@ class MarkedKeys(Marked):
 
 @dataclass(frozen=True)
 class MarkedQueries(MarkedKeys):
-    """Pairs whose query is marked: the other half of `marked()`."""
+    """Pairs whose query is marked: the other half of `marked()`.
+
+    Examples:
+        >>> str(Window(128, 128) | MarkedQueries())
+        'window(128, 128) | marked_queries()'
+    """
 
     word = "marked_queries"
     side = 0
@@ -164,6 +188,10 @@ class Stride(Pattern):
     """Pairs whose distance is a multiple of `step` (Child et al., arXiv:1904.10509, section 4.2).
 
     `window(a, b) & stride(d)` is a dilated window.
+
+    Examples:
+        >>> torch.where(Stride(3).allows(torch.tensor(5), torch.arange(10)))[0].tolist()
+        [2, 5, 8]
     """
 
     step: int
@@ -191,7 +219,12 @@ class Stride(Pattern):
 
 @dataclass(frozen=True)
 class Fixed(Pattern):
-    """Same block of `block` positions, or the key is one of the last `summary` of its block (arXiv:1904.10509, 4.2)."""
+    """Same block of `block` positions, or the key is one of the last `summary` of its block (arXiv:1904.10509, 4.2).
+
+    Examples:
+        >>> torch.where(Fixed(4, summary=1).allows(torch.tensor(9), torch.arange(12)))[0].tolist()
+        [3, 7, 8, 9, 10, 11]
+    """
 
     block: int
     summary: int
@@ -228,7 +261,12 @@ class Fixed(Pattern):
 
 @dataclass(frozen=True)
 class Summary(Pattern):
-    """The key is one of the last `count` of its block of `block` positions: the far half of `fixed` (arXiv:1904.10509, 4.2)."""
+    """The key is one of the last `count` of its block of `block` positions: the far half of `fixed` (arXiv:1904.10509, 4.2).
+
+    Examples:
+        >>> torch.where(Summary(4, count=1).allows(torch.tensor(9), torch.arange(12)))[0].tolist()
+        [3, 7, 11]
+    """
 
     block: int
     count: int
@@ -263,6 +301,10 @@ class Chunk(Pattern):
     """The key's chunk of `size` positions is the query's, or one of the `left` before it or the `right` after it.
 
     A window that is aligned to blocks: BigBird's is `chunk(64, 1, 1)`, Reformer's causal one `chunk(64, 1) & causal()`.
+
+    Examples:
+        >>> torch.where(Chunk(4, left=1).allows(torch.tensor(5), torch.arange(12)))[0].tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     size: int
@@ -303,6 +345,10 @@ class Last(Pattern):
     """Pairs whose query or key is in one of the last `n` chunks of `size` positions; the very last chunk may be short.
 
     Where the last one is depends on the length of the sequence, so that a causal model, whose text goes on, has none.
+
+    Examples:
+        >>> str(Last(1, size=64) | Window(64, 64))
+        'last(1, 64) | window(64, 64)'
     """
 
     n: int
@@ -349,11 +395,21 @@ class Last(Pattern):
 
 @recipe
 def causal() -> Pattern:
-    """Every key up to the query."""
+    """Every key up to the query.
+
+    Examples:
+        >>> str(causal())
+        'window(None, 0)'
+    """
     return Window(None, 0)
 
 
 @recipe
 def full() -> Pattern:
-    """Every pair: dense attention."""
+    """Every pair: dense attention.
+
+    Examples:
+        >>> full() == Pattern.parse("dense")
+        True
+    """
     return Window(None, None)

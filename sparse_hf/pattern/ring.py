@@ -16,6 +16,10 @@ class Ring(Pattern):
 
     What Reformer's local layers are (Transformers' `_look_adjacent`). Where the ring closes depends on the length, so that
     a causal model, whose text goes on, has the chunks alone.
+
+    Examples:
+        >>> torch.where(Ring(2, left=1).allows(torch.tensor(0), torch.arange(6), Marks(length=6)))[0].tolist()
+        [0, 1, 4, 5]
     """
 
     size: int

@@ -43,6 +43,12 @@ class BlockPlan:
     `columns` `[N]` int32 and `full` `[N]` bool: query block i of batch row b under pattern p owns the entries
     `row_offsets[r] : row_offsets[r + 1]` with table row `r = (b * P + p) * Nq + i`, in ascending order of key block. Partial
     blocks are evaluated with `allows`. `heads[h]` is the pattern of head h; it is empty when all heads share one.
+
+    Examples:
+        >>> from sparse_hf import build_plan
+        >>> plan = build_plan("window(128, 0)", 1024, block_size=128)
+        >>> len(plan.columns), bool(plan.full.any())
+        (15, False)
     """
 
     patterns: tuple[Pattern, ...]

@@ -11,6 +11,7 @@ from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal, without_repeated
 from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
+from .narrowing import NarrowingWindow
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
 from .split_sequence import SplitSequence, split_sequence
@@ -26,6 +27,7 @@ __all__ = [
     "MarkQuestion",
     "MarkTokens",
     "Marks",
+    "NarrowingWindow",
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",

@@ -27,6 +27,13 @@ class CheckedCollator:
         ValueError: ids, labels or positions out of range, or rows longer than the model has
             positions for; those of rotary models end at `max_position_embeddings`, beyond which
             `forward` only warns.
+
+    Examples:
+        >>> from sparse_hf import sparsify
+        >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(31, 0) | first(4)")
+        >>> collator = CheckedCollator(DataCollatorWithPadding(AutoTokenizer.from_pretrained("my-llama")), model)
+        >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])["input_ids"].shape
+        torch.Size([2, 3])
     """
 
     inner: Collator

@@ -40,6 +40,10 @@ class TellAll(AbstractContextManager):
 
     Raises:
         RuntimeError: another process failed; its error is in the message.
+
+    Examples:
+        >>> with TellAll():
+        ...     pass  # trainer.train()
     """
 
     def __enter__(self):

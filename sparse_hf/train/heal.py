@@ -42,6 +42,18 @@ class HealingTrainer(Trainer):
     Raises:
         ValueError: a teacher of another vocabulary or depth, one whose weights would be trained
             too, or one that ZeRO-3 spread.
+
+    Examples:
+        >>> from transformers import TrainingArguments
+        >>> from sparse_hf import sparsify
+        >>> dense = AutoModelForCausalLM.from_pretrained("my-llama")
+        >>> sparse = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(31, 0) | first(4)")
+        >>> rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 300, (4, 64))]
+        >>> args = TrainingArguments("run", max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> trainer = HealingTrainer(sparse, args, train_dataset=rows, teacher=dense)
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        1
     """
 
     def __init__(
@@ -219,6 +231,15 @@ def heal(
     Raises:
         ValueError: a model that is not sparse, a distillation without a teacher, a teacher that
             does not fit, or LoRA where FSDP or ZeRO-3 spread the model.
+
+    Examples:
+        >>> from transformers import TrainingArguments
+        >>> from sparse_hf import sparsify
+        >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(31, 0) | first(4)")
+        >>> rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 300, (4, 64))]
+        >>> args = TrainingArguments("run", max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> healed = heal(model, rows, args)  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
     """
     if not isinstance(model, SparseMixin):
         raise ValueError(f"{type(model).__name__} is not sparse; call sparsify or convert first")

@@ -149,6 +149,12 @@ class PackedCollator:
 
     Raises:
         ValueError: rows without `position_ids`, whose documents would see each other.
+
+    Examples:
+        >>> pad = DataCollatorWithPadding(AutoTokenizer.from_pretrained("my-bert"))
+        >>> rows = [{"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, {"input_ids": [8], "position_ids": [0]}]
+        >>> PackedCollator(pad)(rows)["position_ids"].tolist()
+        [[0, 1, 0], [0, 0, 0]]
     """
 
     inner: Collator

@@ -26,6 +26,13 @@ class RepeatableCollator(TrainerCallback):
     Args:
         inner: a collator that draws from torch's generator.
         seed: another one gives other draws.
+
+    Examples:
+        >>> from transformers import DataCollatorForLanguageModeling
+        >>> collator = RepeatableCollator(DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained("my-bert")), seed=1)
+        >>> rows = [{"input_ids": list(range(5, 30))}]
+        >>> torch.equal(collator(rows)["labels"], collator(rows)["labels"])
+        True
     """
 
     inner: Collator

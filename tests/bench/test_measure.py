@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_hf.bench import latest_result, measure, result_path, run_attention, write_json
-from sparse_hf.bench.measure import Timer, chosen_device, seconds_in_turn, why_not_run
+from sparse_hf.bench.measure import Timer, chosen_device, why_not_run
 from sparse_hf.bench.results import machine_name, slope
 
 CPU = torch.device("cpu")
@@ -35,15 +35,6 @@ def test_no_call_begins_once_the_budget_is_spent(clock):
     waits = iter((64.0, 4.0, 7.0, 1.0))
     assert Timer(CPU, 9, 10.0).seconds(lambda: clock.wait(next(waits))) == 5.5
     assert next(waits) == 1.0
-
-
-def test_works_have_their_turns(clock):
-    order = []
-    works = [lambda k=k: (order.append(k), clock.wait(k + 1.0)) for k in range(2)]
-    assert seconds_in_turn(works, 3, 100.0) == [1.0, 2.0] and order == [0, 1] * 3
-    order.clear()
-    # the first turn takes 3 seconds, the second begins within the budget and the third would not
-    assert seconds_in_turn(works, 3, 4.0) == [1.0, 2.0] and order == [0, 1] * 2
 
 
 def test_a_length_after_one_that_failed_or_took_too_long_is_not_run():

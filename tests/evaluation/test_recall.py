@@ -9,9 +9,11 @@ import torch
 
 from sparse_hf import evaluate, sparsify
 from sparse_hf.evaluation import Settings
+from sparse_hf.evaluation.recall import ask as ask_module
 from sparse_hf.evaluation.recall.ask import SPARE, ask
 from sparse_hf.evaluation.recall.filler import Filler
-from sparse_hf.evaluation.recall.tasks import COMMON, TASKS, InProse, Question
+from sparse_hf.evaluation.recall.table import TASKS
+from sparse_hf.evaluation.recall.tasks import COMMON, SHORT, InProse, Question
 from sparse_hf.evaluation.texts import Text
 from tests.evaluation.tiny import TEXT, tiny_model, tokenizer
 
@@ -44,11 +46,11 @@ def test_a_model_has_positions_for_the_reply():
     model = tiny_model("GPT2LMHeadModel", n_positions=800)
     options = {"tokenizer": tokenizer(), "settings": settings, "probes": ["recall", "cost"]}
     tasks = evaluate(model, "window(9, 0)", TEXT, **options).result["probes"]["recall"]["candidates"]["dense"]["tasks"]
-    assert set(tasks) == set(TASKS)
+    assert set(tasks) == set(SHORT)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.has_depth])
+@pytest.mark.parametrize("name", [name for name, task in SHORT.items() if task.has_depth])
 def test_the_fact_stands_at_its_depth(name, depth, filler):
     question = asked(name, filler, depth)
     body = question.prompt[: question.prompt.rindex("\n\n")]
@@ -96,7 +98,7 @@ def test_common_words_are_the_most_frequent(length, filler):
 
 def test_too_short_a_text_is_refused(filler):
     for name in TASKS:
-        with pytest.raises(ValueError, match=rf"facts of {name} alone take \d+ tokens, and 64 are asked about"):
+        with pytest.raises(ValueError, match=rf"facts of {name} alone take \d+ tokens, and \d+ are asked about"):
             asked(name, filler, length=64)
 
 
@@ -129,7 +131,27 @@ def test_a_reply_is_that_of_generate(right):
         assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted))), rel=1e-4)
 
 
+@torch.no_grad()
+def test_a_candidate_that_decodes_densely_answers_as_generate_does(monkeypatch):
+    dense, tokens = tiny_model(), tokenizer()
+    model = sparsify(dense, "window(20, 0) | first(2)", decode="dense").eval()
+    ids = torch.tensor([tokens(TEXT[:150])["input_ids"]])
+    said = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    # the answer is what generate says, word for word, so that nothing else is looked for
+    monkeypatch.setattr(ask_module, "answer_tokens", lambda tokenizer, question: said[:4].tolist())
+    question = Question(TEXT[:150], ("?",))
+    answering = sparsify(dense, "window(None, None)").eval()
+    share, loss = ask(model, tokens, question, answering)
+    assert share == 1.0 and loss != ask(model, tokens, question)[1]
+    monkeypatch.undo()
+    settings = Settings(length=96, lengths=(260,), depths=(0.0,), tasks=("passkey",), progress=False)
+    candidates = ["sparse: window(20, 0)", "dense behind: window(20, 0); decode=dense"]
+    options = {"tokenizer": tokens, "settings": settings, "probes": ["recall"]}
+    found = evaluate(dense, candidates, TEXT, **options).result["probes"]["recall"]["candidates"]
+    assert found["sparse"]["loss"] != found["dense behind"]["loss"] != found["dense"]["loss"]
+
+
 def test_prose_without_sentences_is_refused():
     with pytest.raises(ValueError, match="no sentence without digits"):
         Filler.of([Text("numbers", "1 2 3. 4 5 6.")], tokenizer())
-    assert isinstance(TASKS["passkey"], InProse)
+    assert isinstance(SHORT["passkey"], InProse)

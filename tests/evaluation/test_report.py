@@ -13,7 +13,8 @@ import sparse_hf
 from sparse_hf.evaluation import Settings, evaluate
 from sparse_hf.evaluation.layers import dense_layers, layer_ranges
 from sparse_hf.evaluation.report.svg import Axis, Grid, Series, heat_map, lines, points, shade
-from sparse_hf.evaluation.report.table import rows, size
+from sparse_hf.evaluation.report.table import rows
+from sparse_hf.units import size
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
 from tests.test_cli import run
 
@@ -120,7 +121,7 @@ def test_shades_grow_darker():
 def test_words_for_numbers():
     assert layer_ranges(["a", "b", "a", "a", "a"]) == [("0, 2-4", "a"), ("1", "b")]
     assert dense_layers([5, 2, 0, 1, 5]) == "0-2=dense, 5=dense"
-    assert [size(x) for x in (1, 2048, 3 << 20, 5 << 30)] == ["1 B", "2 KiB", "3 MiB", "5.00 GiB"]
+    assert [size(x) for x in (1, 2048, 3 << 20, 5 << 30)] == ["1 B", "2.00 KiB", "3.00 MiB", "5.00 GiB"]
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from ..passes import answers
+from ..passes import losses
 from ..pieces import Finished, Found, Piece
 from ..subject import Contender
 from ..texts import Sample
@@ -34,10 +33,10 @@ class Perplexity:
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         of_contenders = {}
         for name, found in by_candidate(finished).items():
-            losses, tokens = added([f["loss"] for f in found]), added([f["tokens"] for f in found])
-            means = ratios(losses, tokens)
+            lost, tokens = added([f["loss"] for f in found]), added([f["tokens"] for f in found])
+            means = ratios(lost, tokens)
             of_contenders[name] = {
-                "perplexity": math.exp(sum(losses) / sum(tokens)),
+                "perplexity": math.exp(sum(lost) / sum(tokens)),
                 "by_position": [None if mean is None else math.exp(mean) for mean in means],
             }
         return {"edges": range_edges(setup.settings.length), "candidates": of_contenders}
@@ -46,12 +45,8 @@ class Perplexity:
 @torch.inference_mode()
 def measure(setup: Setup, contender: Contender, sample: Sample) -> Found:
     states, ids = setup.reading(contender, sample).last, sample.ids[0]
-    losses = []
-    for start, logits in answers(contender.model, states[:-1]):
-        wanted = ids[start + 1 : start + 1 + len(logits)].to(logits.device)
-        losses.append(cross_entropy(logits, wanted, reduction="none").double())
     positions = torch.arange(1, len(ids))
     return {
-        "loss": range_sums(torch.cat(losses), positions, len(ids)),
+        "loss": range_sums(losses(contender.model, states, ids), positions, len(ids)),
         "tokens": range_sums(torch.ones(len(positions)), positions, len(ids)),
     }

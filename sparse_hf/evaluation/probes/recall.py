@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from ..candidates import DENSE
 from ..pieces import Finished, Found, Piece
 from ..recall.ask import ask, reply_length
 from ..recall.filler import Filler
-from ..recall.tasks import TASKS, Question, Task
+from ..recall.table import choose_tasks
+from ..recall.tasks import Question, Task
 from ..subject import Contender
 from .base import Setup, of_contenders
 
@@ -29,9 +31,6 @@ class Recall:
     def why_not(self, setup: Setup) -> str | None:
         if setup.subject.kind != "decoder":
             return f"{type(setup.subject.dense.model).__name__} says nothing; recall asks models ForCausalLM"
-        unknown = next((name for name in setup.settings.tasks if name not in TASKS), None)
-        if unknown is not None:
-            return f"there is no task {unknown!r}; there are {', '.join(TASKS)}"
         try:
             # that every question fits is known before the first is asked
             questions_of(setup)
@@ -41,7 +40,7 @@ class Recall:
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
         for i, (where, question) in enumerate(questions_of(setup)):
-            what = {**where, "prompt": question.prompt, "answers": question.answers}
+            what = {**where, "prompt": question.prompt, "answers": question.answers, "wanted": question.wanted}
             yield from of_contenders(self.name, setup, _asked, question, what, (3, i))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
@@ -52,8 +51,16 @@ class Recall:
         return {
             "lengths": sorted({piece.what["length"] for piece in finished}),
             "depths": list(setup.settings.depths),
+            "left_out": tasks_of(setup)[1],
             "candidates": {name: _summed(of_candidate) for name, of_candidate in cells.items()},
         }
+
+
+def tasks_of(setup: Setup) -> tuple[dict[str, Task], dict[str, str]]:
+    """The tasks that are asked, and why others are not; files are read once."""
+    if "tasks" not in setup.memo:
+        setup.memo["tasks"] = choose_tasks(setup.settings.tasks, setup.settings.questions)
+    return setup.memo["tasks"]
 
 
 def questions_of(setup: Setup) -> list[tuple[dict, Question]]:
@@ -67,8 +74,7 @@ def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
     """The questions, each drawn by its task, length and depth alone, whatever else is asked."""
     settings = setup.settings
     filler = Filler.of(setup.texts, setup.subject.tokenizer)
-    for name in settings.tasks or TASKS:
-        task = TASKS[name]
+    for name, task in tasks_of(setup)[0].items():
         for length in settings.all_lengths:
             for depth in settings.depths if task.has_depth else (None,):
                 for repeat in range(settings.repeats):
@@ -87,7 +93,9 @@ def _asked_within(task: Task, filler: Filler, length: int, depth: float, seed: s
 
 def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
     setup.passes.forget()
-    share, loss = ask(contender.model, setup.subject.tokenizer, question)
+    # what answers behind the prompt
+    answering = setup.subject.dense.model if contender.config.decode == DENSE else contender.model
+    share, loss = ask(contender.model, setup.subject.tokenizer, question, answering)
     return {"recalled": share, "loss": loss}
 
 

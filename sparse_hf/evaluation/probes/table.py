@@ -7,12 +7,14 @@ from .cost import Cost
 from .coverage import Coverage
 from .divergence import Divergence
 from .embedding import Embedding
+from .longppl import LongPPL
 from .masked import Masked
 from .perplexity import Perplexity
 from .recall import Recall
 
 PROBES: dict[str, Probe] = {
-    probe.name: probe for probe in (Divergence(), Perplexity(), Masked(), Embedding(), Coverage(), Recall(), Cost())
+    probe.name: probe
+    for probe in (Divergence(), Perplexity(), LongPPL(), Masked(), Embedding(), Coverage(), Recall(), Cost())
 }
 
 

@@ -1,8 +1,8 @@
 """Tasks of recall: facts in a long text, and a question that only they answer.
 
-The tasks are those of RULER (arXiv:2404.06654): a passkey, one needle, several needles of which one is asked for or of which all
-values are, variables that are copied from each other, keys with values that fill the whole text, and the most frequent words of a
-list. Words and numbers are drawn; wording and code are our own.
+These are short forms of RULER's (arXiv:2404.06654): a passkey, one needle, several needles of which one is asked for or of which
+all values are, variables that are copied from each other, keys with values that fill the whole text, and the most frequent words
+of a list. Words and numbers are drawn. RULER's thirteen with its own numbers are in `ruler.py`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,32 @@ COMMON, OFTEN, SELDOM = 3, 12, 2
 
 @dataclass(frozen=True)
 class Question:
-    """A text that ends where the answer begins, and what the answer must hold; `share` says how much of it a reply does."""
+    """A text that ends where the answer begins, and what the answer must hold; `share` says how much of it a reply does.
+
+    Args:
+        prompt: the text.
+        answers: all of them are wanted, or any one.
+        wording: the answer as it is said right behind the prompt; by default the answers with commas.
+        reply: tokens that a model may take to answer; by default few more than the answer has.
+        any_of: the answers say the same, and one is enough.
+    """
 
     prompt: str
     answers: tuple[str, ...]
+    wording: str | None = None
+    reply: int | None = None
+    any_of: bool = False
+
+    @property
+    def wanted(self) -> str:
+        """The answer as it stands behind the prompt."""
+        said = self.answers[:1] if self.any_of else self.answers
+        return f" {', '.join(said)}" if self.wording is None else self.wording
 
     def share(self, reply: str) -> float:
         """The share of the answers that a reply holds, whatever their case."""
-        return sum(answer.lower() in reply.lower() for answer in self.answers) / len(self.answers)
+        held = [answer.lower() in reply.lower() for answer in self.answers]
+        return float(any(held)) if self.any_of else sum(held) / len(held)
 
 
 class Task(Protocol):
@@ -104,22 +122,34 @@ class InList:
     has_depth: bool = True
 
     def ask(self, filler: Filler, length: int, depth: float, draw: random.Random) -> Question:
-        seed, count = draw.random(), self.least
-        fits = None
-        # lines are added by their mean length until no more fit
-        while True:
-            found = self._of(count, depth, random.Random(seed))
-            tokens = filler.count(found.prompt)
-            if tokens > length:
-                break
-            fits, count = found, count + max(1, (length - tokens) * count // (2 * tokens))
-        if fits is None:
-            raise ValueError(_too_short(self.name, tokens, length))
-        return fits
+        seed = draw.random()
+        return filled(self.name, lambda count: self._of(count, depth, random.Random(seed)), self.least, filler, length)
 
     def _of(self, count: int, depth: float, draw: random.Random) -> Question:
         lines, question, answers = self.make(count, depth, draw)
         return Question(f"{self.begin}\n\n{chr(10).join(lines)}\n\n{question}", answers)
+
+
+def filled(
+    name: str, make: Callable[[int], Question], least: int, filler: Filler, length: int, reply: int = 0
+) -> Question:
+    """The question with as many things as `length` tokens hold beside a reply; `make` gives it with a number of them.
+
+    Raises:
+        ValueError: not even the least number fits.
+    """
+    fits, count = None, least
+    # as many are added as their mean length says, until no more fit
+    while True:
+        found = make(count)
+        tokens = filler.count(found.prompt) + reply
+        if tokens > length or found == fits:
+            # no more fits, or there is no more
+            break
+        fits, count = found, count + max(1, (length - tokens) * count // (2 * tokens))
+    if fits is None:
+        raise ValueError(_too_short(name, tokens, length))
+    return fits
 
 
 def _room(name: str, filler: Filler, bare: str, length: int) -> int:
@@ -201,7 +231,7 @@ def _words(count: int, depth: float, draw: random.Random) -> tuple[list[str], st
     return lines, f"Which {COMMON} words occur most often in the list? The words are", tuple(names)
 
 
-TASKS: dict[str, Task] = {
+SHORT: dict[str, Task] = {
     task.name: task
     for task in (
         InProse("passkey", _passkey),

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...units import size
 from ..pieces import Found
 from .svg import Axis, Grid, Series, heat_map, lines, points
-from .table import size
 
 
 @dataclass(frozen=True)

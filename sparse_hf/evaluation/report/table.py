@@ -10,9 +10,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ...units import size
 from ..pieces import Found
-
-KIB = 1024
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ def _cost(key: str) -> Callable[[Any], Any]:
 
 COLUMNS = (
     Column("perplexity", "perplexity", lambda one: one["perplexity"], lambda x: f"{x:.2f}"),
+    Column("LongPPL", "longppl", lambda one: one["perplexity"], lambda x: f"{x:.2f}"),
     Column("named", "masked", lambda one: one["accuracy"], lambda x: f"{x:.1%}"),
     Column("cosine", "embedding", lambda one: one["cosine"], lambda x: f"{x:.3f}"),
     Column("found", "embedding", lambda one: one.get("found"), lambda x: f"{x:.0%}"),
@@ -45,15 +45,6 @@ COLUMNS = (
     Column("cache", "cost", _cost("cache_bytes"), lambda x: size(x)),
     Column("peak", "cost", _cost("peak_bytes"), lambda x: size(x)),
 )
-
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < KIB:
-            return f"{count:,.0f} {unit}"
-        count /= KIB
-    return f"{count:,.2f} GiB"
 
 
 def rows(result: Found, columns: Sequence[Column] = COLUMNS) -> tuple[list[str], list[list[str]]]:

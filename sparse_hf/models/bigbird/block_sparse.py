@@ -76,6 +76,12 @@ def transformers_random_blocks(config: PreTrainedConfig, length: int) -> list[Pa
 
     Raises:
         ValueError: a length at which Transformers attends fully.
+
+    Examples:
+        >>> from transformers import BigBirdConfig
+        >>> layers = transformers_random_blocks(BigBirdConfig(num_hidden_layers=2), 2048)
+        >>> len(layers)
+        2
     """
     size, count = config.block_size, config.num_random_blocks
     blocks = -(-length // size)

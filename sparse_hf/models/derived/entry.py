@@ -65,6 +65,10 @@ def derived_types() -> list[str]:
     """The dense model types that are no entry of the table, and worked when all of them were tried (`docs/zoo.md`).
 
     Others are tried when they are first met, and either work or are refused with what was seen.
+
+    Examples:
+        >>> "jamba" in derived_types()
+        True
     """
     return json.loads(WORKED.read_text(encoding="utf-8"))["types"]
 

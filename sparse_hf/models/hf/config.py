@@ -110,11 +110,19 @@ class SparseConfigMixin(_Config):
         layers: which layers get another pattern, see `from_dense`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         sparse_attention: in place of these three, what a `config.json` says.
+
+    Examples:
+        >>> from sparse_hf import SparseLlamaConfig
+        >>> spec = {"patterns": {"near": "window(63, 0)", "far": "causal()"}, "layers": ["near", "far"]}
+        >>> SparseLlamaConfig(num_hidden_layers=2, sparse_attention=spec).layer_pattern(0, True)
+        'window(63, 0) & window(None, 0)'
     """
 
     sparse_attention: dict[str, Any] | None = None
     # is the family sparse by itself, so that its configuration implies a pattern?
     implies_pattern: ClassVar[bool] = False
+    # do its layers choose keys by content, among those that a pattern holds?
+    chooses_keys: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
     # do published models mark nothing, though the implied pattern has marked() for those who do?

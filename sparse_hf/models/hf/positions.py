@@ -36,6 +36,10 @@ class Positions:
         skips_padding: whether padding takes no positions.
         checked_by_model: whether the model itself refuses ids and lengths that it cannot take.
         grows: whether a table can be made longer; of some derived families nobody knows which rows are positions.
+
+    Examples:
+        >>> Positions("learned", tables=("position_embeddings.weight",)).has_table, Positions("rotary").has_table
+        (True, False)
     """
 
     scheme: Scheme

@@ -33,7 +33,13 @@ UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
 
 @dataclass(frozen=True)
 class Family:
-    """A dense family of Transformers and its sparse counterpart."""
+    """A dense family of Transformers and its sparse counterpart.
+
+    Examples:
+        >>> family = family_of("bert")
+        >>> family.sparse_type, family.verified, family.positions.scheme
+        ('sparse_bert', True, 'learned')
+    """
 
     dense_type: str
     config_class: type[SparseConfigMixin]
@@ -71,7 +77,13 @@ FAMILIES = LazyTable({entry.dense_type: entry for entry in ENTRIES}, "dense_type
 
 
 def dense_class(sparse_class: type) -> type[PreTrainedModel]:
-    """The class of Transformers that a sparse class derives from: the base after the mixin."""
+    """The class of Transformers that a sparse class derives from: the base after the mixin.
+
+    Examples:
+        >>> from sparse_hf import SparseBertModel
+        >>> dense_class(SparseBertModel).__name__
+        'BertModel'
+    """
     return sparse_class.__bases__[1]
 
 
@@ -95,6 +107,13 @@ def register_family(
         heads: dense classes that no Auto class knows.
         of_heads: class attributes of every sparse class that is derived here.
         verified: is the family tested by name, and not derived when it was met?
+
+    Examples:
+        >>> from transformers import NystromformerConfig
+        >>> class SparseMineConfig(SparseConfigMixin, NystromformerConfig):
+        ...     model_type = "sparse_mine"
+        >>> register_family(SparseMineConfig, Positions("learned", limit="max_position_embeddings")).sparse_type
+        'sparse_mine'
     """
     config_class.positions = positions
     dense_config = config_class.__bases__[1]
@@ -207,6 +226,10 @@ def family_of(model_type: str) -> Family:
 
     Raises:
         ValueError: a type that has no sparse counterpart; the message says why and lists those that have.
+
+    Examples:
+        >>> family_of("llama").config_class.__name__, family_of("sparse_llama").dense_type
+        ('SparseLlamaConfig', 'llama')
     """
     family = find_family(model_type)
     if family is None:

@@ -1,0 +1,206 @@
+"""Attention over chosen keys by the kernels of `kernels.py`.
+
+Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
+H / P; Q queries, K keys, N chosen keys of a query, D and E head dims of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backend import AttentionCall, Given, Gradients, Results
+from ..backends.triton import walk
+from ..launch import launch, strides_of
+from ..strides import like, readable
+from .pieces import rows_of
+
+# chosen keys of a tile, rows of queries of a tile of a key, and segments that are added at a time
+TILE, CHOOSERS, ADDED = 32, 32, 4
+# heads of a tile: the matrix units take 16 rows at least
+LEAST_HEADS, MOST_HEADS = 16, 64
+# queries of a segment at least
+LEAST_CHOOSERS = 64
+# numbers that segments write at once
+MAX_PARTS = 1 << 27
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """Why the kernels cannot compute a call, or None."""
+    if call.q.device.type not in walk.DEVICES or not walk.IS_INSTALLED:
+        return "it needs a GPU and the package triton"
+    if call.q.dtype not in walk.DTYPES:
+        return f"its kernels compute in 16 or 32 bits and q is {call.q.dtype}"
+    most = walk.MAX_HEAD_DIM_FLOAT32 if call.q.dtype == torch.float32 else walk.MAX_HEAD_DIM
+    if max(call.q.shape[3], call.v.shape[3]) > most:
+        return f"head dims of q and v are {call.q.shape[3]} and {call.v.shape[3]}; they must be up to {most}"
+    return "its kernels have no dropout" if call.dropout else None
+
+
+@dataclass(frozen=True, eq=False)
+class Choosers:
+    """The queries that chose each key, in order, cut to segments of `limit` of them; lists of one choice, or of B.
+
+    The segments of key x are `firsts[x]` to `firsts[x + 1]`.
+    """
+
+    query: Tensor  # [B or 1, C, Q * N] int32
+    offsets: Tensor  # [B or 1, C, K + 1] int32: where the queries of each key start
+    firsts: Tensor  # [B or 1, C, K + 1] int32
+    key: Tensor  # [B or 1, C, S] int32: the key of each segment, K where there is none
+    limit: int
+
+
+def choosers(index: Tensor, num_keys: int) -> Choosers:
+    """The lists of a choice `[B or 1, C, Q, N]`."""
+    queries, chosen = index.shape[2:]
+    limit = max(LEAST_CHOOSERS, chosen)
+    key = index.flatten(2)
+    key = key.where((key >= 0) & (key < num_keys), num_keys)
+    ordered, order = key.sort(dim=-1, stable=True)
+    step = torch.arange(num_keys + 1, dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1).contiguous()
+    offsets = torch.searchsorted(ordered, step, out_int32=True)
+    counts = offsets.diff(dim=-1)
+    firsts = torch.nn.functional.pad(((counts + limit - 1) // limit).cumsum(-1, dtype=torch.int32), (1, 0))
+    segments = num_keys + -(-queries * chosen // limit)
+    place = torch.arange(segments, dtype=torch.int32, device=key.device).expand(*key.shape[:2], -1).contiguous()
+    of_segment = torch.searchsorted(firsts, place, right=True, out_int32=True) - 1
+    return Choosers((order // chosen).int().contiguous(), offsets, firsts, of_segment.contiguous(), limit)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What all kernels are told of a call."""
+
+    call: AttentionCall
+    index: Tensor
+
+    @property
+    def rows(self) -> int:
+        """P."""
+        return rows_of(self.call)
+
+    @property
+    def heads_of_tile(self) -> int:
+        repeats = self.call.q.shape[1] // self.rows
+        return min(MOST_HEADS, max(LEAST_HEADS, _power_of_two(repeats)))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Queries, and tiles of heads."""
+        tiles = -(-self.call.q.shape[1] // self.rows // self.heads_of_tile)
+        return self.call.q.shape[2], self.call.q.shape[0] * self.rows * tiles
+
+    @property
+    def dims(self) -> dict[str, int]:
+        d, e = self.call.q.shape[3], self.call.v.shape[3]
+        return {"D": d, "BD": max(16, _power_of_two(d)), "E": e, "BE": max(16, _power_of_two(e))}
+
+    @property
+    def heads(self) -> dict[str, int]:
+        q, k, rows = self.call.q, self.call.k, self.rows
+        return {"H": q.shape[1], "G": k.shape[1], "C": self.index.shape[1], "P": rows, "R": q.shape[1] // rows}
+
+    @property
+    def constants(self) -> dict:
+        """Of the kernels that walk the keys of a query."""
+        cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
+        return {**self.heads, "BR": self.heads_of_tile, "BN": TILE, **self.dims, **cap}
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        q, scoring = self.call.q, self.call.scoring
+        return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.index.shape[3]
+
+    @property
+    def batch_step(self) -> int:
+        """How many lists of the choice lie between batch rows; none where they share one."""
+        return self.index.shape[1] if self.index.shape[0] > 1 else 0
+
+
+def _shape(call: AttentionCall) -> tuple[_Shape, Tensor, Tensor, Tensor]:
+    index = call.plan.index.int().contiguous()
+    return _Shape(call, index), readable(call.q), readable(call.k), readable(call.v)
+
+
+def forward(call: AttentionCall) -> Results:
+    """Out `[B, H, Q, E]` and lse `[B, H, Q]`."""
+    from . import kernels
+
+    shape, q, k, v = _shape(call)
+    out, lse = like(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel():
+        of_batch = shape.batch_step * q.shape[2] * shape.index.shape[3]
+        launch(
+            kernels.forward, shape.grid, (q, k, v, shape.index, out, lse), strides_of(q, k, v, out),
+            (*shape.numbers, of_batch), shape.constants, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(call: AttentionCall, given: Given) -> Gradients:
+    """Gradients of q, k and v."""
+    from . import kernels
+
+    shape, q, k, v = _shape(call)
+    out, lse, grad_out, grad_lse = (
+        readable(given.out),
+        given.lse.contiguous(),
+        readable(given.some_grad_out),
+        given.grad_lse,
+    )
+    grad_q, delta = like(q), torch.empty_like(lse)
+    if not q.numel() or not k.numel():
+        return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None
+    # anything will do where it is not read
+    given_lse = lse if grad_lse is None else grad_lse.contiguous()
+    launch(
+        kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.index, lse, given_lse, delta, grad_q),
+        strides_of(grad_out, q, k, v, out, grad_q),
+        (*shape.numbers, shape.batch_step * q.shape[2] * shape.index.shape[3]),
+        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, num_warps=4,
+    )  # fmt: skip
+    return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
+
+
+def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v."""
+    from . import kernels
+
+    grad_out, q, k, v = tensors[:4]
+    lists = choosers(shape.index, k.shape[2])
+    batch, groups, keys = k.shape[:3]
+    # rows of the same key head are added below
+    work = k.dtype if shape.rows == groups else torch.float32
+    grads = [torch.empty(batch, shape.rows, keys, t.shape[3], dtype=work, device=k.device) for t in (k, v)]
+    segments = lists.key.shape[2]
+    some = max(1, MAX_PARTS // (segments * (k.shape[3] + v.shape[3])))
+    repeats = shape.heads["R"]
+    heads_of_tile = min(CHOOSERS // 2, _power_of_two(repeats))
+    tiles = {"BR": heads_of_tile, "BP": CHOOSERS // heads_of_tile}
+    for first in range(0, batch * shape.rows, some):
+        count = min(some, batch * shape.rows - first)
+        parts = [
+            torch.empty(count, segments, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
+        ]  # fmt: skip
+        launch(
+            kernels.gradients_of_keys, (segments, count),
+            (*tensors, *parts, lists.query, lists.offsets, lists.firsts, lists.key), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step),
+            {**shape.heads, **tiles, **shape.dims, "HAS_CAP": shape.call.scoring.softcap is not None}, num_warps=4,
+        )  # fmt: skip
+        heads = {name: shape.heads[name] for name in ("H", "C", "P")}
+        launch(
+            kernels.add_segments, (keys, count), (*parts, lists.firsts, *grads), strides_of(*grads),
+            (keys, first, segments, shape.batch_step), {**heads, "BS": ADDED, **shape.dims}, num_warps=1,
+        )  # fmt: skip
+    if shape.rows > groups:
+        grads = [grad.unflatten(1, (groups, -1)).sum(2).to(k.dtype) for grad in grads]
+    return grads[0], grads[1]
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()

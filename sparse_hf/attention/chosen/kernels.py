@@ -1,0 +1,214 @@
+"""Triton kernels of attention over chosen keys: rows are gathered where they are, and no sum is made by atomics.
+
+A key's gradient is a sum over the queries that chose it. Lists of them (`gathers.Choosers`) are cut to segments, each of which
+is added up by one program, and the segments of a key are added in order.
+
+Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
+H / P; Q queries, K keys, N chosen keys of a query, D and E head dims of keys and values; `BR` heads, `BN` chosen keys and `BP`
+queries of a tile. Scores are powers of two.
+"""
+
+# Triton's types say that a kernel's helper never returns
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row(P: tl.constexpr, H: tl.constexpr, heads: tl.constexpr, row):
+    """The batch row, and the head of a tensor with `heads` heads that a row of P reads."""
+    return row // P, row % P * heads // P
+
+
+@triton.jit
+def _gather(ptr, token, exists, stride, D: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)[None, :]
+    return tl.load(ptr + token[:, None] * stride + d, mask=exists[:, None] & (d < D), other=0.0)
+
+
+@triton.jit
+def _keys(index, start, N, K, BN: tl.constexpr):
+    """The next chosen keys of a query, and which of them there are."""
+    n = start + tl.arange(0, BN)
+    key = tl.load(index + n, mask=n < N, other=-1)
+    there = (key >= 0) & (key < K)
+    return tl.where(there, key, 0).to(tl.int64), there
+
+
+@triton.jit
+def _capped(product, scale, cap, HAS_CAP: tl.constexpr):
+    """Scores after scale and soft cap, times log2(e)."""
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        return (1 - 2 / (tl.exp2(product * (2 * LOG2_E * scale / cap)) + 1)) * (cap * LOG2_E)
+    return product * (scale * LOG2_E)
+
+
+@triton.jit
+def _slope(scores, cap, HAS_CAP: tl.constexpr):
+    """How much a score changes by its product, given the capped one."""
+    if HAS_CAP:
+        ratio = scores / (cap * LOG2_E)
+        return 1 - ratio * ratio
+    return tl.full(scores.shape, 1.0, tl.float32)
+
+
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+def forward(
+    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n,
+    scale, cap, Q, K, N, i_b,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Out and lse of one query, for `BR` of the heads that read the same keys."""
+    tiles: tl.constexpr = (R + BR - 1) // BR
+    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
+    b, g = _row(P, H, G, row)
+    _, c = _row(P, H, C, row)
+    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
+    h, real = row % P * R + r, r < R
+    q = _gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
+    index = index_ptr + b * i_b + (c * Q + query) * N
+    out = tl.zeros((BR, BE), tl.float32)
+    top = tl.full((BR,), float("-inf"), tl.float32)
+    total = tl.zeros((BR,), tl.float32)
+    for start in range(0, N, BN):
+        key, there = _keys(index, start, N, K, BN)
+        k = _gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
+        v = _gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
+        scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # a row that has seen nothing yet: subtracting -inf would give NaN
+        finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    safe = tl.where(total > 0, total, 1.0)
+    e = tl.arange(0, BE)[None, :]
+    at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + e
+    tl.store(at, (out / safe[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (e < E))
+    lse = tl.where(total > 0, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
+    tl.store(lse_ptr + (b * H + h) * Q + query, lse, mask=real)
+
+
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+def gradients_of_queries(
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, index_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n,
+    scale, cap, Q, K, N, i_b,
+    HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one query, for `BR` of the heads that read the same keys, and delta, which that of keys reads."""
+    tiles: tl.constexpr = (R + BR - 1) // BR
+    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
+    b, g = _row(P, H, G, row)
+    _, c = _row(P, H, C, row)
+    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
+    h, real = row % P * R + r, r < R
+    q = _gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
+    do = _gather(do_ptr + b * do_b + query * do_n, h, real, do_h, E, BE)
+    out = _gather(out_ptr + b * o_b + query * o_n, h, real, o_h, E, BE)
+    at = (b * H + h) * Q + query
+    lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
+    lse = tl.where(lse > float("-inf"), lse, float("inf"))
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(dlse_ptr + at, mask=real, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=real)
+    index = index_ptr + b * i_b + (c * Q + query) * N
+    total = tl.zeros((BR, BD), tl.float32)
+    for start in range(0, N, BN):
+        key, there = _keys(index, start, N, K, BN)
+        k = _gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
+        v = _gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
+        scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        weights = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - lse[:, None] * LOG2_E)
+        change = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        change = change * _slope(scores, cap, HAS_CAP)
+        total += tl.dot(change.to(k.dtype), k, input_precision=PRECISION)
+    d = tl.arange(0, BD)[None, :]
+    at = dq_ptr + b * dq_b + h[:, None] * dq_h + query * dq_n + d
+    tl.store(at, (total * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & (d < D))
+
+
+@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+def gradients_of_keys(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, part_k, part_v, query_ptr, offsets, firsts, key_ptr,
+    do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """What the queries of one segment add to the gradients of its key and value, in float32."""
+    segment, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = first_row + own
+    b, g = _row(P, H, G, row)
+    _, c = _row(P, H, C, row)
+    of_list = b * l_b + c
+    key = tl.load(key_ptr + of_list * segments + segment).to(tl.int64)
+    if key >= K:
+        return
+    offsets += of_list * (K + 1) + key
+    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (K + 1) + key)) * limit
+    end = tl.minimum(tl.load(offsets + 1), begin + limit)
+    d, e, m = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, BP * BR)
+    k = tl.load(k_ptr + b * k_b + g * k_g + key * k_n + d, mask=d < D, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * v_b + g * v_g + key * v_n + e, mask=e < E, other=0.0).to(tl.float32)
+    sum_k = tl.zeros((BD,), tl.float32)
+    sum_v = tl.zeros((BE,), tl.float32)
+    for start in range(begin, end, BP):
+        pair = start + m // BR
+        query = tl.load(query_ptr + of_list * Q * N + pair, mask=pair < end, other=0).to(tl.int64)
+        for first in range(0, R, BR):
+            r = first + m % BR
+            h, real = row % P * R + r, (pair < end) & (r < R)
+            q = _gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD).to(tl.float32)
+            do = _gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE).to(tl.float32)
+            at = (b * H + h) * Q + query
+            lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
+            lse = tl.where(lse > float("-inf"), lse, float("inf"))
+            delta = tl.load(delta_ptr + at, mask=real, other=0.0)
+            scores = _capped(tl.sum(q * k[None, :], 1), scale, cap, HAS_CAP)
+            weights = tl.exp2(scores - lse * LOG2_E)
+            change = weights * (tl.sum(do * v[None, :], 1) - delta) * _slope(scores, cap, HAS_CAP)
+            sum_k += tl.sum(q * change[:, None], 0)
+            sum_v += tl.sum(do * weights[:, None], 0)
+    at = own * segments + segment
+    tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
+    tl.store(part_v + at * E + e, sum_v, mask=e < E)
+
+
+@triton.jit(do_not_specialize=["K", "first_row", "segments", "l_b"])
+def add_segments(
+    part_k, part_v, firsts, dk_ptr, dv_ptr, dk_b, dk_p, dk_n, dv_b, dv_p, dv_n, K, first_row, segments, l_b,
+    H: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Add the segments of one key, in order."""
+    key, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = first_row + own
+    b, c = _row(P, H, C, row)
+    firsts += (b * l_b + c) * (K + 1) + key
+    begin, end = tl.load(firsts), tl.load(firsts + 1)
+    d, e, s = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :], tl.arange(0, BS)[:, None]
+    sum_k = tl.zeros((BS, BD), tl.float32)
+    sum_v = tl.zeros((BS, BE), tl.float32)
+    for start in range(begin, end, BS):
+        at = own * segments + start + s
+        sum_k += tl.load(part_k + at * D + d, mask=(start + s < end) & (d < D), other=0.0)
+        sum_v += tl.load(part_v + at * E + e, mask=(start + s < end) & (e < E), other=0.0)
+    total_k, total_v = tl.sum(sum_k, 0), tl.sum(sum_v, 0)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
+    tl.store(dk_ptr + b * dk_b + row % P * dk_p + key * dk_n + d, total_k.to(dk_ptr.dtype.element_ty), mask=d < D)
+    tl.store(dv_ptr + b * dv_b + row % P * dv_p + key * dv_n + e, total_v.to(dv_ptr.dtype.element_ty), mask=e < E)

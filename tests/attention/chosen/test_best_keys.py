@@ -1,0 +1,102 @@
+"""`choose` against sorting all scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_hf.attention.chosen import DotScores, IndexerScores, Limits, choose
+from sparse_hf.testing import AllocationInterceptor
+
+
+def brute_force(scores, allowed, count):
+    """Query by query, one key after the other: the highest score, of equal ones the lower key."""
+    found = torch.full((*scores.shape[:3], min(count, scores.shape[3])), -1, dtype=torch.int32)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
+        row, may = scores[tuple(at)].tolist(), allowed[tuple(at)].tolist()
+        best = sorted((key for key in range(len(row)) if may[key]), key=lambda key: (-row[key], key))
+        best = sorted(best[:count])
+        found[tuple(at)][: len(best)] = torch.tensor(best, dtype=torch.int32)
+    return found
+
+
+class Table:
+    """Scores that are all there."""
+
+    numbers_per_score = 1
+
+    def __init__(self, table):
+        self.table = table
+
+    shape = property(lambda self: tuple(self.table.shape))
+    device = property(lambda self: self.table.device)
+
+    def scores(self, queries, keys):
+        return self.table[:, :, queries, keys]
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 100])
+@pytest.mark.parametrize("kind", ["normal", "ties", "below zero"])
+def test_equals_brute_force(kind, count, monkeypatch):
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.KEYS", 16)
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.MAX_SCORES", 600)
+    scores = torch.randn(2, 2, 20, 60)
+    scores = scores.round() * 0.5 if kind == "ties" else -scores.abs() if kind == "below zero" else scores
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    assert torch.equal(choose(Table(scores), count), brute_force(scores, allowed, count))
+
+
+def test_limits(monkeypatch):
+    monkeypatch.setattr("sparse_hf.attention.chosen.best_keys.KEYS", 16)
+    scores = torch.randn(2, 1, 30, 50).round()
+    start, end = torch.randint(0, 20, (2, 30)), torch.randint(10, 50, (2, 30))
+    query, key = torch.arange(30)[:, None], torch.arange(50)
+    allowed = (key <= query + 20) & (key >= start[:, None, :, None]) & (key < end[:, None, :, None])
+    allowed = allowed & ((query + key) % 3 > 0)
+    limits = Limits(start, end, 20, lambda q, k: (q + k) % 3 > 0)
+    assert torch.equal(choose(Table(scores), 9, limits), brute_force(scores, allowed, 9))
+
+
+def test_what_is_never_chosen():
+    scores = torch.randn(1, 1, 4, 6)
+    scores[0, 0, 0] = -torch.inf
+    scores[0, 0, 1, 2:] = -torch.inf
+    assert choose(Table(scores), 5)[0, 0, :2].tolist() == [[-1] * 5, [0, 1, -1, -1, -1]]
+    assert choose(Table(torch.randn(1, 1, 3, 0)), 5).shape == (1, 1, 3, 0)
+
+
+def test_zeros_of_either_sign_are_equal():
+    scores = torch.tensor([0.0, -0.0, 0.0, -1.0]).expand(1, 1, 1, 4)
+    assert choose(Table(-scores), 2)[0, 0, 0].tolist() == [0, 3]
+    assert choose(Table(scores), 2)[0, 0, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0])
+def test_a_count_that_is_none_is_told(count):
+    with pytest.raises(ValueError, match="it must be a whole number of at least 1"):
+        choose(Table(torch.zeros(1, 1, 2, 2)), count)
+
+
+def test_products():
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8)
+    wanted = query @ key.repeat_interleave(2, 1).mT
+    torch.testing.assert_close(DotScores(query, key).scores(slice(2, 7), slice(3, 12)), wanted[:, :, 2:7, 3:12])
+
+
+def test_indexer():
+    query, key, weights = torch.randn(2, 9, 3, 8), torch.randn(2, 12, 8), torch.randn(2, 9, 3)
+    scorer = IndexerScores(query, key, weights, 0.5)
+    wanted = torch.zeros(2, 1, 9, 12)
+    for head in range(3):
+        wanted[:, 0] += weights[..., head, None] * (query[:, :, head] @ key.mT * 0.5).relu()
+    torch.testing.assert_close(scorer.scores(slice(0, 9), slice(0, 12)), wanted)
+    causal = torch.ones(9, 12, dtype=torch.bool).tril(3)
+    assert torch.equal(choose(scorer, 4, Limits(q_offset=3)), brute_force(wanted, causal.expand(2, 1, -1, -1), 4))
+
+
+def test_no_tensor_has_two_lengths():
+    length = 16_384
+    scorer = IndexerScores(torch.randn(1, length, 2, 4), torch.randn(1, length, 4), torch.randn(1, length, 2))
+    with AllocationInterceptor(length) as seen:
+        choose(scorer, 16, Limits(q_offset=0))
+    assert not seen.quadratic
