@@ -76,6 +76,19 @@ from .models import SparseCohere2Config as SparseCohere2Config
 from .models import SparseCohere2ForCausalLM as SparseCohere2ForCausalLM
 from .models import SparseCohere2Model as SparseCohere2Model
 from .models import SparseConfigMixin as SparseConfigMixin
+from .models import SparseDebertaConfig as SparseDebertaConfig
+from .models import SparseDebertaForMaskedLM as SparseDebertaForMaskedLM
+from .models import SparseDebertaForQuestionAnswering as SparseDebertaForQuestionAnswering
+from .models import SparseDebertaForSequenceClassification as SparseDebertaForSequenceClassification
+from .models import SparseDebertaForTokenClassification as SparseDebertaForTokenClassification
+from .models import SparseDebertaModel as SparseDebertaModel
+from .models import SparseDebertaV2Config as SparseDebertaV2Config
+from .models import SparseDebertaV2ForMaskedLM as SparseDebertaV2ForMaskedLM
+from .models import SparseDebertaV2ForMultipleChoice as SparseDebertaV2ForMultipleChoice
+from .models import SparseDebertaV2ForQuestionAnswering as SparseDebertaV2ForQuestionAnswering
+from .models import SparseDebertaV2ForSequenceClassification as SparseDebertaV2ForSequenceClassification
+from .models import SparseDebertaV2ForTokenClassification as SparseDebertaV2ForTokenClassification
+from .models import SparseDebertaV2Model as SparseDebertaV2Model
 from .models import SparseDeepseekV4Config as SparseDeepseekV4Config
 from .models import SparseDeepseekV4ForCausalLM as SparseDeepseekV4ForCausalLM
 from .models import SparseDeepseekV4Model as SparseDeepseekV4Model
@@ -522,6 +535,19 @@ __all__ = [
     "SparseBloomForSequenceClassification",
     "SparseBloomForQuestionAnswering",
     "SparseBloomForTokenClassification",
+    "SparseDebertaConfig",
+    "SparseDebertaModel",
+    "SparseDebertaForMaskedLM",
+    "SparseDebertaForSequenceClassification",
+    "SparseDebertaForQuestionAnswering",
+    "SparseDebertaForTokenClassification",
+    "SparseDebertaV2Config",
+    "SparseDebertaV2Model",
+    "SparseDebertaV2ForMaskedLM",
+    "SparseDebertaV2ForSequenceClassification",
+    "SparseDebertaV2ForQuestionAnswering",
+    "SparseDebertaV2ForTokenClassification",
+    "SparseDebertaV2ForMultipleChoice",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",

@@ -78,6 +78,23 @@ from transformers.models.camembert.modeling_camembert import (
 )
 from transformers.models.cohere2.configuration_cohere2 import Cohere2Config
 from transformers.models.cohere2.modeling_cohere2 import Cohere2ForCausalLM, Cohere2Model
+from transformers.models.deberta.configuration_deberta import DebertaConfig
+from transformers.models.deberta.modeling_deberta import (
+    DebertaForMaskedLM,
+    DebertaForQuestionAnswering,
+    DebertaForSequenceClassification,
+    DebertaForTokenClassification,
+    DebertaModel,
+)
+from transformers.models.deberta_v2.configuration_deberta_v2 import DebertaV2Config
+from transformers.models.deberta_v2.modeling_deberta_v2 import (
+    DebertaV2ForMaskedLM,
+    DebertaV2ForMultipleChoice,
+    DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    DebertaV2Model,
+)
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM, DeepseekV4Model
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
@@ -541,6 +558,19 @@ __all__ = [
     "SparseBloomForSequenceClassification",
     "SparseBloomForQuestionAnswering",
     "SparseBloomForTokenClassification",
+    "SparseDebertaConfig",
+    "SparseDebertaModel",
+    "SparseDebertaForMaskedLM",
+    "SparseDebertaForSequenceClassification",
+    "SparseDebertaForQuestionAnswering",
+    "SparseDebertaForTokenClassification",
+    "SparseDebertaV2Config",
+    "SparseDebertaV2Model",
+    "SparseDebertaV2ForMaskedLM",
+    "SparseDebertaV2ForSequenceClassification",
+    "SparseDebertaV2ForQuestionAnswering",
+    "SparseDebertaV2ForTokenClassification",
+    "SparseDebertaV2ForMultipleChoice",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",
@@ -1234,6 +1264,51 @@ class SparseBloomForQuestionAnswering(SparseMixin, BloomForQuestionAnswering):
 
 class SparseBloomForTokenClassification(SparseMixin, BloomForTokenClassification):
     config: SparseBloomConfig
+
+@dataclass(kw_only=True)
+class SparseDebertaConfig(SparseConfigMixin, DebertaConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDebertaModel(SparseMixin, DebertaModel):
+    config: SparseDebertaConfig
+
+class SparseDebertaForMaskedLM(SparseMixin, DebertaForMaskedLM):
+    config: SparseDebertaConfig
+
+class SparseDebertaForSequenceClassification(SparseMixin, DebertaForSequenceClassification):
+    config: SparseDebertaConfig
+
+class SparseDebertaForQuestionAnswering(SparseMixin, DebertaForQuestionAnswering):
+    config: SparseDebertaConfig
+
+class SparseDebertaForTokenClassification(SparseMixin, DebertaForTokenClassification):
+    config: SparseDebertaConfig
+
+@dataclass(kw_only=True)
+class SparseDebertaV2Config(SparseConfigMixin, DebertaV2Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDebertaV2Model(SparseMixin, DebertaV2Model):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForMaskedLM(SparseMixin, DebertaV2ForMaskedLM):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForSequenceClassification(SparseMixin, DebertaV2ForSequenceClassification):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForQuestionAnswering(SparseMixin, DebertaV2ForQuestionAnswering):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForTokenClassification(SparseMixin, DebertaV2ForTokenClassification):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForMultipleChoice(SparseMixin, DebertaV2ForMultipleChoice):
+    config: SparseDebertaV2Config
 
 @dataclass(kw_only=True)
 class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):

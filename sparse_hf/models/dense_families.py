@@ -83,6 +83,8 @@ OTHER_FAMILIES = (
     _other("bigbird.modeling", "BigBird", "big_bird"),
     _other("bigbird.pegasus", "BigBirdPegasus", "bigbird_pegasus", "sparse_big_bird_pegasus"),
     _other("bloom", "Bloom", "bloom"),
+    _other("deberta", "Deberta", "deberta"),
+    _other("deberta", "DebertaV2", "deberta-v2", "sparse_deberta_v2"),
     _other("distilbert", "DistilBert", "distilbert"),
     _other("falcon", "Falcon", "falcon"),
     _other("longformer.led", "LED", "led"),

@@ -264,8 +264,9 @@ def _computed(
         call.chosen_plan = _opaque_plan(call, opaque)
     if computed_by is not None:
         call.pattern = _parsed(call.pattern)
+        out, weights = computed_by(call, wants_weights)
         # it knows no lse
-        return computed_by(call), call.q.new_empty(0), None
+        return out, call.q.new_empty(0), weights
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
         by_content = opaque is None and uses_content(str(pattern))
