@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.run_clm import collator, packed
 from examples.training import checkpoint, leave, load_model, load_texts, parse
-from sparse_hf.train import Distillation, heal, lora_config
+from sparse_hf.train import Distillation, NarrowingWindow, heal, lora_config
 
 
 @dataclass
@@ -36,6 +36,11 @@ class HealingArguments:
     temperature: float = field(default=2.0, metadata={"help": "By which the answers are flattened."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA; 0 trains all weights."})
     edges: list[int] = field(default_factory=list, metadata={"help": "Positions at which perplexity is told apart."})
+    windows: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Windows that layers see beside the pattern at first, from wide to narrow."},
+    )
+    narrowing_steps: int = field(default=100, metadata={"help": "Training steps over which these windows are spread."})
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -62,6 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         lora=lora_config(model, healing.lora_rank, 2 * healing.lora_rank) if healing.lora_rank else None,
         eval_dataset=evaluation,
         edges=healing.edges,
+        callbacks=[NarrowingWindow(healing.windows, healing.narrowing_steps)] if healing.windows else [],
         data_collator=collator(model, tokenizer),
         resume_from_checkpoint=checkpoint(training_args),
     )

@@ -22,6 +22,11 @@ from .models import SparseAlbertForQuestionAnswering as SparseAlbertForQuestionA
 from .models import SparseAlbertForSequenceClassification as SparseAlbertForSequenceClassification
 from .models import SparseAlbertForTokenClassification as SparseAlbertForTokenClassification
 from .models import SparseAlbertModel as SparseAlbertModel
+from .models import SparseAXK2Config as SparseAXK2Config
+from .models import SparseAXK2ForCausalLM as SparseAXK2ForCausalLM
+from .models import SparseAXK2ForSequenceClassification as SparseAXK2ForSequenceClassification
+from .models import SparseAXK2ForTokenClassification as SparseAXK2ForTokenClassification
+from .models import SparseAXK2Model as SparseAXK2Model
 from .models import SparseBartConfig as SparseBartConfig
 from .models import SparseBartForCausalLM as SparseBartForCausalLM
 from .models import SparseBartForConditionalGeneration as SparseBartForConditionalGeneration
@@ -71,6 +76,9 @@ from .models import SparseCohere2Config as SparseCohere2Config
 from .models import SparseCohere2ForCausalLM as SparseCohere2ForCausalLM
 from .models import SparseCohere2Model as SparseCohere2Model
 from .models import SparseConfigMixin as SparseConfigMixin
+from .models import SparseDeepseekV32Config as SparseDeepseekV32Config
+from .models import SparseDeepseekV32ForCausalLM as SparseDeepseekV32ForCausalLM
+from .models import SparseDeepseekV32Model as SparseDeepseekV32Model
 from .models import SparseDistilBertConfig as SparseDistilBertConfig
 from .models import SparseDistilBertForMaskedLM as SparseDistilBertForMaskedLM
 from .models import SparseDistilBertForMultipleChoice as SparseDistilBertForMultipleChoice
@@ -78,6 +86,9 @@ from .models import SparseDistilBertForQuestionAnswering as SparseDistilBertForQ
 from .models import SparseDistilBertForSequenceClassification as SparseDistilBertForSequenceClassification
 from .models import SparseDistilBertForTokenClassification as SparseDistilBertForTokenClassification
 from .models import SparseDistilBertModel as SparseDistilBertModel
+from .models import SparseDots3NoteForCausalLM as SparseDots3NoteForCausalLM
+from .models import SparseDots3NoteTextConfig as SparseDots3NoteTextConfig
+from .models import SparseDots3NoteTextModel as SparseDots3NoteTextModel
 from .models import SparseElectraConfig as SparseElectraConfig
 from .models import SparseElectraForCausalLM as SparseElectraForCausalLM
 from .models import SparseElectraForMaskedLM as SparseElectraForMaskedLM
@@ -102,6 +113,11 @@ from .models import SparseGemma3ForCausalLM as SparseGemma3ForCausalLM
 from .models import SparseGemma3TextConfig as SparseGemma3TextConfig
 from .models import SparseGemma3TextForSequenceClassification as SparseGemma3TextForSequenceClassification
 from .models import SparseGemma3TextModel as SparseGemma3TextModel
+from .models import SparseGlm5NextTextConfig as SparseGlm5NextTextConfig
+from .models import SparseGlm5NextTextModel as SparseGlm5NextTextModel
+from .models import SparseGlmMoeDsaConfig as SparseGlmMoeDsaConfig
+from .models import SparseGlmMoeDsaForCausalLM as SparseGlmMoeDsaForCausalLM
+from .models import SparseGlmMoeDsaModel as SparseGlmMoeDsaModel
 from .models import SparseGPT2Config as SparseGPT2Config
 from .models import SparseGPT2ForQuestionAnswering as SparseGPT2ForQuestionAnswering
 from .models import SparseGPT2ForSequenceClassification as SparseGPT2ForSequenceClassification
@@ -117,6 +133,11 @@ from .models import SparseGPTNeoXModel as SparseGPTNeoXModel
 from .models import SparseGraniteConfig as SparseGraniteConfig
 from .models import SparseGraniteForCausalLM as SparseGraniteForCausalLM
 from .models import SparseGraniteModel as SparseGraniteModel
+from .models import SparseHYV4Config as SparseHYV4Config
+from .models import SparseHYV4ForCausalLM as SparseHYV4ForCausalLM
+from .models import SparseHYV4Model as SparseHYV4Model
+from .models import SparseHYV4VLTextConfig as SparseHYV4VLTextConfig
+from .models import SparseHYV4VLTextModel as SparseHYV4VLTextModel
 from .models import SparseLEDConfig as SparseLEDConfig
 from .models import SparseLEDForConditionalGeneration as SparseLEDForConditionalGeneration
 from .models import SparseLEDForQuestionAnswering as SparseLEDForQuestionAnswering
@@ -140,11 +161,16 @@ from .models import SparseMBartForConditionalGeneration as SparseMBartForConditi
 from .models import SparseMBartForQuestionAnswering as SparseMBartForQuestionAnswering
 from .models import SparseMBartForSequenceClassification as SparseMBartForSequenceClassification
 from .models import SparseMBartModel as SparseMBartModel
+from .models import SparseMiniMaxM3VLForCausalLM as SparseMiniMaxM3VLForCausalLM
+from .models import SparseMiniMaxM3VLTextConfig as SparseMiniMaxM3VLTextConfig
+from .models import SparseMiniMaxM3VLTextModel as SparseMiniMaxM3VLTextModel
 from .models import SparseMistralConfig as SparseMistralConfig
 from .models import SparseMistralForCausalLM as SparseMistralForCausalLM
 from .models import SparseMistralForQuestionAnswering as SparseMistralForQuestionAnswering
 from .models import SparseMistralForSequenceClassification as SparseMistralForSequenceClassification
 from .models import SparseMistralForTokenClassification as SparseMistralForTokenClassification
+from .models import SparseMistralLarge4TextConfig as SparseMistralLarge4TextConfig
+from .models import SparseMistralLarge4TextModel as SparseMistralLarge4TextModel
 from .models import SparseMistralModel as SparseMistralModel
 from .models import SparseMixin as SparseMixin
 from .models import SparseMixtralConfig as SparseMixtralConfig
@@ -220,6 +246,9 @@ from .models import SparseQwen3MoeForQuestionAnswering as SparseQwen3MoeForQuest
 from .models import SparseQwen3MoeForSequenceClassification as SparseQwen3MoeForSequenceClassification
 from .models import SparseQwen3MoeForTokenClassification as SparseQwen3MoeForTokenClassification
 from .models import SparseQwen3MoeModel as SparseQwen3MoeModel
+from .models import SparseQwen4ExpForCausalLM as SparseQwen4ExpForCausalLM
+from .models import SparseQwen4ExpTextConfig as SparseQwen4ExpTextConfig
+from .models import SparseQwen4ExpTextModel as SparseQwen4ExpTextModel
 from .models import SparseReformerConfig as SparseReformerConfig
 from .models import SparseReformerForMaskedLM as SparseReformerForMaskedLM
 from .models import SparseReformerForQuestionAnswering as SparseReformerForQuestionAnswering
@@ -259,6 +288,7 @@ from .models import StreamingCache as StreamingCache
 from .models import dense_class as dense_class
 from .models import derived_types as derived_types
 from .models import family_of as family_of
+from .models import indexer_losses as indexer_losses
 from .models import parse_layers as parse_layers
 from .models import register_family as register_family
 from .models import sparsify as sparsify
@@ -311,6 +341,7 @@ __all__ = [
     "dense_class",
     "derived_types",
     "family_of",
+    "indexer_losses",
     "parse_layers",
     "register_family",
     "sparsify",
@@ -552,6 +583,35 @@ __all__ = [
     "SparseT5ForSequenceClassification",
     "SparseT5ForQuestionAnswering",
     "SparseT5ForTokenClassification",
+    "SparseAXK2Config",
+    "SparseAXK2Model",
+    "SparseAXK2ForCausalLM",
+    "SparseAXK2ForSequenceClassification",
+    "SparseAXK2ForTokenClassification",
+    "SparseDeepseekV32Config",
+    "SparseDeepseekV32Model",
+    "SparseDeepseekV32ForCausalLM",
+    "SparseDots3NoteTextConfig",
+    "SparseDots3NoteTextModel",
+    "SparseDots3NoteForCausalLM",
+    "SparseGlm5NextTextConfig",
+    "SparseGlm5NextTextModel",
+    "SparseGlmMoeDsaConfig",
+    "SparseGlmMoeDsaModel",
+    "SparseGlmMoeDsaForCausalLM",
+    "SparseHYV4Config",
+    "SparseHYV4Model",
+    "SparseHYV4ForCausalLM",
+    "SparseHYV4VLTextConfig",
+    "SparseHYV4VLTextModel",
+    "SparseMiniMaxM3VLTextConfig",
+    "SparseMiniMaxM3VLTextModel",
+    "SparseMiniMaxM3VLForCausalLM",
+    "SparseMistralLarge4TextConfig",
+    "SparseMistralLarge4TextModel",
+    "SparseQwen4ExpTextConfig",
+    "SparseQwen4ExpTextModel",
+    "SparseQwen4ExpForCausalLM",
     "EMPTY",
     "FULL",
     "PARTIAL",

@@ -1,10 +1,11 @@
-"""For tests and reports: see every tensor that a computation makes."""
+"""For tests and reports: see every tensor that a computation makes, and count the bytes of those that live at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,3 +48,47 @@ class AllocationInterceptor(TorchDispatchMode):
     def _look(self, name: str, shape: tuple[int, ...]) -> None:
         if sum(any(size in lengths for lengths in self.ranges) for size in shape) >= 2:
             self.quadratic.append((name, shape))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that a computation holds at once, those kept for a backward pass included.
+
+        with LiveBytes() as live:
+            model(...).loss.backward()
+        print(live.peak)
+
+    The number is the same in every run and on every machine, unlike the memory of a process. What was there before, and
+    what an operation holds inside itself, is not counted.
+
+    Attributes:
+        now: bytes that live now.
+        peak: the most that lived at once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        # storages that others made: they are kept, so that no other storage gets their numbers
+        self._others: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            ref = StorageWeakRef(storage)
+            if ref.cdata not in self._made:
+                self._others.setdefault(ref.cdata, ref)
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            ref = StorageWeakRef(storage)
+            if ref.cdata not in self._made and ref.cdata not in self._others:
+                self._made[ref.cdata] = ref, storage.nbytes()
+                self.now += storage.nbytes()
+        for cdata in [cdata for cdata, (ref, _) in self._made.items() if ref.expired()]:
+            self.now -= self._made.pop(cdata)[1]
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    """The memory behind the tensors of a tree."""
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

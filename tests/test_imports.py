@@ -15,12 +15,13 @@ ALLOWED = {
     "pattern": set(),
     "plan": {"pattern"},
     "attention": {"plan", "pattern"},
+    "parallel": {"attention", "plan", "pattern"},
     "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern", "units"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"models", "attention", "plan", "pattern", "units"},
     "evaluation": {"bench", "models", "plan", "pattern", "units"},
-    "train": {"models", "attention", "plan", "pattern"},
+    "train": {"models", "parallel", "attention", "plan", "pattern"},
     "testing": set(),
     "registry": set(),
     "units": set(),
@@ -41,7 +42,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"attention", "conversion", "evaluation", "models", "pattern", "plan", "registry", "version"},
 }
-NO_TRANSFORMERS = {"pattern", "plan", "attention", "analysis", "testing", "registry", "units"}
+NO_TRANSFORMERS = {"pattern", "plan", "attention", "parallel", "analysis", "testing", "registry", "units"}
 BACKENDS = {"reference", "blockwise", "flex", "flash", "triton"}
 
 

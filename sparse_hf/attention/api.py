@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..pattern.base import as_pattern
-from ..pattern.forms import read_hashes
+from ..pattern.forms import read_content
 from ..pattern.like import PatternLike
 from ..plan import NOTHING, BlockPlan, of_batch
 from .autograd import attend
@@ -123,7 +123,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
 
 def _may_record(call: AttentionCall, pattern: str, backend: str) -> bool:
     """Depends what runs on nothing but lengths, or on marks that only kernels look at?"""
-    if call.dropout or uses_hashes(pattern):
+    if call.dropout or uses_content(pattern):
         return False
     if call.batch.is_empty:
         return True
@@ -133,9 +133,9 @@ def _may_record(call: AttentionCall, pattern: str, backend: str) -> bool:
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
-def uses_hashes(pattern: str) -> bool:
+def uses_content(pattern: str) -> bool:
     """Does a pattern choose pairs from queries and keys?"""
-    return bool(read_hashes(pattern)[1])
+    return bool(read_content(pattern).chosen)
 
 
 def _prepare(recorded: bool, q, k, v, *rest) -> tuple[AttentionCall, Backend]:

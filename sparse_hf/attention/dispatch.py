@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
-from ..pattern import Pattern
+from ..pattern import LSH, Pattern
+from ..pattern.forms import read_content
 from ..plan import find_strided_plan
 from .backend import AttentionCall, Backend
 from .backends.blockwise.backend import Blockwise
@@ -23,8 +25,10 @@ from .backends.sdpa.decode import MAX_QUERIES, Decode
 from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
+from .composite.chosen import CHOICES
+from .composite.content import ContentPairs, DenseContentPairs, Kind, dense_weights
 from .composite.global_tokens import GlobalTokens
-from .composite.lsh import DenseHashedPairs, HashedPairs
+from .composite.lsh import HASHES
 from .composite.strided import Strided
 
 logger = logging.getLogger(__name__)
@@ -35,8 +39,6 @@ BACKENDS: dict[str, Backend] = {
 }  # fmt: skip
 # what "auto" tries for a plan in blocks, in this order; of fewer queries than MAX_QUERIES a GPU would wait for the host
 FOR_BLOCKS, FOR_FEW_BLOCKS = ("fa", "triton", "flex", "blockwise"), ("blockwise",)
-# backends that can compute in hash order
-FOR_HASHES = ("auto", "blockwise", "reference")
 DENSE, DECODE, SLIDING = Dense(), Decode(), SlidingWindow()
 
 
@@ -57,7 +59,7 @@ def route(call: AttentionCall, name: str) -> Backend:
     backend = _decided(call, name)
     if is_ours:
         # what depends on queries and keys themselves is planned anew in every call
-        plan = None if isinstance(backend, HashedPairs) else call.chosen_plan
+        plan = None if isinstance(backend, ContentPairs) else call.chosen_plan
         call.batch.remember(key, (backend, plan))
     return backend
 
@@ -74,9 +76,9 @@ def _decided(call: AttentionCall, name: str) -> Backend:
         # 3. a window over a text that its host takes longer for than a GPU
         if SLIDING.is_fastest(call) and SLIDING.why_not(call) is None:
             return _said(SLIDING, call, "by a window over a short text", " with a window")
-    # 4. pairs that are chosen by content: positions on a backend of their own, hashes in hash order
+    # 4. pairs that are chosen by content: positions on a backend of their own, and theirs beside it
     if isinstance(call.pattern, Pattern) and call.pattern.uses_content:
-        return _for_hashes(call, name)
+        return _for_content(call, name)
     # 5. marks that only kernels look at, so that a CUDA graph may record the call
     if name == "auto" and call.recorded:
         recorded = GlobalTokens(partial(_for_blocks, name))
@@ -114,18 +116,36 @@ def _candidates(call: AttentionCall, regrouped: bool) -> Iterator[Backend]:
     return (BACKENDS[name] for name in (FOR_BLOCKS if many else FOR_FEW_BLOCKS))
 
 
-def _for_hashes(call: AttentionCall, name: str) -> Backend:
-    if name not in FOR_HASHES:
+def _for_content(call: AttentionCall, name: str) -> Backend:
+    kind = kind_of(call)
+    if name not in kind.backends:
         raise NotImplementedError(
-            f"backend {name!r} cannot run lsh(...), whose pairs are known at run time only; 'auto', 'blockwise' and "
-            "'reference' can"
+            f"backend {name!r} cannot run {kind.name}(...), whose pairs are known at run time only; "
+            f"{', '.join(map(repr, kind.backends))} can"
         )
     pick = partial(_for_blocks, name)
-    backend = DenseHashedPairs(pick) if name == "reference" else HashedPairs(pick)
+    backend = DenseContentPairs(kind, pick) if name == "reference" else ContentPairs(kind, pick)
     reason = backend.why_not(call)
     if reason:
         raise NotImplementedError(reason)
     return backend
+
+
+def kind_of(call: AttentionCall) -> Kind:
+    """How a call's pattern chooses pairs by content.
+
+    Raises:
+        ValueError: a pattern that hashes and chooses.
+    """
+    hashes = {isinstance(content, LSH) for content, _ in read_content(str(call.pattern)).chosen}
+    if len(hashes) > 1:
+        raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")
+    return HASHES if True in hashes else CHOICES
+
+
+def content_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and the weights `[B, H, Q, K]` of a pattern that chooses pairs by content. O(n^2)."""
+    return dense_weights(call, kind_of(call))
 
 
 def _key(call: AttentionCall, name: str) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 OUT_HELP = "Write the figures to this JSON file; in a folder, to MACHINE/DATE-BENCHMARK.json."
@@ -46,6 +47,25 @@ def read_folder(text: str, *, weights: bool = True, tokenizer: bool = False) -> 
 
         check_folder(path, weights=weights, tokenizer=tokenizer)
     return text
+
+
+def read_layers(text: str | None) -> str | None:
+    """What `--layers` says, or the file that `tune` wrote.
+
+    Raises:
+        ValueError: a file that says no layers.
+    """
+    if text is None or not text.endswith(".json"):
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {text}; --layers takes layers.json of sparse-hf tune, or ranges like '0-3=dense'"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{text} says no layers; --layers takes layers.json of sparse-hf tune") from error
 
 
 def read_lengths(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import PATTERN_HELP, TOKENS_HELP, read_tokens
+from .arguments import PATTERN_HELP, TOKENS_HELP, read_layers, read_tokens
 from .paragraphs import print_lines
 
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
@@ -26,7 +26,8 @@ def convert(
         str | None, typer.Option(help=f"{PATTERN_HELP} Longformer, LED, BigBird and Perceiver bring theirs.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)'.")
+        str | None,
+        typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)', or layers.json of tune."),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Positions of the result; by default as many as before.")
@@ -65,7 +66,7 @@ def convert(
     from ..conversion import describe_conversion, report_text
 
     options = {
-        "layers": layers,
+        "layers": read_layers(layers),
         "max_length": max_length,
         "positions": positions,
         "rope": rope,

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from .arguments import PATTERN_HELP, TOKENS_HELP, numbers, read_folder, read_tokens, words
+from .arguments import PATTERN_HELP, TOKENS_HELP, numbers, read_folder, read_layers, read_tokens, words
 
 # options of both commands
 Texts = Annotated[
@@ -92,7 +92,7 @@ def evaluate(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
         questions=tuple(questions or ()), global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
-    candidates = [Candidate.read(one).with_layers(layers) for one in pattern or ()]
+    candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
     with _interruptible(folder):
         found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
@@ -103,7 +103,19 @@ def tune(
     model: Annotated[str, typer.Argument(help="A decoder: a folder or a hub id.")],
     pattern: Annotated[str, typer.Option(help=f"{PATTERN_HELP} Of the layers that do not stay dense.")],
     text: Texts = None,
-    budget: Annotated[float, typer.Option(help="The share of layers that stay dense.")] = 0.25,
+    budget: Annotated[float, typer.Option(help="The share that stays dense.")] = 0.25,
+    of: Annotated[
+        str, typer.Option(help="What --budget is a share of: layers, pairs, or bytes of the cache.")
+    ] = "layers",
+    by: Annotated[
+        str, typer.Option(help="What stays dense: layers, heads, or both for what moves the answers less.")
+    ] = "layers",
+    rank: Annotated[
+        str,
+        typer.Option(
+            help="By what layers are ranked: answers (a pass for each layer and question) or attention (a pass for each question)."
+        ),
+    ] = "answers",
     length: Length = 2048,
     samples: Samples = 1,
     lengths: Lengths = "",
@@ -118,21 +130,23 @@ def tune(
     as_json: AsJson = False,
     opened: Opened = False,
 ) -> None:
-    """Choose the layers of a decoder that stay dense while the others get a pattern.
+    """Choose the layers or heads of a decoder that stay dense while all else gets a pattern.
 
-    Layers are ranked by how far answers move when one alone is local, and chosen one by one. The choice is held against as many
-    layers evenly spaced, on other questions. An interrupted run goes on with the same command.
+    Layers are ranked by how far answers move when one alone is local, and chosen one by one; heads by their attention to what
+    answers copy. The choice is held against as many layers evenly spaced and against wider windows, on other questions. An
+    interrupted run goes on with the same command.
     """
-    from ..evaluation import tune
+    from ..evaluation import Budget, tune
 
     read_folder(model, tokenizer=True)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
         questions=tuple(questions or ()),
     )  # fmt: skip
+    spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
-        found = tune(model, pattern, text or (), budget=budget, out=folder, settings=settings)
+        found = tune(model, pattern, text or (), budget=spent, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
 
 

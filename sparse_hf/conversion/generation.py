@@ -10,7 +10,7 @@ from transformers.generation import configuration_utils
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..models.hf.config import SparseConfigMixin
-from ..models.hf.streaming_cache import StreamingCache, why_not_streamed
+from ..models.hf.streaming_cache import StreamingCache, why_not_by_default
 from ..models.names import STREAMING
 from .carry import read_json, update_json
 
@@ -42,7 +42,7 @@ def choose_cache(config: SparseConfigMixin, model: PreTrainedModel, wanted: str 
         StreamingCache(config)
     if wanted is not None:
         return CacheChoice(wanted)
-    reason = why_not_streamed(config)
+    reason = why_not_by_default(config)
     return CacheChoice(None, reason) if reason else CacheChoice(STREAMING)
 
 

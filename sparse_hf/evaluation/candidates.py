@@ -22,6 +22,7 @@ class Candidate:
         pattern: a `Pattern` or its text.
         layers: which layers have another pattern, see `sparse_hf.parse_layers`.
         folder: in place of a pattern, a sparse checkpoint with weights of its own.
+        decode: "dense" has prompts read by the pattern, and answers said as the dense model says them.
 
     Example: `Candidate("every second dense", "window(511, 0)", "0-/2=dense")`.
     """
@@ -30,10 +31,11 @@ class Candidate:
     pattern: PatternLike | None = None
     layers: LayersLike = None
     folder: Path | None = None
+    decode: str | None = None
 
     @staticmethod
     def read(text: str | Path) -> Candidate:
-        """A candidate from its text, `NAME: PATTERN; LAYERS`, of which NAME and LAYERS may be absent, or from a folder.
+        """A candidate from its text, `NAME: PATTERN; LAYERS; decode=dense`, of which PATTERN must be there, or from a folder.
 
         Raises:
             ValueError: a text without a pattern.
@@ -42,12 +44,16 @@ class Candidate:
             return Candidate(Path(text).name, folder=Path(text))
         name, colon, rest = str(text).partition(":")
         written = rest if colon else str(text)
-        pattern, _, layers = (part.strip() for part in written.partition(";"))
+        pattern, *others = (part.strip() for part in written.split(";"))
+        decode = DENSE if "decode=dense" in others else None
+        layers = next((part for part in others if part != "decode=dense"), None)
         if not pattern:
             raise ValueError(
                 f"{str(text)!r} has no pattern; write 'PATTERN', 'NAME: PATTERN' or 'NAME: PATTERN; LAYERS'"
             )
-        return Candidate(name.strip() if colon else written.strip(), Pattern.parse(pattern), layers or None)
+        return Candidate(
+            name.strip() if colon else written.strip(), Pattern.parse(pattern), layers or None, decode=decode
+        )
 
     def with_layers(self, layers: str | None) -> Candidate:
         """The candidate with these layers, if it names none itself and has a pattern."""

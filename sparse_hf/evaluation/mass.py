@@ -6,8 +6,9 @@ E ranges of distances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ class Scores:
     scale: float
     softcap: float | None = None
     sink: Tensor | None = None
+
+    @staticmethod
+    def of(q: Tensor, arguments: Mapping[str, Any]) -> Scores:
+        """What a layer's arguments of attention say."""
+        scale = arguments.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return Scores(scale, arguments.get("softcap"), arguments.get("s_aux"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,7 @@ def kept_mass(
     for first in range(0, length, STRIP):
         last = min(first + STRIP, length)
         strip = _Strip(first, last, last if is_causal else length)
-        weights, outside = _weights(q[:, first:last], k[:, : strip.keys], scores, strip.mask(own))
+        weights, outside = attention_weights(q[:, first:last], k[:, : strip.keys], scores, strip.mask(own))
         masks = strip.masks(plans, heads)
         for e, bounds in enumerate(distances):
             for keys, within in strip.at(bounds, is_causal, q.device):
@@ -114,7 +122,7 @@ class _Strip:
                 yield slice(begin, end), (distance >= least) & (distance <= most)
 
 
-def _weights(q: Tensor, k: Tensor, scores: Scores, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def attention_weights(q: Tensor, k: Tensor, scores: Scores, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """The weights `[H, m, K]` of a strip, and what a learned logit takes of each head's, `[H]`."""
     found = (q.float() @ k.float().mT) * scores.scale
     if scores.softcap is not None:

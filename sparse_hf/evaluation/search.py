@@ -1,4 +1,4 @@
-"""Which layers to keep dense: ranked by what answers lose when a layer alone is made local, then chosen one by one.
+"""What to keep dense: layers and heads, ranked by what answers lose without them, then chosen one by one.
 
 Legend: A tokens of an answer, V vocabulary, L layers.
 """
@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern, full
+from ..pattern import Pattern, PerHead, full
 from .generation import last_alone
+from .heads import copied_attention, groups_of
 from .pieces import Piece, finish
 from .probes.base import Setup
 from .recall.ask import answer_tokens
@@ -27,15 +28,22 @@ from .texts import tokenize
 TRIED = 3
 
 
+class Unit(NamedTuple):
+    """What can stay dense: a layer, or one of its groups of heads that share keys."""
+
+    layer: int
+    group: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A search for layers of `pattern` that stay dense. `local` is a model of the search's own, whose pattern it sets.
+    """A search for what stays dense. `local` is a model of the search's own, whose pattern it sets.
 
     Args:
         setup: with the dense model; its settings say how much is asked.
         questions: whose answers are compared.
         local: a contender with `pattern` in every layer.
-        pattern: of layers that are not dense.
+        pattern: of what is not dense.
         folder: of finished pieces, None to keep none.
     """
 
@@ -48,13 +56,12 @@ class Search:
     @cached_property
     def layers(self) -> list[int]:
         """The layers that can be kept dense: those that are so in the dense model."""
-        patterns = self.setup.subject.dense.config.layer_patterns("")
-        return [layer for layer, text in enumerate(patterns) if text == str(full())]
+        return [layer for layer, text in enumerate(self._kept) if text == str(full())]
 
     def ranking(self) -> dict[int, float]:
         """Each layer with the KL of the answers when it alone is local, the greatest first."""
         # all others dense
-        found = self._losses([[other for other in self.layers if other != layer] for layer in self.layers], 0)
+        found = self.losses([[Unit(other) for other in self.layers if other != layer] for layer in self.layers])
         return dict(sorted(zip(self.layers, found, strict=True), key=lambda entry: -entry[1]))
 
     def choose(self, count: int) -> Iterator[tuple[int, float]]:
@@ -63,32 +70,82 @@ class Search:
         left = list(self.ranking())
         while len(chosen) < count:
             tried = left[:TRIED]
-            losses = self._losses([[*chosen, layer] for layer in tried], 1 + len(chosen))
+            losses = self.losses([[*map(Unit, chosen), Unit(layer)] for layer in tried])
             best = min(range(len(tried)), key=lambda i: losses[i])
             chosen.append(tried[best])
             left.remove(tried[best])
             yield tried[best], losses[best]
 
-    def _losses(self, sets: Sequence[Sequence[int]], stage: int) -> list[float]:
-        """The KL of the answers with each of these sets of layers dense."""
-        prompts = [[question.prompt, question.answers] for question in self.questions]
-        weights = f"{self.setup.subject.dense.weights} {self.local.weights}"
+    def copied(self) -> dict[Unit, float]:
+        """Each group of heads with its weight on what answers copy from beyond the pattern, the greatest first."""
+        self._set(self.patterns([]))
+        patterns = self.local.layer_patterns(True)
         pieces = [
             Piece(
-                "tune", f"step {stage}", {"dense": sorted(layers), "pattern": str(self.pattern), "prompts": prompts}, weights, (i,),
-                partial(self._measured, layers),
+                "tune", "heads", {"pattern": str(self.pattern), "prompt": one.prompt, "wanted": one.wanted}, self.weights, (i,),
+                partial(self._copied, patterns, one),
             )
-            for i, layers in enumerate(sets)
+            for i, one in enumerate(self.questions)
         ]  # fmt: skip
+        sums: dict[Unit, float] = {}
+        for one in finish(pieces, self.folder, self.setup.settings.progress):
+            for layer, weights in one.found["copied"]:
+                for group, weight in enumerate(weights if layer in self.layers else ()):
+                    sums[Unit(layer, group)] = sums.get(Unit(layer, group), 0.0) + weight / len(pieces)
+        return dict(sorted(sums.items(), key=lambda entry: -entry[1]))
+
+    def _copied(self, patterns: list[str], question: Question) -> dict[str, Any]:
+        return {"copied": list(copied_attention(self.setup.subject, patterns, question).items())}
+
+    def patterns(self, dense: Sequence[Unit]) -> list[str]:
+        """The pattern of each layer if these stay dense."""
+        config = self.local.config
+        # layers with a window of the family's own have the pattern within it
+        found = [str(config.pattern_of("", layer, self.pattern)) for layer in range(len(self._kept))]
+        groups = groups_of(config)
+        for layer in {unit.layer for unit in dense}:
+            own = {unit.group for unit in dense if unit.layer == layer}
+            found[layer] = self._kept[layer] if None in own or len(own) == groups else self._by_head(own, groups)
+        return found
+
+    def _by_head(self, dense: set[int | None], groups: int) -> str:
+        heads = self.local.config.heads_of("")
+        local = self.pattern.heads or (self.pattern,) * heads
+        return str(PerHead(*(full() if head * groups // heads in dense else local[head] for head in range(heads))))
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells apart the weights that answers come from."""
+        return f"{self.setup.subject.dense.weights} {self.local.weights}"
+
+    @cached_property
+    def _kept(self) -> list[str]:
+        return self.setup.subject.dense.config.layer_patterns("")
+
+    def losses(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
+        """The KL of the answers with each of these sets dense."""
+        prompts = [[question.prompt, question.wanted] for question in self.questions]
+        all_patterns = [self.patterns(dense) for dense in sets]
+        pieces = [
+            Piece(
+                "tune",
+                "answers",
+                {"patterns": patterns, "prompts": prompts},
+                self.weights,
+                (i,),
+                partial(self._measured, patterns),
+            )
+            for i, patterns in enumerate(all_patterns)
+        ]
         return [one.found["kl"] for one in finish(pieces, self.folder, self.setup.settings.progress)]
 
-    @torch.inference_mode()
-    def _measured(self, dense: Sequence[int]) -> dict[str, Any]:
-        config, kept = self.local.config, self.setup.subject.dense.config.layer_patterns("")
-        # layers with a window of the family's own have the pattern within it
-        local = [str(config.pattern_of("", layer, self.pattern)) for layer in range(len(kept))]
-        patterns = [kept[layer] if layer in dense else local[layer] for layer in range(len(kept))]
+    def _set(self, patterns: Sequence[str]) -> None:
+        config = self.local.config
         config.sparse_attention = config.describe(self.pattern, patterns)
+
+    @torch.inference_mode()
+    def _measured(self, patterns: Sequence[str]) -> dict[str, Any]:
+        self._set(patterns)
         kl = [
             (wanted.exp() * (wanted - answer_logits(self.setup, self.local, question))).sum(-1).mean()
             for question, wanted in zip(self.questions, self._dense_answers, strict=True)

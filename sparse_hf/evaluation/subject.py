@@ -156,7 +156,7 @@ def _contender(
             sparse = sparsify(model, full(), _saved_layers(spec), spec.get("global_token_ids") or ())
         else:
             marks = global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
-            sparse = sparsify(model, candidate.pattern, candidate.layers, marks)
+            sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
     else:
         sparse: Any = _load(candidate.folder)
         sparse = sparse.to(model.device)

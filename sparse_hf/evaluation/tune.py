@@ -1,4 +1,4 @@
-"""`tune`: which layers need to see everything, measured, and whether that is better than every n-th."""
+"""`tune`: what needs to see everything, measured, and whether that is better than every n-th layer or wider windows."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..bench import write_json
 from ..models.hf.layer_spec import as_pattern
+from ..pattern import Pattern
 from ..pattern.like import PatternLike
 from .api import PIECES, evaluate, prepare
+from .budget import Budget, pairs_share, uniform
 from .candidates import Candidate
 from .evaluation import Evaluation, as_text
-from .layers import dense_layers
+from .heads import groups_of
+from .layers import dense_layers, layers_text
 from .pieces import Found
+from .probes.base import Setup
 from .probes.recall import Recall, questions_of
-from .search import Search
+from .search import Search, Unit
 from .settings import Settings
 
-TUNED, EVERY, NONE = "tuned", "every n-th", "no layer dense"
-FILE = "tuning.json"
+TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
+FILE, LAYERS_FILE = "tuning.json", "layers.json"
+# layers or heads that are named of a ranking
+NAMED = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
     """What `tune` found: `layers` is what `convert` and `sparsify` take, `beats_every_nth` whether it is worth it.
 
-    `result` holds ranking, steps and the figures of the held-out check, `evaluation` its report.
+    `beats_uniform` says the same of the pattern with wider windows in every layer, None where there is no such pattern. `result`
+    holds rankings, steps and the figures of the held-out check, `evaluation` its report.
     """
 
     layers: str
     beats_every_nth: bool
+    beats_uniform: bool | None
     result: Found
     evaluation: Evaluation
 
@@ -42,9 +50,15 @@ class Tuning:
         return as_text(self.print)
 
     def print(self, console: Console) -> None:
-        """Print the layers, and how they stand beside every n-th."""
-        ranking = ", ".join(f"{layer} ({kl:.4f})" for layer, kl in self.result["ranking"][:8])
-        console.print(f"layers whose answers suffer most when they are local, by KL: {ranking}", highlight=False)
+        """Print what stays dense, and how it stands beside every n-th layer and wider windows."""
+        rankings = {
+            "layers whose answers suffer most when they are local, by KL": self.result["ranking"],
+            "heads that look most at what answers copy (layer.group of heads), by weight": self.result["heads"],
+        }
+        for title, ranking in rankings.items():
+            named = ", ".join(f"{what} ({value:.4f})" for what, value in ranking[:NAMED])
+            if named:
+                console.print(f"{title}: {named}", highlight=False)
         self.evaluation.print(console)
         console.print(f"\n{self.result['verdict']}", highlight=False)
         console.print(f"layers={self.layers!r}", highlight=False)
@@ -55,25 +69,27 @@ def tune(
     pattern: PatternLike,
     texts: str | Path | Sequence[str | Path],
     *,
-    budget: float = 0.25,
+    budget: float | Budget = 0.25,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     settings: Settings | None = None,
 ) -> Tuning:
-    """Choose the layers of a decoder that stay dense while the others get `pattern`.
+    """Choose the layers or heads of a decoder that stay dense while all else gets `pattern`.
 
     Questions of `recall` are asked about the texts. Each layer is made local alone, and layers are ranked by how far the answers
     move from the dense model's (KL on their tokens). From that ranking they are chosen one by one, each the best of the next
-    three with those chosen before. The choice is then held against as many layers evenly spaced, on other questions and on
-    perplexity: it says when it does not beat them.
+    three with those chosen before. Heads are ranked by their attention to what answers copy from beyond the pattern. The choice
+    is then held against as many layers evenly spaced, and against a wider window in every layer that takes as many pairs, on
+    other questions and on perplexity: it says when it does not beat them.
 
     Args:
         model: a decoder, in memory or its folder or hub id.
-        pattern: of the layers that do not stay dense.
+        pattern: of what does not stay dense.
         texts: as in `evaluate`.
-        budget: the share of layers that stay dense.
+        budget: the share of layers that stay dense, or a `Budget`: of layers, pairs or bytes of the cache; by layers or heads.
         tokenizer: by default that of the model's folder.
-        out: a folder for finished pieces, `tuning.json` and the report of the check; an interrupted run goes on from there.
+        out: a folder for finished pieces, `tuning.json`, `layers.json` (for `convert --layers`) and the report of the check; an
+            interrupted run goes on from there.
         settings: how much is asked, see `Settings`; `lengths` should be those that the model will read.
 
     Returns:
@@ -86,72 +102,115 @@ def tune(
         >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
         >>> convert("my-llama", "out", "window(1023, 0) | first(4)", layers=found.layers)  # doctest: +SKIP
     """
-    settings = settings or Settings()
-    if not 0 < budget < 1:
-        raise ValueError(f"budget is {budget}; it must be the share of layers that stay dense, between 0 and 1")
-    setup = prepare(model, [Candidate("local", as_pattern(pattern))], texts, tokenizer, settings)
+    settings, own = settings or Settings(), as_pattern(pattern)
+    budget = budget if isinstance(budget, Budget) else Budget(share=budget)
+    length = max(settings.all_lengths)
+    share = budget.dense_share(own, length)
+    setup = prepare(model, [Candidate("local", own)], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
     folder = None if out is None else Path(out)
-    questions = [question for _, question in questions_of(setup)]
-    search = Search(
-        setup, questions, setup.candidates[-1], as_pattern(pattern), None if folder is None else folder / PIECES
-    )
-    count = max(1, round(budget * setup.subject.dense.config.stacks[""]))
-    if count > len(search.layers):
-        raise ValueError(
-            f"a budget of {budget} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
-        )
-    ranking, steps = search.ranking(), list(search.choose(count))
-    chosen = sorted(layer for layer, _ in steps)
+    search = _search(setup, own, folder)
+    count = _count(search, share, setup)
+    chosen = _chosen(search, budget, count)
     spaced = [search.layers[i * len(search.layers) // count] for i in range(count)]
+    wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
+    candidates = [
+        Candidate(TUNED, own, chosen["layers"]),
+        Candidate(EVERY, own, dense_layers(spaced)),
+        *([Candidate(UNIFORM, wider)] if wider is not None else []),
+        Candidate(NONE, own),
+    ]
+    # other questions than those by which it was chosen
     held_out = evaluate(
-        model,
-        [
-            Candidate(TUNED, pattern, dense_layers(chosen)),
-            Candidate(EVERY, pattern, dense_layers(spaced)),
-            Candidate(NONE, pattern),
-        ],
-        texts,
-        probes=["perplexity", "recall"],
-        tokenizer=tokenizer,
-        out=folder,
-        # other questions than those by which layers were chosen
+        model, candidates, texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
         settings=replace(settings, seed=settings.seed + 1),
-    )
+    )  # fmt: skip
     beats, verdict = _verdict(held_out.result["probes"])
     result = {
-        "pattern": str(as_pattern(pattern)),
-        "budget": budget,
-        "layers": dense_layers(chosen),
+        "pattern": str(own),
+        "budget": {"share": budget.share, "of": budget.of, "by": budget.by, "rank": budget.rank, "dense": share},
+        **chosen,
         "every_nth": dense_layers(spaced),
-        "ranking": [[layer, kl] for layer, kl in ranking.items()],
-        "steps": [[layer, kl] for layer, kl in steps],
-        "beats_every_nth": beats,
+        "uniform": None if wider is None else str(wider),
+        "beats_every_nth": beats[EVERY],
+        "beats_uniform": beats.get(UNIFORM),
         "verdict": verdict,
         "held_out": held_out.result,
     }
     if folder is not None:
         write_json(result, folder / FILE)
-    return Tuning(dense_layers(chosen), beats, result, held_out)
+        write_json({"pattern": str(own), "layers": chosen["layers"]}, folder / LAYERS_FILE)
+    return Tuning(chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
 
 
-def _verdict(probes: Found) -> tuple[bool, str]:
-    """Does the choice beat layers that are evenly spaced? By recall, and where that is equal by the loss on the answers."""
+def _search(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
+    questions = [question for _, question in questions_of(setup)]
+    return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
+
+
+def _count(search: Search, share: float, setup: Setup) -> int:
+    """How many layers stay dense."""
+    count = max(1, round(share * setup.subject.dense.config.stacks[""]))
+    if count > len(search.layers):
+        raise ValueError(
+            f"a budget of {share:.3g} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
+        )
+    return count
+
+
+def _chosen(search: Search, budget: Budget, count: int) -> Found:
+    """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less."""
+    units: dict[str, list[Unit]] = {}
+    ranking: list[list] = []
+    steps: list[list] = []
+    needs_heads = budget.by != "layers" or budget.rank == "attention"
+    heads = search.copied() if needs_heads else {}
+    if budget.by != "heads":
+        if budget.rank == "answers":
+            ranking = [[layer, kl] for layer, kl in search.ranking().items()]
+            steps = [[layer, kl] for layer, kl in search.choose(count)]
+            units["layers"] = [Unit(layer) for layer, _ in steps]
+        else:
+            sums = {
+                layer: sum(weight for unit, weight in heads.items() if unit.layer == layer) for layer in search.layers
+            }
+            units["layers"] = [Unit(layer) for layer in sorted(sums, key=lambda layer: -sums[layer])[:count]]
+    if budget.by != "layers":
+        # as many groups as so many layers have
+        groups = count * groups_of(search.local.config)
+        units["heads"] = list(heads)[:groups]
+    moved = dict(zip(units, search.losses(list(units.values())), strict=True)) if budget.by == "both" else {}
+    by = min(moved, key=lambda name: moved[name]) if moved else next(iter(units))
+    return {
+        "layers": layers_text(search.patterns(units[by]), search.patterns([])),
+        "by": by,
+        "answers_moved": moved,
+        "ranking": ranking,
+        "steps": steps,
+        "heads": [[f"{unit.layer}.{unit.group}", weight] for unit, weight in heads.items()],
+    }
+
+
+def _verdict(probes: Found) -> tuple[dict[str, bool], str]:
+    """Does the choice beat the others? By recall, and where that is equal by the loss on the answers."""
     recall, perplexity = probes["recall"]["candidates"], probes["perplexity"]["candidates"]
-    (own, other), words = (recall[TUNED], recall[EVERY]), []
-    for name in (TUNED, EVERY, NONE, "dense"):
-        words.append(
-            f"{name} recalls {recall[name]['recalled']:.0%} with loss {recall[name]['loss']:.3f}, perplexity "
-            f"{perplexity[name]['perplexity']:.2f}"
-        )
-    beats = (own["recalled"], -own["loss"]) > (other["recalled"], -other["loss"])
-    first = (
-        "the chosen layers beat as many that are evenly spaced"
-        if beats
-        else (
-            "the chosen layers do not beat as many that are evenly spaced: take those, or give more questions (repeats, tasks, lengths)"
-        )
+    names = [name for name in (TUNED, EVERY, UNIFORM, NONE, "dense") if name in recall]
+    figures = "; ".join(
+        f"{name} recalls {recall[name]['recalled']:.0%} with loss {recall[name]['loss']:.3f}, perplexity "
+        f"{perplexity[name]['perplexity']:.2f}"
+        for name in names
     )
-    return beats, f"On other questions {first}. {'; '.join(words)}."
+
+    def rank(name: str) -> tuple[float, float]:
+        return recall[name]["recalled"], -recall[name]["loss"]
+
+    beats = {name: rank(TUNED) > rank(name) for name in names if name in (EVERY, UNIFORM)}
+    words = {
+        EVERY: "as many layers that are evenly spaced",
+        UNIFORM: "a wider window in every layer with as many pairs",
+    }
+    parts = [f"the choice {'beats' if won else 'does not beat'} {words[name]}" for name, won in beats.items()]
+    advice = "" if all(beats.values()) else ": take what is best, or give more questions (repeats, tasks, lengths)"
+    return beats, f"On other questions {' and '.join(parts)}{advice}. {figures[0].upper()}{figures[1:]}."

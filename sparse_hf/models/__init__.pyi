@@ -13,6 +13,13 @@ from transformers.models.albert.modeling_albert import (
     AlbertForTokenClassification,
     AlbertModel,
 )
+from transformers.models.axk2.configuration_axk2 import AXK2Config
+from transformers.models.axk2.modeling_axk2 import (
+    AXK2ForCausalLM,
+    AXK2ForSequenceClassification,
+    AXK2ForTokenClassification,
+    AXK2Model,
+)
 from transformers.models.bart.configuration_bart import BartConfig
 from transformers.models.bart.modeling_bart import (
     BartForCausalLM,
@@ -71,6 +78,8 @@ from transformers.models.camembert.modeling_camembert import (
 )
 from transformers.models.cohere2.configuration_cohere2 import Cohere2Config
 from transformers.models.cohere2.modeling_cohere2 import Cohere2ForCausalLM, Cohere2Model
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32ForCausalLM, DeepseekV32Model
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 from transformers.models.distilbert.modeling_distilbert import (
     DistilBertForMaskedLM,
@@ -80,6 +89,8 @@ from transformers.models.distilbert.modeling_distilbert import (
     DistilBertForTokenClassification,
     DistilBertModel,
 )
+from transformers.models.dots3_note.configuration_dots3_note import Dots3NoteTextConfig
+from transformers.models.dots3_note.modeling_dots3_note import Dots3NoteForCausalLM, Dots3NoteTextModel
 from transformers.models.electra.configuration_electra import ElectraConfig
 from transformers.models.electra.modeling_electra import (
     ElectraForCausalLM,
@@ -112,6 +123,10 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3TextForSequenceClassification,
     Gemma3TextModel,
 )
+from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextModel
+from transformers.models.glm_moe_dsa.configuration_glm_moe_dsa import GlmMoeDsaConfig
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaForCausalLM, GlmMoeDsaModel
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2ForQuestionAnswering,
@@ -130,6 +145,10 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
+from transformers.models.hy_v4.configuration_hy_v4 import HYV4Config
+from transformers.models.hy_v4.modeling_hy_v4 import HYV4ForCausalLM, HYV4Model
+from transformers.models.hy_v4_vl.configuration_hy_v4_vl import HYV4VLTextConfig
+from transformers.models.hy_v4_vl.modeling_hy_v4_vl import HYV4VLTextModel
 from transformers.models.led.configuration_led import LEDConfig
 from transformers.models.led.modeling_led import LEDForConditionalGeneration, LEDForQuestionAnswering, LEDModel
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -150,6 +169,8 @@ from transformers.models.mbart.modeling_mbart import (
     MBartForSequenceClassification,
     MBartModel,
 )
+from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextModel
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import (
     MistralForCausalLM,
@@ -158,6 +179,8 @@ from transformers.models.mistral.modeling_mistral import (
     MistralForTokenClassification,
     MistralModel,
 )
+from transformers.models.mistral_large4.configuration_mistral_large4 import MistralLarge4TextConfig
+from transformers.models.mistral_large4.modeling_mistral_large4 import MistralLarge4TextModel
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
@@ -239,6 +262,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForTokenClassification,
     Qwen3MoeModel,
 )
+from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM, Qwen4ExpTextModel
 from transformers.models.reformer.configuration_reformer import ReformerConfig
 from transformers.models.reformer.modeling_reformer import (
     ReformerForQuestionAnswering,
@@ -302,6 +327,8 @@ from .hf.register import family_of as family_of
 from .hf.register import register_family as register_family
 from .hf.sparsify import sparsify as sparsify
 from .hf.streaming_cache import StreamingCache as StreamingCache
+from .indexed.config import IndexedConfigMixin
+from .indexed.loss import indexer_losses as indexer_losses
 from .longformer.attention_window import AttentionWindowConfigMixin, AttentionWindowEncoderConfigMixin
 from .longformer.modeling import SparseLongformerForMaskedLM as SparseLongformerForMaskedLM
 from .longformer.modeling import SparseLongformerForMultipleChoice as SparseLongformerForMultipleChoice
@@ -336,6 +363,7 @@ __all__ = [
     "dense_class",
     "derived_types",
     "family_of",
+    "indexer_losses",
     "parse_layers",
     "register_family",
     "sparsify",
@@ -577,6 +605,35 @@ __all__ = [
     "SparseT5ForSequenceClassification",
     "SparseT5ForQuestionAnswering",
     "SparseT5ForTokenClassification",
+    "SparseAXK2Config",
+    "SparseAXK2Model",
+    "SparseAXK2ForCausalLM",
+    "SparseAXK2ForSequenceClassification",
+    "SparseAXK2ForTokenClassification",
+    "SparseDeepseekV32Config",
+    "SparseDeepseekV32Model",
+    "SparseDeepseekV32ForCausalLM",
+    "SparseDots3NoteTextConfig",
+    "SparseDots3NoteTextModel",
+    "SparseDots3NoteForCausalLM",
+    "SparseGlm5NextTextConfig",
+    "SparseGlm5NextTextModel",
+    "SparseGlmMoeDsaConfig",
+    "SparseGlmMoeDsaModel",
+    "SparseGlmMoeDsaForCausalLM",
+    "SparseHYV4Config",
+    "SparseHYV4Model",
+    "SparseHYV4ForCausalLM",
+    "SparseHYV4VLTextConfig",
+    "SparseHYV4VLTextModel",
+    "SparseMiniMaxM3VLTextConfig",
+    "SparseMiniMaxM3VLTextModel",
+    "SparseMiniMaxM3VLForCausalLM",
+    "SparseMistralLarge4TextConfig",
+    "SparseMistralLarge4TextModel",
+    "SparseQwen4ExpTextConfig",
+    "SparseQwen4ExpTextModel",
+    "SparseQwen4ExpForCausalLM",
 ]
 
 @dataclass(kw_only=True)
@@ -1352,3 +1409,120 @@ class SparseT5ForQuestionAnswering(SparseMixin, T5ForQuestionAnswering):
 
 class SparseT5ForTokenClassification(SparseMixin, T5ForTokenClassification):
     config: SparseT5Config
+
+@dataclass(kw_only=True)
+class SparseAXK2Config(IndexedConfigMixin, AXK2Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseAXK2Model(SparseMixin, AXK2Model):
+    config: SparseAXK2Config
+
+class SparseAXK2ForCausalLM(SparseGenerationMixin, AXK2ForCausalLM):
+    config: SparseAXK2Config
+
+class SparseAXK2ForSequenceClassification(SparseMixin, AXK2ForSequenceClassification):
+    config: SparseAXK2Config
+
+class SparseAXK2ForTokenClassification(SparseMixin, AXK2ForTokenClassification):
+    config: SparseAXK2Config
+
+@dataclass(kw_only=True)
+class SparseDeepseekV32Config(IndexedConfigMixin, DeepseekV32Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDeepseekV32Model(SparseMixin, DeepseekV32Model):
+    config: SparseDeepseekV32Config
+
+class SparseDeepseekV32ForCausalLM(SparseGenerationMixin, DeepseekV32ForCausalLM):
+    config: SparseDeepseekV32Config
+
+@dataclass(kw_only=True)
+class SparseDots3NoteTextConfig(IndexedConfigMixin, Dots3NoteTextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDots3NoteTextModel(SparseMixin, Dots3NoteTextModel):
+    config: SparseDots3NoteTextConfig
+
+class SparseDots3NoteForCausalLM(SparseGenerationMixin, Dots3NoteForCausalLM):
+    config: SparseDots3NoteTextConfig
+
+@dataclass(kw_only=True)
+class SparseGlm5NextTextConfig(IndexedConfigMixin, Glm5NextTextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseGlm5NextTextModel(SparseMixin, Glm5NextTextModel):
+    config: SparseGlm5NextTextConfig
+
+@dataclass(kw_only=True)
+class SparseGlmMoeDsaConfig(IndexedConfigMixin, GlmMoeDsaConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseGlmMoeDsaModel(SparseMixin, GlmMoeDsaModel):
+    config: SparseGlmMoeDsaConfig
+
+class SparseGlmMoeDsaForCausalLM(SparseGenerationMixin, GlmMoeDsaForCausalLM):
+    config: SparseGlmMoeDsaConfig
+
+@dataclass(kw_only=True)
+class SparseHYV4Config(IndexedConfigMixin, HYV4Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseHYV4Model(SparseMixin, HYV4Model):
+    config: SparseHYV4Config
+
+class SparseHYV4ForCausalLM(SparseGenerationMixin, HYV4ForCausalLM):
+    config: SparseHYV4Config
+
+@dataclass(kw_only=True)
+class SparseHYV4VLTextConfig(IndexedConfigMixin, HYV4VLTextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseHYV4VLTextModel(SparseMixin, HYV4VLTextModel):
+    config: SparseHYV4VLTextConfig
+
+@dataclass(kw_only=True)
+class SparseMiniMaxM3VLTextConfig(IndexedConfigMixin, MiniMaxM3VLTextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseMiniMaxM3VLTextModel(SparseMixin, MiniMaxM3VLTextModel):
+    config: SparseMiniMaxM3VLTextConfig
+
+class SparseMiniMaxM3VLForCausalLM(SparseGenerationMixin, MiniMaxM3VLForCausalLM):
+    config: SparseMiniMaxM3VLTextConfig
+
+@dataclass(kw_only=True)
+class SparseMistralLarge4TextConfig(IndexedConfigMixin, MistralLarge4TextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseMistralLarge4TextModel(SparseMixin, MistralLarge4TextModel):
+    config: SparseMistralLarge4TextConfig
+
+@dataclass(kw_only=True)
+class SparseQwen4ExpTextConfig(IndexedConfigMixin, Qwen4ExpTextConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseQwen4ExpTextModel(SparseMixin, Qwen4ExpTextModel):
+    config: SparseQwen4ExpTextConfig
+
+class SparseQwen4ExpForCausalLM(SparseGenerationMixin, Qwen4ExpForCausalLM):
+    config: SparseQwen4ExpTextConfig

@@ -5,7 +5,7 @@ from transformers import BloomConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
-from .alibi import ALIBI, by_distance
+from .alibi import ALIBI, alibi_arguments
 from .derived.attention_modules import number_attention
 from .hf.config import SparseConfigMixin
 from .hf.register import register_family
@@ -33,7 +33,7 @@ class SparseBloomAttention(BloomAttention):
         slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, 0, 1]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         dropout = self.attention_dropout.p if self.training else 0.0
-        bias = by_distance(slopes, attention_mask, q, k)
+        of_alibi = alibi_arguments(slopes, attention_mask, q, k, layer_past)
         out, weights = attend(
             self,
             q,
@@ -42,9 +42,8 @@ class SparseBloomAttention(BloomAttention):
             attention_mask,
             self.inv_norm_factor,
             dropout,
-            position_bias=bias,
             bias_skips_padding=True,
-            **kwargs,
+            **{**kwargs, **of_alibi},
         )
         return dropout_add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training), weights
 

@@ -10,9 +10,12 @@ To add a family: an entry here, and its tiny configuration in `tests/models/fami
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import registry
 from .hf.dense_family import DenseFamily, OtherFamily
 from .hf.positions import ROTARY, Positions
+from .indexed.entry import IndexedFamily, is_there
 from .names import IMPLEMENTATIONS, STREAMING
 
 # a table of positions in the embeddings, as BERT has it
@@ -36,6 +39,16 @@ def _dense(prefix: str, dense_type: str, positions: Positions, source: str, **mo
 
 def _other(module: str, prefix: str, dense_type: str, sparse_type: str = "") -> OtherFamily:
     return OtherFamily(f"{__package__}.{module}", prefix, dense_type, sparse_type or f"sparse_{dense_type}")
+
+
+def _indexed(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
+    return IndexedFamily(prefix=prefix, dense_type=dense_type, positions=ROTARY, indexer=indexer, source=source, **more)
+
+
+def _of_text(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
+    """A family whose models of images or sounds have one of text inside, which is what this is of."""
+    more = {"config": f"{prefix}TextConfig", "indexer_class": f"{prefix}TextIndexer"} | more
+    return _indexed(prefix, f"{dense_type}_text", indexer, source, **more)
 
 
 DENSE_FAMILIES = (
@@ -81,8 +94,51 @@ OTHER_FAMILIES = (
     _other("reformer.modeling", "Reformer", "reformer"),
     _other("t5", "T5", "t5"),
 )
+# their layers choose keys by content; older versions of Transformers have some of them
+INDEXED_FAMILIES = tuple(
+    entry
+    for entry in (
+        _indexed("AXK2", "axk2", "dsa.DsaIndexer", "SK Telecom, 2026, A.X-K2"),
+        _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556"),
+        _of_text("Dots3Note", "dots3_note", "dsa.InterleavedIndexer", "rednote-hilab, 2026, dots3-note"),
+        _of_text(
+            "Glm5Next",
+            "glm5_next",
+            "pools.LearnedPoolIndexer",
+            "Z.ai, 2026, GLM-5.3-Flash",
+            takes_patterns=False,
+            packs=False,
+            attention="pools.ChoiceAsMask",
+            attention_class="Glm5NextTextAttention",
+        ),  # fmt: skip
+        _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763"),
+        _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
+        _of_text("HYV4VL", "hy_v4_vl", "dsa.TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
+        _of_text(
+            "MiniMaxM3VL",
+            "minimax_m3_vl",
+            "blocks.BlockIndexer",
+            "MiniMax, 2026, MiniMax-M3",
+            packs=False,
+            indexer_class="MiniMaxM3VLIndexer",
+            attention="blocks.BlockAttention",
+            attention_class="MiniMaxM3VLAttention",
+        ),  # fmt: skip
+        _of_text("MistralLarge4", "mistral_large4", "dsa.ScaledIndexer", "Mistral AI, 2026, Mistral Large 4"),
+        _of_text(
+            "Qwen4Exp",
+            "qwen4_exp",
+            "pools.MeanPoolIndexer",
+            "Qwen, 2026, Qwen4-Exp",
+            takes_patterns=False,
+            packs=False,
+            indexer_class="Qwen4ExpTextQSAIndexer",
+        ),  # fmt: skip
+    )
+    if is_there(entry.dense_type.removesuffix("_text"))
+)
 
-registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES))
+registry.enter((*DENSE_FAMILIES, *OTHER_FAMILIES, *INDEXED_FAMILIES))
 registry.enter_finder(f"{__package__}.derived.entry")
 registry.enter_attention(IMPLEMENTATIONS, f"{__package__}.hf.attention_interface")
 registry.enter_cache(STREAMING)

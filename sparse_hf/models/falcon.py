@@ -14,7 +14,8 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
-from .alibi import by_distance
+from .alibi import alibi_arguments
+from .hf.cache import of_streaming
 from .hf.config import IMPLEMENTATIONS, SparseConfigMixin
 from .hf.positions import ROTARY
 from .hf.register import register_family
@@ -39,11 +40,12 @@ class SparseFalconAttention(FalconAttention):
             q, k = apply_rotary_pos_emb(q, k, position_embeddings[0], position_embeddings[1])
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)  # pyright: ignore[reportArgumentType]
+        kwargs |= of_streaming(layer_past)
         if alibi is not None:
             # what it is at the second of two tokens, in front of the scale
             two = torch.ones(1, 2, dtype=torch.long, device=q.device)
             slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, 0, 1] * self.inv_norm_factor
-            kwargs |= {"position_bias": by_distance(slopes, attention_mask, q, k), "bias_skips_padding": True}
+            kwargs |= {**alibi_arguments(slopes, attention_mask, q, k, layer_past), "bias_skips_padding": True}
             # rotary layers have none in the dense class
             kwargs["dropout"] = self.attention_dropout.p if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]

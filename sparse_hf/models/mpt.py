@@ -7,7 +7,7 @@ from transformers import MptConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from .alibi import ALIBI, by_distance
+from .alibi import ALIBI, alibi_arguments
 from .derived.attention_modules import number_attention
 from .hf.config import SparseConfigMixin
 from .hf.register import register_family
@@ -34,10 +34,11 @@ class SparseMptAttention(MptAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         # the last entry is of a token itself, the one before it of its neighbour
-        bias = by_distance(position_bias[:, 0, -1] - position_bias[:, 0, -2], attention_mask, q, k)
+        slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+        kwargs |= alibi_arguments(slopes, attention_mask, q, k, cache)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         dropout = self.attn_dropout_p if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, self.softmax_scale, dropout, position_bias=bias, **kwargs)
+        out, weights = attend(self, q, k, v, attention_mask, self.softmax_scale, dropout, **kwargs)
         return self.out_proj(out.flatten(2)), weights
 
 

@@ -30,6 +30,7 @@ PUBLIC = {
     "dense_class": "hf.register",
     "derived_types": "derived.entry",
     "family_of": "hf.register",
+    "indexer_losses": "indexed.loss",
     "parse_layers": "hf.layer_spec",
     "register_family": "hf.register",
     "sparsify": "hf.sparsify",

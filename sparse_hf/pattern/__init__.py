@@ -3,6 +3,7 @@
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .blocks import BlockTable, RandomBlocks
+from .chosen import TopK, TopKBlocks
 from .complement import Outside
 from .grid import Window2d
 from .lsh import LSH, LSHChunks
@@ -46,6 +47,8 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "TopK",
+    "TopKBlocks",
     "Window",
     "Window2d",
     "causal",

@@ -190,7 +190,7 @@ class Pattern:
 
     @property
     def uses_content(self) -> bool:
-        """Are its pairs chosen from queries and keys at run time? `lsh` and `lsh_chunks` alone do so."""
+        """Are its pairs chosen from queries and keys at run time? `lsh`, `topk` and their kin do so."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Every "read a pattern as ...": windows with global tokens, strides, marked tokens, hashes.
+"""Every "read a pattern as ...": windows with global tokens, strides, marked tokens, pairs by content.
 
 A form says the same pairs as its pattern in numbers that a backend works with; where a pattern has no such form, the reader
 gives the reason as text. Readers know the classes of this package by `type(x) is ...`, never by `isinstance`: what derives from
@@ -15,11 +15,15 @@ from operator import and_, or_
 from typing import NamedTuple
 
 from .base import MAX_TERMS, Intersection, Pattern, Union, as_pattern, written_out
+from .chosen import TopK, TopKBlocks
 from .complement import Outside
+from .content import Content
 from .lsh import LSH
 from .primitives import First, Marked, MarkedKeys, MarkedQueries, Stride, Window
 
 EVERYTHING = Window(None, None)
+# what chooses pairs by content, in any model
+CONTENT = (LSH, TopK, TopKBlocks)
 # longer than any text, for forms that must not depend on lengths
 ANY_LENGTH = 1 << 30
 # forms that are kept: backends ask for every plan, and each decoded token has one
@@ -216,71 +220,73 @@ def _read_marked(pattern: Pattern) -> MarkedForm | None:
     return MarkedForm(form.window, True, not form.keys_only)
 
 
-class CutHash(NamedTuple):
-    """A hash, and the pattern of positions to which its pairs are cut (None: uncut)."""
+class CutContent(NamedTuple):
+    """What chooses pairs by content, and the pattern of positions to which these are cut (None: uncut)."""
 
-    lsh: LSH
+    content: Content
     cut: Pattern | None
 
 
-class HashForm(NamedTuple):
-    """A pattern as the text of what positions say, and what hashes add."""
+class ContentForm(NamedTuple):
+    """A pattern as the text of what positions say, and what is added by content."""
 
     positions: str
-    hashes: tuple[CutHash, ...]
+    chosen: tuple[CutContent, ...]
 
 
-class HashTerm(NamedTuple):
-    """Pairs of positions (`lsh` None), or hashed pairs cut to those of positions (`cut` None: uncut)."""
+class ContentTerm(NamedTuple):
+    """Pairs of positions (`content` None), or chosen pairs cut to those of positions (`cut` None: uncut)."""
 
-    lsh: LSH | None
+    content: Content | None
     cut: Pattern | None
 
 
-def read_hashes(pattern: Pattern | str) -> HashForm:
-    """Split a pattern into what positions say and what hashes add (nothing: a pattern of positions).
+def read_content(pattern: Pattern | str) -> ContentForm:
+    """Split a pattern into what positions say and what is added by content (nothing: a pattern of positions).
 
     Raises:
-        ValueError: an intersection of two hashes, or `lsh_chunks(...)`, which is no set of pairs.
+        ValueError: an intersection of two that choose by content, or `lsh_chunks(...)`, which is no set of pairs.
     """
-    return _read_hashes(as_pattern(pattern))
+    return _read_content(as_pattern(pattern))
 
 
 @lru_cache(maxsize=FORMS_KEPT)
-def _read_hashes(pattern: Pattern) -> HashForm:
+def _read_content(pattern: Pattern) -> ContentForm:
     if not pattern.uses_content:
-        return HashForm(str(pattern), ())
-    terms = hash_terms(pattern)
-    positions = reduce(or_, [term.cut for term in terms if term.lsh is None and term.cut is not None] or [First(0)])
-    hashes = tuple(CutHash(term.lsh, term.cut) for term in terms if term.lsh is not None)
-    if any(one.cut is not None and one.cut.uses_marks for one in hashes):
+        return ContentForm(str(pattern), ())
+    terms = content_terms(pattern)
+    positions = reduce(or_, [term.cut for term in terms if term.content is None and term.cut is not None] or [First(0)])
+    chosen = tuple(CutContent(term.content, term.cut) for term in terms if term.content is not None)
+    if any(one.cut is not None and one.cut.uses_marks for one in chosen):
         # no pairs, but the plan keeps the marks
         positions = positions | First(0) & Marked()
-    return HashForm(str(positions), hashes)
+    return ContentForm(str(positions), chosen)
 
 
-def hash_terms(pattern: Pattern) -> list[HashTerm]:
+def content_terms(pattern: Pattern) -> list[ContentTerm]:
     """A pattern as the union of terms.
 
     Raises:
-        ValueError: an intersection of two hashes, or `lsh_chunks(...)`, which is no set of pairs.
+        ValueError: an intersection of two that choose by content, or `lsh_chunks(...)`, which is no set of pairs.
     """
     if not pattern.uses_content:
-        return [HashTerm(None, pattern)]
-    if type(pattern) is LSH:
-        return [HashTerm(pattern, None)]
+        return [ContentTerm(None, pattern)]
+    if type(pattern) in CONTENT:
+        return [ContentTerm(pattern, None)]
     if isinstance(pattern, Union):
-        return [term for part in pattern.parts for term in hash_terms(part)]
+        return [term for part in pattern.parts for term in content_terms(part)]
     if not isinstance(pattern, Intersection):
         raise ValueError(f"{pattern} belongs to hashed layers of sparse_reformer alone; other models take lsh(...)")
-    found = [HashTerm(None, None)]
+    found = [ContentTerm(None, None)]
     for part in pattern.parts:
-        found = [_both(one, other) for one in found for other in hash_terms(part)]
+        found = [_both(one, other) for one in found for other in content_terms(part)]
     return found
 
 
-def _both(one: HashTerm, other: HashTerm) -> HashTerm:
-    if one.lsh is not None and other.lsh is not None:
-        raise ValueError(f"{one.lsh} & {other.lsh}: two hashes cannot be intersected; more buckets make one stricter")
+def _both(one: ContentTerm, other: ContentTerm) -> ContentTerm:
+    if one.content is not None and other.content is not None:
+        raise ValueError(
+            f"{one.content} & {other.content}: two hashes or choices cannot be intersected; make one of them stricter"
+        )
     cuts = [term.cut for term in (one, other) if term.cut is not None]
-    return HashTerm(other.lsh if one.lsh is None else one.lsh, reduce(and_, cuts) if cuts else None)
+    return ContentTerm(other.content if one.content is None else one.content, reduce(and_, cuts) if cuts else None)

@@ -34,9 +34,7 @@ class PerHead(Pattern):
             if pattern.heads is not None:
                 raise TypeError("per_head stands outermost and does not nest")
             if pattern.uses_content:
-                raise ValueError(
-                    f"per_head holds {pattern}, which draws directions of its own for each head; use it alone"
-                )
+                raise ValueError(f"per_head holds {pattern}, which chooses pairs for each head by itself; use it alone")
         object.__setattr__(self, "patterns", patterns)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Pattern
 from .blocks import RandomBlocks
 from .per_head import PerHead
-from .primitives import Chunk, First, Fixed, Last, Stride, Summary, Window, causal
+from .primitives import Chunk, First, Fixed, Last, Stride, Summary, Window, causal, full
 from .words import recipe
 
 
@@ -112,3 +112,24 @@ def streaming(window: int = 1024, sinks: int = 4) -> Pattern:
         'window(1023, 0) | first(4) & window(None, 0)'
     """
     return Window(window - 1, 0) | First(sinks) & causal()
+
+
+def hybrid(num_layers: int, window: int = 1024, sinks: int = 4, every: int | None = 4, first: int = 0) -> list[Pattern]:
+    """Dense layers among sliding ones (arXiv:2512.10411): what `layers` takes.
+
+    Layers slide over the last `window` keys, the query's own included, and see the first `sinks`. The last of every `every` layers
+    stays dense, as in Gemma 3, None for no such layer, and so do the first `first` layers. With `decode="dense"` beside it
+    (`sparsify`, `convert`), prompts are read so, and what is generated sees all keys in every layer.
+
+    Raises:
+        ValueError: `every` or `first` outside the model.
+
+    Example: `sparsify(model, recipes.streaming(1024), layers=recipes.hybrid(30, 1024, every=4, first=1), decode="dense")`.
+    """
+    if every is not None and every < 1:
+        raise ValueError(f"hybrid: every is {every}; it must be at least 1, or None for no such layer")
+    if not 0 <= first <= num_layers:
+        raise ValueError(f"hybrid: first is {first}; the model has {num_layers} layers")
+    sliding = streaming(window, sinks) if sinks else sliding_window(window)
+    dense = [layer < first or every is not None and layer % every == every - 1 for layer in range(num_layers)]
+    return [full() if is_dense else sliding for is_dense in dense]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..pattern import LSH, Pattern, Window
 from ..pattern.base import Intersection
-from ..pattern.forms import CutHash
 from .block_plan import BlockPlan
 from .hash_order import HashedPlan, TileSet, hash_vectors
 
@@ -47,7 +46,7 @@ def sort_buckets(q: Tensor, k: Tensor, lsh: LSH, plan: BlockPlan, is_causal: boo
 
     `plan` is of any pattern of positions: it tells where sequences start and end, and what is padding.
     """
-    start, end, real = _bounds(plan, k.shape[0], k.device)
+    start, end, real = sequence_bounds(plan, k.shape[0], k.device)
     # autocast would hash by rounded products
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         q_bucket, k_bucket = _hash(q.float(), k.float(), lsh, start)
@@ -75,7 +74,7 @@ def sort_buckets(q: Tensor, k: Tensor, lsh: LSH, plan: BlockPlan, is_causal: boo
     return Buckets(rank, order, base.flatten(0, 1).sort(dim=-1, stable=True).indices, low, high)
 
 
-def _bounds(plan: BlockPlan, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def sequence_bounds(plan: BlockPlan, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where the sequence of each token starts and ends, and whether it is real: `[B, K]` each."""
     sequences, shape = plan.sequences, (batch, plan.kv_len)
     real = sequences.real
@@ -113,7 +112,9 @@ def _longest_so_far(length: Tensor, start: Tensor) -> Tensor:
     return length
 
 
-def hashed_plan(q: Tensor, k: Tensor, hashes: Sequence[CutHash], positions: BlockPlan) -> tuple[HashedPlan, Held]:
+def hashed_plan(
+    q: Tensor, k: Tensor, hashes: Sequence[tuple[LSH, Pattern | None]], positions: BlockPlan
+) -> tuple[HashedPlan, Held]:
     """The pairs of hashes, cut to patterns of positions, that `positions` does not hold: each pair once.
 
     Returns:
@@ -126,7 +127,7 @@ def hashed_plan(q: Tensor, k: Tensor, hashes: Sequence[CutHash], positions: Bloc
     k_index: list[Tensor] = []
     for lsh, cut in hashes:
         within = None if cut is None else replace(positions, patterns=(cut,))
-        buckets = sort_buckets(q, k, lsh, positions, _is_causal(cut))
+        buckets = sort_buckets(q, k, lsh, positions, leaves_out_future(cut))
         for r in range(lsh.rounds):
             holds = _within(buckets, r, within, heads)
             allows = _first_time(holds, tuple(held))
@@ -139,7 +140,7 @@ def hashed_plan(q: Tensor, k: Tensor, hashes: Sequence[CutHash], positions: Bloc
     return plan, lambda x, q, k: torch.stack([one(x, q, k) for one in held[1:]]).any(0)
 
 
-def _is_causal(cut: Pattern | None) -> bool:
+def leaves_out_future(cut: Pattern | None) -> bool:
     """Does a cut surely leave out the future? Then no key of it has to be found."""
     parts = cut.parts if isinstance(cut, Intersection) else (cut,)
     # a subclass of a window may hold other pairs

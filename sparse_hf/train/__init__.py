@@ -11,8 +11,11 @@ from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal, without_repeated
 from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
+from .narrowing import NarrowingWindow
 from .packing import PackDocuments, PackedCollator, first_position
 from .repeatable import RepeatableCollator
+from .split_sequence import SplitSequence, split_sequence
+from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
 
 __all__ = [
     "CheckedCollator",
@@ -24,9 +27,13 @@ __all__ = [
     "MarkQuestion",
     "MarkTokens",
     "Marks",
+    "NarrowingWindow",
     "PackDocuments",
     "PackedCollator",
     "RepeatableCollator",
+    "SplitSequence",
+    "SplitTrainer",
+    "SplitTrainerMixin",
     "TellAll",
     "add_lora",
     "first_position",
@@ -34,6 +41,8 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "split_sequence",
     "tokens",
     "without_repeated",
+    "without_ring",
 ]

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..models.hf.loss import shifts_labels
 from .deferred_logits import DeferredLogits, PieceLoss, piece_by_piece
 
 # a label that no loss counts
@@ -71,8 +72,7 @@ def unwrapped(model):
 
 def shifts(model) -> bool:
     """Does a token's answer belong to the next label, as in a decoder?"""
-    model = unwrapped(model)
-    return model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
+    return shifts_labels(unwrapped(model))
 
 
 def labelled(model, labels: Tensor) -> Tensor:

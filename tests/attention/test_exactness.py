@@ -9,7 +9,7 @@ from sparse_hf import sparse_attention
 from sparse_hf.attention import BACKENDS, route
 from sparse_hf.attention.autograd import AutogradBackend
 from sparse_hf.attention.backends.sdpa.dense import is_causal
-from sparse_hf.attention.composite.lsh import DenseHashedPairs, HashedPairs
+from sparse_hf.attention.composite.content import ContentPairs, DenseContentPairs
 from sparse_hf.attention.composite.strided import Strided
 from sparse_hf.attention.dispatch import DECODE, DENSE
 from sparse_hf.pattern import Pattern
@@ -187,7 +187,7 @@ def test_strided_is_exact(pattern, length, case, shape, monkeypatch):
     compare("blockwise", pattern, length, case, shape, FP32)
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("blockwise", HashedPairs), ("reference", DenseHashedPairs)])
+@pytest.mark.parametrize(("backend", "kind"), [("blockwise", ContentPairs), ("reference", DenseContentPairs)])
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", hashes.PATTERNS)
 def test_hashed_pairs_are_exact(pattern, case, backend, kind):

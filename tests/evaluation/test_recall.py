@@ -9,6 +9,7 @@ import torch
 
 from sparse_hf import evaluate, sparsify
 from sparse_hf.evaluation import Settings
+from sparse_hf.evaluation.recall import ask as ask_module
 from sparse_hf.evaluation.recall.ask import SPARE, ask
 from sparse_hf.evaluation.recall.filler import Filler
 from sparse_hf.evaluation.recall.table import TASKS
@@ -128,6 +129,26 @@ def test_a_reply_is_that_of_generate(right):
         whole = torch.tensor([[*ids[0].tolist(), *wanted]])
         logits = model(whole).logits[0, ids.shape[1] - 1 : -1]
         assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted))), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_candidate_that_decodes_densely_answers_as_generate_does(monkeypatch):
+    dense, tokens = tiny_model(), tokenizer()
+    model = sparsify(dense, "window(20, 0) | first(2)", decode="dense").eval()
+    ids = torch.tensor([tokens(TEXT[:150])["input_ids"]])
+    said = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    # the answer is what generate says, word for word, so that nothing else is looked for
+    monkeypatch.setattr(ask_module, "answer_tokens", lambda tokenizer, question: said[:4].tolist())
+    question = Question(TEXT[:150], ("?",))
+    answering = sparsify(dense, "window(None, None)").eval()
+    share, loss = ask(model, tokens, question, answering)
+    assert share == 1.0 and loss != ask(model, tokens, question)[1]
+    monkeypatch.undo()
+    settings = Settings(length=96, lengths=(260,), depths=(0.0,), tasks=("passkey",), progress=False)
+    candidates = ["sparse: window(20, 0)", "dense behind: window(20, 0); decode=dense"]
+    options = {"tokenizer": tokens, "settings": settings, "probes": ["recall"]}
+    found = evaluate(dense, candidates, TEXT, **options).result["probes"]["recall"]["candidates"]
+    assert found["sparse"]["loss"] != found["dense behind"]["loss"] != found["dense"]["loss"]
 
 
 def test_prose_without_sentences_is_refused():

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from sparse_hf import parse_layers, sparsify, tune
-from sparse_hf.evaluation import Settings
+from sparse_hf import Pattern, parse_layers, sparsify, tune
+from sparse_hf.evaluation import Budget, Settings
 from sparse_hf.evaluation.api import prepare
+from sparse_hf.evaluation.budget import uniform
 from sparse_hf.evaluation.candidates import Candidate
+from sparse_hf.evaluation.heads import copied_attention, copies, groups_of
 from sparse_hf.evaluation.probes.recall import questions_of
 from sparse_hf.evaluation.search import answer_logits
 from sparse_hf.evaluation.subject import Contender
-from sparse_hf.evaluation.tune import EVERY, NONE, TUNED, _verdict
+from sparse_hf.evaluation.tune import EVERY, NONE, TUNED, UNIFORM, _verdict
+from sparse_hf.pattern import causal
 from tests.evaluation.tiny import TEXT, tiny_model, tokenizer
 from tests.test_cli import run as run_command
 
@@ -76,12 +82,128 @@ def test_answers_are_compared_token_by_token():
 
 def test_it_stands_beside_as_many_layers_evenly_spaced(found):
     held_out = found.result["held_out"]
-    assert [one["name"] for one in held_out["candidates"]] == ["dense", TUNED, EVERY, NONE]
+    assert [one["name"] for one in held_out["candidates"]] == ["dense", TUNED, EVERY, UNIFORM, NONE]
     layers = {one["name"]: one["layers"] for one in held_out["candidates"]}
     assert layers[TUNED].count("dense") == layers[EVERY].count("dense") == 2 and layers[NONE].count("dense") == 0
     assert found.result["every_nth"] == "0=dense, 2=dense" and held_out["settings"]["seed"] == SETTINGS.seed + 1
     # both are the same layers here, so that neither beats the other
-    assert not found.beats_every_nth and "do not beat" in str(found)
+    assert not found.beats_every_nth and "does not beat as many layers" in str(found)
+
+
+def test_a_wider_window_everywhere_takes_as_many_pairs(found):
+    wider = Pattern.parse(found.result["uniform"])
+    length = SETTINGS.lengths[0]
+    # two of five layers have all pairs, and the others those of the pattern
+    wanted = 0.4 + 0.6 * causal_pairs(PATTERN, length)
+    assert causal_pairs(wider, length) <= wanted < causal_pairs(wider, length) + 2 / length
+    assert found.beats_uniform is not None and uniform(Pattern.parse("stride(4)"), 0.5, length) is None
+    layers = {one["name"]: one["layers"] for one in found.result["held_out"]["candidates"]}
+    assert layers[UNIFORM] == [str(wider)] * LAYERS
+
+
+def allowed(pattern: str, length: int) -> torch.Tensor:
+    """The mask of a pattern."""
+    at = torch.arange(length)
+    return Pattern.parse(pattern).allows(at[:, None], at[None])
+
+
+def causal_pairs(pattern, length: int) -> float:
+    """The share of a decoder's pairs, counted one by one."""
+    mask = allowed(str(Pattern.parse(str(pattern)) & causal()), length)
+    return float(mask.sum()) / (length * (length + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pattern", "share"),
+    [
+        (Budget(share=0.3), "window(9, 0)", 0.3),
+        # of 10 tokens, 2 + 9 * 3 - 1 = 27 of 55 pairs with window(2, 0): 1 + 2 + 8 * 3
+        (Budget(share=0.75, of="pairs"), "window(2, 0)", (0.75 - 27 / 55) / (1 - 27 / 55)),
+        # heads that see all, and heads that see 27 of 55
+        (
+            Budget(share=0.9, of="pairs", by="heads"),
+            "per_head(window(None, 0), window(2, 0))",
+            (0.9 - 41 / 55) / (1 - 41 / 55),
+        ),
+        # 3 of 10 tokens, and the first
+        (Budget(share=0.5, of="cache"), "window(2, 0) | first(1)", 0.1 / 0.6),
+    ],
+)
+def test_budgets_by_hand(budget, pattern, share):
+    assert budget.dense_share(Pattern.parse(pattern), 10) == pytest.approx(share)
+
+
+def test_budgets_that_cannot_be():
+    with pytest.raises(
+        ValueError, match=r"budget of 0\.1 of the pairs leaves nothing .* window\(2, 0\) alone takes 0\.491"
+    ):
+        Budget(share=0.1, of="pairs").dense_share(Pattern.parse("window(2, 0)"), 10)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        # a cache drops no key of a stride
+        Budget(share=0.5, of="cache").dense_share(Pattern.parse("stride(4)"), 10)
+    with pytest.raises(ValueError, match="for all heads of a layer"):
+        Budget(of="cache", by="heads")
+    with pytest.raises(ValueError, match="of is 'bytes'; it must be one of layers, pairs, cache"):
+        Budget(of=cast(Any, "bytes"))
+
+
+def test_copies_by_hand():
+    # the answer 7 8 stands behind 5, and its first token alone elsewhere
+    found = copies([7, 5, 7, 8, 9], [7, 8])
+    assert found.tolist() == [[True, False, True, False, False, False], [False, False, False, True, False, False]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_copied_attention_is_that_of_the_stock_model(head):
+    model, tokens = tiny_model(head), tokenizer()
+    settings = replace(SETTINGS, tasks=("passkey",))
+    setup = prepare(model, [Candidate("local", PATTERN)], TEXT, tokens, settings)
+    question = questions_of(setup)[0][1]
+    patterns = [setup.candidates[0].config.layer_pattern(layer, True) for layer in range(2)]
+    found = copied_attention(setup.subject, patterns, question)
+    prompt, answer = tokens(question.prompt)["input_ids"], tokens(question.wanted)["input_ids"]
+    stock = tiny_model(head, attn_implementation="eager")
+    stock.load_state_dict(model.state_dict())
+    weights = stock(torch.tensor([[*prompt, *answer]]), output_attentions=True).attentions
+    rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    for layer, of_layer in enumerate(weights):
+        length = len(prompt) + len(answer)
+        far = copies(prompt, answer) & ~allowed(patterns[layer], length)[rows, :-1]
+        own = (of_layer[0, :, rows, :-1] * far).sum(-1).mean(-1)
+        groups = len(found[layer])
+        assert found[layer] == pytest.approx(own.view(groups, -1).mean(-1).tolist(), abs=1e-6)
+    assert sum(map(sum, found.values())) > 0
+
+
+def test_heads_stay_dense_where_they_copy():
+    found = run(budget=Budget(share=0.4, by="heads"))
+    groups = groups_of(deep_model().config)
+    chosen = {name for name, _ in found.result["heads"][: 2 * groups]}
+    patterns = parse_layers(found.layers, LAYERS, PATTERN)
+    dense = {
+        f"{layer}.{head * groups // len(heads)}"
+        for layer, pattern in enumerate(patterns)
+        for heads in [pattern.heads or (pattern,) * groups]
+        for head, own in enumerate(heads)
+        if str(own) != PATTERN
+    }
+    assert dense == chosen and found.result["by"] == "heads" and "layer.group of heads" in str(found)
+    weights = [weight for _, weight in found.result["heads"]]
+    assert weights == sorted(weights, reverse=True) and len(weights) == LAYERS * groups
+    # what is printed can be given to a model
+    sparsify(deep_model(), PATTERN, found.layers)
+
+
+def test_layers_are_ranked_by_attention_with_a_pass_for_each_question(tmp_path):
+    found = run(budget=Budget(share=0.4, by="both", rank="attention"), out=tmp_path)
+    kinds = Counter(json.loads(path.read_text())["candidate"] for path in (tmp_path / "pieces").glob("tune-*"))
+    # two questions are looked at, and layers stand beside heads once
+    assert kinds == {"heads": 2, "answers": 2}
+    moved = found.result["answers_moved"]
+    assert found.result["by"] == min(moved, key=lambda name: moved[name])
+    written = json.loads((tmp_path / "layers.json").read_text())
+    assert written == {"pattern": PATTERN, "layers": found.layers}
 
 
 @pytest.mark.parametrize(
@@ -89,11 +211,12 @@ def test_it_stands_beside_as_many_layers_evenly_spaced(found):
     [((0.5, 1.0), (0.4, 0.5), True), ((0.5, 1.0), (0.5, 1.2), True), ((0.5, 1.2), (0.5, 1.2), False), ((0.3, 0.1), (0.5, 2.0), False)],
 )  # fmt: skip
 def test_it_beats_by_recall_and_then_by_loss(own, other, beats):
-    names = {TUNED: own, EVERY: other, NONE: (0.0, 3.0), "dense": (1.0, 0.1)}
+    names = {TUNED: own, EVERY: other, UNIFORM: (0.2, 3.0), NONE: (0.0, 3.0), "dense": (1.0, 0.1)}
     recall = {name: {"recalled": recalled, "loss": loss} for name, (recalled, loss) in names.items()}
     perplexity = {name: {"perplexity": 9.0} for name in names}
     found, words = _verdict({"recall": {"candidates": recall}, "perplexity": {"candidates": perplexity}})
-    assert found is beats and ("do not beat" not in words) is beats
+    assert found == {EVERY: beats, UNIFORM: True} and ("does not beat as many layers" not in words) is beats
+    assert ("take what is best" in words) is not beats and "a wider window in every layer" in words
 
 
 def test_windows_of_the_family_stay():
@@ -110,6 +233,7 @@ def test_windows_of_the_family_stay():
     [
         ({"budget": 0}, "budget is 0"),
         ({"budget": 1.0}, "budget is 1.0"),
+        ({"budget": Budget(share=0.05, of="pairs")}, "leaves nothing for dense layers"),
         ({"model": "BertForMaskedLM"}, "tune asks questions of recall: SparseBertForMaskedLM says nothing"),
         ({"texts": "short"}, "text 1 has 5 tokens"),
     ],
@@ -133,6 +257,14 @@ def test_the_command_goes_on_from_its_folder(tmp_path):
     first = run_command(*arguments)
     assert first.returncode == 0, first.stderr
     assert "layers='0=dense, 2=dense'" in first.stdout and (tmp_path / "out" / "report.html").exists()
+    # what it wrote is given to convert
+    made = ("--pattern", PATTERN, "--layers", str(tmp_path / "out" / "layers.json"))
+    converted = run_command("convert", str(tmp_path / "model"), str(tmp_path / "sparse"), *made)
+    assert converted.returncode == 0, converted.stderr
+    names = json.loads((tmp_path / "sparse" / "config.json").read_text())["sparse_attention"]["layers"]
+    assert names == ["dense", "sparse", "dense", "sparse", "sparse"]
+    wrong = run_command("convert", str(tmp_path / "model"), "unused", "--pattern", PATTERN, "--layers", "absent.json")
+    assert wrong.returncode and "there is no file absent.json" in wrong.stderr
     pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pieces").iterdir()}
     again = run_command(*arguments, "--json")
     assert json.loads(again.stdout)["layers"] == "0=dense, 2=dense"

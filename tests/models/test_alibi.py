@@ -13,7 +13,7 @@ from transformers.models.falcon import modeling_falcon
 
 import sparse_hf
 from sparse_hf import Pattern
-from tests.models.families import TINY
+from tests.models.families import TINY, named_cache
 
 PATTERN = "window(9, 9) | first(2)"
 # heads that are no power of two have slopes of another kind
@@ -115,3 +115,37 @@ def test_mpt_reads_on_behind_its_longest_text():
         wanted = of_dense(dense, ids, PATTERN).logits
         found = sparse_hf.sparsify(short, PATTERN)(ids).logits
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+
+
+STREAMED = (
+    "window(9, 0) | first(2)", "window(9, 0)", "chunk(8) | first(3)", "first(1) | fixed(8, 2)",
+    "window(9, 0) | marked_keys() | first(2)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", STREAMED)
+@pytest.mark.parametrize("head", ALIBI)
+def test_distances_in_a_stream_are_the_true_ones(head, pattern, padded):
+    model, ids = sparse_hf.sparsify(dense_model(head), pattern), some_ids(90)
+    real = (torch.arange(90) >= torch.tensor([[33 * padded], [0]])).long()
+    marks = (torch.rand(2, 90, generator=torch.Generator().manual_seed(2)) < 0.1) & real.bool()
+    marked = {"global_attention_mask": marks} if model.config.uses_marks else {}
+    cache, found, begin = sparse_hf.StreamingCache(model.config, spare=2), [], 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=real, use_cache=False, **marked).logits
+        for size in (35, 1, 13, *[1] * 20, 21):
+            end = begin + size
+            part = {name: t[:, begin:end] for name, t in marked.items()}
+            given = {"attention_mask": real[:, :end], **named_cache(model, cache), **part}
+            found.append(model(ids[:, begin:end], **given).logits)
+            begin = end
+    assert begin == 90
+    torch.testing.assert_close(torch.cat(found, 1)[real.bool()], wanted[real.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_stream_of_slopes_is_generated():
+    model, ids = sparse_hf.sparsify(dense_model("BloomForCausalLM"), PATTERN), some_ids(30)
+    how = {"do_sample": False, "max_new_tokens": 15, "min_new_tokens": 15, "pad_token_id": 0}
+    wanted = model.generate(ids, use_cache=False, **how)
+    assert torch.equal(model.generate(ids, cache_implementation="streaming", **how), wanted)

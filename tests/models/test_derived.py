@@ -191,7 +191,7 @@ def test_a_model_without_attention_layers_takes_no_pattern():
     ("model_type", "message"),
     [
         ("longt5", "encoder.block.0 of LongT5ForConditionalGeneration, a LongT5Block, mixes tokens without asking for our attention"),
-        ("deepseek_v32", "computes with the mask of all pairs"),
+        ("doge", "computes with the mask of all pairs"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_what_was_seen(model_type, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 
@@ -12,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import sparse_hf
@@ -268,6 +270,35 @@ def test_a_sparse_prompt_is_decoded_densely(where, kind):
     given = {"cache_implementation": kind}
     assert torch.equal(model.generate(ids, **given, **asked, **GREEDY), wanted)
     assert not torch.equal(model.generate(ids, **given, **asked | {"decode": "sparse"}, **GREEDY), wanted)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is read off a tensor, for which a GPU is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+def test_preparing_a_step_waits_for_nothing(kind, monkeypatch):
+    """Between compiled steps `generate` prepares the next one, on the host."""
+    decode = {"decode": "dense"} if kind == "static" else {}
+    model, waits = sparse_model(), []
+    prepare = type(model).prepare_inputs_for_generation
+
+    def counted(self, *args, **kwargs):
+        with Waits() as mode:
+            inputs = prepare(self, *args, **kwargs)
+        waits.append(mode.count)
+        return inputs
+
+    counted.__signature__ = inspect.signature(prepare)
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", counted)
+    model.generate(text(), cache_implementation=kind, **decode, **GREEDY)
+    assert len(waits) == GREEDY["max_new_tokens"] and not any(waits[1:])
 
 
 def test_convert_writes_dense_decoding(folder, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparse_hf import Pattern, Window
-from sparse_hf.pattern.forms import MarkedForm, StrideForm, hash_terms, read_marked, read_stride
+from sparse_hf.pattern.forms import MarkedForm, StrideForm, content_terms, read_marked, read_stride
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_marked_forms(text, form):
 
 
 def test_terms_of_a_pattern():
-    found = hash_terms(Pattern.parse("(window(5, 0) | lsh(4, 2)) & window(None, 0) | first(1)"))
+    found = content_terms(Pattern.parse("(window(5, 0) | lsh(4, 2)) & window(None, 0) | first(1)"))
     assert [tuple(map(str, term)) for term in found] == [
         ("None", "window(5, 0) & window(None, 0)"),
         ("lsh(4, 2, 64, 0)", "window(None, 0)"),

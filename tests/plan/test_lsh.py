@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
-from sparse_hf.pattern.forms import read_hashes
+from sparse_hf.pattern.forms import read_content
 from sparse_hf.plan.lsh import hashed_plan
 from tests.attention import hashes
 from tests.table import scenario
@@ -25,11 +25,11 @@ def tensors(q_len: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def planned(text: str, q, k, data: dict):
-    form = read_hashes(text)
+    form = read_content(text)
     positions = build_plan(
         form.positions, q.shape[2], LENGTH, key_padding_mask=data["real"], segment_ids=data["documents"], block_size=16
     )
-    return positions, *hashed_plan(q, k, form.hashes, positions)
+    return positions, *hashed_plan(q, k, form.chosen, positions)
 
 
 @pytest.mark.parametrize("case", ["plain", "last_queries", "left_padding", "packed_and_padded"])

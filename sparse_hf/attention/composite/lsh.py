@@ -1,28 +1,23 @@
-"""Attention by patterns with `lsh(...)`: what positions say on any backend, what hashes add in hash order, merged exactly.
+"""Attention by patterns with `lsh(...)`: pairs of hashes in hash order.
 
-Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
+Legend: B batch, H query heads, Q queries, K keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
-from ...pattern.forms import read_hashes
-from ...plan import BlockPlan, find_plan
+from ...pattern import LSH, Pattern
+from ...pattern.forms import CutContent
+from ...plan import BlockPlan
 from ...plan.hash_order import HashedPlan
 from ...plan.lsh import Held, hashed_plan
-from ..autograd import AutogradBackend
-from ..backend import AttentionCall, Backend, Given, Gradients, Results
-from ..backends.reference import with_weights
+from ..backend import AttentionCall
 from ..hashed.hash_order import HashOrder
-from ..merge import merge
-
-HASH_ORDER = HashOrder()
+from .content import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +25,7 @@ class LSHPlan:
     """The pairs that positions say, and those that hashes add: each pair is in one of the two."""
 
     positions: BlockPlan
-    hashed: HashedPlan
+    chosen: HashedPlan
     holds: Held
 
     @property
@@ -41,67 +36,26 @@ class LSHPlan:
     def batch_rows(self) -> int:
         return self.positions.batch_rows
 
-    def to_dense(self, call: AttentionCall) -> Tensor:
-        """The mask `[B, H, Q, K]` bool. O(n^2)."""
+    def chosen_mask(self, call: AttentionCall) -> Tensor:
         q, k = call.q, call.k
         x = torch.arange(q.shape[0] * q.shape[1], device=q.device)[:, None, None]
         queries, keys = (torch.arange(t.shape[2], device=q.device) for t in (q, k))
-        mask = self.holds(x, queries[:, None], keys).view(*q.shape[:3], k.shape[2])
-        return mask | self.positions.to_dense()
+        return self.holds(x, queries[:, None], keys).view(*q.shape[:3], k.shape[2])
 
 
-@dataclass(frozen=True)
-class HashedPairs(Backend):
-    """Pairs of positions on the backend that `pick` chooses, and pairs of hashes in hash order."""
-
-    pick: Callable[[AttentionCall], Backend]
-    name = "lsh"
-
-    def why_not(self, call: AttentionCall) -> str | None:
-        for name, value in (("softcap", call.scoring.softcap), ("relative_bias", call.scoring.bias)):
-            if value is not None:
-                return f"lsh(...) does not go with {name}; use patterns of positions in such models"
-        return None
-
-    def forward(self, call: AttentionCall) -> Results:
-        plan = _planned(call)
-        positions, hashed = _calls(call, plan)
-        return merge([self.pick(positions).forward(positions), HASH_ORDER.forward(hashed)])
-
-    def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        plan = _planned(call)
-        positions, hashed = _calls(call, plan)
-        one = self.pick(positions).backward(positions, given)
-        other = HASH_ORDER.backward(hashed, given)
-        return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
+def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> LSHPlan:
+    hashes: list[tuple[LSH, Pattern | None]] = []
+    for content, cut in chosen:
+        assert isinstance(content, LSH)
+        hashes.append((content, cut))
+    return LSHPlan(positions, *hashed_plan(call.q, call.k, hashes, positions))
 
 
-class DenseHashedPairs(AutogradBackend, HashedPairs):
-    """The specification: one dense mask of positions and hashes, differentiated by autograd. O(n^2)."""
-
-    name = "lsh, reference"
-
-    def forward(self, call: AttentionCall) -> Results:
-        out, lse, _ = hashed_weights(call)
-        return out, lse
+def _why_not(call: AttentionCall) -> str | None:
+    for name, value in (("softcap", call.scoring.softcap), ("relative_bias", call.scoring.bias)):
+        if value is not None:
+            return f"lsh(...) does not go with {name}; use patterns of positions in such models"
+    return None
 
 
-def hashed_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
-    return with_weights(call, _planned(call).to_dense(call))
-
-
-def _calls(call: AttentionCall, plan: LSHPlan) -> tuple[AttentionCall, AttentionCall]:
-    """The calls over pairs of positions and over pairs of hashes."""
-    positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
-    return positions, call.part(call.q, call.k, call.v, plan.hashed, call.dropout)
-
-
-def _planned(call: AttentionCall) -> LSHPlan:
-    """The plan of a call, which its backward pass finds again."""
-    if call.chosen_plan is None:
-        assert call.pattern is not None
-        plain, hashes = read_hashes(str(call.pattern))
-        positions = find_plan(replace(call.plan_key, pattern=Pattern.parse(plain)), call.batch)
-        call.chosen_plan = LSHPlan(positions, *hashed_plan(call.q, call.k, hashes, positions))
-    return call.chosen_plan
+HASHES = Kind("lsh", ("auto", "blockwise", "reference"), _make_plan, HashOrder(), _why_not)

@@ -122,10 +122,7 @@ class _Watched:
         if arguments.get("position_bias") is not None and arguments["position_bias"].numel():
             raise NotImplementedError("coverage knows no bias by distance; leave it out of the probes")
         number = len(self.layers) if module.__dict__.get("layer_idx") is None else module.layer_idx
-        scale = arguments.get("scaling")
-        scores = Scores(
-            q.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), arguments.get("s_aux")
-        )
+        scores = Scores.of(q, arguments)
         own = self._plan(self.setup.subject.dense, module, q.device)
         plans = [self._plan(one, module, q.device) for one in self.setup.candidates]
         mass = kept_mass(q[0], k[0], scores, own, plans, self.setup.subject.is_causal)

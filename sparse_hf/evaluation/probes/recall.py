@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from ..candidates import DENSE
 from ..pieces import Finished, Found, Piece
 from ..recall.ask import ask, reply_length
 from ..recall.filler import Filler
@@ -92,7 +93,9 @@ def _asked_within(task: Task, filler: Filler, length: int, depth: float, seed: s
 
 def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
     setup.passes.forget()
-    share, loss = ask(contender.model, setup.subject.tokenizer, question)
+    # what answers behind the prompt
+    answering = setup.subject.dense.model if contender.config.decode == DENSE else contender.model
+    share, loss = ask(contender.model, setup.subject.tokenizer, question, answering)
     return {"recalled": share, "loss": loss}
 
 

@@ -25,13 +25,22 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> lis
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[float, float]:
-    """The share of the answers that the model gives, and its mean loss on their tokens, in the order of the question."""
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    answering: PreTrainedModel | None = None,
+) -> tuple[float, float]:
+    """The share of the answers that the model gives, and its mean loss on their tokens, in the order of the question.
+
+    Another model with the same weights may be `answering` behind the prompt that `model` has read.
+    """
+    answering = answering or model
     ids = torch.tensor([tokenize(tokenizer, question.prompt)], device=model.device)
     wanted = torch.tensor([answer_tokens(tokenizer, question)], device=model.device)
     first, cache = prefill(model, ids)
     # of each token of the answer, given those before it; the last one predicts none
-    logits = torch.cat((first, go_on(model, wanted, cache)[:, :-1]), 1)[0]
+    logits = torch.cat((first, go_on(answering, wanted, cache)[:, :-1]), 1)[0]
     loss = float(cross_entropy(logits, wanted[0]))
     said = logits.argmax(-1)
     # up to the first token that is another, the model says the answer itself
@@ -40,7 +49,7 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: Qu
         return 1.0, loss
     cache.crop(same - wanted.shape[1])
     reply = [*wanted[0, :same].tolist(), int(said[same])]
-    return _greedy(model, cache, tokenizer, question, reply, reply_length(tokenizer, question)), loss
+    return _greedy(answering, cache, tokenizer, question, reply, reply_length(tokenizer, question)), loss
 
 
 def _greedy(

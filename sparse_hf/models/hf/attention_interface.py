@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from ...attention import attend, attention, hashed_weights, route, uses_hashes, with_weights
+from ...attention import attend, attention, content_weights, route, uses_content, with_weights
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
@@ -29,13 +29,16 @@ from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, t
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
+from .chosen_keys import choice_of, chosen_attention, learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
-from .mask_request import FLEETING, MaskRequest, TokenData, layer_pattern, said_of, why_dense
+from .mask_request import FLEETING, MaskRequest, TensorLikeRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
+from .streamed import over_sloped_slots, sloped, to_first, to_pinned
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
+from .text_parts import TEXT_PART, TextPart, check_part
 
 
 def sparse_mask(
@@ -69,7 +72,8 @@ def sparse_mask(
     own = frozenset() if config is None else config.own_mask_functions
     # kept with the mask, which layers have whenever they are computed
     said = {name: value for name, value in said_of(config).items() if name != FLEETING}
-    return MaskRequest(attention_mask, mask_function, q_offset, own=own, said=said)
+    kind = TensorLikeRequest if config is not None and config.chooses_keys else MaskRequest
+    return kind(attention_mask, mask_function, q_offset, own=own, said=said)
 
 
 def sparse_attention_forward(
@@ -87,13 +91,21 @@ def sparse_attention_forward(
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
+    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
+    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    chosen = choice_of(module, attention_mask, query, key, kwargs)
+    if chosen is not None:
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        learns = learning()
+        if learns is not None:
+            learns.attention(getattr(module, "indexer", None), query, key, scoring.scale)
+        return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack = request.stack(module)
     bias = kwargs.get("position_bias")
-    bias = None if bias is None or not bias.numel() else bias
-    # the reference makes the n x n weights anyway, and whether somebody records them is not said here
-    wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    # some families hand over an empty vector where they have none
+    bias = None if bias is None or bias.ndim == 1 else bias
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
@@ -109,15 +121,24 @@ def sparse_attention_forward(
         _check_cache(streaming, module, pattern, opaque, bias)
     if query.shape[1] != stack.heads:
         pattern = own_heads(pattern, module, query.shape[1], stack.heads)
+    if kwargs.get(TEXT_PART) is not None:
+        check_part(opaque, kwargs)
+        return _of_part(
+            (query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend
+        ), None
     if bounds is not None:
         return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
     turned = kwargs.get("turned_sinks")
     far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = None
+    filled = part = slopes = None
     if streaming is not None:
         filled = streaming.filled(module.layer_idx, query.shape[2])
+        slopes = kwargs.get("alibi_slopes")
+        part = to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring, slopes)
+        if streaming.in_place and slopes is not None:
+            found = over_sloped_slots((query, key, value), filled, pattern, scoring, slopes, part)
+            return found[0].transpose(1, 2).contiguous(), None
         if streaming.in_place:
-            part = None
             if far is not None:
                 part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
                 pattern = far.near
@@ -125,37 +146,54 @@ def sparse_attention_forward(
         request = request.of_held(streaming, module.layer_idx, query, key)
     skips = kwargs.get("bias_skips_padding", False)
     shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    batch = request.batch(_token_data(kwargs, stack.name), query, key, shifts)
+    data = _token_data(kwargs, stack.name)
+    data = data if filled is None else replace(data, marks=filled.marks)
+    batch = request.batch(data, query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
-    part = None
     # packed documents begin anew, and with them their positions
     if far is not None and documents is None:
         _check_turned(order, opaque, bias)
         begins = None if real is None else real.int().argmax(1)
         seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
         part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
+    if filled is not None and slopes is not None:
+        begins = None if real is None else real.int().argmax(1)
+        first, pattern = to_first((query, key, value), filled, begins, pattern, scoring, slopes)
+        part = part if first is None else first if part is None else merge([first, part])
+        scoring, bias = sloped(scoring, slopes, key.shape[2]), slopes
     by_slots = opaque is None and documents is None and backend == "auto"
     if by_slots and _goes_by_slots(request, query, scoring, pattern):
         filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
         return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
     call = AttentionCall(
-        query, key, value, pattern, int(request.q_offset), scoring, Dropout.draw(dropout), batch.info,
+        query, key, value, pattern, int(request.q_offset), _of_place(scoring, request, query, key), Dropout.draw(dropout), batch.info,
         wants_lse=sinks is not None or part is not None,
     )  # fmt: skip
-    reorders = bias is None or skips
+    computed_by = kwargs.get("computed_by")
+    reorders = (bias is None and computed_by is None) or skips
     if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None)
+    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None, computed_by)
     out, lse = _with_rest(out, lse, part, sinks)
     if weights is not None and sinks is not None:
         weights = with_sink(weights, lse, sinks)
     if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _of_part(
+    tensors: tuple[Tensor, Tensor, Tensor], pattern: str, scoring: Scoring, dropout: Dropout, sinks: Tensor | None,
+    part: TextPart, backend: str,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Q, H, D]` of this process's tokens to a text that several processes hold."""
+    call = AttentionCall(*tensors, pattern, 0, scoring, dropout, NOTHING, wants_lse=sinks is not None)
+    out, _ = _with_rest(*part.attention(call, backend), None, sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -186,9 +224,16 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
 
 def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:
     """Are these new tokens of a static cache, whose graph serves all lengths? It has no gradient."""
-    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS or scoring.bias is not None:
+    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS:
         return False
     return not torch.is_grad_enabled() and takes_slots(pattern)
+
+
+def _of_place(scoring: Scoring, request: MaskRequest, query: Tensor, key: Tensor) -> Scoring:
+    """Scoring whose bias is that of queries at their place, where it was made for any place."""
+    if scoring.bias is None or not isinstance(request.q_offset, Tensor):
+        return scoring
+    return replace(scoring, bias=scoring.bias[:, key.shape[2] - query.shape[2] - int(request.q_offset) :])
 
 
 def _over_slots(
@@ -251,15 +296,23 @@ def _as_mask(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) 
 
 
 def _computed(
-    call: AttentionCall, opaque: Callable | None, backend: str, wants_weights: bool
+    call: AttentionCall, opaque: Callable | None, backend: str, wants_weights: bool, computed_by: Callable | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Out `[B, H, Q, D]`, lse `[B, H, Q]` if the call wants it, and the weights if they are wanted."""
+    """Out `[B, H, Q, D]`, lse `[B, H, Q]` if the call wants it, and the weights if they are wanted.
+
+    Args:
+        computed_by: what computes the output of a family whose scores no backend knows.
+    """
     if opaque is not None:
         call.chosen_plan = _opaque_plan(call, opaque)
+    if computed_by is not None:
+        call.pattern = _parsed(call.pattern)
+        # it knows no lse
+        return computed_by(call), call.q.new_empty(0), None
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
-        by_hashes = opaque is None and uses_hashes(str(pattern))
-        return hashed_weights(call) if by_hashes else with_weights(call)
+        by_content = opaque is None and uses_content(str(pattern))
+        return content_weights(call) if by_content else with_weights(call)
     if opaque is not None:
         return *attend(call, route(call, backend)), None
     if not call.scoring.is_plain:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..names import STREAMING
 from .config import SparseConfigMixin
 from .inner_padding import has_padding_in_the_way
-from .streaming_cache import StreamingCache, padding_of, why_not_streamed
+from .streaming_cache import StreamingCache, padding_of, why_not_by_default, why_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -80,21 +80,31 @@ def new_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
 
 
-def begin_streaming(config: SparseConfigMixin, kwargs: Mapping[str, Any]) -> dict[str, StreamingCache]:
+def begin_streaming(
+    config: SparseConfigMixin, kwargs: Mapping[str, Any], marks: Tensor | None
+) -> dict[str, StreamingCache]:
     """Announce a pass to a `StreamingCache`, and give the argument by which attention gets to it.
 
     Args:
         config: of the model.
         kwargs: all arguments of `forward` by name. Models hand keys alone to their attention, and no cache.
+        marks: of the new tokens.
     """
     cache, tokens = given_cache(kwargs), new_tokens(kwargs)
     if not isinstance(cache, StreamingCache) or tokens is None:
         return {}
     can_be_in_place = config._attn_implementation == "sparse"
-    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place)
+    cache.begin(kwargs.get("attention_mask"), tokens.shape[0], tokens.shape[1], can_be_in_place, marks)
     if not torch.compiler.is_compiling():
         _warn_beyond(config, cache, cache.get_seq_length() + tokens.shape[1])
     return {"streaming_cache": cache}
+
+
+def of_streaming(cache: Any) -> dict[str, Any]:
+    """Arguments of attention that a `StreamingCache` has, for layers whose dense class keeps a pass's from them."""
+    if not isinstance(cache, StreamingCache):
+        return {}
+    return {"streaming_cache": cache, "turned_sinks": cache.turned_sinks}
 
 
 def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) -> None:
@@ -121,16 +131,20 @@ def _warn_beyond(config: SparseConfigMixin, cache: StreamingCache, tokens: int) 
 LAYERS_SEE = "layers_see"
 
 
-def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any]) -> None:
+def decoding_patterns(model: Any, inputs: dict[str, Any], given: Mapping[str, Any], is_anew: bool) -> None:
     """Have a step of `generate` behind a prompt see what the dense model sees, if this call or the configuration wants it.
 
     Args:
         model: that generates.
         inputs: of `forward`, from which `decode` is taken.
         given: arguments of `prepare_inputs_for_generation`.
+        is_anew: are all tokens computed again?
     """
-    decode = inputs.pop("decode", None) or model.config.decode
-    if decode == "dense" and not given.get("is_first_iteration") and cached_tokens(given_cache(inputs)):
+    decode, cache = inputs.pop("decode", None) or model.config.decode, given_cache(inputs)
+    if decode != "dense" or given.get("is_first_iteration") or is_anew or cache is None:
+        return
+    # the first pass of an assistant is not called so; no static cache assists, and its length would be waited for at every token
+    if cache.is_compileable or cached_tokens(cache):
         inputs[LAYERS_SEE] = model.config.dense_patterns()
 
 
@@ -227,7 +241,7 @@ def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) 
             # what a folder says of all calls gives way to what this call says
             generation_config.cache_implementation = None
         return None
-    if drafts and (model.config.is_encoder_decoder or why_not_streamed(model.config)):
+    if drafts and (model.config.is_encoder_decoder or why_not_by_default(model.config)):
         return None
     cache, mask = StreamingCache(model.config, positions="auto"), kwargs.get("attention_mask")
     generation_config.cache_implementation = None

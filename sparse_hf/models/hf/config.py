@@ -121,6 +121,8 @@ class SparseConfigMixin(_Config):
     sparse_attention: dict[str, Any] | None = None
     # is the family sparse by itself, so that its configuration implies a pattern?
     implies_pattern: ClassVar[bool] = False
+    # do its layers choose keys by content, among those that a pattern holds?
+    chooses_keys: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
     # do published models mark nothing, though the implied pattern has marked() for those who do?

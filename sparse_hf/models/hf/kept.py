@@ -1,4 +1,4 @@
-"""What a layer has to keep of a text without end, read off its pattern: the first tokens, and the last ones.
+"""What a layer has to keep of a text without end, read off its pattern: the first tokens, the last ones, and some between them.
 
 Legend: a token's position counts from the first of its row.
 """
@@ -6,21 +6,51 @@ Legend: a token's position counts from the first of its row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ...pattern import Pattern
 from ...pattern.base import Intersection, Union, as_pattern
+from ...pattern.complement import Outside
 from ...pattern.forms import WindowForm, read_window
-from ...pattern.primitives import Chunk, First, Fixed, Stride, Summary, Window
+from ...pattern.primitives import Chunk, First, Fixed, Marked, MarkedKeys, MarkedQueries, Stride, Summary, Window
 
 # no side of a window is taken for endless, however long the text
 ANY_LENGTH = 1 << 62
 
 
+class Pinned(NamedTuple):
+    """Tokens that are kept wherever they stand: marked ones, and the last `count` of each block.
+
+    Attributes:
+        marks: does the pattern ask which tokens are marked?
+        keys: are marked tokens seen from any distance?
+        queries: do marked tokens see all tokens before them?
+        summaries: blocks, and the number of their last tokens.
+    """
+
+    marks: bool = False
+    keys: bool = False
+    queries: bool = False
+    summaries: tuple[tuple[int, int], ...] = ()
+
+    def holds(self, positions: Tensor, marks: Tensor | None) -> Tensor:
+        """Which tokens are kept: bool of the shape of their positions, and of their marks."""
+        found = positions < 0 if marks is None or not self.keys else marks
+        for block, count in self.summaries:
+            found = found | (positions % block >= block - count)
+        return found
+
+    def most(self, length: int) -> int:
+        """Tokens that are kept of so many, but for marked ones, at most."""
+        return sum(-(-length // block) * count for block, count in self.summaries)
+
+
 class Kept(NamedTuple):
-    """A query sees no key but the first `sinks` and the last `left` before itself.
+    """A query sees no key but the first `sinks`, the last `left` before itself, and `pinned` ones.
 
     Where keys between them are left out, a multiple of `period` at a time, the pattern holds the same pairs of those that are left
     as if they were a text of their own. `left` None: every key may be seen again.
@@ -29,6 +59,7 @@ class Kept(NamedTuple):
     sinks: int
     left: int | None
     period: int = 1
+    pinned: Pinned | None = None
 
 
 @lru_cache(maxsize=256)
@@ -43,29 +74,58 @@ def read_kept(text: str) -> Kept | str:
         if isinstance(kept, str):
             return kept
         found.append(kept)
+    return _joined(found)
+
+
+def _joined(found: Iterable[Kept]) -> Kept:
+    """What is enough for all."""
+    found = list(found)
     lefts = [one.left for one in found]
     left = None if None in lefts else max(one for one in lefts if one is not None)
-    return Kept(max(one.sinks for one in found), left, math.lcm(*(one.period for one in found)))
+    pinned = [one.pinned for one in found if one.pinned is not None]
+    summaries = dict.fromkeys(pair for one in pinned for pair in one.summaries)
+    flags = (any(flags) for flags in zip(*(one[:3] for one in pinned), strict=True))
+    return Kept(
+        max(one.sinks for one in found),
+        left,
+        math.lcm(*(one.period for one in found)),
+        # where one head sees all, there is nothing between
+        Pinned(*flags, tuple(summaries)) if pinned and left is not None else None,
+    )
 
 
 def _of_head(pattern: Pattern) -> Kept | str:
     form = read_window(pattern, ANY_LENGTH, of_any_reach=True)
-    if isinstance(form, WindowForm):
+    if isinstance(form, WindowForm) and (not form.marked or form.window is not None and form.window.left is None):
         return _of_window(form)
-    periods = [_period(part) for part in _parts(pattern)]
-    if None in periods:
-        return f"{form}, and does not repeat"
+    parts = list(_parts(pattern))
+    unknown = next((part for part in parts if _period(part) is None), None)
+    if unknown is not None:
+        return f"{unknown} does not repeat"
+    if pattern.uses_marks and not pattern.marks_add:
+        return "marks take pairs away"
     found = _bound(pattern)
-    if found is None:
-        return f"{form}, and looks back without end"
-    # distances to the first tokens are shorter among what is left: they must still be beyond all that the pattern tells apart
-    left = max([found.left or 0, *(_extent(part) for part in _parts(pattern))]) if found.sinks else found.left
-    return Kept(found.sinks, left, math.lcm(*(one for one in periods if one is not None)))
+    if found is None or found.left is None:
+        return f"{_endless(pattern)} looks back without end"
+    # nobody else may come to stand where a pattern looks for first tokens
+    sinks, left = max([0, *(part.n for part in parts if type(part) is First)]), found.left
+    if sinks:
+        # distances to them are shorter among what is left: they must still be beyond all that the pattern tells apart
+        left = max([left, *(_extent(part) for part in parts)])
+    pinned = found.pinned or (Pinned(marks=True) if pattern.uses_marks else None)
+    return Kept(sinks, left, math.lcm(*(_period(part) or 1 for part in parts)), pinned)
 
 
-def _of_window(form: WindowForm) -> Kept | str:
-    if form.marked:
-        return "marked tokens may be anywhere"
+def _endless(pattern: Pattern) -> Pattern:
+    """The part of a pattern by which it has no end."""
+    if isinstance(pattern, Union):
+        return _endless(next(part for part in pattern.parts if _bound(part) is None))
+    if isinstance(pattern, Intersection):
+        return _endless(next((part for part in pattern.parts if type(part) is not Window), pattern.parts[0]))
+    return pattern
+
+
+def _of_window(form: WindowForm) -> Kept:
     if form.window is not None and form.window.left is None:
         return Kept(0, None)
     left = 0 if form.window is None else form.window.left
@@ -82,13 +142,15 @@ def _parts(pattern: Pattern) -> Iterator[Pattern]:
     if isinstance(pattern, (Union, Intersection)):
         for part in pattern.parts:
             yield from _parts(part)
+    elif type(pattern) is Outside:
+        yield from _parts(pattern.pattern)
     else:
         yield pattern
 
 
 def _period(part: Pattern) -> int | None:
     """After how many positions a pattern begins anew; None if nobody knows."""
-    if type(part) in (Window, First):
+    if type(part) in (Window, First, Marked, MarkedKeys, MarkedQueries):
         return 1
     if type(part) is Stride:
         return part.step
@@ -104,19 +166,31 @@ def _extent(part: Pattern) -> int:
 
 
 def _bound(pattern: Pattern) -> Kept | None:
-    """The first tokens and the distances that hold all pairs; None if none do."""
+    """The first tokens, the distances and the pinned tokens that hold all pairs; None if none do."""
     if isinstance(pattern, Union):
         bounds = [_bound(part) for part in pattern.parts]
         found = [one for one in bounds if one is not None]
-        return None if len(found) < len(bounds) else Kept(max(b.sinks for b in found), max(b.left or 0 for b in found))
+        return None if len(found) < len(bounds) else _joined(found)
     if isinstance(pattern, Intersection):
-        found = [one for one in map(_bound, pattern.parts) if one is not None]
         # each part alone is an end
-        return min(found, key=lambda one: one.sinks + (one.left or 0), default=None)
-    if type(pattern) is Window:
-        return None if pattern.left is None else Kept(0, pattern.left)
-    if type(pattern) is First:
-        return Kept(pattern.n, 0)
-    if type(pattern) is Chunk:
-        return Kept(0, (pattern.left + 1) * pattern.size - 1)
-    return Kept(0, pattern.block - 1) if type(pattern) is Fixed and not pattern.summary else None
+        found = (one for one in map(_bound, pattern.parts) if one is not None)
+        return min(found, key=lambda one: (one.pinned is not None, one.sinks + (one.left or 0)), default=None)
+    return _bound_of_one(pattern)
+
+
+def _bound_of_one(part: Pattern) -> Kept | None:
+    if isinstance(part, Marked) and type(part) in (Marked, MarkedKeys, MarkedQueries):
+        queries, keys = part.marked_sides
+        return Kept(0, 0, pinned=Pinned(True, keys, queries))
+    if type(part) is Window:
+        return None if part.left is None else Kept(0, part.left)
+    if type(part) is First:
+        return Kept(part.n, 0)
+    if type(part) is Chunk:
+        return Kept(0, (part.left + 1) * part.size - 1)
+    if type(part) is Summary:
+        return Kept(0, 0, pinned=Pinned(summaries=((part.block, part.count),)))
+    if type(part) is Fixed:
+        pinned = Pinned(summaries=((part.block, part.summary),)) if part.summary else None
+        return Kept(0, part.block - 1, pinned=pinned)
+    return None

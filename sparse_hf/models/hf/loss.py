@@ -13,6 +13,17 @@ def at_least_one(num_items_in_batch: Tensor | int) -> Tensor:
     return torch.as_tensor(num_items_in_batch).clamp(min=1)
 
 
+def shifts_labels(model: Any) -> bool:
+    """Does a token's answer belong to the next label, as in a decoder?
+
+    Classes whose name says nothing of their loss (`GPT2LMHeadModel`) have that of decoders, if they call the library's.
+    """
+    # decoders of encoder-decoders take labels as they are
+    if model.config.is_encoder_decoder:
+        return False
+    return model.loss_type == "ForCausalLM" or (model.loss_type is None and model.can_generate())
+
+
 def rescaled(model: Any, output: Any, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Any:
     """Turn the mean over this batch's labels into its share of the mean over all labels of the optimizer step.
 
@@ -28,8 +39,8 @@ def rescaled(model: Any, output: Any, labels: Tensor, num_items_in_batch: Tensor
     is_share = num_items_in_batch is not None
     if is_share and model._parent_scales_loss or not (is_share or model.training):
         return output
-    # decoders of encoder-decoders take labels as they are, and compute their loss by themselves
-    shifts = model._parent_scales_loss and model.loss_type == "ForCausalLM" and not model.config.is_encoder_decoder
+    # those of encoder-decoders compute their loss by themselves
+    shifts = model._parent_scales_loss and shifts_labels(model)
     count = ((labels[..., 1:] if shifts else labels) != -100).sum()
     loss = output[0] if isinstance(output, tuple) else output.loss
     loss = torch.where(count > 0, loss, 0)

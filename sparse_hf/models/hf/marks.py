@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .cache import cached_tokens, given_cache, new_tokens, text_length
 from .config import SparseConfigMixin
+from .streaming_cache import StreamingCache
 
 logger = logging.get_logger(__name__)
 
@@ -57,10 +58,35 @@ def forward_marks(
     if given is None and config.global_token_ids and input_ids is None:
         raise ValueError("global_token_ids need input_ids; with inputs_embeds pass global_attention_mask")
     cache = None if marks_encoder else given_cache(kwargs)
+    if isinstance(cache, StreamingCache):
+        return _marks_of_new(config, cache, given, kwargs)
     found = find_marks(config, input_ids, given) if cache is None else _marks_behind(config, cache, given, kwargs)
     if found is None:
         _warn_of_none(config)
     return found
+
+
+def _marks_of_new(
+    config: SparseConfigMixin, cache: StreamingCache, given: Tensor | None, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The marks of new tokens `[B, Q]`; a streaming cache keeps those of others itself.
+
+    `given` covers the new tokens, or all.
+    """
+    tokens = new_tokens(kwargs)
+    if tokens is None:
+        return None
+    new = tokens.shape[1]
+    if not torch.compiler.is_compiling():
+        seen = cached_tokens(cache)
+        if given is not None and given.shape[-1] not in (new, seen + new):
+            raise ValueError(
+                f"global_attention_mask has shape {tuple(given.shape)}; with a StreamingCache it must cover the {new} new tokens, or all "
+                f"{seen + new}"
+            )
+        if given is None and not config.global_token_ids and not seen:
+            _warn_of_none(config)
+    return find_marks(config, kwargs.get("input_ids"), None if given is None else given[:, -new:])
 
 
 def _warn_of_none(config: SparseConfigMixin) -> None:
@@ -149,6 +175,33 @@ def generation_marks(
     return find_marks(config, input_ids, given)
 
 
+def step_marks(
+    config: SparseConfigMixin, input_ids: Tensor, given: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> Tensor | None:
+    """The marks of the new tokens of one step of `generate` `[B, Q]`, for which a streaming cache is to have room; None if there are none.
+
+    Args:
+        input_ids: the text so far, without what only a cache holds; or a piece of it, where a prompt is taken in pieces.
+        given: arguments of `prepare_inputs_for_generation`, with `global_attention_mask` of the prompt.
+        inputs: of `forward`.
+
+    Raises:
+        ValueError: a marked token would see keys that were dropped.
+    """
+    cache, tokens, marks = given_cache(inputs), new_tokens(inputs), given.get("global_attention_mask")
+    if not config.uses_marks or not isinstance(cache, StreamingCache) or tokens is None:
+        return None
+    new, length = tokens.shape[1], text_length(input_ids, given)
+    seen = length - new
+    # what was generated is marked by its ids alone
+    of_prompt = None if marks is None or marks.shape[1] <= seen else marks[:, seen:length]
+    if of_prompt is not None:
+        of_prompt = torch.nn.functional.pad(of_prompt, (0, new - of_prompt.shape[1]))
+    found = find_marks(config, inputs.get("input_ids"), of_prompt)
+    cache.expect_marks(found, seen)
+    return found
+
+
 def prompt_length(generation_config: Any, kwargs: Mapping[str, Any]) -> int | None:
     """Tokens of the prompt in `generate`, those in a cache included; None if nothing says so.
 
@@ -185,6 +238,9 @@ def whole_marks(
         return given
     rows = next((len(kwargs[name]) for name in ROWS if isinstance(kwargs.get(name), Tensor)), 0)
     before = marks_in_cache(cache, rows, past)
+    if isinstance(cache, StreamingCache) and given is not None:
+        # it knows the marks of its tokens itself
+        before = torch.zeros(rows, past, dtype=torch.bool, device=given.device)
     if before is None or (given is not None and not is_whole and given.shape[1] != prompt - past):
         if given is None or is_whole:
             return given

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -148,12 +148,22 @@ class MaskRequest:
         allowed = as_allowed(given, queries, keys)
         return cls(None, partial(explicit_mask, allowed, keys - queries), keys - queries, False, said=said)
 
+    def first_real(self, device: torch.device) -> Tensor:
+        """The slot of each row's first real token, `[B or 1]`."""
+        real = self.attention_mask
+        return torch.zeros(1, dtype=torch.long, device=device) if real is None else real.to(device).int().argmax(1)
+
+    def real_tokens(self, rows: int, end: int, device: torch.device) -> Tensor:
+        """Which of the first `end` slots hold real tokens, `[B, end]`."""
+        real = self.attention_mask
+        return torch.ones(rows, end, dtype=torch.bool, device=device) if real is None else real[:, :end].to(device)
+
     def to(self, target: Any) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
         if isinstance(target, torch.dtype):
             return self
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
-        return MaskRequest(mask, self.mask_function, self.q_offset, self.reads_documents, self.own, self.said)
+        return replace(self, attention_mask=mask, memo={})
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
@@ -246,6 +256,23 @@ class MaskRequest:
         if positions is None or positions.ndim != 2 or positions.shape[1] != keys:
             return None
         return number_documents(positions, self.attention_mask).expand(rows, -1)
+
+
+class TensorLikeRequest(MaskRequest):
+    """That of a family which chooses keys by content, whose classes take the mask for a tensor on its way to their indexer."""
+
+    dtype = torch.bool
+
+    def __getitem__(self, index: Any) -> TensorLikeRequest:
+        """The same request: the mask of a head is that of all."""
+        return self
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def __and__(self, choice: Any) -> Any:
+        """The choice, which was made among the pairs of the mask."""
+        return choice
 
 
 def layer_pattern(module: Any, stack: StackFacts, is_causal: bool) -> str:

@@ -35,7 +35,15 @@ from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
 from .loss import at_least_one, rescaled
-from .marks import check_spelling, forward_marks, generation_marks, prompt_length, remember_marks, whole_marks
+from .marks import (
+    check_spelling,
+    forward_marks,
+    generation_marks,
+    prompt_length,
+    remember_marks,
+    step_marks,
+    whole_marks,
+)
 from .mask_request import FLEETING, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
@@ -263,12 +271,15 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
         if getattr(given_cache(given), CHECKED, False):
             inputs[CHECKED] = True
-        marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
-        if marks is not None:
-            inputs["global_attention_mask"] = over_slots(marks, given)
+        if isinstance(given_cache(given), StreamingCache):
+            inputs["global_attention_mask"] = step_marks(self.config, input_ids, given, inputs)
+        else:
+            marks = generation_marks(self.config, input_ids, given.get("global_attention_mask"), given)
+            if marks is not None:
+                inputs["global_attention_mask"] = over_slots(marks, given)
         if lost is not None:
             inputs[lost] = emptied_cache(self, input_ids, given, inputs)
-        decoding_patterns(self, inputs, given)
+        decoding_patterns(self, inputs, given, is_anew=lost is not None)
         return inputs
 
     return prepare_inputs_for_generation
@@ -311,7 +322,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with _said(self, kwargs):
+        with _said(self, kwargs, given_cache(given) is not None):
             output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
@@ -326,8 +337,13 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> AbstractContextManager[None]:
     """Have layers know of arguments that the dense class may keep from them.
+
+    Args:
+        model: of the pass.
+        kwargs: its arguments.
+        has_cache: behind a cache nobody asks where documents begin.
 
     Raises:
         NotImplementedError: arguments in a compiled graph, where the class keeps them.
@@ -337,7 +353,11 @@ def _said(model: SparseMixin, kwargs: dict[str, Any]) -> AbstractContextManager[
         return nullcontext()
     if torch.compiler.is_compiling():
         # a decoder's positions reach its layers under another name, and that padding was checked saves a look at most
-        harmless = {CHECKED, "document_positions"} if isinstance(model, GenerationMixin) else {CHECKED}
+        is_decoder = isinstance(model, GenerationMixin) or has_cache
+        harmless = {CHECKED, "document_positions"} if is_decoder else {CHECKED}
+        if "streaming_cache" in said:
+            # layers have the cache, which has the rest
+            harmless |= {"streaming_cache", "turned_sinks", "global_attention_mask"}
         lost = [name for name in said if name not in harmless]
         if lost and model.keeps_arguments:
             raise NotImplementedError(
@@ -380,7 +400,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
     if marks is not None:
         own["global_attention_mask"] = marks
     if "streaming_cache" not in given and "streaming_cache" not in known:
-        own |= begin_streaming(model.config, given)
+        own |= begin_streaming(model.config, given, marks)
     decode = given.get("decode")
     if decode is not None:
         model.config.check_decode(decode)

@@ -1,7 +1,8 @@
 """A cache of constant memory: each layer keeps the keys that a later query can still see, and drops the others.
 
 That is possible where a pattern has an end: a window, chunks, what a head of its own sees, all of them with or without the first
-tokens (sinks). Layers that see everything keep all, beside others that drop. Keys are held as they came, with their true positions
+tokens (sinks), marked ones, and summaries of blocks, of which a layer keeps as many as there are. Layers that see everything keep all,
+beside others that drop. Keys are held as they came, with their true positions
 in them, so that answers are those with a cache that drops nothing.
 
 Shapes do not change with the text, and counters are tensors, so that `generate` compiles decoding as with a static cache.
@@ -11,16 +12,19 @@ Legend: B batch; a token's number counts from the start of the text, padding inc
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from transformers import Cache, PreTrainedConfig
 
+from ...attention.slots.far_keys import FarKeys
 from ...attention.slots.new_tokens import Filled
 from .config import SparseConfigMixin
 from .kept import Kept, read_kept
+from .pinning_layer import PinningLayer
 from .positions import why_not_turned
 from .streaming_layer import StreamingLayer
 
@@ -36,8 +40,9 @@ class StreamingCache(Cache):
     """For `model.generate(ids, cache=StreamingCache(model.config))`, and for passes by hand, of any number of tokens.
 
     Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + spare` tokens per layer and row,
-    from the first pass on; a pass of more than `spare` tokens needs that of its own tokens more while it runs. Padding is on the
-    left, before all tokens of its row. Weights that `sparse_reference` gives are those of the keys that are held, as they lie.
+    from the first pass on, and of marked tokens and summaries as they come; a pass of more than `spare` tokens needs that of its own
+    tokens more while it runs. Padding is on the left, before all tokens of its row. Weights that `sparse_reference` gives are those
+    of the keys that are held, as they lie.
 
     Copies (`copy.deepcopy`) go on with a shared prefix on their own. `crop(-n)` takes n tokens back, at least `spare` of them.
 
@@ -67,10 +72,14 @@ class StreamingCache(Cache):
         if positions not in POSITIONS:
             raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(map(repr, POSITIONS))}")
         self.patterns = _patterns(config)
-        super().__init__(layers=[StreamingLayer(kept, spare) for kept in _kept(self.patterns)])
+        super().__init__(layers=[_layer(kept, spare) for kept in _kept(self.patterns)])
         # tokens of padding before each row `[B]`, None where there are none
         self.padding: Tensor | None = None
-        reason = why_not_turned(config)
+        # the marks of the tokens of this pass `[B, Q]`, None where there are none
+        self.marks: Tensor | None = None
+        # what this pass says of first tokens that are too far away
+        self.turned_sinks: Any = None
+        reason = why_not_turned(config) or self._why_not_turned()
         if positions == "cache" and reason:
             raise ValueError(reason)
         # the position from which on first tokens are seen as among what is kept: None if they never are
@@ -89,22 +98,37 @@ class StreamingCache(Cache):
         # all are of one kind, which Transformers' class does not say
         return cast(list[StreamingLayer], self.layers)
 
+    def _why_not_turned(self) -> str | None:
+        """Why first tokens cannot be seen as among what the layers keep; None if they can."""
+        pinning = next((number for number, layer in enumerate(self.layers) if isinstance(layer, PinningLayer)), None)
+        if pinning is None:
+            return None
+        return (
+            f"positions='cache' counts first tokens and those of a window, and layer {pinning} keeps others too: its pattern is "
+            f"{self.patterns[pinning]}; use positions='true'"
+        )
+
     @property
     def rows(self) -> int | None:
         """Batch rows of the tokens that it has seen; None before the first."""
         return next((layer.rows for layer in self.own_layers if layer.rows), None)
 
-    def begin(self, attention_mask: Tensor | None, rows: int, new: int, can_be_in_place: bool) -> None:
+    def begin(
+        self, attention_mask: Tensor | None, rows: int, new: int, can_be_in_place: bool, marks: Tensor | None = None
+    ) -> None:
         """Prepare for a pass of `new` tokens in each row.
 
         Args:
             attention_mask: of all tokens so far; None where there is no more padding than in the passes before.
             can_be_in_place: may attention read the slots as they lie?
+            marks: of the new tokens, bool `[B, new]`; None where nothing is marked.
 
         Raises:
             ValueError: another number of rows than in the passes before, a mask of another shape than `[B, tokens so far]`,
-                padding elsewhere than on the left or than it was, or layers that an interrupted pass has left behind.
+                padding elsewhere than on the left or than it was, layers that an interrupted pass has left behind, or marked tokens that
+                see keys which were dropped.
         """
+        self.marks, self.turned_sinks = marks, None
         few = new <= min(layer.spare for layer in self.own_layers) and can_be_in_place and not torch.is_grad_enabled()
         if is_compiling():
             # what a graph cannot ask: `generate` compiles steps behind a prompt, whose padding is known
@@ -121,13 +145,37 @@ class StreamingCache(Cache):
         for layer in self.own_layers:
             if layer.keys is not None and layer.keys.shape[0] != rows:
                 layer.forget()
+        sees_all = self.expect_marks(marks, seen)
         self.make_room(seen + new)
         if attention_mask is not None or not seen:
             self.padding = _going_on(self.padding, padding_of(attention_mask, seen + new), seen)
         self.settled = self.padding is None or bool((self.padding < seen + new).all())
         is_padded = self.padding is not None and bool((self.padding > seen).any())
         has_graph = any(layer.keys is not None and layer.keys.requires_grad for layer in self.own_layers)
-        self.in_place = few and not is_padded and not has_graph
+        self.in_place = few and not is_padded and not has_graph and not sees_all
+
+    def expect_marks(self, marks: Tensor | None, seen: int) -> bool:
+        """Prepare for new tokens with `marks` `[B, Q]` behind `seen` ones. Returns whether one of them sees all keys.
+
+        Raises:
+            ValueError: it sees keys that were dropped.
+        """
+        pinning = [layer for layer in self.own_layers if isinstance(layer, PinningLayer) and layer.pinned.marks]
+        most = int(marks.sum(1).max()) if marks is not None and pinning else 0
+        if marks is None or not most:
+            return False
+        wide = [layer for layer in pinning if layer.pinned.queries]
+        for layer in wide:
+            held = layer.kept.sinks + (layer.kept.left or 0)
+            if seen > held:
+                raise ValueError(
+                    f"a new token behind {seen} others is marked, and under {self.patterns[self.layers.index(layer)]} it would see all of "
+                    f"them, of which the StreamingCache may drop all but {held} and the marked ones: mark tokens in the first pass, use "
+                    "marked_keys() in the pattern, which lets all see marked tokens, or a DynamicCache, which keeps all"
+                )
+        for layer in pinning:
+            layer.make_room_for_marks(seen + marks.shape[1], most)
+        return bool(wide)
 
     def _seen_by_all(self) -> int:
         """Tokens that each layer has seen."""
@@ -143,12 +191,20 @@ class StreamingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
-        return self.own_layers[layer_idx].update(key_states, value_states, self.padding, self.in_place)
+        return self.own_layers[layer_idx].update(key_states, value_states, self.padding, self.in_place, self.marks)
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
         layer = self.own_layers[layer_idx]
-        return Filled(layer.counter - new, begins=self.padding, ring=layer.ring)
+        found = Filled(layer.counter - new, begins=self.padding, ring=layer.ring)
+        if not isinstance(layer, PinningLayer):
+            return found
+        return replace(found, marks=layer.marks_of_pass(self.in_place), oldest=layer.near_begin(new, self.padding))
+
+    def far_keys(self, layer_idx: int, new: int) -> FarKeys | None:
+        """The tokens that a layer keeps for good and that are not among the keys that it gave; None if there are none."""
+        layer = self.own_layers[layer_idx]
+        return layer.far_keys(new, self.padding) if isinstance(layer, PinningLayer) else None
 
     def real(self, layer_idx: int, keys: int, new: int, rows: int) -> Tensor | None:
         """Of the `keys` that a layer gave in order, the `new` among them: which are no padding, bool `[B, K]`; None if all are."""
@@ -164,7 +220,7 @@ class StreamingCache(Cache):
     def activate_past_recording(self) -> None:
         """Prepare for drafts, of which tokens are taken back."""
         for layer in self.own_layers:
-            layer.widen(SPARE_FOR_DRAFTS)
+            layer.widen(SPARE_FOR_DRAFTS, self.padding)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens back: the last `-tokens_to_remove`.
@@ -191,7 +247,7 @@ class StreamingCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.settled = False
-        self.padding, self.in_place, self.turns = None, False, self.turns_from == 0
+        self.padding, self.marks, self.in_place, self.turns = None, None, False, self.turns_from == 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -209,6 +265,10 @@ class StreamingCache(Cache):
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
 
+def _layer(kept: Kept, spare: int) -> StreamingLayer:
+    return StreamingLayer(kept, spare) if kept.pinned is None else PinningLayer(kept, spare)
+
+
 def why_not_streamed(config: PreTrainedConfig) -> str | None:
     """Why a model cannot decode behind a StreamingCache; None if it can."""
     try:
@@ -216,6 +276,22 @@ def why_not_streamed(config: PreTrainedConfig) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def why_not_by_default(config: PreTrainedConfig) -> str | None:
+    """Why a model decodes behind a StreamingCache only if somebody asks for it; None if it does in any case."""
+    reason = why_not_streamed(config)
+    if reason is not None:
+        return reason
+    cache = StreamingCache(config)
+    wide = (n for n, layer in enumerate(cache.layers) if isinstance(layer, PinningLayer) and layer.pinned.queries)
+    layer = next(wide, None)
+    if layer is None:
+        return None
+    return (
+        f"layer {layer} has the pattern {cache.patterns[layer]}: a token that is marked in a later pass would see keys that were dropped; "
+        "with marked_keys() it sees no more than others"
+    )
 
 
 def _patterns(config: PreTrainedConfig) -> list[str]:
@@ -232,6 +308,11 @@ def _patterns(config: PreTrainedConfig) -> list[str]:
     if set(config.stacks) != {""}:
         raise ValueError(
             f"a StreamingCache is for decoders, and {config.model_type} has {' and '.join(config.stacks)}; use a DynamicCache"
+        )
+    if config.chooses_keys:
+        raise ValueError(
+            f"each token of {config.model_type} chooses keys by content anew, and a StreamingCache would have dropped some; use a "
+            "DynamicCache"
         )
     if config.decode == "dense":
         raise ValueError(

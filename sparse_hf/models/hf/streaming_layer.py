@@ -88,17 +88,18 @@ class StreamingLayer(CacheLayerMixin):
         """Have slots for so many tokens, if it keeps all. Some to spare: a graph is of one number of slots."""
         if not self.keeps_all or length <= self.ring.slots:
             return
-        grown = length if self.keys is None else max(length, 2 * self.ring.slots)
-        # an eighth more at most, so that texts of nearly the same length share a graph
-        step = max(LEAST_ROOM, (1 << (grown - 1).bit_length()) // 8)
-        more = -(-grown // step) * step - self.ring.slots
+        more = rounded_up(length if self.keys is None else max(length, 2 * self.ring.slots)) - self.ring.slots
         self.wanted = self.ring.slots + more
         if self.keys is not None and self.values is not None:
             with torch.inference_mode(False):
                 self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
 
-    def widen(self, spare: int) -> None:
-        """Have so many slots to spare, at least."""
+    def widen(self, spare: int, padding: Tensor | None = None) -> None:
+        """Have so many slots to spare, at least.
+
+        Args:
+            padding: `[B]`, tokens of padding before each row; None where there are none.
+        """
         if spare <= self.spare:
             return
         self._note_oldest()
@@ -106,21 +107,25 @@ class StreamingLayer(CacheLayerMixin):
         self.spare = spare
         if self.keeps_all or held[0] is None or held[1] is None:
             return
-        count = self.counter.expand(held[0].shape[0])
-        there = positions_in(self.ring, count)
-        # what is beyond the old ring was overwritten, and is read by nobody
-        index = slots_of(before, there.clamp(min=0))
         with torch.inference_mode(False):
-            self.keys, self.values = (_taken(t, index).clone() for t in held if t is not None)
+            self.keys, self.values = (self._widened(t, before, padding) for t in held if t is not None)
+
+    def _widened(self, held: Tensor, before: Ring, padding: Tensor | None) -> Tensor:
+        """Slots `[B, G, S, D]` of the ring before, as the wider ring has them."""
+        there = positions_in(self.ring, self.before(padding))
+        # what is beyond the old ring was overwritten, and is read by nobody
+        return taken(held, slots_of(before, there.clamp(min=0))).clone()
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False,
+        marks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Take keys and values `[B, G, Q, D]`; give what their queries see, `[B, G, K, D]`.
 
         Args:
             padding: `[B]`, tokens of padding before each row; None where there are none.
             in_place: give the slots as they lie. There must be no padding among the new tokens, and no gradient.
+            marks: `[B, Q]` bool, of the new tokens, for layers that ask for them; None where there are none.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -129,8 +134,8 @@ class StreamingLayer(CacheLayerMixin):
         before = self.before(padding)
         if in_place:
             slots = slots_of(self.ring, before[:, None] + torch.arange(new, device=self.device))
-            _put(self.keys, slots, key_states)
-            _put(self.values, slots, value_states)
+            put(self.keys, slots, key_states)
+            put(self.values, slots, value_states)
             keys, values = self.keys, self.values
         else:
             keys, values = self._in_order(key_states, value_states, before, padding)
@@ -174,12 +179,16 @@ class StreamingLayer(CacheLayerMixin):
         past = self._past(padding)
         if not past:
             return keys, values
+        index = self._slots_in_order(past, before)
+        return torch.cat((taken(self.keys, index), keys), 2), torch.cat((taken(self.values, index), values), 2)
+
+    def _slots_in_order(self, past: int, before: Tensor) -> Tensor:
+        """The slots `[B or 1, past]` of the keys that are held, the last ones at the end."""
         dropped = self._dropped(before)[:, None]
         # which of its own kept tokens each is, negative where a row has fewer
         rank = torch.arange(past, device=self.device) - past + before[:, None] - dropped
         positions = torch.where(rank < self.kept.sinks, rank, rank + dropped).clamp(min=0)
-        index = slots_of(self.ring, positions)
-        return torch.cat((_taken(self.keys, index), keys), 2), torch.cat((_taken(self.values, index), values), 2)
+        return slots_of(self.ring, positions)
 
     def real(self, keys: int, new: int, padding: Tensor | None) -> Tensor | None:
         """Which of `keys` in order, the `new` among them and just written, are tokens of a row: bool `[B or 1, K]`; None if all."""
@@ -196,14 +205,17 @@ class StreamingLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The slots with the new tokens in them."""
         assert self.keys is not None and self.values is not None
-        new = keys.shape[2]
+        index, fresh = self._fresh(keys.shape[2], before, padding)
+        return joined(self.keys, keys, index, fresh), joined(self.values, values, index, fresh)
+
+    def _fresh(self, new: int, before: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which of the new tokens each slot gets, and whether it gets one: `[B or 1, S]` each."""
         after = before + new if padding is None else (self.counter + new - padding.to(self.device)).clamp(min=0)
         there = positions_in(self.ring, after)
         # tokens of a row are the last of the new ones
         index = there - after[:, None] + new
         fresh = (there >= before[:, None]) & (there >= 0)
-        index = index.clamp(0, new - 1)
-        return _joined(self.keys, keys, index, fresh), _joined(self.values, values, index, fresh)
+        return index.clamp(0, new - 1), fresh
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # what is dropped does not concern the mask: the attention function asks the cache
@@ -257,7 +269,13 @@ class StreamingLayer(CacheLayerMixin):
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
 
 
-def _put(held: Tensor, slots: Tensor, new: Tensor) -> None:
+def rounded_up(slots: int, least: int = LEAST_ROOM) -> int:
+    """At least so many slots, an eighth more at most, so that texts of nearly the same length share a graph."""
+    step = max(least, (1 << (slots - 1).bit_length()) // 8)
+    return -(-slots // step) * step
+
+
+def put(held: Tensor, slots: Tensor, new: Tensor) -> None:
     """Write `new` `[B, G, Q, D]` to slots `[B or 1, Q]`."""
     if slots.shape[0] == 1:
         held.index_copy_(2, slots[0], new)
@@ -265,16 +283,16 @@ def _put(held: Tensor, slots: Tensor, new: Tensor) -> None:
         held.scatter_(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]), new)
 
 
-def _taken(held: Tensor, slots: Tensor) -> Tensor:
+def taken(held: Tensor, slots: Tensor) -> Tensor:
     """`[B, G, K, D]` of slots `[B or 1, K]`."""
     if slots.shape[0] == 1:
         return held.index_select(2, slots[0])
     return held.gather(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]))
 
 
-def _joined(held: Tensor, new: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
+def joined(held: Tensor, new: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
     """Slots `held`, but for those that are `fresh` `[B or 1, S]`, which get the new tokens of an `index`."""
-    written = torch.where(fresh[:, None, :, None], _taken(new, index), held)
+    written = torch.where(fresh[:, None, :, None], taken(new, index), held)
     if new.requires_grad or held.requires_grad:
         return written
     return held.copy_(written)

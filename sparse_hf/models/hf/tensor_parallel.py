@@ -83,7 +83,8 @@ def _asks_for_heads(text: str) -> bool:
 @lru_cache(maxsize=256)
 def _cached_asks(text: str) -> bool:
     pattern = Pattern.parse(text)
-    return pattern.heads is not None or pattern.uses_content
+    # choices are each head's own
+    return pattern.heads is not None or pattern.uses_content and "lsh" in text
 
 
 @torch.compiler.assume_constant_result

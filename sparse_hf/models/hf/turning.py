@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from ...attention.scoring import Scoring
-from ...attention.strides import folded
+from ...attention.slots.far_keys import FarKeys, far_attention
 from ...pattern import First, Window
 from ...pattern.base import as_pattern
 from ...pattern.complement import Outside
@@ -101,7 +101,7 @@ class TurnedSinks:
 
     def of_layer(self, layer: int, pattern: str) -> FarSinks | None:
         """What a layer does with its first tokens; None if it has none, or turns nothing."""
-        kept, turn = _kept_with_sinks(pattern), self.turns[layer]
+        kept, turn = kept_with_sinks(pattern), self.turns[layer]
         return None if kept is None or turn is None else FarSinks(turn, kept, self.start, self.jumps, pattern)
 
 
@@ -118,7 +118,7 @@ class FarSinks:
     @property
     def near(self) -> str:
         """The pattern of the other part."""
-        return _near(self.pattern, self.jumps)
+        return near_pattern(self.pattern, self.jumps)
 
     def part(
         self, tensors: tuple[Tensor, Tensor, Tensor], seen: Tensor | int, of_rows: Tensor | None, of_keys: Tensor | None,
@@ -153,67 +153,37 @@ class FarSinks:
             scoring: scale and soft cap.
         """
         own, positions = queries
-        sinks, left, _ = self.kept
+        sinks, left = self.kept.sinks, self.kept.left
         assert left is not None
         # among what is kept for it, a query is behind the first tokens and the window
         among = own.clamp(max=sinks + left)
         wanted = torch.where(positions >= self.start, among, positions)
         turned = self.turn.turned(q, self.turn.from_to(positions, wanted))
         least = -1 if self.jumps else left
-        if torch.compiler.is_compiling():
-            return _operator(turned, keys, values, own, self.pattern, least, scoring.scale, scoring.softcap)
-        return _to_first(turned, keys, values, own, self.pattern, least, scoring)
+        far = FarKeys.of_first(keys, values)
+        return far_attention(turned, far, own, self.pattern, scoring, least)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
 @torch.compiler.assume_constant_result
-def _kept_with_sinks(pattern: str) -> Kept | None:
+def kept_with_sinks(pattern: str) -> Kept | None:
+    """What a layer keeps whose first tokens may be far away; None of others."""
     kept = read_kept(pattern)
-    return kept if isinstance(kept, Kept) and kept.sinks and kept.left is not None else None
+    return None if isinstance(kept, str) or not kept.sinks or kept.left is None else kept
 
 
 @torch.compiler.assume_constant_result
-def _near(text: str, jumps: bool) -> str:
+def near_pattern(text: str, jumps: bool) -> str:
+    """A pattern without first tokens that are far away, or without any of them where positions jump."""
     kept, pattern = read_kept(text), as_pattern(text)
     assert isinstance(kept, Kept)
     rest = Outside(First(kept.sinks)) if jumps else Window(kept.left, 0)
+    if kept.pinned is not None:
+        # tokens that are kept for good are seen from any distance
+        rest = rest | Outside(First(kept.sinks))
     if pattern.heads:
         return str(type(pattern)(*(head & rest for head in pattern.heads)))
     return str(pattern & rest)
-
-
-def _to_first(
-    q: Tensor, keys: Tensor, values: Tensor, own: Tensor, pattern: str, least: int, scoring: Scoring
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention to first tokens that are more than `least` before a query; what sees none gives 0 and an lse of -inf."""
-    form, groups = as_pattern(pattern), keys.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    index, place = torch.arange(keys.shape[2], device=q.device)[None, None], own.clamp(min=0)[:, :, None]
-    apart = own[:, :, None] - index > least
-    held = torch.stack([head.allows(place, index) & apart for head in form.heads or (form,)], 1)
-    held = folded(held.expand(-1, q.shape[1], -1, -1), groups)
-    scores = folded(q, groups).to(dtype) @ keys.to(dtype).mT * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    blind = ~held.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(held | blind), -torch.inf)
-    out = (scores.softmax(-1) @ values.to(dtype)).masked_fill(blind, 0)
-    lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
-    return tuple(t.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for t in (out.to(q.dtype), lse))  # pyright: ignore
-
-
-@torch.library.custom_op("sparse_hf::first_tokens", mutates_args=())
-def _operator(
-    q: Tensor, keys: Tensor, values: Tensor, own: Tensor, pattern: str, least: int, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _to_first(q, keys, values, own, pattern, least, Scoring(scale, softcap))
-    return out.contiguous(), lse.contiguous()
-
-
-@_operator.register_fake
-def _fake(q, keys, values, *rest):
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], values.shape[-1])), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSinks]:
@@ -240,7 +210,10 @@ def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSink
         steps = places[:, 1:] - places[:, :-1]
         # padding repeats positions
         jumps = bool((steps > 1).any())
-    return {"turned_sinks": TurnedSinks(find_turns(model), start, jumps)}
+    turned = TurnedSinks(find_turns(model), start, jumps)
+    if isinstance(cache, StreamingCache):
+        cache.turned_sinks = turned
+    return {"turned_sinks": turned}
 
 
 def _start_of_one_pass(model: Any, tokens: Tensor, places: Tensor | None) -> int | None:
@@ -259,7 +232,7 @@ def trained_reach(config: Any) -> int | None:
     positions = config.positions
     if positions is None or positions.scheme != "rotary" or set(config.stacks) != {""} or why_not_turned(config):
         return None
-    if not any(_kept_with_sinks(config.layer_pattern(n, is_causal=True)) for n in range(config.num_hidden_layers)):
+    if not any(kept_with_sinks(config.layer_pattern(n, is_causal=True)) for n in range(config.num_hidden_layers)):
         return None
     return positions.reach_of(config)
 

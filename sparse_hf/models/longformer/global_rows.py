@@ -10,17 +10,22 @@ Legend: B batch, N tokens, H heads, D head dim, E = H * D, M most marked tokens 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...attention.backend import AttentionCall
+from ...attention.dropout import Dropout
+from ...attention.scoring import Scoring
 from ...plan import NOTHING
 from ..hf.config import SparseConfigMixin
-from ..hf.own_modules import attend_by_pattern
+from ..hf.own_modules import attend_by_pattern, backend_of
 from ..hf.processes import owes_gradients
 from ..hf.tensor_parallel import own_heads
+from ..hf.text_parts import TextPart
 from .halves import ALL_KEYS, halves
 from .projections import are_plain, is_host_bound, joined
 from .rows import marked_only, replaced_rows, taken, write_rows
@@ -54,6 +59,8 @@ class GlobalRowsMixin(_Module):
         """
         tokens = Tokens(NOTHING) if attention_mask is None else attention_mask
         pattern = self.config.layer_pattern(self.layer_id, stack=self.stack)
+        if tokens.part is not None:
+            return (self._of_part(hidden_states, pattern, tokens.part),)
         joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
         # marked tokens that see every key need no plan, unless weights are drawn or shown
         sees_all = tokens.rows is not None and not (self.training and self.dropout) and not output_attentions
@@ -77,6 +84,19 @@ class GlobalRowsMixin(_Module):
             if weights is not None and global_weights is not None:
                 weights = torch.where(is_marked, global_weights, weights)
         return (out,) if weights is None else (out, weights)
+
+    def _of_part(self, states: Tensor, pattern: str, part: TextPart) -> Tensor:
+        """Attention `[B, n, E]` of this process's tokens to a text that several processes hold."""
+        q, k, v = map(self._heads, self._project(LOCAL, states))
+        local, rows = halves(own_heads(pattern, self, q.shape[1], self.num_heads))
+        dropout = Dropout.draw(self.dropout if self.training else 0.0)
+        call = AttentionCall(q, k, v, local, 0, Scoring(self.head_dim**-0.5), dropout, NOTHING, wants_lse=False)
+        out, _ = part.attention(call, backend_of(self.config))
+        if rows is None:
+            return self._keep_gradients(_by_token(out), states)
+        q, k, v = map(self._heads, self._project(GLOBAL, states))
+        found = part.marked_rows(replace(call, q=q, k=k, v=v, pattern=rows), out)
+        return self._keep_gradients(_by_token(out), states) if found is None else _by_token(found)
 
     def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows, of_marked: Sequence[Tensor]) -> Tensor:
         """`out` `[B, N, E]` with the rows of marked tokens replaced, which see every key: M * N work, wherever they are.

@@ -6,6 +6,7 @@ Texts need no padding to the window. Attention weights come as whole squares and
 compact form of Transformers. Packed documents are kept apart where `position_ids` tell them.
 """
 
+from dataclasses import replace
 from functools import wraps
 
 import torch
@@ -26,10 +27,12 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
+from ..hf.mask_request import said_of
 from ..hf.model_mixin import SparseEncoderMixin, SparseMixin
 from ..hf.outputs import wanted_outputs
 from ..hf.positions import Positions
 from ..hf.register import register_family
+from ..hf.text_parts import TEXT_PART
 from .attention_window import AttentionWindowConfigMixin, window_pattern
 from .global_rows import GlobalRowsMixin, run_layers
 from .tokens import read_tokens
@@ -94,6 +97,7 @@ class SparseLongformerModel(SparseEncoderMixin, LongformerModel):
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )
         tokens = read_tokens(states, attention_mask, global_attention_mask, position_ids)
+        tokens = replace(tokens, part=said_of(self.config).get(TEXT_PART))
         if tokens.marks is not None and not self.config.uses_marks:
             raise ValueError(f"attention_mask marks global tokens, but {self.config.why_no_marks}")
         last, states, weights = run_layers(self.encoder.layer, states, tokens, with_weights, with_states)

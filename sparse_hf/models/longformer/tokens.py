@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...plan import BatchInfo, of_batch
 from ..hf.documents import number_documents
+from ..hf.text_parts import TextPart
 
 # what Transformers' first Longformer wrote into `attention_mask` for a global token
 GLOBAL = 2
@@ -46,6 +47,7 @@ class Tokens:
     batch: BatchInfo
     order: Tensor | None = None  # [B, N] int64: indices of marked tokens, then of other real ones, then of padding
     rows: MarkedRows | None = None
+    part: TextPart | None = None  # of a text that several processes hold
 
     @property
     def real(self) -> Tensor | None:

@@ -151,7 +151,7 @@ def _attend(text: str, **options):
         (lambda: Pattern.parse("lsh(None)"), "give their number"),
         (lambda: Pattern.parse("per_head(lsh(8), lsh(8))"), "use it alone"),
         (lambda: sparse_hf.build_plan("lsh(8)", 40), "pass the pattern itself"),
-        (_attend("lsh(8) & lsh(4)"), "two hashes cannot be intersected"),
+        (_attend("lsh(8) & lsh(4)"), "two hashes or choices cannot"),
         (_attend("lsh_chunks(8)"), r"other models take lsh\(...\)"),
         (_attend("lsh(8)", backend="flex"), "cannot run lsh"),
         (_attend("lsh(8)", softcap=3.0), "does not go with softcap"),

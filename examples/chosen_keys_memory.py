@@ -1,0 +1,122 @@
+"""Bytes that a layer which chooses its keys by content holds at once, here and in Transformers' class: counted, not timed.
+
+One layer of each family with a tiny width and a dense feed-forward part reads a text, forward and backward, on the CPU. The
+count is that of tensors, so that it is the same in every run.
+
+    python examples/chosen_keys_memory.py --out docs/results
+    python examples/chosen_keys_memory.py --families deepseek_v32 --longest 65536
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sparse_hf
+from sparse_hf.bench import environment, result_path, write_json
+from sparse_hf.testing import LiveBytes
+
+# lengths at which Transformers' class is counted too
+BOTH = (2048, 4096, 8192)
+MLA = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 8,
+    "index_topk": 64, "index_head_dim": 16, "index_n_heads": 2, "max_position_embeddings": 1 << 17, "pad_token_id": 0,
+    "mlp_layer_types": ["dense"],
+}  # fmt: skip
+GROUPED = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 1 << 17, "pad_token_id": 0,
+}  # fmt: skip
+OF_IMAGES = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "axk2": MLA,
+    "deepseek_v32": MLA,
+    "dots3_note_text": {**MLA, "layer_types": ["indexed_attention"], "head_dim": 16},
+    "glm5_next_text": {**MLA, "qk_rope_head_dim": 0, "index_kpool": 4, "layer_types": ["indexed_attention"]},
+    "glm_moe_dsa": MLA,
+    "hy_v4": MLA,
+    "hy_v4_vl_text": {**MLA, "rope_parameters": OF_IMAGES},
+    "minimax_m3_vl_text": {
+        **GROUPED, "num_local_experts": 4, "dense_intermediate_size": 64, "rotary_dim": 8, "index_n_heads": 1, "index_head_dim": 16,
+        "index_block_size": 16, "index_topk_blocks": 4, "layer_types": ["minimax_m3_sparse"], "mlp_layer_types": ["dense"],
+    },
+    "mistral_large4_text": {name: value for name, value in MLA.items() if name != "q_lora_rank"},
+    "qwen4_exp_text": {
+        **GROUPED, "layer_types": ["indexed_attention"], "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "num_experts": 4, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [], "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 16, "indexer_budget": 64, "indexer_compress_ratio": 4,
+    },
+}  # fmt: skip
+
+
+def held(model: Any, length: int) -> int:
+    """Bytes that a forward and a backward pass hold at once."""
+    ids = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as live:
+        model(input_ids=ids, use_cache=False)[0].square().mean().backward()
+    model.zero_grad()
+    return live.peak
+
+
+def counted(family: str, longest: int, console: Console) -> list[dict[str, Any]]:
+    """Rows of a family: a length, bytes here and in Transformers' class."""
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    sparse, rows = sparse_hf.sparsify(dense), []
+    for length in (BOTH[0] << i for i in range((longest // BOTH[0]).bit_length())):
+        # the dense class of Qwen4-Exp loops over queries
+        stock = length in BOTH and not (family == "qwen4_exp_text" and length > BOTH[0])
+        row = {"tokens": length, "bytes": held(sparse, length), "stock_bytes": held(dense, length) if stock else None}
+        rows.append(row)
+        console.print(family, row)
+    return rows
+
+
+def slope(rows: list[dict[str, Any]], of: str) -> float | None:
+    """By what power of the length the bytes grow, from the first to the last row that has them."""
+    known = [row for row in rows if row[of]]
+    if len(known) < 2:
+        return None
+    growth = math.log(known[-1][of] / known[0][of]) / math.log(known[-1]["tokens"] / known[0]["tokens"])
+    return round(growth, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--longest", type=int, default=BOTH[-1], help="tokens of the longest text, here alone")
+    parser.add_argument("--out", type=Path, help="folder of results")
+    given, console = parser.parse_args(), Console()
+    found = {}
+    for family in given.families:
+        longest = max(given.longest, 1 << 16) if family == "deepseek_v32" and given.out else given.longest
+        rows = counted(family, longest, console)
+        found[family] = {"rows": rows, "slope": slope(rows, "bytes"), "stock_slope": slope(rows, "stock_bytes")}
+    table = Table("family", "tokens", "MiB here", "MiB in Transformers")
+    for family, content in found.items():
+        for row in content["rows"]:
+            stock = "-" if row["stock_bytes"] is None else f"{row['stock_bytes'] / 2**20:.1f}"
+            table.add_row(family, f"{row['tokens']:,}", f"{row['bytes'] / 2**20:.1f}", stock)
+    console.print(table)
+    if given.out:
+        content = {"environment": environment(torch.device("cpu")), "unit": "bytes of tensors at once, forward and backward, one layer",
+                   "families": found}  # fmt: skip
+        path = result_path(given.out, content["environment"], "chosen-keys-memory")
+        write_json(content, path)
+        console.print(path)
+
+
+if __name__ == "__main__":
+    main()

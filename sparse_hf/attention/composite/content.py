@@ -1,0 +1,109 @@
+"""Attention by patterns that choose pairs by content: what positions say on any backend, what is chosen on its own, merged exactly.
+
+Legend: B batch, H query heads, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ...pattern import Pattern
+from ...pattern.forms import CutContent, read_content
+from ...plan import BlockPlan, find_plan
+from ..autograd import AutogradBackend
+from ..backend import AttentionCall, Backend, Given, Gradients, Results
+from ..backends.reference import with_weights
+from ..merge import merge
+
+
+class ContentPlan(Protocol):
+    """The pairs that positions say, and those that are chosen: each pair is in one of the two."""
+
+    @property
+    def positions(self) -> BlockPlan: ...
+
+    @property
+    def chosen(self) -> Any:
+        """The plan of the pairs that are chosen, as the kind's backend takes it."""
+        ...
+
+    def chosen_mask(self, call: AttentionCall) -> Tensor:
+        """The pairs that are chosen, `[B, H, Q, K]` bool. O(n^2)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to choose pairs.
+
+    Args:
+        name: what logs and tests call it.
+        backends: names of backends that may be asked for.
+        make_plan: from a call, what chooses, and the plan of positions.
+        backend: what computes the pairs that are chosen.
+        why_not: why a call cannot be run, None if it can.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    make_plan: Callable[[AttentionCall, tuple[CutContent, ...], BlockPlan], ContentPlan]
+    backend: Backend
+    why_not: Callable[[AttentionCall], str | None]
+
+
+@dataclass(frozen=True)
+class ContentPairs(Backend):
+    """Pairs of positions on the backend that `pick` chooses, and those that are chosen on that of their kind."""
+
+    kind: Kind
+    pick: Callable[[AttentionCall], Backend]
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.kind.name
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return self.kind.why_not(call)
+
+    def forward(self, call: AttentionCall) -> Results:
+        positions, chosen = self._calls(call)
+        return merge([self.pick(positions).forward(positions), self.kind.backend.forward(chosen)])
+
+    def backward(self, call: AttentionCall, given: Given) -> Gradients:
+        positions, chosen = self._calls(call)
+        one = self.pick(positions).backward(positions, given)
+        other = self.kind.backend.backward(chosen, given)
+        return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
+
+    def _calls(self, call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
+        """The calls over pairs of positions and over those that are chosen."""
+        plan = planned(call, self.kind)
+        return tuple(call.part(call.q, call.k, call.v, part, call.dropout) for part in (plan.positions, plan.chosen))
+
+
+class DenseContentPairs(AutogradBackend, ContentPairs):
+    """The specification: one dense mask of positions and choices, differentiated by autograd. O(n^2)."""
+
+    def forward(self, call: AttentionCall) -> Results:
+        out, lse, _ = dense_weights(call, self.kind)
+        return out, lse
+
+
+def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
+    plan = planned(call, kind)
+    return with_weights(call, plan.chosen_mask(call) | plan.positions.to_dense())
+
+
+def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
+    """The plan of a call, which its backward pass finds again."""
+    if call.chosen_plan is None:
+        assert call.pattern is not None
+        form = read_content(str(call.pattern))
+        positions = find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
+        call.chosen_plan = kind.make_plan(call, form.chosen, positions)
+    return call.chosen_plan

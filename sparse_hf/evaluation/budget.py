@@ -1,0 +1,105 @@
+"""What may be spent on full attention, and how wide a pattern is everywhere for the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..models.hf.kept import read_kept
+from ..pattern import First, Pattern, PerHead, Window, causal
+from ..pattern.forms import WindowForm, read_window
+from ..plan import build_plan
+
+Of = Literal["layers", "pairs", "cache"]
+By = Literal["layers", "heads", "both"]
+Rank = Literal["answers", "attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a model stays dense, of what, and how it is chosen.
+
+    Args:
+        share: between 0 and 1.
+        of: what it is a share of: the layers (or heads) that stay dense; the pairs of query and key that the dense model
+            computes; the bytes of its cache. Of pairs and bytes, what the pattern itself takes is part of it.
+        by: what stays dense: whole layers, groups of heads that share keys, or whichever moves answers less.
+        rank: by what layers are ranked: "answers" makes each local alone, a pass for each layer and question; "attention" looks
+            at the weights on the tokens that answers copy, a pass for each question. Heads are ranked by attention.
+
+    Raises:
+        ValueError: a share outside 0 .. 1, an unknown word, or bytes of the cache by heads.
+
+    Example: `Budget(share=0.25, of="pairs", by="heads")`.
+    """
+
+    share: float = 0.25
+    of: Of = "layers"
+    by: By = "layers"
+    rank: Rank = "answers"
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"budget is {self.share}; it must be a share between 0 and 1")
+        for name, words in (("of", Of), ("by", By), ("rank", Rank)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(words))}")
+        if self.of == "cache" and self.by != "layers":
+            raise ValueError(
+                "a cache keeps the same tokens for all heads of a layer; choose layers (by='layers') for its bytes"
+            )
+
+    def dense_share(self, pattern: Pattern, length: int) -> float:
+        """The share of layers or heads that can be dense while the others have `pattern`, in texts of `length` tokens.
+
+        Raises:
+            ValueError: the pattern alone takes all of it.
+        """
+        if self.of == "layers":
+            return self.share
+        alone = pairs_share(pattern, length) if self.of == "pairs" else cache_share(pattern, length)
+        if alone >= self.share:
+            raise ValueError(
+                f"a budget of {self.share} of the {self.of} leaves nothing for dense layers: {pattern} alone takes {alone:.3f} of them "
+                f"at {length:,} tokens; raise it, or narrow the pattern"
+            )
+        return (self.share - alone) / (1 - alone)
+
+
+def pairs_share(pattern: Pattern, length: int) -> float:
+    """The share of a decoder's pairs that a pattern holds, a mean over heads."""
+    if pattern.heads:
+        return sum(pairs_share(head, length) for head in pattern.heads) / len(pattern.heads)
+    plan = build_plan(str(pattern & causal()), length, length)
+    return plan.density * length * length / (length * (length + 1) / 2)
+
+
+def cache_share(pattern: Pattern, length: int) -> float:
+    """The share of a text's tokens that a streaming cache keeps for a layer with this pattern."""
+    kept = read_kept(str(_causal(pattern)))
+    if isinstance(kept, str) or kept.left is None:
+        return 1.0
+    return min(length, kept.sinks + kept.left + 1) / length
+
+
+def uniform(pattern: Pattern, share: float, length: int) -> Pattern | None:
+    """The pattern with a wider window, that holds this share of a decoder's pairs; None where it is no window with sinks."""
+    form = "" if pattern.heads else read_window(pattern & causal(), length)
+    if not isinstance(form, WindowForm) or form.window is None or form.marked or form.window.left is None:
+        return None
+    least, most = form.window.left, length - 1
+    while least < most:
+        middle = (least + most + 1) // 2
+        if pairs_share(_window(middle, form.first), length) <= share:
+            least = middle
+        else:
+            most = middle - 1
+    return _window(least, form.first)
+
+
+def _causal(pattern: Pattern) -> Pattern:
+    return PerHead(*(head & causal() for head in pattern.heads)) if pattern.heads else pattern & causal()
+
+
+def _window(left: int, first: int) -> Pattern:
+    return Window(left, 0) | First(first) & causal() if first else Window(left, 0)

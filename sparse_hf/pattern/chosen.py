@@ -1,0 +1,66 @@
+"""Patterns that choose the best keys of each query by score, at run time (`attention/composite/chosen.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import whole
+from .content import Content
+
+BLOCK_SCORES = ("mean", "bounds")
+
+
+@dataclass(frozen=True)
+class TopK(Content):
+    """The `count` keys with the largest products with the query, of those that the rest of the pattern does not hold.
+
+    Each query of each head chooses for itself, within whatever causality, padding, documents and `&` allow: `window(127, 0) |
+    first(4) | topk(2048)`. What it sees of its past depends on its past alone, so that decoding with a cache is exact. Of equal
+    products the earlier key is taken. A query with fewer keys to choose from gets them all.
+
+    All keys are scored, in pieces: time grows with the square of the length, at the price of a product, and memory by `count`
+    for each query. Choices have no gradient; what is attended to has.
+    """
+
+    count: int
+    word = "topk"
+
+    def __post_init__(self):
+        whole(f"{self.word}: count", self.count, 1)
+
+    @property
+    def most_keys(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class TopKBlocks(Content):
+    """The `count` blocks of `size` keys that score highest for the query, one of which is the query's own block.
+
+    Blocks are counted from the first token of a sequence. Each query of each head chooses among blocks that the rest of the
+    pattern does not hold in full; a causal model chooses among those that end before the query's block. Of equal scores the
+    earlier block is taken.
+
+    `scores` says what a block is worth:
+
+    - "mean": the product with the mean of its keys (MoBA, arXiv:2502.13189).
+    - "bounds": the largest product that a key within the smallest and largest number of each dimension could have (Quest,
+      arXiv:2406.10774), which is never below the product of any of its keys.
+    """
+
+    count: int
+    size: int
+    scores: str = "mean"
+    word = "topk_blocks"
+
+    def __post_init__(self):
+        for name in ("count", "size"):
+            whole(f"{self.word}: {name}", getattr(self, name), 1)
+        if self.scores not in BLOCK_SCORES:
+            raise ValueError(
+                f"{self.word}: scores is {self.scores!r}; the known ones are {', '.join(map(repr, BLOCK_SCORES))}"
+            )
+
+    @property
+    def most_keys(self) -> int:
+        return self.count * self.size

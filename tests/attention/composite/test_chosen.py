@@ -1,0 +1,145 @@
+"""`topk(...)` and `topk_blocks(...)` against their definition, in attention and in models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_hf
+from sparse_hf import Pattern, sparse_attention
+from sparse_hf.testing import AllocationInterceptor
+from tests import oracle
+from tests.attention import choices
+from tests.attention.exactness import compare, leaves, tensors
+from tests.models.families import dense_model
+from tests.table import SCENARIOS
+
+BLOCKS = "window(6, 0) | topk_blocks(3, 8)"
+TOKENS = "window(6, 0) | first(2) | topk(8)"
+
+
+@pytest.mark.parametrize("case", SCENARIOS)
+@pytest.mark.parametrize("text", choices.PATTERNS)
+def test_equals_the_definition(text, case):
+    for backend in ("reference", "blockwise"):
+        compare(backend, text, 36, case, (4, 2, 16), torch.float64, mask_of=choices.mask_of)
+
+
+@pytest.mark.parametrize("text", ["topk(60)", "topk(1000)", "window(5, 0) | topk(60)", "topk_blocks(8, 8)"])
+def test_a_choice_of_all_keys_is_dense_attention(text):
+    q, k, v = tensors((4, 2, 16), 60, 60, torch.float64)
+    for cut, mask in (
+        (" & window(None, 0)", torch.ones(60, 60, dtype=torch.bool).tril()),
+        ("", torch.ones(60, 60) > 0),
+    ):
+        whole = f"({text}){cut}"
+        if "window(5, 0)" in text and not cut:
+            whole = text
+        out, lse = sparse_attention(q, k, v, whole, return_lse=True)
+        for found, wanted in zip((out, lse), oracle.attention(q, k, v, mask), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("text", [f"({BLOCKS}) & window(None, 0)", "topk(8)"])
+def test_soft_caps_and_dropout_agree_with_the_reference(text):
+    q, k, v = tensors((4, 2, 16), 60, 60, torch.float64)
+    found = []
+    for backend in ("reference", "blockwise"):
+        torch.manual_seed(5)
+        found.append(sparse_attention(q, k, v, text, backend=backend, dropout=0.4, softcap=2.0))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", [BLOCKS, TOKENS])
+def test_compiled_gradients(text):
+    torch._dynamo.reset()
+
+    def attend(q, k, v):
+        return sparse_attention(q, k, v, text, return_lse=True)
+
+    given = tensors((4, 2, 16), 60, 60, torch.float64)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for one, other in zip(oracle.gradients(compiled, *given), oracle.gradients(attend, *given), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')"])
+def test_no_tensor_has_two_lengths(text):
+    length = 8_256
+    q, k, v = leaves(*[(1, 1, length, 8)] * 3)
+    with AllocationInterceptor(length) as seen:
+        sparse_attention(q, k, v, f"({text}) & window(None, 0)").sum().backward()
+    # blocks of eight are chosen from some queries at a time
+    assert not seen.quadratic
+
+
+def test_scores_find_large_products():
+    torch.manual_seed(0)
+    k = torch.randn(1, 2, 1024, 32)
+    q = k.flip(2) + 0.1 * torch.randn_like(k)
+    weights = (q @ k.mT * 32**-0.5).softmax(-1)
+    kept = {}
+    for text in ("topk(64)", "topk_blocks(8, 8)", "topk_blocks(8, 8, 'bounds')"):
+        held = sparse_attention(q, k, torch.eye(1024).expand(1, 2, -1, -1), text) > 0
+        kept[text] = float(weights[held].sum() / weights.sum())
+    # nobody finds more than the best keys, and each leaves the sixteenth that chance would find far behind
+    assert kept["topk(64)"] == max(kept.values()) > 0.35 and min(kept.values()) > 0.15
+
+
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS])
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_generates_the_same_with_every_cache_and_padded(head, text):
+    ours = sparse_hf.sparsify(dense_model(head), text)
+    ids = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    found = ours.generate(ids, **options)
+    assert torch.equal(found, ours.generate(ids, **options, use_cache=False))
+    assert torch.equal(found, ours.generate(ids, **options, cache_implementation="static", disable_compile=True))
+    padded = torch.nn.functional.pad(ids, (11, 0))
+    assert torch.equal(ours.generate(padded, attention_mask=(padded > 0).long(), **options)[:, 11:], found)
+
+
+@pytest.mark.parametrize(("head", "text"), [("LlamaForCausalLM", TOKENS), ("BertForMaskedLM", BLOCKS)])
+def test_in_a_model(head, text, tmp_path):
+    ours = sparse_hf.sparsify(dense_model(head), text)
+    ids = torch.randint(3, 97, (2, 70), generator=torch.Generator().manual_seed(1))
+    wanted = ours(input_ids=ids, labels=ids)
+    wanted.loss.backward()
+    ours.save_pretrained(tmp_path)
+    again = type(ours).from_pretrained(tmp_path, attn_implementation="sparse_reference").eval()
+    outputs = again(input_ids=ids, output_attentions=True)
+    torch.testing.assert_close(outputs.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert outputs.attentions[0].shape == (2, 4, 70, 70)
+
+
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS])
+def test_packed_equals_separate(text):
+    ours = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), text)
+    one, two = (torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (50, 37))
+    places = torch.cat([torch.arange(50), torch.arange(37)])[None]
+    packed = ours(torch.cat([one, two], 1), position_ids=places).logits
+    torch.testing.assert_close(packed, torch.cat([ours(t).logits for t in (one, two)], 1), rtol=1e-4, atol=1e-5)
+
+
+def _attend(text: str, **options):
+    return lambda: sparse_attention(*tensors((4, 2, 16), 40, 40, torch.float32), text, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Pattern.parse("topk(0)"), "topk: count is 0; it must be a whole number of at least 1"),
+        (lambda: Pattern.parse("topk_blocks(4, 8, 'most')"), "the known ones are 'mean', 'bounds'"),
+        (lambda: Pattern.parse("per_head(topk(8), topk(8))"), "use it alone"),
+        (lambda: Pattern.parse("outside(topk(8))"), "give a pattern of positions"),
+        (lambda: sparse_hf.build_plan("topk(8)", 40), "pass the pattern itself"),
+        (_attend("topk(8) & topk(4)"), "two hashes or choices cannot be intersected"),
+        (_attend("topk(8) | lsh(4)"), "has both"),
+        (_attend("topk(8)", relative_bias=torch.zeros(4, 79)), "does not go with relative_bias"),
+        (lambda: sparse_hf.sparsify(dense_model("LlamaForCausalLM"), TOKENS)(
+            torch.full((1, 40), 5), attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool)), "2-D attention mask"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(call, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        call()
