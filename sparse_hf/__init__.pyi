@@ -76,6 +76,9 @@ from .models import SparseCohere2Config as SparseCohere2Config
 from .models import SparseCohere2ForCausalLM as SparseCohere2ForCausalLM
 from .models import SparseCohere2Model as SparseCohere2Model
 from .models import SparseConfigMixin as SparseConfigMixin
+from .models import SparseDeepseekV4Config as SparseDeepseekV4Config
+from .models import SparseDeepseekV4ForCausalLM as SparseDeepseekV4ForCausalLM
+from .models import SparseDeepseekV4Model as SparseDeepseekV4Model
 from .models import SparseDeepseekV32Config as SparseDeepseekV32Config
 from .models import SparseDeepseekV32ForCausalLM as SparseDeepseekV32ForCausalLM
 from .models import SparseDeepseekV32Model as SparseDeepseekV32Model
@@ -314,6 +317,8 @@ from .pattern import RandomBlocks as RandomBlocks
 from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
+from .pattern import TopK as TopK
+from .pattern import TopKBlocks as TopKBlocks
 from .pattern import Window as Window
 from .pattern import Window2d as Window2d
 from .pattern import causal as causal
@@ -591,6 +596,9 @@ __all__ = [
     "SparseDeepseekV32Config",
     "SparseDeepseekV32Model",
     "SparseDeepseekV32ForCausalLM",
+    "SparseDeepseekV4Config",
+    "SparseDeepseekV4Model",
+    "SparseDeepseekV4ForCausalLM",
     "SparseDots3NoteTextConfig",
     "SparseDots3NoteTextModel",
     "SparseDots3NoteForCausalLM",
@@ -633,6 +641,8 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "TopK",
+    "TopKBlocks",
     "Window",
     "Window2d",
     "causal",
