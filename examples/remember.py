@@ -12,6 +12,7 @@ It prints for each fact after how many tokens it was asked for, and how likely i
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import random
@@ -67,13 +68,13 @@ def remembered(
     """
     cache = DynamicCache(config=model.config) if window is None else sparse_hf.StreamingCache(model.config)
     # versions of Transformers call it one thing or the other
-    behind = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     place, read = {}, 0
     for turn in turns:
         ids = tokenizer(turn.text, return_tensors="pt", add_special_tokens=False).input_ids
         if turn.name:
             place[turn.name] = read
-        model(input_ids=ids, use_cache=True, logits_to_keep=1, **behind)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
         read += ids.shape[1]
     found = []
     for turn in turns:
@@ -84,9 +85,8 @@ def remembered(
         )
         answer = tokenizer(f" {turn.number}", add_special_tokens=False)
         ids = torch.tensor([[*question.input_ids, *answer.input_ids]])
-        logits = model(input_ids=ids, use_cache=True, **behind).logits[0]
-        # the next question is asked as if this one never were
-        cache.crop(-ids.shape[1])
+        # each question is asked as if the others never were
+        logits = model(input_ids=ids, use_cache=True, **{name: copy.deepcopy(cache)}).logits[0]
         wanted = torch.tensor(answer.input_ids)
         said = logits[len(question.input_ids) - 1 : -1].float()
         found.append({
