@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .distances import distances_of
 from .hf.cache import of_streaming
 from .hf.mask_request import MaskRequest
 from .hf.positions import Positions
@@ -31,7 +31,7 @@ def alibi_arguments(slopes: Tensor, attention_mask: Any, query: Tensor, key: Ten
 
 
 def by_distance(slopes: Tensor, attention_mask: Any, query: Tensor, key: Tensor) -> Tensor:
-    """The bias `[H, F + K]` of distances (key - query) from `-F` up, where F is the place of the last query.
+    """The bias `[H, distances]` of the distances (key - query) of `distances_of`.
 
     Dense classes add the same number to all keys of a query, which a softmax does not see.
 
@@ -41,5 +41,5 @@ def by_distance(slopes: Tensor, attention_mask: Any, query: Tensor, key: Tensor)
         query: `[B, H, Q, D]`.
         key: `[B, H, K, D]`.
     """
-    last = int(MaskRequest.of(attention_mask, query, key).q_offset) + query.shape[2] - 1
-    return slopes[:, None].float() * torch.arange(-last, key.shape[2], device=key.device)
+    past = MaskRequest.of(attention_mask, query, key).q_offset
+    return slopes[:, None].float() * distances_of(query.shape[2], key.shape[2], past, key.device)

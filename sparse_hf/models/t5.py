@@ -4,10 +4,10 @@ T5 adds to every score a learned bias that depends on the distance alone. Stock 
 length dimensions; here it is one vector of distances per head, which every backend reads.
 """
 
-import torch
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
+from .distances import distances_of
 from .hf.encoder_decoder import SparseEncoderDecoderConfigMixin
 from .hf.model_mixin import SparseEncoderMixin
 from .hf.positions import Positions
@@ -30,8 +30,8 @@ class SparseT5Attention(T5Attention):
     """T5's attention whose bias is linear in the length."""
 
     def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
-        """The bias `[num_heads, past + queries - 1 + keys]` at the distances (key - query) from `1 - past - queries` up."""
-        distances = torch.arange(1 - int(past_seen_tokens) - query_length, key_length, device=device)
+        """The bias `[num_heads, distances]`, see `distances`."""
+        distances = distances_of(query_length, key_length, past_seen_tokens, device)
         buckets = self._relative_position_bucket(
             distances,
             bidirectional=not self.is_decoder,

@@ -83,13 +83,14 @@ def test_padding_inside_a_row_under_the_whole_past(pattern, kernels, monkeypatch
     torch.testing.assert_close(got.cpu().double(), right, atol=1e-5, rtol=1e-5)
 
 
-def capped(q, k, v, mask, softcap):
-    if softcap is None:
+def capped(q, k, v, mask, softcap, bias=None):
+    if softcap is None and bias is None:
         return oracle.attention(q, k, v, mask)
     repeats = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = (scores if bias is None else scores + bias).masked_fill(~mask, -torch.inf)
     return torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0) @ v, scores.logsumexp(-1)
 
 
@@ -193,7 +194,26 @@ def test_what_is_read_as_a_window(pattern, reach):
     assert read_reach(Pattern.parse(pattern), 100) == reach
 
 
-def test_a_bias_is_refused():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("seen", "new"), COUNTS)
+@pytest.mark.parametrize("pattern", [WINDOWS[1], WINDOWS[2], OTHERS[0]])
+def test_a_bias_by_distance(pattern, seen, new, softcap):
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, new), (2, SLOTS), (2, SLOTS)))
+    bias, end = torch.randn(4, 2 * SLOTS - 1), seen + new
+    real = torch.arange(SLOTS) >= torch.tensor([[0], [min(seen, 9)]])
+    mask = oracle.dense_mask(pattern, new, end, real[:, :end])
+    of_pairs = bias.double()[:, torch.arange(end) - torch.arange(seen, end)[:, None] + SLOTS - 1]
+    exact, lse = capped(q.double(), k[:, :, :end].double(), v[:, :, :end].double(), mask, softcap, of_pairs)
+    scoring = Scoring(8**-0.5, softcap, bias)
+    got, sums = slots_attention(q, k, v, Filled(torch.tensor(seen), real), pattern, scoring, wants_lse=True)
+    torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.double(), lse, atol=1e-5, rtol=1e-5)
+    got, _ = slots_attention(q, k, v, Filled(torch.tensor(seen), real), pattern, scoring)
+    torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ring_has_no_bias():
     q, k, v = (torch.randn(1, 2, n, 8) for n in (1, 9, 9))
-    with pytest.raises(NotImplementedError, match="no relative bias"):
-        slots_attention(q, k, v, Filled(torch.tensor(3)), "window(3, 0)", Scoring(1.0, bias=torch.zeros(2, 12)))
+    filled, scoring = Filled(torch.tensor(3), ring=Ring(1, 8)), Scoring(1.0, bias=torch.zeros(2, 17))
+    with pytest.raises(NotImplementedError, match="ring of slots.*no relative bias"):
+        slots_attention(q, k, v, filled, "window(3, 0)", scoring)

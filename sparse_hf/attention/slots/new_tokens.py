@@ -67,16 +67,18 @@ def slots_attention(
         k, v: `[B, G, K, D]`; what lies behind the new tokens is read by nobody, but no NaN may lie there.
         filled: what stands in the slots.
         pattern: the text of a causal pattern.
-        scoring: scale and soft cap; a bias is refused.
+        scoring: scale, soft cap, and a bias `[H, 2 K - 1]` of the distances (slot - query) from `1 - K` to `K - 1`; a ring knows none.
         wants_lse: is the lse read? If not, it holds nothing.
     """
-    if scoring.bias is not None:
-        raise NotImplementedError("attention over the slots of a static cache knows no relative bias")
+    if scoring.bias is not None and filled.ring:
+        raise NotImplementedError(
+            "attention over a ring of slots, of which some were written again, knows no relative bias"
+        )
     # traced, so that a graph finds where texts begin once for all layers
     begins = filled.begins if filled.real is None else filled.real.int().argmax(1)
     return _operator(
         q, k, v, filled.seen, filled.real, begins, filled.marks, filled.oldest, list(filled.ring), pattern, scoring.scale,
-        scoring.softcap, wants_lse,
+        scoring.softcap, wants_lse, scoring.bias,
     )  # fmt: skip
 
 
@@ -91,31 +93,30 @@ def takes_slots(pattern: str) -> bool:
 def _operator(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, real: Tensor | None, begins: Tensor | None, marks: Tensor | None,
     oldest: Tensor | None, ring: list[int], pattern: str, scale: float, softcap: float | None, wants_lse: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form, turns, scoring = as_pattern(pattern), Ring(*ring), Scoring(scale, softcap)
     # a ring holds the last tokens of a text without end
     reach = read_reach(form, ANY_LENGTH if turns else k.shape[2])
-    if (
-        reach is not None
-        and oldest is None
-        and why_unfit(q, v) is None
-        and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS
-    ):
+    fits = bias is None and oldest is None and why_unfit(q, v) is None
+    if reach is not None and fits and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
         from .kernels import decode
 
         return decode((q, k, v), seen, real, begins, reach, turns, scoring)
+    of_bias = None if bias is None else _bias(bias, seen, q.shape[2], k.shape[2])
     if turns:
         places = _new(seen, begins, q.shape[2])
         mask = _ring_mask(form, reach, places, positions_in(turns, places[:, -1] + 1), turns, marks, oldest)
     elif reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
+        of_bias = None if of_bias is None else _taken(of_bias.expand(slots.shape[0], -1, -1, -1).mT, slots).mT
         places = slots if begins is None else slots - begins[:, None]
         exists = exists if real is None else exists & real.gather(1, slots)
         mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
     else:
         mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])
-    return _dense(q, k, v, mask, scoring, wants_lse)
+    return _dense((q, k, v), mask, of_bias, scoring, wants_lse)
 
 
 @_operator.register_fake
@@ -187,6 +188,14 @@ def _mask(
     return torch.stack(torch.broadcast_tensors(*found), 1)
 
 
+def _bias(bias: Tensor, seen: Tensor, new: int, slots: int) -> Tensor:
+    """`[1, H, Q, K]` of a bias `[H, 2 K - 1]` by distance."""
+    queries = seen + torch.arange(new, device=seen.device)[:, None]
+    distances = torch.arange(slots, device=seen.device) - queries + slots - 1
+    # of new tokens behind the last slot, which nobody reads
+    return bias[:, distances.clamp(min=0)][None]
+
+
 def _taken(t: Tensor, slots: Tensor) -> Tensor:
     """`[B, G, n, D]` of `[B, G, K, D]`."""
     if slots.shape[0] == 1:
@@ -195,19 +204,22 @@ def _taken(t: Tensor, slots: Tensor) -> Tensor:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring, wants_lse: bool
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor, bias: Tensor | None, scoring: Scoring, wants_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention under a mask, and its lse if it is wanted; what sees nothing gives 0."""
+    """Attention under a mask and a bias `[B or 1, H, Q, n]`, and its lse if it is wanted; what sees nothing gives 0."""
+    q, k, v = tensors
     groups, lse = k.shape[1], q.new_empty(q.shape[:3], dtype=torch.float32)
     blind = ~mask.any(-1, keepdim=True)
     opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), groups)
     queries = folded(q, groups)
-    if scoring.softcap is None and not wants_lse:
+    if scoring.softcap is None and bias is None and not wants_lse:
         out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
     else:
         scores = queries.float() @ k.float().mT * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        if bias is not None:
+            scores = scores + folded(bias.float().expand(q.shape[0], -1, -1, -1), groups)
         scores = scores.masked_fill(~opened, -torch.inf)
         out = (scores.softmax(-1) @ v.float()).to(q.dtype)
         sums = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)

@@ -6,9 +6,9 @@ import inspect
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from ..distances import distances_of
 from ..hf.derive import subclass
 
 # a mixin stands before a dense class, whose attributes a type checker finds here
@@ -33,8 +33,8 @@ class DistanceBias(_Attention):
     forward_arguments: tuple[str, ...]
 
     def compute_bias(self, query_length: int, key_length: int, device=None, past_seen_tokens=0) -> Tensor:
-        """The bias `[num_heads, past + queries - 1 + keys]` at the distances (key - query) from `1 - past - queries` up."""
-        distances = torch.arange(1 - int(past_seen_tokens) - query_length, key_length, device=device)
+        """The bias `[num_heads, distances]`, see `distances`."""
+        distances = distances_of(query_length, key_length, past_seen_tokens, device)
         # some classes take from themselves what others want to be told
         more = {
             "bidirectional": not self.is_decoder,

@@ -58,6 +58,13 @@ def learning() -> Learning | None:
     return LEARNING.get() if torch.is_grad_enabled() else None
 
 
+def tell_learning(module: Any, query: Tensor, key: Tensor, scale: float) -> None:
+    """Tell whoever learns what the attention of a layer would have weighed."""
+    learns = learning()
+    if learns is not None:
+        learns.attention(getattr(module, "indexer", None), query, key, scale)
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The keys of each query, `[B, C, Q, N]` with C one of 1, G and H, where a class hands them on in place of a mask."""
@@ -78,7 +85,10 @@ def choice_of(module: Any, mask: Any, query: Tensor, key: Tensor, kwargs: Mappin
     refuse_bounds(kwargs)
     if isinstance(mask, Choice):
         return mask.index
-    return _tokens_of_blocks(module, mask, query, key, blocks) if chosen is None else chosen[:, None]
+    if blocks is None:
+        assert chosen is not None
+        return chosen[:, None]
+    return _tokens_of_blocks(module, mask, query, key, blocks)
 
 
 def _tokens_of_blocks(module: Any, mask: Any, query: Tensor, key: Tensor, blocks: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def _joined(found: Iterable[Kept]) -> Kept:
     left = None if None in lefts else max(one for one in lefts if one is not None)
     pinned = [one.pinned for one in found if one.pinned is not None]
     summaries = dict.fromkeys(pair for one in pinned for pair in one.summaries)
-    flags = (any(flags) for flags in zip(*(one[:3] for one in pinned), strict=True))
+    flags = any(one.marks for one in pinned), any(one.keys for one in pinned), any(one.queries for one in pinned)
     return Kept(
         max(one.sinks for one in found),
         left,
