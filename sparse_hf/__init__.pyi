@@ -89,6 +89,9 @@ from .models import SparseDebertaV2ForQuestionAnswering as SparseDebertaV2ForQue
 from .models import SparseDebertaV2ForSequenceClassification as SparseDebertaV2ForSequenceClassification
 from .models import SparseDebertaV2ForTokenClassification as SparseDebertaV2ForTokenClassification
 from .models import SparseDebertaV2Model as SparseDebertaV2Model
+from .models import SparseDeepseekV4Config as SparseDeepseekV4Config
+from .models import SparseDeepseekV4ForCausalLM as SparseDeepseekV4ForCausalLM
+from .models import SparseDeepseekV4Model as SparseDeepseekV4Model
 from .models import SparseDeepseekV32Config as SparseDeepseekV32Config
 from .models import SparseDeepseekV32ForCausalLM as SparseDeepseekV32ForCausalLM
 from .models import SparseDeepseekV32Model as SparseDeepseekV32Model
@@ -619,6 +622,9 @@ __all__ = [
     "SparseDeepseekV32Config",
     "SparseDeepseekV32Model",
     "SparseDeepseekV32ForCausalLM",
+    "SparseDeepseekV4Config",
+    "SparseDeepseekV4Model",
+    "SparseDeepseekV4ForCausalLM",
     "SparseDots3NoteTextConfig",
     "SparseDots3NoteTextModel",
     "SparseDots3NoteForCausalLM",

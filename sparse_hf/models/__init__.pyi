@@ -95,6 +95,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2ForTokenClassification,
     DebertaV2Model,
 )
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM, DeepseekV4Model
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32ForCausalLM, DeepseekV32Model
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
@@ -643,6 +645,9 @@ __all__ = [
     "SparseDeepseekV32Config",
     "SparseDeepseekV32Model",
     "SparseDeepseekV32ForCausalLM",
+    "SparseDeepseekV4Config",
+    "SparseDeepseekV4Model",
+    "SparseDeepseekV4ForCausalLM",
     "SparseDots3NoteTextConfig",
     "SparseDots3NoteTextModel",
     "SparseDots3NoteForCausalLM",
@@ -1514,6 +1519,18 @@ class SparseDeepseekV32Model(SparseMixin, DeepseekV32Model):
 
 class SparseDeepseekV32ForCausalLM(SparseGenerationMixin, DeepseekV32ForCausalLM):
     config: SparseDeepseekV32Config
+
+@dataclass(kw_only=True)
+class SparseDeepseekV4Config(IndexedConfigMixin, DeepseekV4Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDeepseekV4Model(SparseMixin, DeepseekV4Model):
+    config: SparseDeepseekV4Config
+
+class SparseDeepseekV4ForCausalLM(SparseGenerationMixin, DeepseekV4ForCausalLM):
+    config: SparseDeepseekV4Config
 
 @dataclass(kw_only=True)
 class SparseDots3NoteTextConfig(IndexedConfigMixin, Dots3NoteTextConfig):
