@@ -15,6 +15,7 @@ Legend: B batch, H query heads, G key heads, R = H / G, Q new tokens, K slots, D
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Filled:
         begins: `[B]`, tokens of padding before each row; None where they are known from `real`, or there is none.
         ring: where tokens stand by their positions; `NO_RING` where each is in the slot of its number, padding included.
         oldest: `[B or 1]`, the position behind the first tokens of a ring from which on it is read; None where all of it is.
+        shared: what the layers of a pass have computed of a ring, for each other; None in a graph.
+        length: tokens of a ring's text, the new ones among them, where the host knows that; padding included.
     """
 
     seen: Tensor
@@ -55,6 +58,8 @@ class Filled:
     begins: Tensor | None = None
     ring: Ring = NO_RING
     oldest: Tensor | None = None
+    shared: dict[Any, Any] | None = None
+    length: int | None = None
 
 
 def slots_attention(
@@ -74,12 +79,38 @@ def slots_attention(
         raise NotImplementedError(
             "attention over a ring of slots, of which some were written again, knows no relative bias"
         )
+    if filled.shared is not None and filled.length is not None and why_unfit(q, v) is not None:
+        return _by_shared_mask((q, k, v), filled, pattern, scoring, wants_lse)
     # traced, so that a graph finds where texts begin once for all layers
     begins = filled.begins if filled.real is None else filled.real.int().argmax(1)
     return _operator(
         q, k, v, filled.seen, filled.real, begins, filled.marks, filled.oldest, list(filled.ring), pattern, scoring.scale,
         scoring.softcap, wants_lse, scoring.bias,
     )  # fmt: skip
+
+
+def _by_shared_mask(
+    tensors: tuple[Tensor, Tensor, Tensor], filled: Filled, pattern: str, scoring: Scoring, wants_lse: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same where no kernel reads a ring, under a mask that layers of one pattern share."""
+    q, k, v = tensors
+    assert filled.shared is not None and filled.length is not None
+    # as long as the ring has not come round, slots are filled from the first on
+    keys, new = min(k.shape[2], filled.length), q.shape[2]
+    own = pattern, filled.ring, q.shape[1], k.shape[1], new, wants_lse, scoring.softcap is None, q.dtype
+    if own not in filled.shared:
+        form = as_pattern(pattern)
+        places = _new(filled.seen, filled.begins, new)
+        held = positions_in(filled.ring, places[:, -1] + 1)
+        reach = read_reach(form, ANY_LENGTH) if filled.oldest is None else None
+        mask = _ring_mask(form, reach, places, held, filled.ring, filled.marks, filled.oldest)[..., :keys]
+        filled.shared[own] = _opened(mask, q.shape[1], k.shape[1])
+        if scoring.softcap is None and not wants_lse:
+            # what the kernel adds, made once
+            opened, blind = filled.shared[own]
+            filled.shared[own] = torch.zeros_like(opened, dtype=q.dtype).masked_fill_(~opened, -torch.inf), blind
+    opened, blind = filled.shared[own]
+    return _under((q, k[:, :, :keys], v[:, :, :keys]), opened, blind, None, scoring, wants_lse)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -208,9 +239,31 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention under a mask and a bias `[B or 1, H, Q, n]`, and its lse if it is wanted; what sees nothing gives 0."""
     q, k, v = tensors
-    groups, lse = k.shape[1], q.new_empty(q.shape[:3], dtype=torch.float32)
     blind = ~mask.any(-1, keepdim=True)
-    opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), groups)
+    opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), k.shape[1])
+    out, found = _under(tensors, opened, blind, bias, scoring, wants_lse)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    # an operator gives tensors of its own, of the layout that it has said
+    return like(q, v.shape[-1]).copy_(out), lse.copy_(found) if wants_lse else lse
+
+
+def _opened(mask: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor | None]:
+    """A mask of query heads by key head, in which each query sees something, and which ones see nothing: None if all do."""
+    blind = ~mask.any(-1, keepdim=True)
+    is_some = bool(blind.any())
+    mask = mask | blind if is_some else mask
+    if mask.shape[1:3] != (1, 1):
+        mask = folded(mask.expand(-1, heads, -1, -1), groups)
+    return mask, blind if is_some else None
+
+
+def _under(
+    tensors: tuple[Tensor, Tensor, Tensor], opened: Tensor, blind: Tensor | None, bias: Tensor | None, scoring: Scoring,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention under a mask of query heads by key head, and its lse, which is empty if it is not wanted."""
+    q, k, v = tensors
+    groups, lse = k.shape[1], q.new_empty(0, dtype=torch.float32)
     queries = folded(q, groups)
     if scoring.softcap is None and bias is None and not wants_lse:
         out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
@@ -222,7 +275,7 @@ def _dense(
             scores = scores + folded(bias.float().expand(q.shape[0], -1, -1, -1), groups)
         scores = scores.masked_fill(~opened, -torch.inf)
         out = (scores.softmax(-1) @ v.float()).to(q.dtype)
-        sums = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-        lse.copy_(sums.masked_fill(blind[..., 0], -torch.inf))
-    out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).masked_fill(blind, 0)
-    return like(q, v.shape[-1]).copy_(out), lse
+        lse = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        lse = lse if blind is None else lse.masked_fill(blind[..., 0], -torch.inf)
+    out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return (out if blind is None else out.masked_fill(blind, 0)), lse

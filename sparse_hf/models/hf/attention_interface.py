@@ -56,12 +56,13 @@ def sparse_mask(
     """What Transformers calls once per forward pass, with keywords."""
     if config is not None and not isinstance(config, SparseConfigMixin):
         raise ValueError(why_dense(config))
-    if not isinstance(kv_offset, int) or kv_offset:
+    drops = not isinstance(kv_offset, int) or kv_offset
+    if drops and (config is None or not config.own_caches):
         raise NotImplementedError(
             "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "
             "reads only the keys that its pattern holds, or a StreamingCache, which drops what no pattern holds"
         )
-    if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+    if attention_mask is not None and attention_mask.shape[-1] < kv_length:
         short = kv_length - attention_mask.shape[-1]
         attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
     if attention_mask is not None and attention_mask.is_meta:
@@ -263,8 +264,9 @@ def _computed(
         call.chosen_plan = _opaque_plan(call, opaque)
     if computed_by is not None:
         call.pattern = _parsed(call.pattern)
+        out, weights = computed_by(call, wants_weights)
         # it knows no lse
-        return computed_by(call), call.q.new_empty(0), None
+        return out, call.q.new_empty(0), weights
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
         by_content = opaque is None and uses_content(str(pattern))

@@ -79,6 +79,10 @@ def choice_of(module: Any, mask: Any, query: Tensor, key: Tensor, kwargs: Mappin
         module: the attention module.
         mask, query, key, kwargs: what it hands to its attention function.
     """
+    own = getattr(module, "own_choice", None)
+    if own is not None:
+        refuse_bounds(kwargs)
+        return own(mask, query, key, kwargs)
     chosen, blocks = kwargs.get("indices"), kwargs.get("block_indices")
     if not isinstance(mask, Choice) and chosen is None and blocks is None:
         return None

@@ -93,7 +93,7 @@ class PinningLayer(StreamingLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False,
-        marks: Tensor | None = None,
+        marks: Tensor | None = None, shared: dict[Any, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -111,7 +111,7 @@ class PinningLayer(StreamingLayer):
         self.numbers.scatter_(1, slots, torch.where(chosen, numbers, -1))
         self.marked.scatter_(1, slots, given & chosen)
         self.count.add_(rank[:, -1])
-        return super().update(key_states, value_states, padding, in_place)
+        return super().update(key_states, value_states, padding, in_place, shared=shared)
 
     def _note_marks(self, given: Tensor, places: Tensor, padding: Tensor | None, in_place: bool) -> None:
         """Keep the marks of new tokens `[B, 1, Q, 1]` where their keys will be."""

@@ -77,6 +77,8 @@ class StreamingCache(Cache):
         self.padding: Tensor | None = None
         # the marks of the tokens of this pass `[B, Q]`, None where there are none
         self.marks: Tensor | None = None
+        # what layers of this pass have computed for each other; None in a graph
+        self.shared: dict[Any, Any] | None = None
         # what this pass says of first tokens that are too far away
         self.turned_sinks: Any = None
         reason = why_not_turned(config) or self._why_not_turned()
@@ -129,6 +131,7 @@ class StreamingCache(Cache):
                 see keys which were dropped.
         """
         self.marks, self.turned_sinks = marks, None
+        self.shared = None if is_compiling() else {}
         few = new <= min(layer.spare for layer in self.own_layers) and can_be_in_place and not torch.is_grad_enabled()
         if is_compiling():
             # what a graph cannot ask: `generate` compiles steps behind a prompt, whose padding is known
@@ -191,15 +194,28 @@ class StreamingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
-        return self.own_layers[layer_idx].update(key_states, value_states, self.padding, self.in_place, self.marks)
+        return self.own_layers[layer_idx].update(
+            key_states, value_states, self.padding, self.in_place, self.marks, self.shared
+        )
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
         layer = self.own_layers[layer_idx]
-        found = Filled(layer.counter - new, begins=self.padding, ring=layer.ring)
+        length = None if is_compiling() else layer.known
+        found = Filled(
+            self._seen_before(layer, new), begins=self.padding, ring=layer.ring, shared=self.shared, length=length
+        )
         if not isinstance(layer, PinningLayer):
             return found
         return replace(found, marks=layer.marks_of_pass(self.in_place), oldest=layer.near_begin(new, self.padding))
+
+    def _seen_before(self, layer: StreamingLayer, new: int) -> Tensor:
+        """Tokens before the `new` ones, a number on the device; that of the first layer serves all of a pass."""
+        if self.shared is None:
+            return layer.counter - new
+        if new not in self.shared:
+            self.shared[new] = layer.counter - new
+        return self.shared[new]
 
     def far_keys(self, layer_idx: int, new: int) -> FarKeys | None:
         """The tokens that a layer keeps for good and that are not among the keys that it gave; None if there are none."""

@@ -6,6 +6,8 @@ included, and its position from the first of its row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -118,7 +120,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False,
-        marks: Tensor | None = None,
+        marks: Tensor | None = None, shared: dict[Any, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Take keys and values `[B, G, Q, D]`; give what their queries see, `[B, G, K, D]`.
 
@@ -126,24 +128,34 @@ class StreamingLayer(CacheLayerMixin):
             padding: `[B]`, tokens of padding before each row; None where there are none.
             in_place: give the slots as they lie. There must be no padding among the new tokens, and no gradient.
             marks: `[B, Q]` bool, of the new tokens, for layers that ask for them; None where there are none.
+            shared: what the layers of a pass have computed for each other; None in a graph.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         new = key_states.shape[2]
-        before = self.before(padding)
         if in_place:
-            slots = slots_of(self.ring, before[:, None] + torch.arange(new, device=self.device))
+            slots = self._new_slots(new, padding, shared)
             put(self.keys, slots, key_states)
             put(self.values, slots, value_states)
             keys, values = self.keys, self.values
         else:
+            before = self.before(padding)
             keys, values = self._in_order(key_states, value_states, before, padding)
             self.keys, self.values = self._written(key_states, value_states, before, padding)
         self.counter.add_(new)
         # nobody asks a graph what the host knows, so that it is the same graph for all steps
         self.known = None if is_compiling() else self.seen_before(new) + new
         return keys, values
+
+    def _new_slots(self, new: int, padding: Tensor | None, shared: dict[Any, Any] | None) -> Tensor:
+        """The slots `[B or 1, Q]` of new tokens, which are the same in layers of one ring."""
+        found = None if shared is None else shared.get(self.ring)
+        if found is None:
+            found = slots_of(self.ring, self.before(padding)[:, None] + torch.arange(new, device=self.device))
+        if shared is not None:
+            shared[self.ring] = found
+        return found
 
     def seen_before(self, new: int) -> int:
         """Tokens before the `new` ones that the counter knows of already, as far as the host knows."""
