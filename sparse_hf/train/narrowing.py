@@ -54,9 +54,10 @@ class NarrowingWindow(TrainerCallback):
         if window is None or self._own is not None:
             return
         assert model is not None
-        self._own = model.config.sparse_attention
-        patterns = {name: str(widened(Pattern.parse(text), window)) for name, text in self._own["patterns"].items()}
-        model.config.sparse_attention = {**self._own, "patterns": patterns}
+        own: dict = model.config.sparse_attention
+        patterns = {name: str(widened(Pattern.parse(text), window)) for name, text in own["patterns"].items()}
+        model.config.sparse_attention = {**own, "patterns": patterns}
+        self._own = own
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self._own is not None:

@@ -15,7 +15,8 @@ from .table import rows
 MEANINGS = (
     "KL: of the dense answers from the candidate's, in nats. same: the first answer is that of dense attention. error: how far the last "
     "states are from the dense ones, as a share of their length. kept: the dense model's attention weights on pairs that the pattern "
-    "holds. LongPPL: perplexity of tokens that need the far past. recall: facts said when asked for. named: hidden tokens named. found: "
+    "holds. LongPPL: perplexity of tokens that need the far past. recall: facts said when asked for. answer loss: on their tokens. "
+    "named: hidden tokens named. found: "
     "passages whose text comes first."
 )
 STYLE = """
