@@ -10,6 +10,7 @@ Legend: B batch, H heads, N tokens, D head dim, S rows of the table; m queries o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,23 +106,24 @@ class Disentangled:
         # rows ascend with the distance, so that a block needs those between two
         first, last = (int(self.rows[longest + int(d)]) for d in (distances[0, -1], distances[-1, 0]))
         rows = self.rows.to(q.device)[distances + longest] - first
-        tables = [None if t is None else t[heads, first : last + 1] for t in (self.of_queries, self.of_keys)]
-        given = (q[:, :, slice(*queries)], k[:, :, index], v[:, :, index], *tables, rows, mask)
-        if torch.is_grad_enabled():
-            return checkpoint(_attend, *given, call.scoring.scale, call.dropout.p, use_reentrant=False)
-        return _attend(*given, call.scoring.scale, call.dropout.p)
+        of_queries, of_keys = (
+            None if t is None else t[heads, first : last + 1] for t in (self.of_queries, self.of_keys)
+        )
+        tensors = q[:, :, slice(*queries)], k[:, :, index], v[:, :, index]
+        attend = partial(checkpoint, _attend, use_reentrant=False) if torch.is_grad_enabled() else _attend
+        return attend(*tensors, (of_queries, of_keys, rows), mask, call.scoring.scale, call.dropout.p)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor | None, of_keys: Tensor | None, rows: Tensor, mask: Tensor,
-    scale: float, p: float,
+    q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor | None, Tensor | None, Tensor], mask: Tensor, scale: float, p: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output `[B, H, m, D]` of a block, and the weights `[B, H, m, n]`.
 
     Args:
-        rows: `[m, n]`, of both tables `[H, s, D]`.
+        tables: those of queries and of keys, `[H, s, D]`, and the rows of both, `[m, n]`.
         mask: `[m, n]`.
     """
+    of_queries, of_keys, rows = tables
     scores = q @ k.mT
     if of_queries is not None:
         scores = scores + (q @ of_queries.mT).gather(-1, rows.expand_as(scores))
@@ -150,9 +152,9 @@ class DisentangledMixin:
         own = None
         if self.relative_attention and rel_embeddings is not None:
             distances = torch.arange(1 - hidden_states.shape[1], hidden_states.shape[1])
-            tables = self.projected_table(self.pos_dropout(rel_embeddings))
-            own = Disentangled(*tables, self.rows_of(distances).clamp(0, rel_embeddings.shape[0] - 1))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+            of_queries, of_keys = self.projected_table(self.pos_dropout(rel_embeddings))
+            own = Disentangled(of_queries, of_keys, self.rows_of(distances).clamp(0, rel_embeddings.shape[0] - 1))
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         scale = (qkv[0].shape[-1] * (1 + len(self.pos_att_type))) ** -0.5
         dropout = self.dropout.p if self.training else 0.0
         out, weights = attend(self, *qkv, attention_mask, scale, dropout, computed_by=own, **kwargs)

@@ -137,8 +137,7 @@ def split_sequence(
         ValueError: no process group, a model that is not sparse, or one that is split already.
         NotImplementedError: a model whose layers do not say what they need of other parts.
     """
-    base = unwrapped(model)
-    _check_model(base)
+    base = _checked(unwrapped(model))
     ranks = Ranks(group.get_group() if hasattr(group, "get_group") else group)
     handle = SplitSequence(model, ranks, parts)
     function = base.forward
@@ -154,7 +153,8 @@ def split_sequence(
     return handle
 
 
-def _check_model(base: nn.Module) -> None:
+def _checked(base: Any) -> SparseMixin:
+    """A model that can be split; raises what `split_sequence` says of others."""
     if not isinstance(base, SparseMixin) or not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"{type(base).__name__} is no sparse model, whose patterns say what a part needs of others; make it sparse with "
@@ -175,6 +175,7 @@ def _check_model(base: nn.Module) -> None:
             f"{config.model_type} has a bias by distance, made for the tokens of one process; a text can be split over processes in "
             "models with rotary positions, or with positions in the embeddings"
         )
+    return base
 
 
 @dataclass

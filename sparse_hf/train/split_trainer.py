@@ -38,7 +38,9 @@ class SplitTrainerMixin(_Trainer):
             return
         without_ring(self.accelerator)
         assert self.model is not None
-        self.split = split_sequence(self.model, self.accelerator.torch_device_mesh["cp"])
+        mesh = self.accelerator.torch_device_mesh
+        assert mesh is not None
+        self.split = split_sequence(self.model, mesh["cp"])
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]):
         if self.split is None:
