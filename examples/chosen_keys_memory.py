@@ -3,13 +3,14 @@
 One layer of each family with a tiny width and a dense feed-forward part reads a text, forward and backward, on the CPU. The
 count is that of tensors, so that it is the same in every run.
 
-    python examples/chosen_keys_memory.py --out docs/results
-    python examples/chosen_keys_memory.py --families deepseek_v32 --longest 65536
+    python examples/chosen_keys_memory.py
+    python examples/chosen_keys_memory.py --families deepseek_v32 --longest 65536 --out docs/results
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ import sparse_hf
 from sparse_hf.bench import environment, result_path, write_json
 from sparse_hf.testing import LiveBytes
 
-# lengths at which Transformers' class is counted too
-BOTH = (2048, 4096, 8192)
+# the shortest text, the longest one, and the longest that Transformers' class is counted at
+SHORTEST, LONGEST, LONGEST_OF_STOCK = 2048, 8192, 8192
 MLA = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -43,6 +44,11 @@ OF_IMAGES = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2
 FAMILIES: dict[str, dict[str, Any]] = {
     "axk2": MLA,
     "deepseek_v32": MLA,
+    "deepseek_v4": {
+        **GROUPED, "moe_intermediate_size": 16, "q_lora_rank": 16, "n_routed_experts": 4, "o_groups": 2, "o_lora_rank": 8,
+        "sliding_window": 32, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 32, "hc_mult": 2, "partial_rotary_factor": 0.5,
+        "layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"],
+    },
     "dots3_note_text": {**MLA, "layer_types": ["indexed_attention"], "head_dim": 16},
     "glm5_next_text": {**MLA, "qk_rope_head_dim": 0, "index_kpool": 4, "layer_types": ["indexed_attention"]},
     "glm_moe_dsa": MLA,
@@ -75,9 +81,9 @@ def counted(family: str, longest: int, console: Console) -> list[dict[str, Any]]
     torch.manual_seed(0)
     dense = AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
     sparse, rows = sparse_hf.sparsify(dense), []
-    for length in (BOTH[0] << i for i in range((longest // BOTH[0]).bit_length())):
+    for length in (SHORTEST << i for i in range((longest // SHORTEST).bit_length())):
         # the dense class of Qwen4-Exp loops over queries
-        stock = length in BOTH and not (family == "qwen4_exp_text" and length > BOTH[0])
+        stock = length <= (SHORTEST if family == "qwen4_exp_text" else LONGEST_OF_STOCK)
         row = {"tokens": length, "bytes": held(sparse, length), "stock_bytes": held(dense, length) if stock else None}
         rows.append(row)
         console.print(family, row)
@@ -96,13 +102,12 @@ def slope(rows: list[dict[str, Any]], of: str) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--longest", type=int, default=BOTH[-1], help="tokens of the longest text, here alone")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest text, here alone")
     parser.add_argument("--out", type=Path, help="folder of results")
     given, console = parser.parse_args(), Console()
     found = {}
     for family in given.families:
-        longest = max(given.longest, 1 << 16) if family == "deepseek_v32" and given.out else given.longest
-        rows = counted(family, longest, console)
+        rows = counted(family, given.longest, console)
         found[family] = {"rows": rows, "slope": slope(rows, "bytes"), "stock_slope": slope(rows, "stock_bytes")}
     table = Table("family", "tokens", "MiB here", "MiB in Transformers")
     for family, content in found.items():
@@ -114,6 +119,9 @@ def main() -> None:
         content = {"environment": environment(torch.device("cpu")), "unit": "bytes of tensors at once, forward and backward, one layer",
                    "families": found}  # fmt: skip
         path = result_path(given.out, content["environment"], "chosen-keys-memory")
+        if path.exists():
+            # of other families, counted before
+            content["families"] = json.loads(path.read_text(encoding="utf-8"))["families"] | found
         write_json(content, path)
         console.print(path)
 

@@ -76,6 +76,22 @@ from .models import SparseCohere2Config as SparseCohere2Config
 from .models import SparseCohere2ForCausalLM as SparseCohere2ForCausalLM
 from .models import SparseCohere2Model as SparseCohere2Model
 from .models import SparseConfigMixin as SparseConfigMixin
+from .models import SparseDebertaConfig as SparseDebertaConfig
+from .models import SparseDebertaForMaskedLM as SparseDebertaForMaskedLM
+from .models import SparseDebertaForQuestionAnswering as SparseDebertaForQuestionAnswering
+from .models import SparseDebertaForSequenceClassification as SparseDebertaForSequenceClassification
+from .models import SparseDebertaForTokenClassification as SparseDebertaForTokenClassification
+from .models import SparseDebertaModel as SparseDebertaModel
+from .models import SparseDebertaV2Config as SparseDebertaV2Config
+from .models import SparseDebertaV2ForMaskedLM as SparseDebertaV2ForMaskedLM
+from .models import SparseDebertaV2ForMultipleChoice as SparseDebertaV2ForMultipleChoice
+from .models import SparseDebertaV2ForQuestionAnswering as SparseDebertaV2ForQuestionAnswering
+from .models import SparseDebertaV2ForSequenceClassification as SparseDebertaV2ForSequenceClassification
+from .models import SparseDebertaV2ForTokenClassification as SparseDebertaV2ForTokenClassification
+from .models import SparseDebertaV2Model as SparseDebertaV2Model
+from .models import SparseDeepseekV4Config as SparseDeepseekV4Config
+from .models import SparseDeepseekV4ForCausalLM as SparseDeepseekV4ForCausalLM
+from .models import SparseDeepseekV4Model as SparseDeepseekV4Model
 from .models import SparseDeepseekV32Config as SparseDeepseekV32Config
 from .models import SparseDeepseekV32ForCausalLM as SparseDeepseekV32ForCausalLM
 from .models import SparseDeepseekV32Model as SparseDeepseekV32Model
@@ -314,6 +330,8 @@ from .pattern import RandomBlocks as RandomBlocks
 from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
+from .pattern import TopK as TopK
+from .pattern import TopKBlocks as TopKBlocks
 from .pattern import Window as Window
 from .pattern import Window2d as Window2d
 from .pattern import causal as causal
@@ -517,6 +535,19 @@ __all__ = [
     "SparseBloomForSequenceClassification",
     "SparseBloomForQuestionAnswering",
     "SparseBloomForTokenClassification",
+    "SparseDebertaConfig",
+    "SparseDebertaModel",
+    "SparseDebertaForMaskedLM",
+    "SparseDebertaForSequenceClassification",
+    "SparseDebertaForQuestionAnswering",
+    "SparseDebertaForTokenClassification",
+    "SparseDebertaV2Config",
+    "SparseDebertaV2Model",
+    "SparseDebertaV2ForMaskedLM",
+    "SparseDebertaV2ForSequenceClassification",
+    "SparseDebertaV2ForQuestionAnswering",
+    "SparseDebertaV2ForTokenClassification",
+    "SparseDebertaV2ForMultipleChoice",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",
@@ -591,6 +622,9 @@ __all__ = [
     "SparseDeepseekV32Config",
     "SparseDeepseekV32Model",
     "SparseDeepseekV32ForCausalLM",
+    "SparseDeepseekV4Config",
+    "SparseDeepseekV4Model",
+    "SparseDeepseekV4ForCausalLM",
     "SparseDots3NoteTextConfig",
     "SparseDots3NoteTextModel",
     "SparseDots3NoteForCausalLM",
@@ -633,6 +667,8 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "TopK",
+    "TopKBlocks",
     "Window",
     "Window2d",
     "causal",

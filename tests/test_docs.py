@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedConfig, PreTrainedModel
 
 import sparse_hf
 from tests import readme
@@ -31,8 +30,7 @@ CODE = re.compile(r"`([^`]+)`")
 
 
 def public_names() -> Iterator[str]:
-    """Dotted names of all that is public: what the reference describes, and what `sparse_hf` gives, but for classes that are
-    derived from those of Transformers."""
+    """Dotted names of all that is public: what the reference describes, and what `sparse_hf` gives."""
     for name in API:
         found, module = documented(name)
         if found is not module:
@@ -40,10 +38,11 @@ def public_names() -> Iterator[str]:
             continue
         members = inspect.getmembers(module, inspect.isfunction)
         yield from (f"{name}.{one}" for one, of in members if of.__module__ == name and not one.startswith("_"))
-    for name in dir(sparse_hf):
+    # classes of models are derived from those of Transformers, all of them when one asks for it
+    mixins = {"SparseMixin", "SparseConfigMixin"}
+    for name in {name for name in dir(sparse_hf) if not name.startswith("Sparse")} | mixins:
         found = getattr(sparse_hf, name)
-        is_derived = name.startswith("Sparse") and issubclass(found, (PreTrainedConfig, PreTrainedModel))
-        if (inspect.isclass(found) or inspect.isfunction(found)) and not is_derived:
+        if inspect.isclass(found) or inspect.isfunction(found):
             yield f"{found.__module__}.{found.__name__}"
 
 

@@ -20,7 +20,7 @@ from sparse_hf.cli import app
 from sparse_hf.cli.commands import BENCHES, COMMANDS
 from sparse_hf.cli.evaluate import token_ids
 from sparse_hf.cli.examples import EXAMPLES
-from sparse_hf.cli.mistakes import name_flags
+from sparse_hf.cli.mistakes import flags, name_flags
 from sparse_hf.pattern import Pattern, full
 from sparse_hf.units import duration, size, times
 from tests.models.families import dense_model
@@ -54,7 +54,7 @@ def test_shells_complete_commands():
 
 
 def test_errors_name_flags():
-    flags = {"overwrite": "--overwrite", "max_length": "--max-length", "rope": "--rope", "as_json": "--json"}
+    known = {"overwrite": "--overwrite", "max_length": "--max-length", "rope": "--rope", "as_json": "--json"}
     for message, right in (
         ("OUT is not empty; give another folder, or overwrite=True (--overwrite)", "OUT is not empty; give another folder, or --overwrite"),
         ("max_length is 3; it must be more", "--max-length is 3; it must be more"),
@@ -62,7 +62,15 @@ def test_errors_name_flags():
         ("nothing gets longer; give a max_length beyond 4", "nothing gets longer; give a --max-length beyond 4"),
         ("the folder's `max_length` and overwrite are words", "the folder's `max_length` and overwrite are words"),
     ):  # fmt: skip
-        assert name_flags(message, flags) == right
+        assert name_flags(message, known) == right
+
+
+def test_flags_are_those_that_a_command_has():
+    for name, command in {**COMMANDS, **BENCHES}.items():
+        said = invoke(*(("bench", name) if command in BENCHES.values() else (name,)), "--help")
+        # help cuts long names at narrow screens, and none of ours is long
+        assert [flag for flag in flags(command).values() if flag not in said] == [], name
+        assert ("--json" in flags(command).values()) == (name != "chat")
 
 
 def test_flags_are_named_in_what_a_command_raises(tmp_path):

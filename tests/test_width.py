@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from io import StringIO
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 import sparse_hf
 from sparse_hf.analysis import render, render_stack
-from sparse_hf.cli.paragraphs import print_hanging
+from sparse_hf.cli.paragraphs import print_hanging, wrap_warnings
 from sparse_hf.evaluation.report.table import summary_tables, verdict_lines
 from tests.models.families import dense_model
 from tests.processes import ROOT
@@ -96,6 +97,20 @@ def test_what_does_not_fit_goes_on_below(text, indent, lines):
     console = Console(file=(file := StringIO()), width=22)
     print_hanging(console, text, indent)
     assert file.getvalue().splitlines() == lines
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_warnings_go_on_below_on_a_terminal(is_terminal, monkeypatch):
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: is_terminal))
+    monkeypatch.setenv("COLUMNS", "28")
+    wrap_warnings()
+    last = logging.lastResort
+    assert last is not None
+    warning = logging.LogRecord(
+        "x", logging.WARNING, "x", 1, "a %s of layers='0-/4=dense' and more", ("pattern",), None
+    )
+    right = "a pattern of\n  layers='0-/4=dense' and\n  more" if is_terminal else warning.getMessage()
+    assert last.format(warning) == right
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -204,7 +204,7 @@ LADDER = (
     ("Does the pattern leave out no pair of this text?", "Dense", "PyTorch's attention"),
     ("Are there fewer than 128 queries (decoding)?", "Decode", "PyTorch's attention, slices of keys"),
     ("A window over a short text, on a GPU?", "SlidingWindow", "PyTorch's FlashAttention-2"),
-    ("Are pairs chosen by content, lsh(...)?", "HashedPairs", "positions and hashes, merged"),
+    ("Are pairs chosen by content (lsh, topk)?", "ContentPairs", "positions and choices, merged"),
     ("Marks in a call that a CUDA graph records?", "GlobalTokens", "window and marked tokens, merged"),
     ("A stride that pays when put side by side?", "Strided", "each part on a backend for blocks"),
 )
@@ -241,7 +241,8 @@ FLOORS = (
     ("conversion/", "checkpoint to checkpoint", 0.2, 3.0, 2.1, 0.56),
     ("train/", "fine-tuning, healing", 2.45, 3.0, 2.1, 0.56),
     ("bench/", "is it fast?", 4.7, 3.0, 2.1, 0.56),
-    ("models/", "the Transformers side: families, masks, caches", 0.2, 2.28, 4.35, 0.56),
+    ("models/", "families, masks, caches", 0.2, 2.28, 2.1, 0.56),
+    ("parallel/", "a text over processes", 2.45, 2.28, 2.1, 0.56),
     ("attention/", "HOW pairs are computed: (q, k, v, plan) to out, lse", 0.2, 1.56, 4.35, 0.56),
     ("analysis/", "pictures, counts, reach", 4.7, 1.56, 2.1, 1.28),
     ("plan/", "WHERE the work is: pattern, lengths and batch to tables", 0.2, 0.84, 6.6, 0.56),

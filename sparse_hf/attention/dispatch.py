@@ -26,7 +26,15 @@ from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
 from .composite.chosen import CHOICES
-from .composite.content import ContentPairs, DenseContentPairs, Kind, dense_weights
+from .composite.content import (
+    ContentPairs,
+    ContentPlan,
+    DenseContentPairs,
+    Kind,
+    dense_weights,
+    planned,
+    positions_plan,
+)
 from .composite.global_tokens import GlobalTokens
 from .composite.lsh import HASHES
 from .composite.strided import Strided
@@ -128,6 +136,9 @@ def _for_content(call: AttentionCall, name: str) -> Backend:
     reason = backend.why_not(call)
     if reason:
         raise NotImplementedError(reason)
+    if name not in ("auto", "reference"):
+        # says why the backend cannot, if it cannot
+        pick(call.part(call.q, call.k, call.v, positions_plan(call)))
     return backend
 
 
@@ -141,6 +152,11 @@ def kind_of(call: AttentionCall) -> Kind:
     if len(hashes) > 1:
         raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")
     return HASHES if True in hashes else CHOICES
+
+
+def content_plan(call: AttentionCall) -> ContentPlan:
+    """The plan of a call whose pattern chooses pairs by content, which the call goes on with."""
+    return planned(call, kind_of(call))
 
 
 def content_weights(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

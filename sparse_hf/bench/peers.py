@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import BACKENDS, sparse_attention
+from ..attention import BACKENDS, attend, route, sparse_attention
 from ..attention.api import BackendName
 from ..attention.backend import AttentionCall
 from ..attention.backends.flash.window_kernels import FA4, KERNELS, only
-from ..attention.dropout import NO_DROPOUT
-from ..attention.scoring import Scoring
+from ..attention.dispatch import content_plan
 from ..pattern import Pattern, Window, causal, full
-from ..pattern.forms import read_window
-from ..plan import NOTHING
+from ..pattern.forms import read_content, read_window
+from ..plan.lsh import leaves_out_future as is_cut
+from .exactness import plain_call
 
 # torch evaluates all pairs to make a mask for FlexAttention
 MAX_FLEX_TOKENS = 16384
@@ -53,8 +53,7 @@ class Peer:
 def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
     """Those that can run this call here; dense ones first."""
     n = q.shape[2]
-    far = torch.tensor([0, n - 1])
-    is_causal = n > 1 and not bool(pattern.allows(far[:1], far[:1] + 1).any())
+    is_causal = n > 1 and leaves_out_future(pattern)
     gqa = q.shape[1] != k.shape[1]
     dense = causal() if is_causal else full()
 
@@ -63,6 +62,9 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
 
     for name, context in _dense_kernels(q.device).items():
         yield Peer(name, dense, sdpa, "dense", context=context)
+    if pattern.uses_content:
+        yield from _choosing(pattern, q, k, v, backends)
+        return
     form = read_window(pattern, n)
     window = None if isinstance(form, str) else form.window
     if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -70,6 +72,30 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
     if window is not None and q.device.type == "cpu" and n <= MAX_FLEX_TOKENS and _has_compiler():
         yield _flex_on_cpu(window, n, gqa)
     yield from _ours(pattern, q, k, v, backends)
+
+
+def leaves_out_future(pattern: Pattern) -> bool:
+    """Does a pattern hold no pair of a query and a later key?"""
+    if pattern.uses_content:
+        form = read_content(pattern)
+        return all(is_cut(cut) for _, cut in form.chosen) and leaves_out_future(Pattern.parse(form.positions))
+    token = torch.tensor([0])
+    return not bool(pattern.allows(token, token + 1).any())
+
+
+def _choosing(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:
+    """Ours with the choice, and attention alone over a choice that was made before."""
+    for name in backends or ["auto"]:
+        yield Peer(name, pattern, partial(_run, pattern, cast(BackendName, name)), "ours")
+    with torch.no_grad():
+        plan = content_plan(plain_call(q, k, v, pattern))
+
+    def attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        call = plain_call(q, k, v, pattern)
+        call.chosen_plan = plan
+        return attend(call, route(call, "auto"))[0]
+
+    yield Peer("auto, keys given", pattern, attend_alone, "ours")
 
 
 def _dense_kernels(device: torch.device) -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -137,7 +163,7 @@ def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
 
     By default on all that can run the call.
     """
-    call = AttentionCall(q, k, v, pattern, 0, Scoring(q.shape[-1] ** -0.5), NO_DROPOUT, NOTHING)
+    call = plain_call(q, k, v, pattern)
     for name in backends or [name for name in BACKENDS if name != "reference"]:
         if not backends and (BACKENDS[name].why_not(call) is not None or (name == "blockwise" and q.is_cuda)):
             continue

@@ -144,7 +144,7 @@ def _tell(folder: Path, how: str, as_json: bool) -> None:
     from ..conversion.loading import auto_class
 
     name = auto_class(folder)
-    told = f"written to {folder}; {how} with {name}.from_pretrained({str(folder)!r})"
+    told = f"written to {folder}\n{how} with {name}.from_pretrained({str(folder)!r})"
     typer.echo(json.dumps({"folder": str(folder), "auto_class": name}) if as_json else told)
 
 

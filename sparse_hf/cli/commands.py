@@ -18,6 +18,7 @@ from .examples import epilog
 from .families import list_families
 from .info import info
 from .mistakes import MISTAKES, by_flags, one_line
+from .paragraphs import wrap_warnings
 from .show import show
 
 # in the order in which help lists them
@@ -69,6 +70,7 @@ def options(
 
 def main() -> None:
     """Run the command; a user's mistake is one clear line and exit code 2."""
+    wrap_warnings()
     try:
         app()
     except MISTAKES as error:

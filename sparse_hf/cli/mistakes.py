@@ -44,7 +44,9 @@ def flags(command: Callable[..., None]) -> dict[str, str]:
     for name in inspect.signature(command).parameters:
         for note in getattr(hints[name], "__metadata__", ()):
             if isinstance(note, OptionInfo):
-                found[name] = (note.param_decls or [f"--{name.replace('_', '-')}"])[0]
+                # in a note, typer takes the first name that is given for a default
+                given = [one for one in (note.default, *(note.param_decls or ())) if str(one).startswith("--")]
+                found[name] = given[0] if given else f"--{name.replace('_', '-')}"
     return found
 
 

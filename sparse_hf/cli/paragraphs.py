@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
+from textwrap import fill
 
 from rich.console import Console
 
@@ -16,6 +18,21 @@ def print_lines(lines: Iterable[str]) -> None:
     console = Console(highlight=False)
     for line in lines:
         print_hanging(console, line, len(line) - len(line.lstrip()) + 2)
+
+
+def wrap_warnings() -> None:
+    """Have warnings of this package go on below where they do not fit a terminal."""
+    # what Python prints warnings with where nobody asked for another way
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Wrapped())
+
+
+class _Wrapped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        told, console = super().format(record), Console(stderr=True)
+        if not console.is_terminal:
+            return told
+        return fill(told, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def print_hanging(console: Console, text: str, indent: int) -> None:

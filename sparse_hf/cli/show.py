@@ -40,7 +40,8 @@ def show(
     from ..analysis import render, render_stack, save_png
 
     if len(patterns) == 1 and Path(patterns[0]).is_dir():
-        found = read_info(patterns[0], length)
+        with Console(stderr=True).status("counting pairs"):
+            found = read_info(patterns[0], length)
         tokens = int(found["counted_at"])
         patterns = list(dict.fromkeys(part["pattern"] for stack in found["stacks"] for part in stack["patterns"]))
     else:

@@ -26,6 +26,10 @@ from .report import report_text
 from .source import card_metadata, check_folder
 
 PICTURE, RESULTS = "pattern.png", "results.json"
+NOT_MEASURED = """## Measured
+
+Not evaluated: nobody has measured what this model loses by its pattern. `sparse-hf evaluate` does, on texts of yours.
+"""
 # numbers of the pattern are given for no greater length, which would take long to count
 LONGEST, DEFAULT_LENGTH = 16384, 4096
 # Auto class -> what hubs call the task, the most telling first
@@ -178,8 +182,7 @@ def card_text(card: Card) -> str:
     parts = [body, card.picture]
     if card.conversion:
         parts.append(f"## The conversion\n\n```text\n{card.conversion.rstrip()}\n```\n")
-    if card.results:
-        parts.append(_measured(card.results))
+    parts.append(_measured(card.results) if card.results else NOT_MEASURED)
     return f"---\n{data.to_yaml().strip()}\n---\n" + "\n".join(part for part in parts if part)
 
 

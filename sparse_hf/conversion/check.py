@@ -59,6 +59,9 @@ def check_fits(tensors: Iterable[Stored], model: PreTrainedModel, tables: tuple[
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     for tensor in tensors:
         name, matched = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and tensor.name in wanted:
+            # an old spelling of another tensor
+            name, matched = tensor.name, None
         there |= _made_of(name, matched, converters)
         # what a converter merges or splits has its final shape only afterwards
         if matched is None and name in wanted and tuple(wanted[name].shape) != tensor.shape:

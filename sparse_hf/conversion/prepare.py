@@ -85,8 +85,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
         check_once(type(model), model.config)
     marked = token_ids(choice.global_token_ids, source)
     config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, marked, choice.decode)
+    # a family may have them in several ways, of which a configuration chooses one
+    family = dataclasses.replace(family, positions=config.positions)
     if not family.verified:
-        family = dataclasses.replace(family, positions=config.positions)
         check_growth(family.positions, model, choice.max_length)
     config.architectures = _architectures(source.config, family, model)
     computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()

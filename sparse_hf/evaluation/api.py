@@ -16,6 +16,7 @@ from .evaluation import Evaluation
 from .pieces import Finished, Found, finish
 from .probes.base import Setup
 from .probes.table import choose
+from .recall.table import choose_tasks
 from .settings import Settings
 from .subject import Contender, Subject, open_subject
 from .texts import cut, read_texts
@@ -100,9 +101,11 @@ def prepare(
     """What probes look at, read and checked; arguments and errors are those of `evaluate`."""
     # what costs nothing is looked at first
     candidates, content = read_candidates(patterns), read_texts(texts)
+    memo = {"tasks": choose_tasks(settings.tasks, settings.questions)}
     subject = open_subject(model, candidates, tokenizer, settings.global_token_ids)
     _check_lengths(subject, settings)
-    return Setup(subject, tuple(content), tuple(cut(content, subject.tokenizer, settings)), settings)
+    samples = cut(content, subject.tokenizer, settings)
+    return Setup(subject, tuple(content), tuple(samples), settings, memo=memo)
 
 
 def _of(probe: str, finished: Sequence[Finished]) -> list[Finished]:

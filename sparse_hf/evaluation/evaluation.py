@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ..bench import write_json
+from .candidates import DENSE
 from .pieces import Found
 from .report.html import page
-from .report.table import summary_tables, verdict_lines
+from .report.table import COLUMNS, summary_tables, verdict_lines
 
 JSON, HTML = "report.json", "report.html"
 # columns of a printed table
@@ -48,6 +49,32 @@ class Evaluation:
     def html(self) -> str:
         """The report as one page of HTML with its pictures, which needs nothing beside it."""
         return page(self.result)
+
+    def card_results(self, candidate: str) -> Found:
+        """A candidate's figures beside the dense ones, as `results.json` has them, from which a model card is written.
+
+        Raises:
+            ValueError: no candidate of this name.
+
+        Example: `write_json(found.card_results("sinks"), "my-sparse-llama/results.json")`.
+        """
+        names = [one["name"] for one in self.result["candidates"][1:]]
+        if candidate not in names:
+            raise ValueError(f"no candidate is named {candidate!r}; there are {', '.join(names)}")
+        texts, settings = list(dict.fromkeys(text["name"] for text in self.result["texts"])), self.result["settings"]
+        verdict = next(one["verdict"] for one in self.result["verdicts"] if one["candidate"] == candidate)
+        figures: Found = {
+            "note": f"`sparse-hf evaluate`, {settings['length']:,} tokens of each text: {', '.join(texts)}. Verdict: {verdict}.",
+            "dataset": ", ".join(texts),
+        }
+        for column in COLUMNS:
+            of_probe = self.result["probes"].get(column.probe, {}).get("candidates", {})
+            values = {"sparse": of_probe.get(candidate), "dense": of_probe.get(DENSE)}
+            read = {name: column.read(one) for name, one in values.items() if one is not None}
+            # seconds and bytes are those of a machine
+            if column.probe != "cost" and read.get("sparse") is not None:
+                figures[column.title] = read
+        return figures
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `report.html` into a folder; gives the path of the page."""

@@ -78,6 +78,25 @@ from transformers.models.camembert.modeling_camembert import (
 )
 from transformers.models.cohere2.configuration_cohere2 import Cohere2Config
 from transformers.models.cohere2.modeling_cohere2 import Cohere2ForCausalLM, Cohere2Model
+from transformers.models.deberta.configuration_deberta import DebertaConfig
+from transformers.models.deberta.modeling_deberta import (
+    DebertaForMaskedLM,
+    DebertaForQuestionAnswering,
+    DebertaForSequenceClassification,
+    DebertaForTokenClassification,
+    DebertaModel,
+)
+from transformers.models.deberta_v2.configuration_deberta_v2 import DebertaV2Config
+from transformers.models.deberta_v2.modeling_deberta_v2 import (
+    DebertaV2ForMaskedLM,
+    DebertaV2ForMultipleChoice,
+    DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    DebertaV2Model,
+)
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM, DeepseekV4Model
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32ForCausalLM, DeepseekV32Model
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
@@ -539,6 +558,19 @@ __all__ = [
     "SparseBloomForSequenceClassification",
     "SparseBloomForQuestionAnswering",
     "SparseBloomForTokenClassification",
+    "SparseDebertaConfig",
+    "SparseDebertaModel",
+    "SparseDebertaForMaskedLM",
+    "SparseDebertaForSequenceClassification",
+    "SparseDebertaForQuestionAnswering",
+    "SparseDebertaForTokenClassification",
+    "SparseDebertaV2Config",
+    "SparseDebertaV2Model",
+    "SparseDebertaV2ForMaskedLM",
+    "SparseDebertaV2ForSequenceClassification",
+    "SparseDebertaV2ForQuestionAnswering",
+    "SparseDebertaV2ForTokenClassification",
+    "SparseDebertaV2ForMultipleChoice",
     "SparseDistilBertConfig",
     "SparseDistilBertModel",
     "SparseDistilBertForMaskedLM",
@@ -613,6 +645,9 @@ __all__ = [
     "SparseDeepseekV32Config",
     "SparseDeepseekV32Model",
     "SparseDeepseekV32ForCausalLM",
+    "SparseDeepseekV4Config",
+    "SparseDeepseekV4Model",
+    "SparseDeepseekV4ForCausalLM",
     "SparseDots3NoteTextConfig",
     "SparseDots3NoteTextModel",
     "SparseDots3NoteForCausalLM",
@@ -1231,6 +1266,51 @@ class SparseBloomForTokenClassification(SparseMixin, BloomForTokenClassification
     config: SparseBloomConfig
 
 @dataclass(kw_only=True)
+class SparseDebertaConfig(SparseConfigMixin, DebertaConfig):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDebertaModel(SparseMixin, DebertaModel):
+    config: SparseDebertaConfig
+
+class SparseDebertaForMaskedLM(SparseMixin, DebertaForMaskedLM):
+    config: SparseDebertaConfig
+
+class SparseDebertaForSequenceClassification(SparseMixin, DebertaForSequenceClassification):
+    config: SparseDebertaConfig
+
+class SparseDebertaForQuestionAnswering(SparseMixin, DebertaForQuestionAnswering):
+    config: SparseDebertaConfig
+
+class SparseDebertaForTokenClassification(SparseMixin, DebertaForTokenClassification):
+    config: SparseDebertaConfig
+
+@dataclass(kw_only=True)
+class SparseDebertaV2Config(SparseConfigMixin, DebertaV2Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDebertaV2Model(SparseMixin, DebertaV2Model):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForMaskedLM(SparseMixin, DebertaV2ForMaskedLM):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForSequenceClassification(SparseMixin, DebertaV2ForSequenceClassification):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForQuestionAnswering(SparseMixin, DebertaV2ForQuestionAnswering):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForTokenClassification(SparseMixin, DebertaV2ForTokenClassification):
+    config: SparseDebertaV2Config
+
+class SparseDebertaV2ForMultipleChoice(SparseMixin, DebertaV2ForMultipleChoice):
+    config: SparseDebertaV2Config
+
+@dataclass(kw_only=True)
 class SparseDistilBertConfig(SparseConfigMixin, DistilBertConfig):
     pattern: InitVar[PatternLike | None] = None
     layers: InitVar[LayersLike] = None
@@ -1439,6 +1519,18 @@ class SparseDeepseekV32Model(SparseMixin, DeepseekV32Model):
 
 class SparseDeepseekV32ForCausalLM(SparseGenerationMixin, DeepseekV32ForCausalLM):
     config: SparseDeepseekV32Config
+
+@dataclass(kw_only=True)
+class SparseDeepseekV4Config(IndexedConfigMixin, DeepseekV4Config):
+    pattern: InitVar[PatternLike | None] = None
+    layers: InitVar[LayersLike] = None
+    global_token_ids: InitVar[Sequence[int]] = ()
+
+class SparseDeepseekV4Model(SparseMixin, DeepseekV4Model):
+    config: SparseDeepseekV4Config
+
+class SparseDeepseekV4ForCausalLM(SparseGenerationMixin, DeepseekV4ForCausalLM):
+    config: SparseDeepseekV4Config
 
 @dataclass(kw_only=True)
 class SparseDots3NoteTextConfig(IndexedConfigMixin, Dots3NoteTextConfig):

@@ -83,6 +83,8 @@ OTHER_FAMILIES = (
     _other("bigbird.modeling", "BigBird", "big_bird"),
     _other("bigbird.pegasus", "BigBirdPegasus", "bigbird_pegasus", "sparse_big_bird_pegasus"),
     _other("bloom", "Bloom", "bloom"),
+    _other("deberta", "Deberta", "deberta"),
+    _other("deberta", "DebertaV2", "deberta-v2", "sparse_deberta_v2"),
     _other("distilbert", "DistilBert", "distilbert"),
     _other("falcon", "Falcon", "falcon"),
     _other("longformer.led", "LED", "led"),
@@ -100,6 +102,20 @@ INDEXED_FAMILIES = tuple(
     for entry in (
         _indexed("AXK2", "axk2", "dsa.DsaIndexer", "SK Telecom, 2026, A.X-K2"),
         _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556"),
+        _indexed(
+            "DeepseekV4",
+            "deepseek_v4",
+            "entries.EntryIndexer",
+            "DeepSeek-AI, 2026, DeepSeek-V4",
+            takes_patterns=False,
+            packs=False,
+            own_caches=True,
+            parts=(
+                ("DeepseekV4CSACompressor", "entries.ChosenEntries"),
+                ("DeepseekV4HCACompressor", "entries.AllEntries"),
+                ("DeepseekV4Attention", "entries.WindowAndEntries"),
+            ),
+        ),  # fmt: skip
         _of_text("Dots3Note", "dots3_note", "dsa.InterleavedIndexer", "rednote-hilab, 2026, dots3-note"),
         _of_text(
             "Glm5Next",
@@ -108,8 +124,7 @@ INDEXED_FAMILIES = tuple(
             "Z.ai, 2026, GLM-5.3-Flash",
             takes_patterns=False,
             packs=False,
-            attention="pools.ChoiceAsMask",
-            attention_class="Glm5NextTextAttention",
+            parts=(("Glm5NextTextAttention", "pools.ChoiceAsMask"),),
         ),  # fmt: skip
         _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763"),
         _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
@@ -121,8 +136,7 @@ INDEXED_FAMILIES = tuple(
             "MiniMax, 2026, MiniMax-M3",
             packs=False,
             indexer_class="MiniMaxM3VLIndexer",
-            attention="blocks.BlockAttention",
-            attention_class="MiniMaxM3VLAttention",
+            parts=(("MiniMaxM3VLAttention", "blocks.BlockAttention"),),
         ),  # fmt: skip
         _of_text("MistralLarge4", "mistral_large4", "dsa.ScaledIndexer", "Mistral AI, 2026, Mistral Large 4"),
         _of_text(

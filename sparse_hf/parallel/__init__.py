@@ -2,7 +2,7 @@
 
 from .attention import SplitAttention
 from .exchange import Ranks
-from .needs import Needs, find_needs
+from .needs import Needs, find_needs, keys_sent
 from .text import SplitText, even_parts
 
-__all__ = ["Needs", "Ranks", "SplitAttention", "SplitText", "even_parts", "find_needs"]
+__all__ = ["Needs", "Ranks", "SplitAttention", "SplitText", "even_parts", "find_needs", "keys_sent"]

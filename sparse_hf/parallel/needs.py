@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from ..pattern import EMPTY, FULL, PARTIAL, Pattern
 from ..pattern.base import Marks
+from ..plan import NOTHING
 from .text import SplitText
 
 # keys that are asked about together before they are asked one by one
@@ -64,6 +65,25 @@ class Needs:
         return max(a.shape[1] + b.shape[1] for a, b in zip(self.left, self.right, strict=True)) + self.wide.shape[1]
 
 
+def keys_sent(sizes: list[int], pattern: Pattern) -> list[int]:
+    """Keys that each rank sends to others in one forward pass of one layer, for a text without padding and documents.
+
+    Each is as many numbers as a token's keys and values have; the backward pass sends as many gradients the other way.
+
+    Raises:
+        ValueError: a pattern that goes by heads.
+
+    Example: `keys_sent([4096] * 4, Pattern.parse("(window(1023, 0) | first(4)) & causal()"))` is `[1035, 1023, 1023, 0]`.
+    """
+    text = SplitText(sizes, 1, NOTHING)
+    needs = find_needs(text, pattern)
+    if needs.why_not is not None:
+        raise ValueError(f"{needs.why_not}, so that it goes by heads")
+    ends = torch.tensor(text.bounds[1:])
+    asked = torch.cat([torch.cat(both, 1).flatten() for both in zip(needs.left, needs.right, strict=True)])
+    return torch.searchsorted(ends, asked[asked >= 0], right=True).bincount(minlength=len(sizes)).tolist()
+
+
 def find_needs(text: SplitText, pattern: Pattern, everything: bool = False) -> Needs:
     """What the ranks ask for under a pattern; with `everything`, all tokens of the sequences that they hold a part of."""
     if text.batch.is_empty:
@@ -73,8 +93,6 @@ def find_needs(text: SplitText, pattern: Pattern, everything: bool = False) -> N
 
 @lru_cache(maxsize=LENGTHS_KEPT)
 def _of_lengths(sizes: tuple[int, ...], pattern: Pattern, everything: bool) -> Needs:
-    from ..plan import NOTHING
-
     return _found(SplitText(list(sizes), 1, NOTHING), pattern, everything)
 
 
@@ -344,7 +362,10 @@ def _run_up(keys: Tensor, end: int) -> int:
 
 def _aligned(keys: Tensor, begin: int, first: int, period: int) -> int:
     """The last key, at or before `begin`, from which a run moves by a multiple of `period`."""
-    starts = torch.arange(begin, first - 1, -1)
+    if period == 1:
+        return begin
+    # a step back moves the run by one less, unless it takes in a key
+    starts = torch.arange(begin, max(first, begin - period - len(keys)) - 1, -1)
     moved = starts - first - torch.searchsorted(keys, starts)
     return int(starts[(moved % period == 0).int().argmax()])
 

@@ -20,6 +20,10 @@ class TopK(Content):
 
     All keys are scored, in pieces: time grows with the square of the length, at the price of a product, and memory by `count`
     for each query. Choices have no gradient; what is attended to has.
+
+    Examples:
+        >>> str(TopK(2048)), TopK(2048).most_keys
+        ('topk(2048)', 2048)
     """
 
     count: int
@@ -46,6 +50,10 @@ class TopKBlocks(Content):
     - "mean": the product with the mean of its keys (MoBA, arXiv:2502.13189).
     - "bounds": the largest product that a key within the smallest and largest number of each dimension could have (Quest,
       arXiv:2406.10774), which is never below the product of any of its keys.
+
+    Examples:
+        >>> TopKBlocks(count=8, size=64).most_keys
+        512
     """
 
     count: int

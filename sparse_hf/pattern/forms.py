@@ -271,7 +271,7 @@ def content_terms(pattern: Pattern) -> list[ContentTerm]:
     """
     if not pattern.uses_content:
         return [ContentTerm(None, pattern)]
-    if type(pattern) in CONTENT:
+    if isinstance(pattern, Content) and type(pattern) in CONTENT:
         return [ContentTerm(pattern, None)]
     if isinstance(pattern, Union):
         return [term for part in pattern.parts for term in content_terms(part)]

@@ -125,6 +125,10 @@ def hybrid(num_layers: int, window: int = 1024, sinks: int = 4, every: int | Non
         ValueError: `every` or `first` outside the model.
 
     Example: `sparsify(model, recipes.streaming(1024), layers=recipes.hybrid(30, 1024, every=4, first=1), decode="dense")`.
+
+    Examples:
+        >>> [str(one) for one in hybrid(3, window=1024, sinks=0, every=3)]
+        ['window(1023, 0)', 'window(1023, 0)', 'window(None, None)']
     """
     if every is not None and every < 1:
         raise ValueError(f"hybrid: every is {every}; it must be at least 1, or None for no such layer")

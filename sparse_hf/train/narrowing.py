@@ -24,6 +24,11 @@ class NarrowingWindow(TrainerCallback):
         ValueError: no window, fewer steps than windows, or a window that is wider than the one before.
 
     Example: `heal(model, rows, args, teacher=dense, callbacks=[NarrowingWindow((2047, 1023), steps=200)])`.
+
+    Examples:
+        >>> schedule = NarrowingWindow((2047, 1023), steps=200)
+        >>> schedule.window_at(0), schedule.window_at(150), schedule.window_at(200)
+        (2047, 1023, None)
     """
 
     def __init__(self, windows: Sequence[int], steps: int):

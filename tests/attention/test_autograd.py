@@ -26,6 +26,7 @@ CALLS = {
     "bias and cap": ("window(20, 20)", 200, {"relative_bias": torch.ones(4, 399), "softcap": 3.0}),
     "strided": ("stride(7) | window(5, 0)", 200, {}),
     "hashes": ("window(5, 0) | lsh(4, 2, 8)", 200, {}),
+    "choices": ("window(5, 0) | topk(8)", 200, {}),
     "dense": ("window(None, 0)", 200, {}),
     "decode": ("window(20, 0)", 20, {}),
     "decode, ranges": ("window(20, 0) | first(3)", 20, {}),
@@ -88,7 +89,8 @@ def test_checkpointed_gradients_are_the_same(name, dropout):
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if not isinstance(BACKENDS[name], AutogradBackend)])
 @pytest.mark.parametrize(
-    "pattern", ["window(5, 5) | first(2)", "stride(3) | window(2, 0)", "window(3, 0) | lsh(4, 2, 8)"]
+    "pattern",
+    ["window(5, 5) | first(2)", "stride(3) | window(2, 0)", "window(3, 0) | lsh(4, 2, 8)", "first(1) | topk(6)"],
 )
 def test_a_second_derivative_is_refused(backend, pattern, request, monkeypatch):
     monkeypatch.setattr("sparse_hf.plan.strided.MIN_GAIN", 0)

@@ -82,7 +82,12 @@ WRITTEN = {
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize(
     "pattern",
-    ["window(9, 9) | marked()", "stride(5) | window(20, 0) | marked()", "window(5, 0) | lsh(4, 2, 8) | marked()"],
+    [
+        "window(9, 9) | marked()",
+        "stride(5) | window(20, 0) | marked()",
+        "window(5, 0) | lsh(4, 2, 8) | marked()",
+        "topk(6) | marked()",
+    ],
 )
 @pytest.mark.parametrize("queries", [200, 20])
 def test_what_torch_does_not_notice_is_read_again(pattern, name, write, queries):
@@ -164,6 +169,7 @@ def test_threads_that_share_plans_are_right():
         "window(9, 9) | marked()",
         "per_head(window(9, 9), chunk(24), window(9, 9), first(4) | window(3, 3))",
         "window(5, 0) | lsh(4, 2, 8)",
+        "window(5, 0) | topk_blocks(3, 8)",
         "window(None, None)",
     ]
     cases = []

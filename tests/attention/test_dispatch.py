@@ -73,6 +73,8 @@ TAKEN = {
     "strides": ("stride(16)", 608, {}, "strided"),
     "hashes": ("window(5, 0) | lsh(4, 2, 8)", LENGTH, {}, "lsh"),
     "hashes of a few": ("window(5, 0) | lsh(4, 2, 8)", 1, {}, "lsh"),
+    "choices": ("window(5, 0) | topk(8)", LENGTH, {}, "topk"),
+    "choices of one": ("window(5, 0) | topk_blocks(2, 8)", 1, {}, "topk"),
     "lse": ("full()", LENGTH, {"wants_lse": True}, "blockwise"),
     "lse of a few": ("window(20, 0)", 5, {"wants_lse": True}, "blockwise"),
     "a soft cap": ("full()", LENGTH, {"scoring": Scoring(1.0, 2.0)}, "blockwise"),
@@ -90,7 +92,7 @@ def test_what_is_taken(name):
     q, k, v = tensors((4, 2, 32), queries, max(queries, LENGTH), torch.float32)
     assert chosen(q, k, v, pattern, **given) == wanted
     # who is asked for by name is taken
-    if wanted not in ("lsh", "strided"):
+    if wanted not in ("lsh", "topk", "strided"):
         assert route(call_of(q, k, v, pattern, **given), "blockwise").name == "blockwise"
 
 

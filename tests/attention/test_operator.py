@@ -83,13 +83,15 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("pattern", ["window(5, 0) | marked()", "window(3, 3) | lsh(4, 2, 8)", "stride(4)"])
+@pytest.mark.parametrize(
+    "pattern", ["window(5, 0) | marked()", "window(3, 3) | lsh(4, 2, 8)", "window(3, 3) | topk(8)", "stride(4)"]
+)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("mode", ["fake", "meta"])
 def test_tensors_without_content_give_shapes(mode, given, pattern):
     how = GIVEN[given]
-    if "lsh" in pattern and given == "cap and bias":
-        pytest.skip("lsh(...) has neither")
+    if ("lsh" in pattern or "topk" in pattern) and given == "cap and bias":
+        pytest.skip("lsh(...) has neither, topk(...) no bias")
     wanted = attended(leaves(*SIZES, dtype=torch.bfloat16), pattern, how)
     if mode == "fake":
         with FakeTensorMode() as fake:

@@ -96,3 +96,13 @@ def test_a_result_in_a_folder_is_named_by_machine_and_date(tmp_path):
 def test_slope_is_the_exponent():
     assert slope([2, 4, 8], [3 * n**1.5 for n in (2, 4, 8)]) == pytest.approx(1.5)
     assert slope([2, 4], [1.0, 0.0]) is None and math.isclose(slope([2, 4, 8], [0.0, 1.0, 2.0]), 1.0)
+
+
+@pytest.mark.parametrize("pattern", ["(window(31, 0) | topk(16)) & causal()", "topk_blocks(2, 32) | window(15, 15)"])
+def test_choosing_is_timed_apart_from_attending(pattern):
+    result = run_attention([257], pattern=pattern, heads=2, head_dim=16, repeats=1, budget=5)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"auto", "auto, keys given"} <= set(rows)
+    assert all(row["relative_error"] < 1e-4 for row in result["rows"])
+    # of keys that are chosen no more are counted than a causal text has
+    assert 257 <= rows["auto"]["pairs"] <= (257 * 258 // 2 if "causal" in pattern else 257**2)

@@ -99,11 +99,11 @@ def test_bench_refuses_nan(packages, monkeypatch):
 
 def test_row_error_of_queries_without_keys():
     q = torch.randn(1, 2, 100, 16)
-    plan = build_plan("block_table(10, ((0,),))", 100)
+    pattern = Pattern.parse("block_table(10, ((0,),))")
     right = torch.zeros_like(q)
     right[:, :, :10] = torch.nn.functional.scaled_dot_product_attention(q[:, :, :10], q[:, :, :10], q[:, :, :10])
-    assert row_error(q, q, q, plan, right, q, None)[0] < 1e-5
-    assert row_error(q, q, q, plan, q, q, None)[0] > 1
+    assert row_error(q, q, q, pattern, right, q, None)[0] < 1e-5
+    assert row_error(q, q, q, pattern, q, q, None)[0] > 1
 
 
 @pytest.mark.parametrize("n", [1, 63, 100, 257])

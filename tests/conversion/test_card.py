@@ -89,6 +89,11 @@ def test_a_card_that_cannot_be_read_stops_no_conversion(content, tmp_path):
     assert json.loads((tmp_path / "sparse" / "conversion.json").read_text())["origin"] == {}
 
 
+def test_a_card_without_figures_says_so(converted):
+    assert "Not evaluated: nobody has measured" in write_card(converted, overwrite=True).read_text()
+    assert "Not evaluated" not in write_card(converted, results={"perplexity": 3.0}, overwrite=True).read_text()
+
+
 def test_results_beside_the_checkpoint(converted):
     (converted / "results.json").write_text('{"seconds": 12345.6, "tokens": 4096}')
     text = write_card(converted).read_text()

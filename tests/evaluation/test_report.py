@@ -179,3 +179,18 @@ def test_an_interrupt_says_how_to_go_on(folder, monkeypatch):
     monkeypatch.setattr(sparse_hf.evaluation, "evaluate", interrupted)
     done = command(folder, "--pattern", "window(3, 0)")
     assert done.returncode == 130 and "the same command goes on" in done.stderr
+
+
+def test_a_card_takes_its_figures():
+    settings = Settings(length=96, progress=False)
+    options = {"tokenizer": tokenizer(), "settings": settings, "probes": ["perplexity", "divergence"]}
+    found = evaluate(tiny_model(), {"near": "window(9, 0)"}, TEXT, **options)
+    figures, probes = found.card_results("near"), found.result["probes"]
+    assert figures["perplexity"] == {
+        "sparse": probes["perplexity"]["candidates"]["near"]["perplexity"],
+        "dense": probes["perplexity"]["candidates"]["dense"]["perplexity"],
+    }
+    assert figures["same"] == {"sparse": probes["divergence"]["candidates"]["near"]["same"]}
+    assert figures["dataset"] == "text 1" and "96 tokens" in figures["note"] and "Verdict: " in figures["note"]
+    with pytest.raises(ValueError, match="no candidate is named 'far'; there are near"):
+        found.card_results("far")

@@ -39,6 +39,9 @@ TINY = {
               "bos_token_id": 1},
     "camembert": {**COMMON, "max_position_embeddings": 514},
     "cohere2": {**GROUPED, "sliding_window": 30, "layer_types": ["sliding_attention", "full_attention"]},
+    "deberta": {**COMMON, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 40},
+    "deberta-v2": {**COMMON, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 16,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm"},
     "distilbert": {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "pad_token_id": 0},
     "electra": {**COMMON, "embedding_size": 16},
     # a head for keys that all queries share

@@ -37,6 +37,14 @@ OF_IMAGES = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2
 TINY: dict[str, dict[str, Any]] = {
     "axk2": MLA,
     "deepseek_v32": MLA,
+    "deepseek_v4": {
+        **TOKENS, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
+        "q_lora_rank": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "o_groups": 2, "o_lora_rank": 8, "sliding_window": 20,
+        "index_n_heads": 8, "index_head_dim": 16, "index_topk": 6, "hc_mult": 2, "partial_rotary_factor": 0.5,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+        "max_position_embeddings": 512,
+    },
     "dots3_note_text": {**MLA, **SLIDING},
     "glm5_next_text": {
         **MLA, "qk_rope_head_dim": 0, "index_kpool": 4,

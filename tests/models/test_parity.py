@@ -123,6 +123,15 @@ def marks_of(head: str, batch) -> torch.Tensor | None:
     return random_marks(batch["attention_mask"].flatten(0, -2).shape[0])
 
 
+def under_pairs(dense, batch, mask):
+    """The stock model under a 4-D mask."""
+    if dense.config.model_type.startswith("deberta"):
+        # it multiplies states by a mask of tokens
+        with patch.object(dense.base_model.encoder, "get_attention_mask", lambda _: mask == 0):
+            return dense(**batch)
+    return dense(**{**batch, "attention_mask": mask})
+
+
 def under_the_mask(dense, head: str, batch, marks, own_window):
     """The stock model under the 4-D mask of PATTERN, or of DECODER in a decoder that has an encoder."""
     real = batch["attention_mask"].flatten(0, -2)
@@ -155,7 +164,7 @@ def under_the_mask(dense, head: str, batch, marks, own_window):
             # it reads positions off a mask of tokens
             with patch.object(modeling_bloom, "create_causal_mask", lambda **_: whole):
                 return dense(**batch)
-        return dense(**{**batch, "attention_mask": mask if window is not None else whole})
+        return under_pairs(dense, batch, mask if window is not None else whole)
     encoded = dense.get_encoder()(input_ids=batch["input_ids"], attention_mask=whole)[0]
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
     if "decoder_input_ids" in batch:
@@ -228,7 +237,7 @@ def test_pattern_equals_stock_under_the_same_mask(head, side):
     if head.endswith("ForMultipleChoice"):
         flat = {k: v.flatten(0, 1) for k, v in batch.items() if v.ndim == 3}
         stock, exact = (
-            getattr(model, model.base_model_prefix)(**{**flat, "attention_mask": mask})
+            under_pairs(getattr(model, model.base_model_prefix), flat, mask)
             for model, mask in ((dense, stock), (double, exact))
         )
         assert_as_exact(getattr(sparse, sparse.base_model_prefix)(**flat, **extra), stock, exact, flat)
@@ -312,6 +321,8 @@ COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "Llam
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:
         pytest.skip("the experts of this version of Transformers cannot be compiled")
+    if HEADS[head].startswith("deberta"):
+        pytest.skip("scores that depend on content and distance are computed outside of graphs")
     torch._dynamo.reset()
     sparse = sparse_hf.sparsify(dense_model(head), PATTERN, **pattern_layers(head))
     batch = inputs(head)

@@ -5,10 +5,12 @@ The masks of plans over what a rank holds are compared with the mask of the whol
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparse_hf.parallel import SplitText, find_needs
+from sparse_hf.parallel import SplitText, find_needs, keys_sent
 from sparse_hf.parallel.attention import batch_of
 from sparse_hf.pattern import Pattern
 from sparse_hf.plan import build_plan, of_batch
@@ -97,3 +99,20 @@ def test_what_is_asked_for_does_not_grow_with_the_text():
             for length in (1 << 16, 1 << 20)
         ]
         assert most[0] == most[1] <= 1030
+
+
+def test_the_table_of_the_guide_is_what_is_counted():
+    page = (Path(__file__).parents[2] / "docs/how-to/many-gpus.md").read_text()
+    pattern = Pattern.parse("(window(1023, 0) | first(4)) & causal()")
+    # keys and values of 8 heads of 64, in two bytes each
+    token = 2 * 8 * 64 * 2
+    for ranks in (8, 16, 64, 128, 512):
+        first, *others, last = keys_sent([2048] * ranks, pattern)
+        assert set(others) == {1023} and last == 0
+        mib = [f"{count * token / 2**20:.2f}" for count in (first, 1023)]
+        assert f"| {ranks} | {first:,} | 1,023 | {mib[0]} | {mib[1]} |" in page
+
+
+def test_patterns_that_go_by_heads_have_no_keys_to_count():
+    with pytest.raises(ValueError, match="goes by heads"):
+        keys_sent([100, 100], Pattern.parse("fixed(16, 2) & causal()"))

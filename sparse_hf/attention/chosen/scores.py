@@ -20,7 +20,8 @@ class DotScores:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return *self.query.shape[:3], self.key.shape[2]
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries, self.key.shape[2]
 
     @property
     def device(self) -> torch.device:

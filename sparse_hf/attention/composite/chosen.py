@@ -42,8 +42,8 @@ class ChoicePlan:
     def batch_rows(self) -> int:
         return self.positions.batch_rows
 
-    def chosen_mask(self, call: AttentionCall) -> Tensor:
-        index, keys = self.chosen.index.long(), call.k.shape[2]
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        index, keys = self.chosen.index[:, :, queries].long(), call.k.shape[2]
         mask = torch.zeros(*index.shape[:3], keys + 1, dtype=torch.bool, device=index.device)
         return mask.scatter_(-1, index.where(index >= 0, keys), True)[..., :keys]
 
@@ -127,8 +127,8 @@ class Blocks:
         if self.rest.is_causal:
             allowed = allowed & (last < x)
         place = (x - origin).clamp(min=0)
-        ends = ((t - origin).clamp(min=0) for t in (first, last))
-        return allowed & (self.rest.positions.patterns[0].blocks(place, place, *ends) != FULL)
+        begin, end = (first - origin).clamp(min=0), (last - origin).clamp(min=0)
+        return allowed & (self.rest.positions.patterns[0].blocks(place, place, begin, end) != FULL)
 
     def pooled(self, k: Tensor, scores: str) -> Tensor:
         """What blocks of keys `[B, G, K, D]` are scored by, `[B, G, M, D or 2 D]`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ...pattern import Pattern
@@ -31,8 +32,8 @@ class ContentPlan(Protocol):
         """The plan of the pairs that are chosen, as the kind's backend takes it."""
         ...
 
-    def chosen_mask(self, call: AttentionCall) -> Tensor:
-        """The pairs that are chosen, `[B, H, Q, K]` bool. O(n^2)."""
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        """The pairs of queries `[m]` that are chosen, `[B, H, m, K]` bool."""
         ...
 
 
@@ -82,7 +83,8 @@ class ContentPairs(Backend):
     def _calls(self, call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
         """The calls over pairs of positions and over those that are chosen."""
         plan = planned(call, self.kind)
-        return tuple(call.part(call.q, call.k, call.v, part, call.dropout) for part in (plan.positions, plan.chosen))
+        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
+        return positions, call.part(call.q, call.k, call.v, plan.chosen, call.dropout)
 
 
 class DenseContentPairs(AutogradBackend, ContentPairs):
@@ -95,15 +97,26 @@ class DenseContentPairs(AutogradBackend, ContentPairs):
 
 def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
-    plan = planned(call, kind)
-    return with_weights(call, plan.chosen_mask(call) | plan.positions.to_dense())
+    queries = torch.arange(call.q.shape[2], device=call.q.device)
+    return with_weights(call, held_by(planned(call, kind), call, queries))
+
+
+def held_by(plan: ContentPlan, call: AttentionCall, queries: Tensor) -> Tensor:
+    """The pairs of queries `[m]`, of positions and chosen, `[B, H, m, K]` bool."""
+    rows, keys = (torch.arange(n, device=queries.device) for n in (call.q.shape[0], call.k.shape[2]))
+    positions = plan.positions.allows(rows[:, None, None, None], 0, queries[:, None], keys)
+    return plan.chosen_mask(call, queries) | positions
 
 
 def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
     """The plan of a call, which its backward pass finds again."""
     if call.chosen_plan is None:
         assert call.pattern is not None
-        form = read_content(str(call.pattern))
-        positions = find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
-        call.chosen_plan = kind.make_plan(call, form.chosen, positions)
+        call.chosen_plan = kind.make_plan(call, read_content(str(call.pattern)).chosen, positions_plan(call))
     return call.chosen_plan
+
+
+def positions_plan(call: AttentionCall) -> BlockPlan:
+    """The plan of what positions say."""
+    form = read_content(str(call.pattern))
+    return find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)

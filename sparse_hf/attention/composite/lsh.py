@@ -36,11 +36,10 @@ class LSHPlan:
     def batch_rows(self) -> int:
         return self.positions.batch_rows
 
-    def chosen_mask(self, call: AttentionCall) -> Tensor:
-        q, k = call.q, call.k
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        q, keys = call.q, torch.arange(call.k.shape[2], device=queries.device)
         x = torch.arange(q.shape[0] * q.shape[1], device=q.device)[:, None, None]
-        queries, keys = (torch.arange(t.shape[2], device=q.device) for t in (q, k))
-        return self.holds(x, queries[:, None], keys).view(*q.shape[:3], k.shape[2])
+        return self.holds(x, queries[:, None], keys).view(*q.shape[:2], len(queries), len(keys))
 
 
 def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> LSHPlan:

@@ -4,8 +4,6 @@
 OFF_THE_INTERFACE = {
     "convbert": "mixes it with convolutions whose kernels depend on content",
     "cpmant": "adds a bias of segments to each pair of tokens",
-    "deberta": "adds scores of positions that depend on content",
-    "deberta-v2": "adds scores of positions that depend on content",
     "fnet": "mixes tokens by a Fourier transform, which has no pairs",
     "fsmt": "keeps keys in an order of its own",
     "funnel": "pools the text between its layers",

@@ -9,7 +9,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,19 +23,20 @@ from ...attention import attend, attention, content_weights, route, uses_content
 from ...attention.backend import AttentionCall
 from ...attention.devices import is_autocast
 from ...attention.dropout import Dropout
-from ...attention.merge import merge, with_sink
+from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
-from ...attention.slots.new_tokens import MAX_TOKENS, Filled, slots_attention, takes_slots
+from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention, learning
+from .chosen_keys import choice_of, chosen_attention, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
+from .layer_call import LayerCall, Part, tokens_first
 from .mask_request import FLEETING, MaskRequest, TensorLikeRequest, TokenData, layer_pattern, said_of, why_dense
 from .pages import paged_attention
-from .streamed import over_sloped_slots, sloped, to_first, to_pinned
+from .streamed import over_streaming_slots, to_pinned, with_sloped_sinks, with_turned_sinks
 from .streaming_cache import StreamingCache
 from .tensor_parallel import own_heads
 from .text_parts import TEXT_PART, TextPart, check_part
@@ -55,12 +56,13 @@ def sparse_mask(
     """What Transformers calls once per forward pass, with keywords."""
     if config is not None and not isinstance(config, SparseConfigMixin):
         raise ValueError(why_dense(config))
-    if not isinstance(kv_offset, int) or kv_offset:
+    drops = not isinstance(kv_offset, int) or kv_offset
+    if drops and (config is None or not config.own_caches):
         raise NotImplementedError(
             "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "
             "reads only the keys that its pattern holds, or a StreamingCache, which drops what no pattern holds"
         )
-    if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+    if attention_mask is not None and attention_mask.shape[-1] < kv_length:
         short = kv_length - attention_mask.shape[-1]
         attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
     if attention_mask is not None and attention_mask.is_meta:
@@ -93,107 +95,97 @@ def sparse_attention_forward(
     query, key, value = _of_autocast(query, key, value)
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+    # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
+    sinks = kwargs.get("s_aux")
     chosen = choice_of(module, attention_mask, query, key, kwargs)
     if chosen is not None:
-        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
-        learns = learning()
-        if learns is not None:
-            learns.attention(getattr(module, "indexer", None), query, key, scoring.scale)
-        return chosen_attention(query, key, value, chosen, scoring, dropout, kwargs.get("s_aux"), wants_weights)
+        tell_learning(module, query, key, scoring.scale)
+        return chosen_attention(query, key, value, chosen, scoring, dropout, sinks, wants_weights)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
-    stack = request.stack(module)
-    bias = kwargs.get("position_bias")
-    # some families hand over an empty vector where they have none
-    bias = None if bias is None or bias.ndim == 1 else bias
+    stack, bias = request.stack(module), _bias_of(kwargs)
     crosses = kwargs.get("is_cross_attention")
     if _crosses(module, stack.name) if crosses is None else crosses:
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
-    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), bias)
-    # a learned logit per head in the denominator (GPT-OSS), which takes its share by lse
-    sinks = kwargs.get("s_aux")
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     bounds, streaming = kwargs.get("page_bounds"), kwargs.get("streaming_cache")
     pattern = layer_pattern(module, stack, is_causal or bounds is not None)
     if kwargs.get(LAYERS_SEE) is not None:
         pattern = kwargs[LAYERS_SEE][module.layer_idx]
+    scoring = scoring if bias is None else replace(scoring, bias=bias)
+    layer = LayerCall(
+        module, request, stack, (query, key, value), pattern, scoring, opaque, sinks, Dropout.draw(dropout), backend, kwargs, None
+    )  # fmt: skip
     if bounds is not None or streaming is not None:
-        _check_cache(streaming, module, pattern, opaque, bias)
+        _check_cache(streaming, layer)
     if query.shape[1] != stack.heads:
-        pattern = own_heads(pattern, module, query.shape[1], stack.heads)
+        layer.pattern = own_heads(pattern, module, query.shape[1], stack.heads)
     if kwargs.get(TEXT_PART) is not None:
         check_part(opaque, kwargs)
-        return _of_part(
-            (query, key, value), pattern, scoring, Dropout.draw(dropout), sinks, kwargs[TEXT_PART], backend
-        ), None
+        return _of_part(layer, kwargs[TEXT_PART]), None
     if bounds is not None:
-        return paged_attention(query, key, value, pattern, scoring, bounds, backend, sinks), None
-    turned = kwargs.get("turned_sinks")
-    far = None if turned is None else turned.of_layer(module.layer_idx, pattern)
-    filled = part = slopes = None
-    if streaming is not None:
-        filled = streaming.filled(module.layer_idx, query.shape[2])
-        slopes = kwargs.get("alibi_slopes")
-        part = to_pinned(streaming, module.layer_idx, query, pattern, filled, scoring, slopes)
-        if streaming.in_place and slopes is not None:
-            found = over_sloped_slots((query, key, value), filled, pattern, scoring, slopes, part)
-            return found[0].transpose(1, 2).contiguous(), None
-        if streaming.in_place:
-            if far is not None:
-                part = far.part((query, key, value), filled.seen, filled.begins, None, kwargs, scoring)
-                pattern = far.near
-            return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
-        request = request.of_held(streaming, module.layer_idx, query, key)
-    skips = kwargs.get("bias_skips_padding", False)
-    shifts = skips or not stack.counts_padding and counts_positions(pattern)
-    data = _token_data(kwargs, stack.name)
-    data = data if filled is None else replace(data, marks=filled.marks)
-    batch = request.batch(data, query, key, shifts)
+        return paged_attention(query, key, value, layer.pattern, scoring, bounds, backend, sinks), None
+    if streaming is None:
+        return _in_order(layer, None, wants_weights)
+    layer.filled = streaming.filled(module.layer_idx, query.shape[2])
+    part = to_pinned(layer, streaming)
+    if streaming.in_place:
+        return over_streaming_slots(layer, part), None
+    layer.request = request.of_held(streaming, module.layer_idx, query, key)
+    return _in_order(layer, part, wants_weights)
+
+
+def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention `[B, Q, H, D]` to keys that lie in order and to what `part` found, and the weights if they are wanted."""
+    query, key, _ = layer.tensors
+    skips = layer.kwargs.get("bias_skips_padding", False)
+    shifts = skips or not layer.stack.counts_padding and counts_positions(layer.pattern)
+    data = _token_data(layer.kwargs, layer.stack.name)
+    data = data if layer.filled is None else replace(data, marks=layer.filled.marks)
+    batch = layer.request.batch(data, query, key, shifts)
     real, documents, marks = batch.info.tensors
     order = batch.padding_first if shifts else None
     # packed documents begin anew, and with them their positions
-    if far is not None and documents is None:
-        _check_turned(order, opaque, bias)
-        begins = None if real is None else real.int().argmax(1)
-        seen, of_rows = (request.q_offset, begins) if filled is None else (filled.seen, filled.begins)
-        part, pattern = far.part((query, key, value), seen, of_rows, begins, kwargs, scoring), far.near
-    if filled is not None and slopes is not None:
-        begins = None if real is None else real.int().argmax(1)
-        first, pattern = to_first((query, key, value), filled, begins, pattern, scoring, slopes)
-        part = part if first is None else first if part is None else merge([first, part])
-        scoring, bias = sloped(scoring, slopes, key.shape[2]), slopes
-    by_slots = opaque is None and documents is None and backend == "auto"
-    if by_slots and _goes_by_slots(request, query, scoring, pattern):
-        filled = Filled(torch.as_tensor(request.q_offset).reshape(()), real, marks)
-        return _over_slots((query, key, value), filled, pattern, scoring, sinks, part), None
+    if documents is None:
+        part = with_turned_sinks(layer, part, real, order)
+    part = with_sloped_sinks(layer, part, real)
+    if documents is None and layer.goes_by_slots:
+        filled = Filled(torch.as_tensor(layer.request.q_offset).reshape(()), real, marks)
+        return layer.over_slots(filled, part), None
     call = AttentionCall(
-        query, key, value, pattern, int(request.q_offset), _of_place(scoring, request, query, key), Dropout.draw(dropout), batch.info,
-        wants_lse=sinks is not None or part is not None,
+        *layer.tensors, layer.pattern, int(layer.request.q_offset), _of_place(layer), layer.dropout, batch.info,
+        wants_lse=layer.wants_lse(part),
     )  # fmt: skip
-    computed_by = kwargs.get("computed_by")
-    reorders = (bias is None and computed_by is None) or skips
+    computed_by, opaque = layer.kwargs.get("computed_by"), layer.opaque
+    reorders = (layer.scoring.bias is None and computed_by is None) or skips
     if order is not None and reorders:
         opaque = _reorder(call, order, opaque)
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
-    out, lse, weights = _computed(call, opaque, backend, wants_weights and part is None, computed_by)
-    out, lse = _with_rest(out, lse, part, sinks)
-    if weights is not None and sinks is not None:
-        weights = with_sink(weights, lse, sinks)
+    out, lse, weights = _computed(call, opaque, layer.backend, wants_weights and part is None, computed_by)
+    out, lse = layer.with_rest(out, lse, part)
+    if weights is not None and layer.sinks is not None:
+        weights = with_sink(weights, lse, layer.sinks)
     if order is not None and reorders:
         out, weights = order.back(out), None if weights is None else order.weights_back(weights, key.shape[2])
-    return out.transpose(1, 2).contiguous(), weights
+    return tokens_first(out), weights
 
 
-def _of_part(
-    tensors: tuple[Tensor, Tensor, Tensor], pattern: str, scoring: Scoring, dropout: Dropout, sinks: Tensor | None,
-    part: TextPart, backend: str,
-) -> Tensor:  # fmt: skip
+def _of_part(layer: LayerCall, part: TextPart) -> Tensor:
     """Attention `[B, Q, H, D]` of this process's tokens to a text that several processes hold."""
-    call = AttentionCall(*tensors, pattern, 0, scoring, dropout, NOTHING, wants_lse=sinks is not None)
-    out, _ = _with_rest(*part.attention(call, backend), None, sinks)
-    return out.transpose(1, 2).contiguous()
+    call = AttentionCall(
+        *layer.tensors, layer.pattern, 0, layer.scoring, layer.dropout, NOTHING, wants_lse=layer.wants_lse(None)
+    )  # fmt: skip
+    out, lse = part.attention(call, layer.backend)
+    return tokens_first(layer.with_rest(out, lse, None)[0])
+
+
+def _bias_of(kwargs: dict[str, Any]) -> Tensor | None:
+    """The bias by distance that a family hands over; some hand over an empty vector where they have none."""
+    bias = kwargs.get("position_bias")
+    return None if bias is None or bias.ndim == 1 else bias
 
 
 def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +205,7 @@ def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[st
     return {**kept, **kwargs}
 
 
-def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
+def _token_data(kwargs: Mapping[str, Any], stack: str) -> TokenData:
     """What the model says of its tokens, from the arguments of an attention function."""
     positions = kwargs.get("document_positions", kwargs.get("position_ids"))
     bounds = kwargs.get("cu_seq_lens_k", kwargs.get("cu_seq_lens_q"))
@@ -222,48 +214,13 @@ def _token_data(kwargs: dict[str, Any], stack: str) -> TokenData:
     return TokenData(positions, bounds, marks, bool(kwargs.get(CHECKED)))
 
 
-def _goes_by_slots(request: MaskRequest, query: Tensor, scoring: Scoring, pattern: str) -> bool:
-    """Are these new tokens of a static cache, whose graph serves all lengths? It has no gradient."""
-    if not isinstance(request.q_offset, Tensor) or query.shape[2] >= MAX_TOKENS:
-        return False
-    return not torch.is_grad_enabled() and takes_slots(pattern)
-
-
-def _of_place(scoring: Scoring, request: MaskRequest, query: Tensor, key: Tensor) -> Scoring:
+def _of_place(layer: LayerCall) -> Scoring:
     """Scoring whose bias is that of queries at their place, where it was made for any place."""
-    if scoring.bias is None or not isinstance(request.q_offset, Tensor):
+    scoring, q_offset = layer.scoring, layer.request.q_offset
+    if scoring.bias is None or not isinstance(q_offset, Tensor):
         return scoring
-    return replace(scoring, bias=scoring.bias[:, key.shape[2] - query.shape[2] - int(request.q_offset) :])
-
-
-def _over_slots(
-    tensors: tuple[Tensor, Tensor, Tensor], filled: Filled, pattern: str, scoring: Scoring, sinks: Tensor | None,
-    part: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """Attention `[B, Q, H, D]` to the slots of a cache as they lie, and to what another part of it found."""
-    wants_lse = sinks is not None or part is not None
-    out, lse = slots_attention(*tensors, filled, pattern, scoring, wants_lse=wants_lse)
-    out, _ = _with_rest(out, lse, part, sinks)
-    return out.transpose(1, 2).contiguous()
-
-
-def _with_rest(
-    out: Tensor, lse: Tensor, part: tuple[Tensor, Tensor] | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Out and lse of pairs with those of others, and out with the share that learned logits take."""
-    if part is not None:
-        out, lse = merge([(out, lse), part])
-    return (out if sinks is None else with_sink(out, lse, sinks)), lse
-
-
-def _check_turned(order: PaddingFirst | None, opaque: Callable | None, bias: Tensor | None) -> None:
-    """Raise NotImplementedError where first tokens cannot be seen as if they were in a cache."""
-    if order is not None or opaque is not None or bias is not None:
-        raise NotImplementedError(
-            "this text is longer than the model was trained on, and its first tokens cannot be seen as among the keys of a streaming cache "
-            "with padding inside a row, a mask of pairs or a bias by distance; pad on the left, or set model.generation_config."
-            "cache_implementation = None, which leaves all positions as they are"
-        )
+    query, key, _ = layer.tensors
+    return replace(scoring, bias=scoring.bias[:, key.shape[2] - query.shape[2] - int(q_offset) :])
 
 
 def _reorder(call: AttentionCall, order: PaddingFirst, opaque: Callable | None) -> Callable | None:
@@ -307,8 +264,9 @@ def _computed(
         call.chosen_plan = _opaque_plan(call, opaque)
     if computed_by is not None:
         call.pattern = _parsed(call.pattern)
+        out, weights = computed_by(call, wants_weights)
         # it knows no lse
-        return computed_by(call), call.q.new_empty(0), None
+        return out, call.q.new_empty(0), weights
     if wants_weights:
         call.pattern = pattern = _parsed(call.pattern)
         by_content = opaque is None and uses_content(str(pattern))
@@ -373,11 +331,9 @@ def _opaque_plan(call: AttentionCall, mask_function: Callable) -> BlockPlan:
     )  # fmt: skip
 
 
-def _check_cache(
-    cache: StreamingCache | None, module, pattern: str, opaque: Callable | None, bias: Tensor | None
-) -> None:  # fmt: skip
+def _check_cache(cache: StreamingCache | None, layer: LayerCall) -> None:
     """Can a layer attend to the pages of continuous batching, or to a cache that drops keys (None: to pages)?"""
-    if bias is not None:
+    if layer.scoring.bias is not None:
         raise NotImplementedError(
             "continuous batching knows no bias by distance; use generate, which takes padded batches"
             if cache is None
@@ -385,15 +341,16 @@ def _check_cache(
         )
     if cache is None:
         return
-    if opaque is not None:
+    if layer.opaque is not None:
         raise NotImplementedError(
             "a mask function that sparse_hf does not know may speak of keys that a StreamingCache drops; use a DynamicCache"
         )
-    layer = module.layer_idx
-    if pattern != cache.patterns[layer]:
+    number = layer.module.layer_idx
+    kept = cache.patterns[number]
+    if layer.pattern != kept:
         raise ValueError(
-            f"the StreamingCache keeps what {cache.patterns[layer]} sees, and the pattern of layer {layer} is {pattern}; make it of "
-            "this model's own configuration, StreamingCache(model.config)"
+            f"the StreamingCache keeps what {kept} sees, and the pattern of layer {number} is {layer.pattern}; make it of this model's own "
+            "configuration, StreamingCache(model.config)"
         )
 
 

@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 # what a cache is called among the arguments of `forward`, newest name first
 CACHE_NAMES = ("cache", "past_key_values")
 
+# what cache layers have into which the text is compressed (DeepSeek V4)
+OWN_STATE = "store_compression_weights"
+
 
 class GrownStaticLayer(StaticLayer):
     """In place of a layer that slides: it keeps all keys, and grows, since what length was asked for is not known."""
@@ -315,6 +318,9 @@ def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
     static = (layer for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding)
     longest = max((layer.max_cache_len for layer in static), default=0)
     for index, layer in enumerate(cache.layers):
+        if hasattr(layer, OWN_STATE):
+            # a family's own layer, which keeps the past in another form
+            continue
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = _filled(DynamicLayer(), layer)
         elif isinstance(layer, (StaticSlidingWindowLayer, GrownStaticLayer)):

@@ -58,6 +58,13 @@ def learning() -> Learning | None:
     return LEARNING.get() if torch.is_grad_enabled() else None
 
 
+def tell_learning(module: Any, query: Tensor, key: Tensor, scale: float) -> None:
+    """Tell whoever learns what the attention of a layer would have weighed."""
+    learns = learning()
+    if learns is not None:
+        learns.attention(getattr(module, "indexer", None), query, key, scale)
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The keys of each query, `[B, C, Q, N]` with C one of 1, G and H, where a class hands them on in place of a mask."""
@@ -72,13 +79,20 @@ def choice_of(module: Any, mask: Any, query: Tensor, key: Tensor, kwargs: Mappin
         module: the attention module.
         mask, query, key, kwargs: what it hands to its attention function.
     """
+    own = getattr(module, "own_choice", None)
+    if own is not None:
+        refuse_bounds(kwargs)
+        return own(mask, query, key, kwargs)
     chosen, blocks = kwargs.get("indices"), kwargs.get("block_indices")
     if not isinstance(mask, Choice) and chosen is None and blocks is None:
         return None
     refuse_bounds(kwargs)
     if isinstance(mask, Choice):
         return mask.index
-    return _tokens_of_blocks(module, mask, query, key, blocks) if chosen is None else chosen[:, None]
+    if blocks is None:
+        assert chosen is not None
+        return chosen[:, None]
+    return _tokens_of_blocks(module, mask, query, key, blocks)
 
 
 def _tokens_of_blocks(module: Any, mask: Any, query: Tensor, key: Tensor, blocks: Tensor) -> Tensor:

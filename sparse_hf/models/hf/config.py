@@ -123,6 +123,8 @@ class SparseConfigMixin(_Config):
     implies_pattern: ClassVar[bool] = False
     # do its layers choose keys by content, among those that a pattern holds?
     chooses_keys: ClassVar[bool] = False
+    # has the family caches of its own, which drop keys that no layer sees again?
+    own_caches: ClassVar[bool] = False
     # do heads mark tokens by themselves, so that it is the model inside that adds those named by id?
     heads_mark: ClassVar[bool] = False
     # do published models mark nothing, though the implied pattern has marked() for those who do?

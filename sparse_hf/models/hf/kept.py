@@ -84,13 +84,13 @@ def _joined(found: Iterable[Kept]) -> Kept:
     left = None if None in lefts else max(one for one in lefts if one is not None)
     pinned = [one.pinned for one in found if one.pinned is not None]
     summaries = dict.fromkeys(pair for one in pinned for pair in one.summaries)
-    flags = {name: any(getattr(one, name) for one in pinned) for name in ("marks", "keys", "queries")}
+    flags = any(one.marks for one in pinned), any(one.keys for one in pinned), any(one.queries for one in pinned)
     return Kept(
         max(one.sinks for one in found),
         left,
         math.lcm(*(one.period for one in found)),
         # where one head sees all, there is nothing between
-        Pinned(**flags, summaries=tuple(summaries)) if pinned and left is not None else None,
+        Pinned(*flags, tuple(summaries)) if pinned and left is not None else None,
     )
 
 

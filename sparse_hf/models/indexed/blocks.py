@@ -42,7 +42,8 @@ class BestInBlock:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return *self.query.shape[:3], -(-self.key.shape[1] // self.size)
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries, -(-self.key.shape[1] // self.size)
 
     @property
     def device(self) -> torch.device:

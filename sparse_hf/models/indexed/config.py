@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ...pattern import Pattern, full
+from ...pattern import Pattern
 from ..hf.config import SparseConfigMixin
 
 
@@ -29,7 +29,7 @@ class IndexedConfigMixin(SparseConfigMixin):
         super().validate_sparse_attention()
         patterns = [Pattern.parse(text) for text in self.layer_patterns()]
         for layer, pattern in enumerate(patterns):
-            if not self.takes_patterns and pattern != full():
+            if not self.takes_patterns and pattern != Pattern.parse(self.implied_pattern("", layer)):
                 raise ValueError(
                     f"layer {layer} has the pattern {pattern}; {self.model_type} chooses pools of keys, and no pattern limits that: give "
                     "none"

@@ -24,16 +24,17 @@ def derive_indexed(entry: IndexedFamily) -> Family:
         model_type=entry.sparse_type,
         takes_patterns=entry.takes_patterns,
         documents_are_told_apart=entry.packs,
+        own_caches=entry.own_caches,
         __doc__=f"[`{dense_config.__name__}`], whose layers choose keys in pieces. The family is described in {entry.source}.",
     )
     mixin, dense = _mixin(entry.indexer), getattr(modeling, entry.indexer_class or f"{entry.prefix}Indexer")
     more = {"turn": staticmethod(getattr(modeling, mixin.rotary))} if mixin.rotary else {}
     doc = f"[`{dense.__name__}`], scored in pieces."
     parts = {dense: subclass(entry.module, (mixin, dense), __doc__=doc, **more)}
-    if entry.attention:
-        attention = getattr(modeling, entry.attention_class)
-        doc = f"[`{attention.__name__}`] to keys that are chosen in pieces."
-        parts[attention] = subclass(entry.module, (_mixin(entry.attention), attention), __doc__=doc)
+    for name, mixin in entry.parts:
+        dense = getattr(modeling, name)
+        doc = f"[`{name}`], with keys that are chosen in pieces."
+        parts[dense] = subclass(entry.module, (_mixin(mixin), dense), __doc__=doc)
     return register_family(
         config_class, entry.positions, parts=parts, of_heads={"_valid_auto_compile_criteria": _never}
     )

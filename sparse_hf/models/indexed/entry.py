@@ -18,18 +18,19 @@ class IndexedFamily(DenseFamily):
     Attributes:
         indexer: how it chooses, `{file of this room}.{class}`.
         indexer_class: the dense class of the indexer, if it is not called `{prefix}Indexer`.
-        attention: what its attention module does in another way, if anything, in the same form.
-        attention_class: the dense class of that.
+        parts: further modules that do something in another way, as pairs of a dense class and what is put before it, in the
+            same form.
         takes_patterns: can a pattern limit the choice?
         packs: are packed documents told apart?
+        own_caches: has it caches of its own, which drop keys that no layer sees again?
     """
 
     indexer: str
     indexer_class: str = ""
-    attention: str = ""
-    attention_class: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
     takes_patterns: bool = True
     packs: bool = True
+    own_caches: bool = False
 
     def derive(self) -> None:
         # by name, because it imports torch and Transformers

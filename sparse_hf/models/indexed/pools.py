@@ -70,7 +70,8 @@ class LearnedPoolIndexer(torch.nn.Module):
         states, end = torch.cat([key, gate, attention_mask.to(key.dtype)[..., None]], -1), hidden_states.shape[1]
         if cache is not None:
             states = cache.update_indexer(states, self.layer_idx)
-            end = int(cache.layers[self.layer_idx].get_seq_length())
+            layer: Any = cache.layers[self.layer_idx]
+            end = int(layer.get_seq_length())
             states = states[:, :end]
         real, size = states[..., -1].bool(), self.index_kpool
         slots = end - hidden_states.shape[1] + torch.arange(hidden_states.shape[1], device=real.device)

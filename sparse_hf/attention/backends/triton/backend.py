@@ -8,9 +8,12 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from ....plan import BlockPlan, remembered
 from ....plan.tile_lists import tile_lists
@@ -31,25 +34,35 @@ class Triton(Backend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.scoring.bias is not None:
             return "its kernels have no relative bias; use backend='flex'"
-        return why_unfit(call.q, call.v)
+        return why_unfit(call.q, call.v, padded=True)
+
+    def is_fastest(self, call: AttentionCall) -> bool:
+        # of values of another width it computes more than there is, and `flex` does not
+        return call.q.shape[-1] == call.v.shape[-1]
 
     def forward(self, call: AttentionCall) -> Results:
-        q, k, v = readable(call.q), readable(call.k), readable(call.v)
+        q, k, v = _readable(call, call.q, call.k, call.v)
         out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         if q.numel():
             _walk(call).forward(q, k, v, out, lse)
-        return out, lse
+        return out[..., : call.v.shape[-1]], lse
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        q, k, v = readable(call.q), readable(call.k), readable(call.v)
-        results, grad_out = (readable(given.out), given.lse), readable(given.some_grad_out)
+        q, k, v, out, grad_out = _readable(call, call.q, call.k, call.v, given.out, given.some_grad_out)
         grads = like(q), like(k), like(v)
         if q.numel():
-            _walk(call).backward((q, k, v), results, (grad_out, given.grad_lse), grads)
+            _walk(call).backward((q, k, v), (out, given.lse), (grad_out, given.grad_lse), grads)
         else:
             for grad in grads:
                 grad.zero_()
-        return *grads, None
+        of_q, of_k, of_v = (g[..., : t.shape[-1]] for g, t in zip(grads, (call.q, call.k, call.v), strict=True))
+        return of_q, of_k, of_v, None
+
+
+def _readable(call: AttentionCall, *tensors: Tensor) -> Iterator[Tensor]:
+    """Tensors of a call as kernels read them; where values are wider or narrower than keys, with zeros up to one head dim."""
+    widest = max(call.q.shape[-1], call.v.shape[-1])
+    return (readable(t if t.shape[-1] == widest else pad(t, (0, widest - t.shape[-1]))) for t in tensors)
 
 
 def _walk(call: AttentionCall) -> Walk:

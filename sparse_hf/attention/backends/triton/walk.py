@@ -30,19 +30,24 @@ SEGMENT_TENSORS = {"forward": 2, "gradients_of_queries": 1, "gradients_of_keys":
 MAX_PREPARED = 4096
 
 
-def why_unfit(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot compute these tensors, or None."""
+def why_unfit(q: Tensor, v: Tensor, *, padded: bool = False) -> str | None:
+    """Why the kernels cannot compute these tensors, or None.
+
+    Args:
+        padded: will the narrower of them get zeros, until both have one head dim?
+    """
+    widest = max(q.shape[-1], v.shape[-1])
     if q.device.type not in DEVICES:
         return f"it needs a GPU and q is on {q.device}"
     if not IS_INSTALLED:
         return "it needs the package triton, which torch brings for GPUs on Linux"
     if q.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits and q is {q.dtype}; use backend='blockwise'"
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] > MAX_HEAD_DIM:
+    if q.shape[-1] != v.shape[-1] and not padded or widest > MAX_HEAD_DIM:
         return f"head dims of q and v are {q.shape[-1]} and {v.shape[-1]}; they must be one number up to {MAX_HEAD_DIM}"
-    if q.dtype == torch.float32 and q.shape[-1] > MAX_HEAD_DIM_FLOAT32:
+    if q.dtype == torch.float32 and widest > MAX_HEAD_DIM_FLOAT32:
         return (
-            f"in float32 its kernels take head dims up to {MAX_HEAD_DIM_FLOAT32} and q has {q.shape[-1]}; use "
+            f"in float32 its kernels take head dims up to {MAX_HEAD_DIM_FLOAT32} and q or v has {widest}; use "
             "backend='blockwise'"
         )
     return None
