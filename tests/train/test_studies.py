@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import sotu, studies, study_classification, study_healing, tiny
+from examples import sotu, studies, study_classification, study_healing, study_streaming, tiny
 from examples.assets import GUTENBERG
 from tests import oracle
 
@@ -178,3 +178,13 @@ def test_unknown_variants_are_told(capsys):
     with pytest.raises(SystemExit):
         study_classification.main(["--tiny", "--variants", "dense, 33 tokens"])
     assert "no variant dense, 33 tokens; there are dense, 32 tokens" in capsys.readouterr().err
+
+
+def test_streaming_reads_a_text_in_every_way(tmp_path):
+    content = run(study_streaming, tmp_path)
+    entries, read = content["entries"], {"dense": 128}
+    assert list(entries) == list(study_streaming.WAYS)
+    assert all(entry["is_whole"] and entry["read"] == read.get(name, 512) for name, entry in entries.items())
+    assert all(len(entry["by_position"]) == (5 if name == "dense" else 8) for name, entry in entries.items())
+    # what is whole is not read again
+    assert run(study_streaming, tmp_path)["entries"] == entries
