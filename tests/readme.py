@@ -7,6 +7,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 WINDOW, SINKS = r"`window(256, 256) \| first(1)`", r"`window(511, 0) \| first(4)`"
+RECALLING = r"`window(127, 0) \| first(4)`"
 # what the row calls it, file, the file's name of the model, tokens, the timed key
 STEPS = (
     (f"BERT, dense -> {WINDOW}", "h200/2026-11-27-models", "bert", 4096, "step_s"),
@@ -22,10 +23,16 @@ STEPS = (
 # of caches, those that are compared: the dense model's best one, and ours that does not grow; a file of models names none
 CASES = {None, "dense-static", "streaming"}
 # what the row calls it, the checkpoint in the file, its measure
-CONVERTED = (
-    ("Qwen2.5-Coder-0.5B, 2,048 tokens of a novel", "qwen2.5-coder-0.5b"),
-    ("rxnfp (BERT), 512 tokens, each masked answer", "rxnfp-mlm"),
-    ("rxnfp, a classifier of 512 tokens", "rxnfp-classifier"),
+CONVERTED = (("rxnfp (BERT), a classifier of 512 tokens", "rxnfp-classifier"),)
+# of answers that stand in the text: the file, what the row calls it, what the file calls it
+RECALLED = (
+    ("cpu-2-cores/2026-11-30-evaluate-smollm2", "SmolLM2-135M asked for what stands in 512 tokens", "window and sinks"),
+    ("cpu-2-cores/2026-11-30-evaluate-tuned-smollm2", "other such questions", "no layer dense"),
+    (
+        "cpu-2-cores/2026-11-30-evaluate-tuned-smollm2",
+        "the same, a fifth of the layers dense, chosen by `sparse-hf tune`",
+        "layers by answers, 1/5",
+    ),
 )
 
 
@@ -76,11 +83,15 @@ def quality() -> str:
         "| | pattern | dense -> sparse | measured |",
         "|---|---|---|---|",
         f"| SmolLM2-135M, 8,192 tokens of a novel | {SINKS} | perplexity {' -> '.join(novel)} | {link(demo)} |",
-        f"| the same, four other books | {SINKS} | perplexity {books['dense']} -> {books['sparse']} | {link(healing)} |",
-        f"| the same, both trained for 200 steps | {SINKS} | perplexity {books['dense, trained']} -> "
+        f"| the same, four other books, both trained for 200 steps | {SINKS} | perplexity {books['dense, trained']} -> "
         f"{books['sparse, trained']} | {link(healing)} |",
         rf"| all-MiniLM-L6-v2, grown to 4,096 tokens | `window(128, 128) \| first(1)` | cosine of embeddings {cosine:.3f} | {link(demo)} |",
     ]
+    for name, label, candidate in RECALLED:
+        answers = [read(name)["probes"]["recall"]["candidates"][one] for one in ("dense", candidate)]
+        lost = " -> ".join(f"{one['loss']:.2f}" for one in answers)
+        said = " -> ".join(f"{one['recalled']:.0%}" for one in answers)
+        lines.append(f"| {label} | {RECALLING} | loss of the answer {lost}, said word for word {said} | {link(name)} |")
     for label, checkpoint in CONVERTED:
         measure = next(m for m in read(real)["checkpoints"][checkpoint]["measures"] if m["name"] == "narrow")
         pattern = measure["pattern"].replace("|", r"\|")

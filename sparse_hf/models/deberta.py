@@ -154,7 +154,8 @@ class DisentangledMixin:
             distances = torch.arange(1 - hidden_states.shape[1], hidden_states.shape[1])
             of_queries, of_keys = self.projected_table(self.pos_dropout(rel_embeddings))
             own = Disentangled(of_queries, of_keys, self.rows_of(distances).clamp(0, rel_embeddings.shape[0] - 1))
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        # by this name layers that attend are found
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore[reportArgumentType]
         scale = (qkv[0].shape[-1] * (1 + len(self.pos_att_type))) ** -0.5
         dropout = self.dropout.p if self.training else 0.0
         out, weights = attend(self, *qkv, attention_mask, scale, dropout, computed_by=own, **kwargs)
