@@ -25,14 +25,11 @@ CASES = {None, "dense-static", "streaming"}
 # what the row calls it, the checkpoint in the file, its measure
 CONVERTED = (("rxnfp (BERT), a classifier of 512 tokens", "rxnfp-classifier"),)
 # of answers that stand in the text: the file, what the row calls it, what the file calls it
+TUNED = "cpu-2-cores/2026-11-30-evaluate-tuned-smollm2"
 RECALLED = (
     ("cpu-2-cores/2026-11-30-evaluate-smollm2", "SmolLM2-135M asked for what stands in 512 tokens", "window and sinks"),
-    ("cpu-2-cores/2026-11-30-evaluate-tuned-smollm2", "other such questions", "no layer dense"),
-    (
-        "cpu-2-cores/2026-11-30-evaluate-tuned-smollm2",
-        "the same, a fifth of the layers dense, chosen by `sparse-hf tune`",
-        "layers by answers, 1/5",
-    ),
+    (TUNED, "other such questions", "no layer dense"),
+    (TUNED, "the same, a fifth of the layers dense, chosen by `sparse-hf tune`", "layers by answers, 1/5"),
 )
 
 
