@@ -76,7 +76,16 @@ class Disentangled:
     # a loop over the blocks of a plan is no graph
     @torch.compiler.disable
     def __call__(self, call: AttentionCall, wants_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The output `[B, H, N, D]` of a call over its plan, and the weights `[B, H, N, N]` if they are wanted."""
+        """The output `[B, H, N, D]` of a call over its plan, and the weights `[B, H, N, N]` if they are wanted.
+
+        Raises:
+            NotImplementedError: torch.export, which cannot record how many blocks a text has.
+        """
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "DeBERTa's scores depend on content and distance, and are computed block by block, as many as a text has, which "
+                "torch.export cannot record; export the dense model (sparse-hf export --to dense)"
+            )
         plan, found = call.blocks, torch.zeros_like(call.q)
         weights = call.q.new_zeros(*call.q.shape[:3], plan.kv_len) if wants_weights else None
         for number, runs in enumerate(plan.runs):

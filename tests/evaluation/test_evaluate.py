@@ -349,7 +349,7 @@ def test_samples_are_spaced_over_a_text():
 def test_the_result_is_json_without_gaps():
     result = evaluate(tiny_model(), PATTERN, TEXT, tokenizer=tokenizer(), settings=QUICK).result
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
-    assert set(result["probes"]) == {"divergence", "perplexity", "coverage", "recall", "cost"}
+    assert set(result["probes"]) == {"divergence", "perplexity", "longppl", "coverage", "recall", "cost"}
     assert set(result["left_out"]) == {"masked", "embedding"}
     cost = result["probes"]["cost"]["candidates"]
     # 2 layers of 2 heads of 8 numbers, keys and values; of 260 tokens the window and the sinks are held, and a few slots

@@ -226,8 +226,18 @@ def test_sentence_transformers_encodes_with_real_weights(tmp_path):
 
 # --- torch.export ---
 
+DISENTANGLED = ("DebertaForMaskedLM", "DebertaV2ForMaskedLM")
 
-@pytest.mark.parametrize("head", [*one_head(encoder=True), "BertForSequenceClassification"])
+
+@pytest.mark.parametrize("head", DISENTANGLED)
+def test_export_is_refused_where_blocks_are_walked(head):
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="export the dense model"):
+        torch.export.export(sparse_model(head), (), unlabelled(head))
+
+
+@pytest.mark.parametrize(
+    "head", [*(h for h in one_head(encoder=True) if h not in DISENTANGLED), "BertForSequenceClassification"]
+)
 def test_export_of_encoders(head, tmp_path):
     sparse, batch = sparse_model(head), unlabelled(head)
     lengths = {name: {1: torch.export.Dim("length", min=2, max=500)} for name in batch}
@@ -362,8 +372,12 @@ def test_load_checkpoint_and_dispatch(llama):
 # --- half precision ---
 
 
+# the stock DeBERTa fills its scores with a number that overflows 16 bits
+HALVES = [head for head in one_head() if head != "DebertaForMaskedLM"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head", one_head())
+@pytest.mark.parametrize("head", HALVES)
 def test_half_precision(head, dtype, tmp_path):
     # without padding, of which the stock Gemma 2 makes NaN in double precision
     dense, batch = dense_model(head), unlabelled(head, "none")

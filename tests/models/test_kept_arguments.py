@@ -101,11 +101,3 @@ def test_a_streaming_cache_reaches_the_layers(head):
     assert torch.equal(
         sparse.generate(ids, **named_cache(sparse, sparse_hf.StreamingCache(sparse.config)), **more), wanted
     )
-
-
-def test_a_bias_by_distance_wants_a_cache_that_keeps_its_keys():
-    sparse = sparse_hf.sparsify(models("BloomForCausalLM")[0], "window(7, 0) | first(2)")
-    with pytest.raises(
-        NotImplementedError, match="a bias by distance would count those that are left; use a DynamicCache"
-    ):
-        sparse(text()[0], **named_cache(sparse, sparse_hf.StreamingCache(sparse.config)))
