@@ -19,14 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 import sparse_hf
 from sparse_hf.conversion import convert
 from sparse_hf.conversion.export import export
-from sparse_hf.models.dense_families import DENSE_FAMILIES, OTHER_FAMILIES
+from sparse_hf.models.dense_families import DENSE_FAMILIES, INDEXED_FAMILIES, OTHER_FAMILIES
 from sparse_hf.models.derived.check import FULL, NARROW, check, tensors_of
 from sparse_hf.models.derived.entry import dense_config_class, find_entry
 from sparse_hf.models.derived.positions import find_positions
 from sparse_hf.models.derived.tiny_model import FAILURES, apart, tiny_with_inputs
 from sparse_hf.models.hf.register import Family, dense_class, family_of
 
-VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES)}
+VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES, *INDEXED_FAMILIES)}
 # fields without which a configuration describes no model, or none with an attention layer
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
