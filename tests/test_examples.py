@@ -29,7 +29,7 @@ def test_quickstart_runs():
 
 
 # what examples may import: what users may; and what makes cards and reads GGUF files
-PUBLIC = {"sparse_hf", "sparse_hf.bench", "sparse_hf.testing", "sparse_hf.train"}
+PUBLIC = {"sparse_hf", "sparse_hf.bench", "sparse_hf.testing", "sparse_hf.train", "sparse_hf.units"}
 OF_CONVERSION = {"make_cards": "sparse_hf.conversion.card", "checkpoints": "sparse_hf.conversion.gguf"}
 
 

@@ -61,7 +61,7 @@ class StreamingCache(Cache):
         >>> from sparse_hf import sparsify
         >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(63, 0) | first(4)")
         >>> cache = StreamingCache(model.config)
-        >>> tokens = model.generate(torch.randint(5, 300, (1, 500)), past_key_values=cache, max_new_tokens=20)
+        >>> tokens = model.generate(torch.randint(5, 300, (1, 500)), past_key_values=cache, max_new_tokens=20, min_new_tokens=20)
         >>> tokens.shape[1], cache.layers[0].keys.shape[2] < 100
         (520, True)
     """

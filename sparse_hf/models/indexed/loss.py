@@ -119,6 +119,13 @@ def indexer_losses(model: nn.Module) -> Iterator[IndexerLosses]:
         ValueError: a model without such an indexer, or one with gradient checkpointing, which computes layers again later.
 
     Examples:
+        >>> from sparse_hf import sparsify
+        >>> from transformers import DeepseekV32Config
+        >>> sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> heads = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+        >>> config = DeepseekV32Config(**sizes, **heads, num_key_value_heads=4, index_topk=16, index_head_dim=16, index_n_heads=4)
+        >>> model = sparsify(AutoModelForCausalLM.from_config(config))
+        >>> ids = torch.randint(3, 97, (1, 100))
         >>> with indexer_losses(model) as losses:
         ...     loss = model(input_ids=ids, labels=ids).loss
         >>> (loss + losses.mean()).backward()
