@@ -312,7 +312,7 @@ def test_caches_that_drop_keys_and_pages_are_refused():
     sparse = sparse_hf.sparsify(dense_model("DeepseekV32ForCausalLM"), "window(40, 0)")
     with pytest.raises(ValueError, match="chooses keys by content anew.*DynamicCache"):
         sparse_hf.StreamingCache(sparse.config)
-    with pytest.raises(NotImplementedError, match="choose keys by content"):
+    with pytest.raises(NotImplementedError, match="choose keys by content|needs Transformers 5.24"):
         sparse.init_continuous_batching()
 
 
