@@ -1,4 +1,4 @@
-"""What the two studies share: options, a clock, results and a canvas."""
+"""What the studies share: options, a clock, results and a canvas."""
 
 from __future__ import annotations
 

@@ -148,22 +148,31 @@ def test_few_blocks_are_not_run():
     assert len(left_out) <= 0.1 * len(found)
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, str]:
+def errors_of(names: list[str]) -> dict[str, str]:
     # in a process of their own: they add patterns, backends and families
-    paths = [str(path) for path in (*EXAMPLES, *NOTEBOOKS, *DOCUMENTED)]
-    code = f"import json; from tests.snippets import run_all; print('errors:' + json.dumps(run_all({paths!r})))"
+    code = f"import json; from tests.snippets import run_all; print('errors:' + json.dumps(run_all({names!r})))"
     return json.loads(printed(code).rpartition("errors:")[2])
 
 
+# apart, since workers that share the tests out have one of the two each
+@pytest.fixture(scope="module")
+def errors_of_pages() -> dict[str, str]:
+    return errors_of([str(path) for path in (*EXAMPLES, *NOTEBOOKS)])
+
+
+@pytest.fixture(scope="module")
+def errors_of_docstrings() -> dict[str, str]:
+    return errors_of(list(DOCUMENTED))
+
+
 @pytest.mark.parametrize("path", [*EXAMPLES, *NOTEBOOKS], ids=name_of)
-def test_examples_run(path, errors):
-    assert not errors[str(path)], errors[str(path)]
+def test_examples_run(path, errors_of_pages):
+    assert not errors_of_pages[str(path)], errors_of_pages[str(path)]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_examples_of_docstrings_run(name, errors):
-    assert not errors[name], errors[name]
+def test_examples_of_docstrings_run(name, errors_of_docstrings):
+    assert not errors_of_docstrings[name], errors_of_docstrings[name]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

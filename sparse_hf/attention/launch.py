@@ -84,3 +84,8 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     """The first three of each, of tensors of four dimensions whose last has stride 1."""
     # in every call: a generator would take the host longer
     return tuple([stride for t in tensors for stride in t.stride()[:3]])
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (number - 1).bit_length()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.hf.config import SparseConfigMixin
 from ..plan import build_plan
 from .mass import Scores, attention_weights
-from .observe import observed
+from .observe import layer_of, observed
 from .recall.ask import answer_tokens
 from .recall.tasks import Question
 from .subject import Subject
@@ -31,14 +31,11 @@ def copied_attention(subject: Subject, patterns: list[str], question: Question) 
     ids = torch.tensor([[*prompt, *answer]], device=subject.device)
     copied, found = copies(prompt, answer).to(subject.device), {}
     first, last = len(prompt) - 1, ids.shape[1] - 1
-    plans = {
-        text: build_plan(text, ids.shape[1], ids.shape[1], device=subject.device) for text in dict.fromkeys(patterns)
-    }
-    own = subject.dense.layer_patterns(True)
-    plans |= {text: build_plan(text, ids.shape[1], ids.shape[1], device=subject.device) for text in dict.fromkeys(own)}
+    own, tokens = subject.dense.layer_patterns(True), ids.shape[1]
+    plans = {text: build_plan(text, tokens, tokens, device=subject.device) for text in {*patterns, *own}}
 
     def see(module: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> None:
-        layer = len(found) if module.__dict__.get("layer_idx") is None else module.layer_idx
+        layer = layer_of(module, len(found))
         heads, groups = q.shape[1], k.shape[1]
         rows, keys = (first, last), (0, last)
         seen = plans[own[layer]].mask(0, 0, rows, keys)

@@ -33,3 +33,9 @@ def observed(model: PreTrainedModel, see: Callable[[Any, Tensor, Tensor, dict[st
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def layer_of(module: Any, seen: int) -> int:
+    """The number of an attention module's layer; where it does not know it, how many were seen before."""
+    own = module.__dict__.get("layer_idx")
+    return seen if own is None else own

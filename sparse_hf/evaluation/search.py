@@ -58,6 +58,7 @@ class Search:
         """The layers that can be kept dense: those that are so in the dense model."""
         return [layer for layer, text in enumerate(self._kept) if text == str(full())]
 
+    @cached_property
     def ranking(self) -> dict[int, float]:
         """Each layer with the KL of the answers when it alone is local, the greatest first."""
         # all others dense
@@ -67,7 +68,7 @@ class Search:
     def choose(self, count: int) -> Iterator[tuple[int, float]]:
         """The layers to keep dense, one by one, each with the KL of the answers with those so far."""
         chosen: list[int] = []
-        left = list(self.ranking())
+        left = list(self.ranking)
         while len(chosen) < count:
             tried = left[:TRIED]
             losses = self.losses([[*map(Unit, chosen), Unit(layer)] for layer in tried])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def tune(
     beats, verdict = _verdict(held_out.result["probes"])
     result = {
         "pattern": str(own),
-        "budget": {"share": budget.share, "of": budget.of, "by": budget.by, "rank": budget.rank, "dense": share},
+        "budget": {**asdict(budget), "dense": share},
         **chosen,
         "every_nth": dense_layers(spaced),
         "uniform": None if wider is None else str(wider),
@@ -169,7 +169,7 @@ def _chosen(search: Search, budget: Budget, count: int) -> Found:
     heads = search.copied() if needs_heads else {}
     if budget.by != "heads":
         if budget.rank == "answers":
-            ranking = [[layer, kl] for layer, kl in search.ranking().items()]
+            ranking = [[layer, kl] for layer, kl in search.ranking.items()]
             steps = [[layer, kl] for layer, kl in search.choose(count)]
             units["layers"] = [Unit(layer) for layer, _ in steps]
         else:

@@ -86,41 +86,36 @@ class Disentangled:
                 "DeBERTa's scores depend on content and distance, and are computed block by block, as many as a text has, which "
                 "torch.export cannot record; export the dense model (sparse-hf export --to dense)"
             )
-        plan, found = call.blocks, torch.zeros_like(call.q)
+        plan, found, rows = call.blocks, torch.zeros_like(call.q), self.rows.to(call.q.device)
         weights = call.q.new_zeros(*call.q.shape[:3], plan.kv_len) if wants_weights else None
-        for number, runs in enumerate(plan.runs):
-            (b, p), i = divmod(number // plan.q_blocks, len(plan.patterns)), number % plan.q_blocks
+        attend = partial(checkpoint, _attend, use_reentrant=False) if torch.is_grad_enabled() else _attend
+        shared = None
+        for b, p, i, runs in plan.table_rows():
             if not runs:
                 continue
+            if shared != (b, p):
+                shared, batch = (b, p), slice(None) if plan.batch_rows == 1 else slice(b, b + 1)
+                heads = [h for h, own in enumerate(plan.heads) if own == p] if plan.heads else slice(None)
+                q, k, v = (t[batch][:, heads] for t in (call.q, call.k, call.v))
             queries = plan.block_range(i, i, plan.q_len)
             keys = [plan.block_range(run.first, run.last, plan.kv_len) for run in runs]
             index = torch.cat([torch.arange(*one, device=call.q.device) for one in keys])
             mask = torch.cat([plan.mask(b, p, queries, one) for one in keys], 1)
-            batch = slice(None) if plan.batch_rows == 1 else slice(b, b + 1)
-            heads = [h for h, own in enumerate(plan.heads) if own == p] if plan.heads else slice(None)
-            share = call.on(*(t[batch][:, heads] for t in (call.q, call.k, call.v)), None)
-            out, of_block = self._block(share, heads, queries, index, mask)
+            # rows ascend with the distance, so that a block needs those from its least to its greatest
+            least, greatest = queries[0] - keys[-1][1] + 1, queries[1] - 1 - keys[0][0]
+            first, last = (int(self.rows[plan.kv_len - 1 + d]) for d in (least, greatest))
+            distances = torch.arange(*queries, device=call.q.device)[:, None] - index
+            of_queries, of_keys = (
+                None if t is None else t[heads, first : last + 1] for t in (self.of_queries, self.of_keys)
+            )
+            tables = of_queries, of_keys, rows[distances + plan.kv_len - 1] - first
+            of_block = q[:, :, slice(*queries)], k[:, :, index], v[:, :, index]
+            out, own_weights = attend(*of_block, tables, mask, call.scoring.scale, call.dropout.p)
             found[batch, heads, slice(*queries)] = out
             if weights is not None:
                 of_rows = torch.zeros_like(weights[batch][:, heads, slice(*queries)])
-                weights[batch, heads, slice(*queries)] = of_rows.index_copy(-1, index, of_block.to(weights.dtype))
+                weights[batch, heads, slice(*queries)] = of_rows.index_copy(-1, index, own_weights.to(weights.dtype))
         return found, weights
-
-    def _block(
-        self, call: AttentionCall, heads: Any, queries: tuple[int, int], index: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Output `[B, H, m, D]` and weights `[B, H, m, n]` of a block of queries and the keys of an index `[n]`, ascending."""
-        q, k, v, longest = call.q, call.k, call.v, call.k.shape[2] - 1
-        distances = torch.arange(*queries, device=q.device)[:, None] - index
-        # rows ascend with the distance, so that a block needs those between two
-        first, last = (int(self.rows[longest + int(d)]) for d in (distances[0, -1], distances[-1, 0]))
-        rows = self.rows.to(q.device)[distances + longest] - first
-        of_queries, of_keys = (
-            None if t is None else t[heads, first : last + 1] for t in (self.of_queries, self.of_keys)
-        )
-        tensors = q[:, :, slice(*queries)], k[:, :, index], v[:, :, index]
-        attend = partial(checkpoint, _attend, use_reentrant=False) if torch.is_grad_enabled() else _attend
-        return attend(*tensors, (of_queries, of_keys, rows), mask, call.scoring.scale, call.dropout.p)
 
 
 def _attend(

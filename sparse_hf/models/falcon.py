@@ -40,8 +40,9 @@ class SparseFalconAttention(FalconAttention):
             q, k = apply_rotary_pos_emb(q, k, position_embeddings[0], position_embeddings[1])
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)  # pyright: ignore[reportArgumentType]
-        kwargs |= of_streaming(layer_past)
-        if alibi is not None:
+        if alibi is None:
+            kwargs |= of_streaming(layer_past)
+        else:
             # what it is at the second of two tokens, in front of the scale
             two = torch.ones(1, 2, dtype=torch.long, device=q.device)
             slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, 0, 1] * self.inv_norm_factor

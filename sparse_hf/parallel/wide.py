@@ -49,9 +49,9 @@ class WideRows:
         route = Route.of(ranks, bounds, [of_rows] * ranks.size).to(device)
         owners = [(of_rows >= a) & (of_rows < z) for a, z in zip(bounds[:-1], bounds[1:], strict=True)]
         sent = [owned.flatten().nonzero().flatten().to(device) for owned in owners]
-        row, column = owners[ranks.rank].nonzero(as_tuple=True)
-        token = of_rows[row, column] - bounds[ranks.rank]
-        return WideRows(ranks, text, index.to(device), route, sent, (row.to(device), token.to(device)))
+        # all ranks ask for the same, so that this one's are what it sends to any of them
+        row, token = (t[: route.sent[0]] for t in route.picked)
+        return WideRows(ranks, text, index.to(device), route, sent, (row, token))
 
     def put(self, call: AttentionCall, out: Tensor, lse: Tensor) -> Results:
         """`out` `[B, H, n, E]` and `lse` `[B, H, n]` with those of this rank's wide queries."""

@@ -159,7 +159,7 @@ class BlockPlan:
         full = self.full.tolist()
         return [list(as_runs(columns[a:b], full[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
-    def _table_rows(self) -> Iterator[tuple[int, int, int, list[Run]]]:
+    def table_rows(self) -> Iterator[tuple[int, int, int, list[Run]]]:
         """Batch row, pattern, query block and runs of every table row."""
         for row, runs in enumerate(self.runs):
             (b, p), i = divmod(row // self.q_blocks, len(self.patterns)), row % self.q_blocks
@@ -168,7 +168,7 @@ class BlockPlan:
     def row_counts(self) -> Tensor:
         """Keys per query, `[B, P, Q]` int64: exact, block by block."""
         counts = torch.zeros(self.batch_rows, len(self.patterns), self.q_len, dtype=torch.int64, device="cpu")
-        for b, p, i, runs in self._table_rows():
+        for b, p, i, runs in self.table_rows():
             q_range = self.block_range(i, i, self.q_len)
             into = counts[b, p, slice(*q_range)]
             for run in runs:
@@ -194,7 +194,7 @@ class BlockPlan:
         dense = torch.zeros(
             self.batch_rows, len(self.patterns), self.q_len, self.kv_len, dtype=torch.bool, device=self.device
         )
-        for b, p, i, runs in self._table_rows():
+        for b, p, i, runs in self.table_rows():
             q_range = self.block_range(i, i, self.q_len)
             for run in runs:
                 dense[b, p, slice(*q_range), slice(*self.block_range(run.first, run.last, self.kv_len))] = True

@@ -201,7 +201,7 @@ class _Pass:
         is_share, labelled = given.get("num_items_in_batch") is not None, given.get("labels") is not None
         if labelled:
             self._prepare_labels(given, rows, length)
-        self._prepare_positions(given, rows, length)
+        self._prepare_positions(given, tokens)
         self._check_same(tokens, given)
         cut = {name: self._cut(name, value, rows, length) for name, value in given.items() if name not in OF_DOCUMENTS}
         if "use_cache" in inspect.signature(function).parameters:
@@ -271,7 +271,7 @@ class _Pass:
         if given.get("num_items_in_batch") is None:
             given["num_items_in_batch"] = (counted != IGNORED).sum()
 
-    def _prepare_positions(self, given: dict[str, Any], rows: int, length: int) -> None:
+    def _prepare_positions(self, given: dict[str, Any], tokens: Tensor) -> None:
         """Positions of the whole text, where the model would count them from the begin of its part."""
         scheme = self.base.config.positions
         if given.get("position_ids") is not None or scheme is None or scheme.scheme == "none":
@@ -280,8 +280,7 @@ class _Pass:
             raise NotImplementedError(
                 f"{type(self.base).__name__} takes no position_ids, by which a part would know where it begins"
             )
-        tokens = given.get("input_ids", given.get("inputs_embeds"))
-        assert tokens is not None
+        rows, length = tokens.shape[:2]
         positions = torch.arange(length, device=tokens.device)[None]
         if scheme.skips_padding:
             positions = self._without_padding(given, tokens)
@@ -292,11 +291,7 @@ class _Pass:
         padding_id = self.base.config.pad_token_id
         if self.base.config.model_type.endswith("opt"):
             mask = given.get("attention_mask")
-            mask = (
-                torch.ones_like(tokens[..., :1].reshape(tokens.shape[:2]) if tokens.ndim > 2 else tokens)
-                if mask is None
-                else mask
-            )
+            mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask
             return (mask.long().cumsum(1) * mask - 1).long()
         if tokens.ndim > 2:
             return torch.arange(tokens.shape[1], device=tokens.device)[None] + padding_id + 1

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 import sparse_hf
 from sparse_hf.attention.chosen import IndexerScores, Limits
-from sparse_hf.models.hf.chosen_keys import Choice, as_mask
+from sparse_hf.attention.chosen.backend import ChosenKeys
+from sparse_hf.models.hf.chosen_keys import Choice
 from sparse_hf.models.indexed import dsa, loss
 from sparse_hf.models.indexed.dsa import DsaIndexer
 from sparse_hf.testing import AllocationInterceptor
@@ -116,7 +117,7 @@ def as_pairs(chosen) -> torch.Tensor:
     if isinstance(chosen, Choice):
         chosen = chosen.index
     if chosen.dtype != torch.bool:
-        chosen = as_mask(chosen if chosen.ndim == 4 else chosen[:, None], LENGTH)
+        chosen = ChosenKeys(chosen if chosen.ndim == 4 else chosen[:, None]).as_mask(LENGTH)
     return chosen & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 

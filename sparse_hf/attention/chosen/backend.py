@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
@@ -19,13 +20,10 @@ class ChosenKeys:
 
     index: Tensor
 
-    @property
-    def heads(self) -> tuple[int, ...]:
-        return ()
-
-    @property
-    def batch_rows(self) -> int:
-        return self.index.shape[0]
+    def as_mask(self, keys: int) -> Tensor:
+        """The choice as pairs, `[B or 1, C, Q, K]` bool: n x n, for weights that somebody wants to see."""
+        mask = torch.zeros(*self.index.shape[:3], keys + 1, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_(-1, torch.where(self.index < 0, keys, self.index).long(), True)[..., :keys]
 
 
 class GatheredKeys(Backend):

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...pattern.base import whole
+
 # numbers that exist at once while scores are made and compared, and keys of a piece
 MAX_SCORES, KEYS = 1 << 21, 2048
 # below every score, also below -inf
@@ -109,8 +111,7 @@ def choose(scorer: Scorer, count: int, limits: Limits = NO_LIMITS) -> Tensor:
         >>> choose(DotScores(query, key), 16, Limits(q_offset=0)).shape
         torch.Size([1, 4, 300, 16])
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count is {count!r}; it must be a whole number of at least 1")
+    whole("count", count, 1)
     batch, heads, queries, keys = scorer.shape
     count = min(count, keys)
     found = torch.full((batch, heads, queries, count), -1, dtype=torch.int32, device=scorer.device)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backend import AttentionCall, Given, Gradients, Results
-from ..backends.triton import walk
-from ..launch import launch, strides_of
+from ..backends.triton.walk import why_unfit
+from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .pieces import rows_of
 
@@ -29,14 +29,8 @@ MAX_PARTS = 1 << 27
 
 def why_not(call: AttentionCall) -> str | None:
     """Why the kernels cannot compute a call, or None."""
-    if call.q.device.type not in walk.DEVICES or not walk.IS_INSTALLED:
-        return "it needs a GPU and the package triton"
-    if call.q.dtype not in walk.DTYPES:
-        return f"its kernels compute in 16 or 32 bits and q is {call.q.dtype}"
-    most = walk.MAX_HEAD_DIM_FLOAT32 if call.q.dtype == torch.float32 else walk.MAX_HEAD_DIM
-    if max(call.q.shape[3], call.v.shape[3]) > most:
-        return f"head dims of q and v are {call.q.shape[3]} and {call.v.shape[3]}; they must be up to {most}"
-    return "its kernels have no dropout" if call.dropout else None
+    reason = why_unfit(call.q, call.v, padded=True)
+    return reason or ("its kernels have no dropout" if call.dropout else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +79,7 @@ class _Shape:
     @property
     def heads_of_tile(self) -> int:
         repeats = self.call.q.shape[1] // self.rows
-        return min(MOST_HEADS, max(LEAST_HEADS, _power_of_two(repeats)))
+        return min(MOST_HEADS, max(LEAST_HEADS, power_of_two(repeats)))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -96,7 +90,7 @@ class _Shape:
     @property
     def dims(self) -> dict[str, int]:
         d, e = self.call.q.shape[3], self.call.v.shape[3]
-        return {"D": d, "BD": max(16, _power_of_two(d)), "E": e, "BE": max(16, _power_of_two(e))}
+        return {"D": d, "BD": max(16, power_of_two(d)), "E": e, "BE": max(16, power_of_two(e))}
 
     @property
     def heads(self) -> dict[str, int]:
@@ -178,7 +172,7 @@ def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     segments = lists.key.shape[2]
     some = max(1, MAX_PARTS // (segments * (k.shape[3] + v.shape[3])))
     repeats = shape.heads["R"]
-    heads_of_tile = min(CHOOSERS // 2, _power_of_two(repeats))
+    heads_of_tile = min(CHOOSERS // 2, power_of_two(repeats))
     tiles = {"BR": heads_of_tile, "BP": CHOOSERS // heads_of_tile}
     for first in range(0, batch * shape.rows, some):
         count = min(some, batch * shape.rows - first)
@@ -199,8 +193,3 @@ def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     if shape.rows > groups:
         grads = [grad.unflatten(1, (groups, -1)).sum(2).to(k.dtype) for grad in grads]
     return grads[0], grads[1]
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()

@@ -21,31 +21,20 @@ from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import Limits, choose
 from ..chosen.scores import DotScores
-from .content import Kind
+from .content import ContentPlan, Kind
 
 # keys of blocks that are looked at at once
 MAX_KEYS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class ChoicePlan:
+class ChoicePlan(ContentPlan):
     """The pairs that positions say, and the keys that are chosen beside them."""
 
-    positions: BlockPlan
     chosen: ChosenKeys
 
-    @property
-    def heads(self) -> tuple[int, ...]:
-        return self.positions.heads
-
-    @property
-    def batch_rows(self) -> int:
-        return self.positions.batch_rows
-
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        index, keys = self.chosen.index[:, :, queries].long(), call.k.shape[2]
-        mask = torch.zeros(*index.shape[:3], keys + 1, dtype=torch.bool, device=index.device)
-        return mask.scatter_(-1, index.where(index >= 0, keys), True)[..., :keys]
+        return ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2])
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,20 @@ from ..backends.reference import with_weights
 from ..merge import merge
 
 
-class ContentPlan(Protocol):
-    """The pairs that positions say, and those that are chosen: each pair is in one of the two."""
+@dataclass(frozen=True, eq=False)
+class ContentPlan:
+    """The pairs that positions say, and those that are chosen: each pair is in one of the two.
 
-    @property
-    def positions(self) -> BlockPlan: ...
+    Attributes:
+        chosen: the plan of the pairs that are chosen, as the kind's backend takes it.
+    """
 
-    @property
-    def chosen(self) -> Any:
-        """The plan of the pairs that are chosen, as the kind's backend takes it."""
-        ...
+    positions: BlockPlan
+    chosen: Any
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
         """The pairs of queries `[m]` that are chosen, `[B, H, m, K]` bool."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

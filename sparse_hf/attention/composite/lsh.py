@@ -17,24 +17,15 @@ from ...plan.hash_order import HashedPlan
 from ...plan.lsh import Held, hashed_plan
 from ..backend import AttentionCall
 from ..hashed.hash_order import HashOrder
-from .content import Kind
+from .content import ContentPlan, Kind
 
 
 @dataclass(frozen=True, eq=False)
-class LSHPlan:
-    """The pairs that positions say, and those that hashes add: each pair is in one of the two."""
+class LSHPlan(ContentPlan):
+    """The pairs that positions say, and those that hashes add."""
 
-    positions: BlockPlan
     chosen: HashedPlan
     holds: Held
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        return self.positions.heads
-
-    @property
-    def batch_rows(self) -> int:
-        return self.positions.batch_rows
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
         q, keys = call.q, torch.arange(call.k.shape[2], device=queries.device)

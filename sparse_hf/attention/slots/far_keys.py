@@ -15,6 +15,8 @@ from torch import Tensor
 from ...pattern.base import Marks, as_pattern
 from ..scoring import Scoring
 from ..strides import folded
+from .new_tokens import under
+from .pairs import pairs_by_head
 
 # scores that are computed at once
 SCORES = 1 << 24
@@ -66,20 +68,14 @@ def _computed(
         pieces = zip(q.split(at_once, 2), own.split(at_once, 1), strict=True)
         found = [_computed(one, far, places, slopes, pattern, least, scoring) for one, places in pieces]
         return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
-    groups, dtype = far.keys.shape[1], torch.promote_types(q.dtype, torch.float32)
-    held = folded(_mask(far, own, pattern, least).expand(-1, q.shape[1], -1, -1), groups)
-    scores = folded(q, groups).to(dtype) @ far.keys.to(dtype).mT * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    work, mask = torch.promote_types(q.dtype, torch.float32), _mask(far, own, pattern, least)
+    blind = ~mask.any(-1, keepdim=True)
+    opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), far.keys.shape[1])
+    bias = None
     if slopes is not None:
-        apart = (far.places[:, None, :] - own[:, :, None]).to(dtype)[:, None]  # [B or 1, 1, Q, S]
-        bias = (slopes.to(dtype)[:, None, None] * apart).expand(q.shape[0], -1, -1, -1)
-        scores = scores + folded(bias, groups)
-    blind = ~held.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(held | blind), -torch.inf)
-    out = (scores.softmax(-1) @ far.values.to(dtype)).masked_fill(blind, 0)
-    lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
-    return tuple(t.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for t in (out.to(q.dtype), lse))  # pyright: ignore
+        apart = (far.places[:, None, :] - own[:, :, None]).to(work)[:, None]  # [B or 1, 1, Q, S]
+        bias = slopes.to(work)[:, None, None] * apart
+    return under((q, far.keys, far.values), opened, blind, bias, scoring, True, work)
 
 
 def _mask(far: FarKeys, own: Tensor, pattern: str, least: int) -> Tensor:
@@ -89,9 +85,7 @@ def _mask(far: FarKeys, own: Tensor, pattern: str, least: int) -> Tensor:
     # marked queries that see everything see no far keys: nothing was dropped by then
     marked = None if far.marked is None else far.marked[:, None, :]
     about = Marks(None if marked is None else torch.zeros_like(marked), marked)
-    own, places = own.clamp(min=0)[:, :, None], places.clamp(min=0)
-    found = [head.allows(own, places, about) & there for head in form.heads or (form,)]
-    return torch.stack(torch.broadcast_tensors(*found), 1)
+    return pairs_by_head(form, own.clamp(min=0)[:, :, None], places.clamp(min=0), about, there)
 
 
 @torch.library.custom_op("sparse_hf::far_keys", mutates_args=())

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch, strides_of
+from ..launch import launch, power_of_two, strides_of
 from ..scoring import Scoring
 from ..strides import like, readable
 from .reach import Reach
@@ -137,13 +137,13 @@ def decode(
     q, k, v = (readable(t) for t in inputs)
     batch, heads, new, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    rows, width = heads // groups * new, max(16, _power_of_two(dim))
+    rows, width = heads // groups * new, max(16, power_of_two(dim))
     keys = min(slots, reach.first + reach.left + new)
     most = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, -(-keys // LEAST_KEYS)))
     block = BLOCK[max(64, width)]
     chunk = -(-keys // (most * block)) * block
     splits = -(-keys // chunk)
-    held = max(LEAST_ROWS, _power_of_two(rows))
+    held = max(LEAST_ROWS, power_of_two(rows))
     part_out = q.new_empty((splits, batch * groups, held, width), dtype=torch.float32)
     part_lse = q.new_empty((splits, batch * groups, held), dtype=torch.float32)
     out, lse = like(q), q.new_empty((batch, heads, new), dtype=torch.float32)
@@ -159,11 +159,6 @@ def decode(
     )  # fmt: skip
     launch(
         join, (rows, batch * groups), (part_out, part_lse, out, lse), strides_of(out), (splits,),
-        {**shapes, "BS": _power_of_two(splits)}, num_warps=4,
+        {**shapes, "BS": power_of_two(splits)}, num_warps=4,
     )  # fmt: skip
     return out, lse
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()

@@ -27,8 +27,9 @@ from ...pattern.forms import ANY_LENGTH
 from ..backends.triton.walk import why_unfit
 from ..scoring import Scoring
 from ..strides import folded, like
+from .pairs import pairs_by_head
 from .reach import Reach, read_reach
-from .ring import NO_RING, Ring, positions_in, slots_of
+from .ring import NO_RING, Ring, held_places, slots_of
 
 # new tokens from which a pass is one over a prompt
 MAX_TOKENS = 128
@@ -100,17 +101,17 @@ def _by_shared_mask(
     own = pattern, filled.ring, q.shape[1], k.shape[1], new, wants_lse, scoring.softcap is None, q.dtype
     if own not in filled.shared:
         form = as_pattern(pattern)
-        places = _new(filled.seen, filled.begins, new)
-        held = positions_in(filled.ring, places[:, -1] + 1)
+        places = own_places(filled.seen, filled.begins, new)
+        held = held_places(filled.ring, places, filled.oldest)
         reach = read_reach(form, ANY_LENGTH) if filled.oldest is None else None
-        mask = _ring_mask(form, reach, places, held, filled.ring, filled.marks, filled.oldest)[..., :keys]
-        filled.shared[own] = _opened(mask, q.shape[1], k.shape[1])
+        mask = _ring_mask(form, reach, places, held, filled.ring, filled.marks)[..., :keys]
+        opened, blind = _opened(mask, q.shape[1], k.shape[1])
         if scoring.softcap is None and not wants_lse:
             # what the kernel adds, made once
-            opened, blind = filled.shared[own]
-            filled.shared[own] = torch.zeros_like(opened, dtype=q.dtype).masked_fill_(~opened, -torch.inf), blind
+            opened = torch.zeros_like(opened, dtype=q.dtype).masked_fill_(~opened, -torch.inf)
+        filled.shared[own] = opened, blind
     opened, blind = filled.shared[own]
-    return _under((q, k[:, :, :keys], v[:, :, :keys]), opened, blind, None, scoring, wants_lse)
+    return under((q, k[:, :, :keys], v[:, :, :keys]), opened, blind, None, scoring, wants_lse)
 
 
 # a graph takes the answer as a constant instead of tracing the parser
@@ -136,15 +137,15 @@ def _operator(
         return decode((q, k, v), seen, real, begins, reach, turns, scoring)
     of_bias = None if bias is None else _bias(bias, seen, q.shape[2], k.shape[2])
     if turns:
-        places = _new(seen, begins, q.shape[2])
-        mask = _ring_mask(form, reach, places, positions_in(turns, places[:, -1] + 1), turns, marks, oldest)
+        places = own_places(seen, begins, q.shape[2])
+        mask = _ring_mask(form, reach, places, held_places(turns, places, oldest), turns, marks)
     elif reach is not None and reach.first + reach.left + q.shape[2] < k.shape[2]:
         slots, exists = visible_slots(reach, seen, begins, q.shape[2], k.shape[2])
         k, v = (_taken(t, slots) for t in (k, v))
         of_bias = None if of_bias is None else _taken(of_bias.expand(slots.shape[0], -1, -1, -1).mT, slots).mT
         places = slots if begins is None else slots - begins[:, None]
         exists = exists if real is None else exists & real.gather(1, slots)
-        mask = _window_mask(reach, _new(seen, begins, q.shape[2]), places, exists)
+        mask = _window_mask(reach, own_places(seen, begins, q.shape[2]), places, exists)
     else:
         mask = _mask(form, seen, real, marks, q.shape[2], k.shape[2])
     return _dense((q, k, v), mask, of_bias, scoring, wants_lse)
@@ -173,10 +174,10 @@ def visible_slots(
     return found.clamp(max=slots - 1), exists
 
 
-def _new(seen: Tensor, begins: Tensor | None, new: int) -> Tensor:
+def own_places(seen: Tensor, begins: Tensor | None, new: int) -> Tensor:
     """The places of new tokens in their own texts, `[B or 1, Q]`."""
     slots = seen + torch.arange(new, device=seen.device)[None]
-    return slots if begins is None else slots - begins[:, None]
+    return slots if begins is None else slots - begins.to(slots.device)[:, None]
 
 
 def _window_mask(reach: Reach, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
@@ -186,11 +187,9 @@ def _window_mask(reach: Reach, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
 
 
 def _ring_mask(
-    pattern: Pattern, reach: Reach | None, q: Tensor, k: Tensor, ring: Ring, marks: Tensor | None, oldest: Tensor | None
+    pattern: Pattern, reach: Reach | None, q: Tensor, k: Tensor, ring: Ring, marks: Tensor | None
 ) -> Tensor:  # fmt: skip
     """`[B or 1, H or 1, Q, K]`: what a pattern holds of the slots of a ring, for places `[B or 1, Q]` and `[B or 1, K]`."""
-    if oldest is not None:
-        k = k.where((k < ring.first) | (k >= oldest[:, None]), -1)
     if reach is not None:
         return _window_mask(reach, q, k, k >= 0)
     own, every, there = q.clamp(min=0), k.clamp(min=0)[:, None, :], (k >= 0)[:, None, :]
@@ -198,8 +197,7 @@ def _ring_mask(
     if marks is not None:
         of_q = marks.gather(1, slots_of(ring, own).expand(marks.shape[0], -1))
         about = Marks(of_q[:, :, None], marks[:, None, :])
-    found = [one.allows(own[:, :, None], every, about) & there for one in pattern.heads or (pattern,)]
-    return torch.stack(torch.broadcast_tensors(*found), 1)
+    return pairs_by_head(pattern, own[:, :, None], every, about, there)
 
 
 def _mask(
@@ -215,8 +213,7 @@ def _mask(
     there = there if real is None else there & real
     of_q, of_k = (None, None) if marks is None else (marks.index_select(1, own)[:, :, None], marks[:, None, :])
     about = Marks(of_q, of_k, q[:, -1:] + 1)
-    found = [one.allows(q, k, about) & there[:, None, :] for one in pattern.heads or (pattern,)]
-    return torch.stack(torch.broadcast_tensors(*found), 1)
+    return pairs_by_head(pattern, q, k, about, there[:, None, :])
 
 
 def _bias(bias: Tensor, seen: Tensor, new: int, slots: int) -> Tensor:
@@ -241,7 +238,7 @@ def _dense(
     q, k, v = tensors
     blind = ~mask.any(-1, keepdim=True)
     opened = folded((mask | blind).expand(-1, q.shape[1], -1, -1), k.shape[1])
-    out, found = _under(tensors, opened, blind, bias, scoring, wants_lse)
+    out, found = under(tensors, opened, blind, bias, scoring, wants_lse)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     # an operator gives tensors of its own, of the layout that it has said
     return like(q, v.shape[-1]).copy_(out), lse.copy_(found) if wants_lse else lse
@@ -257,24 +254,31 @@ def _opened(mask: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor | Non
     return mask, blind if is_some else None
 
 
-def _under(
+def under(
     tensors: tuple[Tensor, Tensor, Tensor], opened: Tensor, blind: Tensor | None, bias: Tensor | None, scoring: Scoring,
-    wants_lse: bool,
+    wants_lse: bool, work: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention under a mask of query heads by key head, and its lse, which is empty if it is not wanted."""
+    """Attention under a mask of query heads by key head, and its lse, which is empty if it is not wanted.
+
+    Args:
+        opened: `[B or 1, G or 1, R Q or 1, n]`, in which each query sees something.
+        blind: `[B or 1, H or 1, Q, 1]`, queries that see nothing; None if all see something.
+        bias: `[B or 1, H, Q, n]`.
+        work: the dtype of scores.
+    """
     q, k, v = tensors
     groups, lse = k.shape[1], q.new_empty(0, dtype=torch.float32)
     queries = folded(q, groups)
     if scoring.softcap is None and bias is None and not wants_lse:
         out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
     else:
-        scores = queries.float() @ k.float().mT * scoring.scale
+        scores = queries.to(work) @ k.to(work).mT * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         if bias is not None:
-            scores = scores + folded(bias.float().expand(q.shape[0], -1, -1, -1), groups)
+            scores = scores + folded(bias.to(work).expand(q.shape[0], -1, -1, -1), groups)
         scores = scores.masked_fill(~opened, -torch.inf)
-        out = (scores.softmax(-1) @ v.float()).to(q.dtype)
+        out = (scores.softmax(-1) @ v.to(work)).to(q.dtype)
         lse = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
         lse = lse if blind is None else lse.masked_fill(blind[..., 0], -torch.inf)
     out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)

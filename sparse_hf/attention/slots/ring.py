@@ -39,3 +39,13 @@ def positions_in(ring: Ring, count: Tensor) -> Tensor:
     turns = torch.div(last - slots, ring.length, rounding_mode="floor")
     found = torch.where(slots < ring.first, slots, slots + turns * ring.length)
     return torch.where((found <= last) & ((slots < ring.first) | (found >= ring.first)), found, -1)
+
+
+def held_places(ring: Ring, own: Tensor, oldest: Tensor | None) -> Tensor:
+    """The positions that slots hold, `[B or 1, K]`, once new tokens at `own` `[B or 1, Q]` are in; -1 for none.
+
+    Args:
+        oldest: `[B or 1]`, the position behind the first tokens from which on a slot is read; None where all are.
+    """
+    found = positions_in(ring, own[:, -1] + 1)
+    return found if oldest is None else found.where((found < ring.first) | (found >= oldest[:, None]), -1)

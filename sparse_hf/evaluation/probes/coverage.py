@@ -17,7 +17,7 @@ from torch import Tensor
 from ...pattern import Pattern
 from ...plan import BlockPlan, build_plan
 from ..mass import Scores, kept_mass, ranges
-from ..observe import observed
+from ..observe import layer_of, observed
 from ..pieces import Finished, Found, Piece
 from ..subject import Contender
 from ..texts import Sample
@@ -121,7 +121,7 @@ class _Watched:
             return
         if arguments.get("position_bias") is not None and arguments["position_bias"].numel():
             raise NotImplementedError("coverage knows no bias by distance; leave it out of the probes")
-        number = len(self.layers) if module.__dict__.get("layer_idx") is None else module.layer_idx
+        number = layer_of(module, len(self.layers))
         scores = Scores.of(q, arguments)
         own = self._plan(self.setup.subject.dense, module, q.device)
         plans = [self._plan(one, module, q.device) for one in self.setup.candidates]

@@ -11,7 +11,6 @@ from ..candidates import DENSE
 from ..pieces import Finished, Found, Piece
 from ..recall.ask import ask, reply_length
 from ..recall.filler import Filler
-from ..recall.table import choose_tasks
 from ..recall.tasks import Question, Task
 from ..subject import Contender
 from .base import Setup, of_contenders
@@ -57,9 +56,7 @@ class Recall:
 
 
 def tasks_of(setup: Setup) -> tuple[dict[str, Task], dict[str, str]]:
-    """The tasks that are asked, and why others are not; files are read once."""
-    if "tasks" not in setup.memo:
-        setup.memo["tasks"] = choose_tasks(setup.settings.tasks, setup.settings.questions)
+    """The tasks that are asked, and why others are not, as `prepare` read them."""
     return setup.memo["tasks"]
 
 

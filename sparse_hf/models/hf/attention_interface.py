@@ -378,11 +378,11 @@ def _cross_attention(
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1)
         out = torch.nn.functional.dropout(weights, dropout) @ value
-        return out.transpose(1, 2).contiguous(), weights
+        return tokens_first(out), weights
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return out.transpose(1, 2).contiguous(), None
+    return tokens_first(out), None
 
 
 for _name, _backend in IMPLEMENTATIONS.items():

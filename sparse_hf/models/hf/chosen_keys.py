@@ -20,12 +20,14 @@ from torch import Tensor
 from ...attention import with_weights
 from ...attention.backend import AttentionCall
 from ...attention.chosen import Limits, attend_chosen
+from ...attention.chosen.backend import ChosenKeys
 from ...attention.dropout import Dropout
 from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...plan import NOTHING, build_plan
 from .documents import number_documents
 from .inner_padding import counts_positions
+from .layer_call import tokens_first
 from .mask_request import MaskRequest, TokenData, layer_pattern
 
 
@@ -182,15 +184,14 @@ def chosen_attention(
         out, _ = attend_chosen(
             query, key, value, chosen, scale=scoring.scale, sinks=sinks, soft_cap=scoring.softcap, dropout=dropout
         )
-        return out.transpose(1, 2).contiguous(), None
+        return tokens_first(out), None
     call = AttentionCall(query, key, value, None, 0, scoring, Dropout.draw(dropout), NOTHING)
     out, lse, weights = with_weights(
-        call, as_mask(chosen, key.shape[2]).repeat_interleave(query.shape[1] // chosen.shape[1], 1)
+        call, ChosenKeys(chosen).as_mask(key.shape[2]).repeat_interleave(query.shape[1] // chosen.shape[1], 1)
     )
     if sinks is not None:
-        from_sink = with_sink(weights, lse, sinks)
-        out, weights = with_sink(out, lse, sinks), from_sink
-    return out.transpose(1, 2).contiguous(), weights
+        out, weights = with_sink(out, lse, sinks), with_sink(weights, lse, sinks)
+    return tokens_first(out), weights
 
 
 def refuse_bounds(kwargs: Mapping[str, Any]) -> None:
@@ -200,9 +201,3 @@ def refuse_bounds(kwargs: Mapping[str, Any]) -> None:
             "cu_seq_lens do not reach layers that choose keys by content, which would choose across documents; pass position_ids that "
             "begin anew in each document, and no cu_seq_lens"
         )
-
-
-def as_mask(chosen: Tensor, keys: int) -> Tensor:
-    """A choice as pairs, `[B, C, Q, K]` bool: n x n, for weights that somebody wants to see."""
-    mask = torch.zeros(*chosen.shape[:3], keys + 1, dtype=torch.bool, device=chosen.device)
-    return mask.scatter_(-1, torch.where(chosen < 0, keys, chosen).long(), True)[..., :keys]

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...attention.slots.far_keys import FarKeys
-from ...attention.slots.ring import slots_of
 from .kept import Kept, Pinned
 from .streaming_layer import StreamingLayer, joined, put, rounded_up, taken
 
@@ -102,7 +101,7 @@ class PinningLayer(StreamingLayer):
         numbers = (self.counter + torch.arange(new, device=self.device))[None]
         places = numbers if padding is None else numbers - padding.to(self.device)[:, None]
         if self.pinned.marks:
-            self._note_marks(given[:, None, :, None], places, padding, in_place)
+            self._note_marks(given[:, None, :, None], padding, shared, in_place)
         chosen = (self.pinned.holds(places, given) & (places >= self.kept.sinks)).expand(rows, -1)
         rank = chosen.cumsum(1)
         slots = torch.where(chosen, self.count[:, None] + rank, 0)
@@ -113,10 +112,12 @@ class PinningLayer(StreamingLayer):
         self.count.add_(rank[:, -1])
         return super().update(key_states, value_states, padding, in_place, shared=shared)
 
-    def _note_marks(self, given: Tensor, places: Tensor, padding: Tensor | None, in_place: bool) -> None:
+    def _note_marks(
+        self, given: Tensor, padding: Tensor | None, shared: dict[Any, Any] | None, in_place: bool
+    ) -> None:  # fmt: skip
         """Keep the marks of new tokens `[B, 1, Q, 1]` where their keys will be."""
         if in_place:
-            put(self.slot_marks, slots_of(self.ring, places), given)
+            put(self.slot_marks, self._new_slots(given.shape[2], padding, shared), given)
             return
         before, past = self.before(padding), self._past(padding)
         held = given
@@ -138,14 +139,14 @@ class PinningLayer(StreamingLayer):
         own = count.clamp(min=0, max=new)
         return self.kept.sinks + self._dropped(count.clamp(min=0) - own)
 
-    def far_keys(self, new: int, padding: Tensor | None) -> FarKeys | None:
-        """The tokens that are kept for good and stand before those; None if there are none."""
-        assert self.kept.left is not None
+    def far_keys(self, oldest: Tensor | None, padding: Tensor | None) -> FarKeys | None:
+        """The tokens that are kept for good and stand before `oldest`, of `near_begin`; None if there are none."""
+        assert self.kept.left is not None and oldest is not None
         if not is_compiling() and self.seen <= self.kept.sinks + self.kept.left:
             return None
         begins = 0 if padding is None else padding.to(self.device)[:, None]
         places = torch.where(self.numbers >= 0, self.numbers - begins, -1)
-        places = torch.where(places < self.near_begin(new, padding)[:, None], places, -1)
+        places = torch.where(places < oldest[:, None], places, -1)
         return FarKeys(self.pinned_keys, self.pinned_values, places, self.marked if self.pinned.marks else None)
 
     def widen(self, spare: int, padding: Tensor | None = None) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...attention.merge import merge
 from ...attention.scoring import Scoring
 from ...attention.slots.far_keys import FarKeys, far_attention
-from ...attention.slots.new_tokens import Filled
-from ...attention.slots.ring import positions_in
+from ...attention.slots.new_tokens import Filled, own_places
+from ...attention.slots.ring import held_places
 from .inner_padding import PaddingFirst
 from .layer_call import LayerCall, Part, tokens_first
 from .streaming_cache import StreamingCache
@@ -21,11 +21,11 @@ from .turning import FarSinks, first_keys, kept_with_sinks, near_pattern
 
 def to_pinned(layer: LayerCall, cache: StreamingCache) -> Part | None:
     """Attention to tokens that a layer keeps for good, behind the keys that it gave; None if there are none."""
-    far = cache.far_keys(layer.module.layer_idx, layer.new)
+    assert layer.filled is not None
+    far = cache.far_keys(layer.module.layer_idx, layer.filled)
     if far is None:
         return None
-    assert layer.filled is not None
-    own = own_places(layer.filled, layer.new)
+    own = _own_places(layer)
     return far_attention(layer.tensors[0], far, own, layer.pattern, layer.scoring, slopes=_slopes(layer))
 
 
@@ -83,7 +83,7 @@ def with_sloped_sinks(layer: LayerCall, part: Part | None, real: Tensor | None) 
         assert kept.left is not None
         query, key, value = layer.tensors
         far = FarKeys.of_first(*(first_keys(t, _begins(real), kept.sinks) for t in (key, value)))
-        own = own_places(filled, layer.new)
+        own = _own_places(layer)
         first = far_attention(query, far, own, layer.pattern, layer.scoring, least=kept.left, slopes=slopes)
         layer.pattern = near_pattern(layer.pattern, False)
     layer.scoring = _sloped(layer.scoring, slopes, layer.tensors[1].shape[2])
@@ -92,10 +92,10 @@ def with_sloped_sinks(layer: LayerCall, part: Part | None, real: Tensor | None) 
     return merge([first, part])
 
 
-def own_places(filled: Filled, new: int) -> Tensor:
+def _own_places(layer: LayerCall) -> Tensor:
     """The positions of new tokens in their rows, `[B or 1, Q]`."""
-    own = (filled.seen + torch.arange(new, device=filled.seen.device))[None]
-    return own if filled.begins is None else own - filled.begins.to(own.device)[:, None]
+    assert layer.filled is not None
+    return own_places(layer.filled.seen, layer.filled.begins, layer.new)
 
 
 def _far_sinks(layer: LayerCall) -> FarSinks | None:
@@ -115,11 +115,8 @@ def _begins(real: Tensor | None) -> Tensor | None:
 def _over_sloped_slots(layer: LayerCall, filled: Filled) -> Part:
     """Attention to the slots of a cache as they lie, with scores that fall with the distance."""
     query, key, value = layer.tensors
-    own = own_places(filled, layer.new)
-    places = positions_in(filled.ring, own[:, -1] + 1)
-    if filled.oldest is not None:
-        places = places.where((places < filled.ring.first) | (places >= filled.oldest[:, None]), -1)
-    far = FarKeys(key, value, places, filled.marks)
+    own = _own_places(layer)
+    far = FarKeys(key, value, held_places(filled.ring, own, filled.oldest), filled.marks)
     return far_attention(query, far, own, layer.pattern, layer.scoring, slopes=_slopes(layer))
 
 

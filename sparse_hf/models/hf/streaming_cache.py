@@ -195,32 +195,28 @@ class StreamingCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
         return self.own_layers[layer_idx].update(
-            key_states, value_states, self.padding, self.in_place, self.marks, self.shared
+            key_states, value_states, self.padding, self.in_place, self.marks, self._shared_on(key_states.device)
         )
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
         layer = self.own_layers[layer_idx]
         length = None if is_compiling() else layer.known
-        found = Filled(
-            self._seen_before(layer, new), begins=self.padding, ring=layer.ring, shared=self.shared, length=length
-        )
+        shared = self._shared_on(layer.device)
+        seen = _seen_before(layer, new, shared)
+        found = Filled(seen, begins=self.padding, ring=layer.ring, shared=shared, length=length)
         if not isinstance(layer, PinningLayer):
             return found
         return replace(found, marks=layer.marks_of_pass(self.in_place), oldest=layer.near_begin(new, self.padding))
 
-    def _seen_before(self, layer: StreamingLayer, new: int) -> Tensor:
-        """Tokens before the `new` ones, a number on the device; that of the first layer serves all of a pass."""
-        if self.shared is None:
-            return layer.counter - new
-        if new not in self.shared:
-            self.shared[new] = layer.counter - new
-        return self.shared[new]
+    def _shared_on(self, device: torch.device) -> dict[Any, Any] | None:
+        """What layers on a device have computed for each other in this pass; None in a graph."""
+        return None if self.shared is None else self.shared.setdefault(device, {})
 
-    def far_keys(self, layer_idx: int, new: int) -> FarKeys | None:
+    def far_keys(self, layer_idx: int, filled: Filled) -> FarKeys | None:
         """The tokens that a layer keeps for good and that are not among the keys that it gave; None if there are none."""
         layer = self.own_layers[layer_idx]
-        return layer.far_keys(new, self.padding) if isinstance(layer, PinningLayer) else None
+        return layer.far_keys(filled.oldest, self.padding) if isinstance(layer, PinningLayer) else None
 
     def real(self, layer_idx: int, keys: int, new: int, rows: int) -> Tensor | None:
         """Of the `keys` that a layer gave in order, the `new` among them: which are no padding, bool `[B, K]`; None if all are."""
@@ -372,6 +368,15 @@ def padding_of(attention_mask: Tensor | None, length: int) -> Tensor | None:
             "or use a DynamicCache"
         )
     return padding
+
+
+def _seen_before(layer: StreamingLayer, new: int, shared: dict[Any, Any] | None) -> Tensor:
+    """Tokens before the `new` ones, a number on the device; that of the first layer on it serves all of a pass."""
+    if shared is None:
+        return layer.counter - new
+    if new not in shared:
+        shared[new] = layer.counter - new
+    return shared[new]
 
 
 def _going_on(before: Tensor | None, after: Tensor | None, seen: int) -> Tensor | None:

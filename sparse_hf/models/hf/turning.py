@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ...attention.scoring import Scoring
 from ...attention.slots.far_keys import FarKeys, far_attention
+from ...attention.slots.new_tokens import own_places
 from ...pattern import First, Window
 from ...pattern.base import as_pattern
 from ...pattern.complement import Outside
@@ -134,8 +135,7 @@ class FarSinks:
             kwargs: of the attention function, positions among them.
         """
         q, keys, values = tensors
-        own = (torch.arange(q.shape[2], device=q.device) + seen)[None]
-        own = own if of_rows is None else own - of_rows.to(q.device)[:, None]
+        own = own_places(torch.as_tensor(seen, device=q.device), of_rows, q.shape[2])
         given = kwargs.get("document_positions", kwargs.get("position_ids"))
         places = given if given is not None and given.ndim == 2 and given.shape[1] == q.shape[2] else own
         first, of_first = (first_keys(t, of_keys, self.kept.sinks) for t in (keys, values))

@@ -45,4 +45,4 @@ def is_there(folder: str) -> bool:
 @cache
 def _models() -> tuple[Path, ...]:
     spec = importlib.util.find_spec("transformers")
-    return tuple(Path(place) / "models" for place in (spec.submodule_search_locations or ()) if spec) if spec else ()
+    return tuple(Path(place) / "models" for place in spec.submodule_search_locations or ()) if spec else ()

@@ -33,6 +33,15 @@ def tail(begin: Tensor, end: Tensor, most: int) -> Tensor:
     return numbers.masked_fill(numbers >= end[..., None], -1)
 
 
+def _in_order(request: MaskRequest, key: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """The tokens of rows with real ones first, `[B, K]`, and the real ones up to each query, `[B, Q]`; layers of a pass share them."""
+    own = "real tokens in order", new, key.device
+    if own not in request.memo:
+        real = request.real_tokens(len(key), int(request.q_offset) + new, key.device)
+        request.memo[own] = (~real).int().argsort(dim=1, stable=True), real.long().cumsum(1)[:, -new:]
+    return request.memo[own]
+
+
 class LearnedPoolIndexer(torch.nn.Module):
     """That of GLM-5-Next."""
 
@@ -147,11 +156,8 @@ class MeanPoolIndexer(torch.nn.Module):
         query = self.turn(query, cos=cos[:, -new:], sin=sin[:, -new:], unsqueeze_dim=2)
         if cache is not None:
             key = cache.update_indexer(key, self.layer_idx)
-        end = int(attention_mask.q_offset) + new
-        real = attention_mask.real_tokens(len(key), end, key.device)
-        # real tokens in order, and those of each query
-        order, seen = (~real).int().argsort(dim=1, stable=True), real.long().cumsum(1)[:, -new:]
-        count = end // size
+        order, seen = _in_order(attention_mask, key, new)
+        count = order.shape[1] // size
         tokens = order[:, : count * size].unflatten(1, (count, size))  # [B, P, R]
         rows = torch.arange(len(key), device=key.device)[:, None]
         pooled = self.k_layernorm(key[rows[..., None], tokens].float().mean(2).to(key.dtype))
