@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"attention", "plan", "pattern", "registry", "version"},
     "analysis": {"plan", "pattern", "units"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
-    "bench": {"models", "attention", "plan", "pattern", "units"},
+    "bench": {"train", "models", "attention", "plan", "pattern", "units"},
     "evaluation": {"bench", "models", "plan", "pattern", "units"},
     "train": {"models", "parallel", "attention", "plan", "pattern"},
     "testing": set(),

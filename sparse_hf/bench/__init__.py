@@ -15,6 +15,7 @@ from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
 from .results import environment, latest_result, result_path, write_json
+from .sequence import SharedTexts, run_sequence
 
 __all__ = [
     "DTYPES",
@@ -22,6 +23,7 @@ __all__ = [
     "PLAN_PATTERNS",
     "SHAPES",
     "Generation",
+    "SharedTexts",
     "chosen_device",
     "environment",
     "latest_result",
@@ -31,5 +33,6 @@ __all__ = [
     "run_generate",
     "run_models",
     "run_plan",
+    "run_sequence",
     "write_json",
 ]
