@@ -11,6 +11,7 @@ from .generate import Generation, run_generate
 from .generate_cases import CASES as GENERATE_CASES
 from .generate_cases import SHAPES
 from .measure import DTYPES, chosen_device, peak_bytes
+from .memory import LongSteps, run_memory
 from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
@@ -23,6 +24,7 @@ __all__ = [
     "PLAN_PATTERNS",
     "SHAPES",
     "Generation",
+    "LongSteps",
     "SharedTexts",
     "chosen_device",
     "environment",
@@ -31,6 +33,7 @@ __all__ = [
     "result_path",
     "run_attention",
     "run_generate",
+    "run_memory",
     "run_models",
     "run_plan",
     "run_sequence",

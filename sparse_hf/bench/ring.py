@@ -22,7 +22,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 # what `attn_implementation` calls it
 NAME = "bench_ring"
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-ROTATIONS = ("allgather", "alltoall")
 
 
 def _attention(

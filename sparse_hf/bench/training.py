@@ -79,6 +79,13 @@ def make_batch(model: PreTrainedModel, length: int, device: torch.device, seed: 
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
+def in_pieces_of(model: PreTrainedModel, **options: Any) -> Any:
+    """`long_text`, imported where it is asked for: Trainer loads accelerate and whatever else is installed."""
+    from ..train import long_text
+
+    return long_text(model, **options)
+
+
 def training_step(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Forward and backward; the loss."""
     model.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import OUT_HELP, PATTERN_HELP, numbers, read_contexts, read_folder, read_lengths, words
+from .arguments import OUT_HELP, PATTERN_HELP, numbers, read_cases, read_contexts, read_folder, read_lengths, words
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and the table to standard error.")]
 
@@ -198,6 +198,38 @@ def generate(
     asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
     result = _print(partial(run_generate, asked, device, out), as_json)
     if any(found.get("failed", "").startswith("wrong") for found in result["checked"].values()):
+        raise typer.Exit(1)
+
+
+def memory(
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Shapes (1b, 8b, smollm2-135m, bert) with the tokens of a text, with commas; random weights."
+        ),
+    ] = "smollm2-135m:4096",
+    ways: Annotated[
+        str, typer.Option(help="Any of plain, checkpointing, long_text, offload, with commas.")
+    ] = "plain,checkpointing,long_text",
+    pattern: Annotated[str | None, typer.Option(help=f"{PATTERN_HELP} By default a window with first tokens.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 on a GPU and fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, after one that is not; 0 times the first one.")] = 3,
+    budget: Annotated[float, typer.Option(help="Seconds of a row after which no further step begins.")] = 20,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a training step on a long text holds and takes, with and without `long_text`.
+
+    Gradients are compared first.
+    """
+    from ..bench import LongSteps, run_memory
+
+    asked = LongSteps(read_cases(cases), tuple(words(ways)), pattern, dtype, steps, budget)
+    result = _print(partial(run_memory, asked, device, out), as_json)
+    if any(found.get("failed") for found in result["compared"].values()):
         raise typer.Exit(1)
 
 

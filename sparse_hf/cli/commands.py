@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import talk
-from .bench import attention, generate, models, plan, sequence
+from .bench import attention, generate, memory, models, plan, sequence
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
 from .examples import epilog
@@ -39,6 +39,7 @@ BENCHES: dict[str, Callable] = {
     "models": models,
     "plan": plan,
     "generate": generate,
+    "memory": memory,
     "sequence": sequence,
 }
 

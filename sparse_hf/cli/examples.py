@@ -33,6 +33,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "sparse-hf bench generate --shape 1b --contexts 4096,32768,32768x8 --out docs/results",
         "sparse-hf bench generate --model my-llama --cases dense-static,streaming --contexts 16384",
     ),
+    "bench memory": (
+        "sparse-hf bench memory --cases 1b:65536,bert:262144 --out docs/results",
+        "sparse-hf bench memory --device cpu --cases smollm2-135m:16384 --ways checkpointing,long_text --steps 0",
+    ),
     "bench sequence": (
         "sparse-hf bench sequence --processes 1,2,4,8 --large-shape 8b --ring 131072,262144 --out docs/results",
         "sparse-hf bench sequence --device cpu --processes 1,2 --shape tiny --tokens 4096 --tokens-each 0",
