@@ -36,6 +36,7 @@ ALLOWED = {
         "bench",
         "evaluation",
         "models",
+        "train",
         "units",
         "version",
     },

@@ -184,6 +184,7 @@ def _figures(row: Row, asked: LongSteps, dtype: str, device: torch.device) -> Ro
     found: Row = {"peak_bytes": peak_bytes(steps, device, before)}
     found["first_step_s"], found["seconds"] = taken[0], statistics.median(taken[1:] or taken)
     found |= {"tokens_per_s": row["n"] / found["seconds"], "loss": losses[-1]}
+    found["planned_bytes"] = planned_bytes(model, row["n"], row["way"], dtype)
     return found | ({"whole": handle.whole} if handle is not None and row["way"] not in OTHERS else {})
 
 
@@ -212,15 +213,20 @@ def _title(result: Result) -> str:
 
 
 def _table(result: Result) -> Figures:
-    table = Figures(_title(result), ("", "tokens", "a step", "tokens/s", "peak", "time", "memory"))
+    table = Figures(_title(result), ("", "tokens", "a step", "tokens/s", "peak", "planned", "time", "memory"))
     for row in result["rows"]:
         if row.get("failed"):
             table.fail(row["shape"], f"{WAYS[row['way']][0]}, {row['n']:,}", row["failed"])
             continue
-        figures = (duration(row["seconds"]), f"{row['tokens_per_s']:,.0f}", size(row["peak_bytes"]))
+        figures = (
+            duration(row["seconds"]),
+            f"{row['tokens_per_s']:,.0f}",
+            size(row["peak_bytes"]),
+            size(row["planned_bytes"]),
+        )
         ratios = (times(row.get("times_the_time")), times(row.get("times_the_memory")))
         table.add(row["shape"], WAYS[row["way"]][0], f"{row['n']:,}", *figures, *ratios)
-    table.notes.append("time, memory: by those of the faster of the other ways")
+    table.notes.append("planned: by sparse-hf plan-memory; time, memory: by those of the faster of the other ways")
     return table
 
 

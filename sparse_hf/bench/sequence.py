@@ -124,8 +124,9 @@ def run_sequence(asked: SharedTexts, device: str | None = None, out: str | Path 
             write_json(result, path)
 
     launcher = _Launcher(asked, done)
-    for cases in (_steps(asked), _larger(asked), _ring_at_first(asked)):
-        launcher.run([{**common, "dtype": dtype, "shape": asked.shape, **case} for case in cases])
+    cases = [*_steps(asked), *_larger(asked), *_ring_at_first(asked)]
+    launcher.run([{**common, "dtype": dtype, "shape": asked.shape, **case} for case in cases])
+    # of which kernel is decided by what was measured
     for case in _ring_later(asked, rows):
         launcher.run([{**common, "dtype": dtype, "shape": asked.shape, **case}])
     _table(result).print(Console())

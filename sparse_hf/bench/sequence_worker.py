@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from ..train import SplitSequence, long_text, split_sequence
-from .measure import peak_bytes, synchronize
+from ..train import SplitSequence, long_text, plan_memory, split_sequence
+from .measure import DTYPES, peak_bytes, synchronize
 from .results import Row
 from .ring import NAME, register_ring, ring_step
 from .training import dense_model, distance, gradients, make_batch, sparse_model, training_step
@@ -84,6 +84,9 @@ def step(case: Row, device: torch.device) -> Row:
     before = handle.bytes_exchanged if handle else 0
     row = _timed(partial(_step, model, batch, averages), case, device)
     sent = (handle.bytes_exchanged - before if handle else 0) / case["steps"]
+    if case["data"] == 1:
+        how = {"gpus": texts, "split": texts > 1, "fsdp": case["fsdp"], "optimizer": "none"}
+        row["planned_bytes"] = plan_memory(model, case["n"], dtype=DTYPES[case["dtype"]], **how).peak
     row["bytes_a_layer"] = round(_worst(sent, device) / model.config.num_hidden_layers)
     return row
 

@@ -86,6 +86,13 @@ def in_pieces_of(model: PreTrainedModel, **options: Any) -> Any:
     return long_text(model, **options)
 
 
+def planned_bytes(model: PreTrainedModel, length: int, way: str, dtype: str) -> int:
+    """What `plan_memory` says of a step without an optimizer."""
+    from ..train import plan_memory
+
+    return plan_memory(model, length, way=way, optimizer="none", dtype=DTYPES[dtype]).peak
+
+
 def training_step(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Forward and backward; the loss."""
     model.zero_grad(set_to_none=True)

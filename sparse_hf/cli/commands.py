@@ -19,6 +19,7 @@ from .families import list_families
 from .info import info
 from .mistakes import MISTAKES, by_flags, one_line
 from .paragraphs import wrap_warnings
+from .plan_memory import plan_memory
 from .show import show
 
 # in the order in which help lists them
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable] = {
     "info": info,
     "evaluate": evaluate,
     "tune": tune,
+    "plan-memory": plan_memory,
 }
 BENCHES: dict[str, Callable] = {
     "attention": attention,

@@ -24,6 +24,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'sparse-hf evaluate my-bert --pattern "window(128, 128) | marked()" --global-token-ids "[CLS]" --text notes.txt',
     ),
     "tune": ('sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25',),
+    "plan-memory": (
+        "sparse-hf plan-memory my-sparse-llama --length 1048576 --gpus 4",
+        "sparse-hf plan-memory my-bert --length 65536 --ways checkpointing,long_text,offload --optimizer none --json",
+    ),
     "bench attention": (
         'sparse-hf bench attention --pattern "window(1023, 0)" --lengths 4096,16384 --out docs/results',
     ),
