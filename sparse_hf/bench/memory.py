@@ -33,6 +33,7 @@ from .training import (
     gradients,
     in_pieces_of,
     make_batch,
+    planned_bytes,
     shape_config,
     sparse_model,
     training_step,

@@ -28,7 +28,7 @@ def measured() -> list:
     found = []
     for path in sorted(RESULTS.glob("*/*-memory.json")):
         content = json.loads(path.read_text())
-        for row in content["rows"]:
+        for row in content["rows"] if content.get("benchmark") == "memory" else []:
             peak = row.get("peak_bytes") or row.get("peak_GiB", 0) * 2**30
             if peak:
                 shape = row.get("shape") or {"llama": "1b"}[row["model"]]
@@ -59,7 +59,7 @@ def test_other_families_are_read(head):
     config = getattr(transformers, head).config_class()
     config.architectures = [head]
     short, long = (plan_memory(config, n).peak for n in (1 << 16, 1 << 20))
-    assert 8 * short < long < 16 * short or short < long < 16 * short
+    assert short < long < 16 * short
     assert (
         plan_memory(config, 1 << 20, way="checkpointing").peak > long > plan_memory(config, 1 << 20, way="offload").peak
     )
