@@ -102,7 +102,7 @@ def prepare(
     # what costs nothing is looked at first
     candidates, content = read_candidates(patterns), read_texts(texts)
     memo = {"tasks": choose_tasks(settings.tasks, settings.questions)}
-    subject = open_subject(model, candidates, tokenizer, settings.global_token_ids)
+    subject = open_subject(model, candidates, tokenizer, settings)
     _check_lengths(subject, settings)
     samples = cut(content, subject.tokenizer, settings)
     return Setup(subject, tuple(content), tuple(samples), settings, memo=memo)

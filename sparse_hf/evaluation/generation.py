@@ -11,16 +11,21 @@ from transformers import Cache, PreTrainedModel
 from ..models.hf.cache import CACHE_NAMES
 
 
-def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-    """Read `ids` `[1, n]` into a cache, by default the model's own: the logits of the last token `[1, 1, V]`, and the cache."""
-    output = _call(model, ids, cache, last_alone(model))
+def prefill(
+    model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Cache]:
+    """Read `ids` `[B, n]` into a cache, by default the model's own: the logits of the last token `[B, 1, V]`, and the cache.
+
+    `mask` `[B, n]` is zero at padding, which stands on the left.
+    """
+    output = _call(model, ids, cache, {**last_alone(model), **_of_padding(model, ids, mask)})
     made = next(output[name] for name in CACHE_NAMES if output.get(name) is not None)
     return output.logits[:, -1:].float(), made
 
 
-def go_on(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """The logits `[1, Q, V]` of new tokens `[1, Q]`, which the cache keeps."""
-    return _call(model, ids, cache, {}).logits.float()
+def go_on(model: PreTrainedModel, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:
+    """The logits `[B, Q, V]` of new tokens `[B, Q]`, which the cache keeps; `mask` is of all tokens so far, theirs included."""
+    return _call(model, ids, cache, _of_padding(model, ids, mask)).logits.float()
 
 
 def _call(model: PreTrainedModel, ids: Tensor, cache: Cache | None, options: dict[str, Any]) -> Any:
@@ -32,6 +37,14 @@ def _call(model: PreTrainedModel, ids: Tensor, cache: Cache | None, options: dic
 def last_alone(model: PreTrainedModel) -> dict[str, int]:
     """The argument by which a model makes the logits of its last token alone."""
     return {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
+
+
+def _of_padding(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """The arguments that tell new tokens `ids` `[B, Q]` from padding before them: positions count from the first token of a row."""
+    if mask is None:
+        return {}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return {"attention_mask": mask, **({"position_ids": positions} if "position_ids" in _arguments(model) else {})}
 
 
 def _arguments(model: PreTrainedModel) -> Any:

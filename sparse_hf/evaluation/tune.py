@@ -25,6 +25,7 @@ from .probes.base import Setup
 from .probes.recall import Recall, questions_of
 from .search import Search, Unit
 from .settings import Settings
+from .texts import cut, read_texts
 
 TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
 FILE, LAYERS_FILE = "tuning.json", "layers.json"
@@ -80,7 +81,7 @@ def tune(
     move from the dense model's (KL on their tokens). From that ranking they are chosen one by one, each the best of the next
     three with those chosen before. Heads are ranked by their attention to what answers copy from beyond the pattern. The choice
     is then held against as many layers evenly spaced, and against a wider window in every layer that takes as many pairs, on
-    other questions and on perplexity: it says when it does not beat them.
+    other questions and on perplexity, about other texts where `settings.held_out` names some: it says when it does not beat them.
 
     Args:
         model: a decoder, in memory or its folder or hub id.
@@ -110,6 +111,7 @@ def tune(
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
+    check = _check_of(setup)
     folder = None if out is None else Path(out)
     search = _search(setup, own, folder)
     count = _count(search, share, setup)
@@ -124,8 +126,8 @@ def tune(
     ]
     # other questions than those by which it was chosen
     held_out = evaluate(
-        model, candidates, texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
-        settings=replace(settings, seed=settings.seed + 1),
+        model, candidates, settings.held_out or texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
+        settings=check,
     )  # fmt: skip
     beats, verdict = _verdict(held_out.result["probes"])
     result = {
@@ -143,6 +145,25 @@ def tune(
         write_json(result, folder / FILE)
         write_json({"pattern": str(own), "layers": chosen["layers"]}, folder / LAYERS_FILE)
     return Tuning(chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
+
+
+def _check_of(setup: Setup) -> Settings:
+    """The settings of the check. What it cannot ask is known before anything runs.
+
+    Raises:
+        ValueError: a held-out text that is too short for them.
+    """
+    settings = replace(setup.settings, seed=setup.settings.seed + 1)
+    if settings.held_out:
+        content = read_texts(settings.held_out)
+        samples = cut(content, setup.subject.tokenizer, settings)
+        memo = {"tasks": setup.memo["tasks"]}
+        reason = Recall().why_not(
+            replace(setup, texts=tuple(content), samples=tuple(samples), settings=settings, memo=memo)
+        )
+        if reason is not None:
+            raise ValueError(f"tune asks questions of recall about held-out texts: {reason}")
+    return settings
 
 
 def _search(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
