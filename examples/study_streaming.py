@@ -152,7 +152,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = studies.parser(__doc__.splitlines()[0], "study-streaming")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME", help="; ".join(WAYS))
     parser.add_argument("--length", type=int, help="tokens of the text, a multiple of 64: 65536; of --tiny 512")
-    parser.add_argument("--dense-length", type=int, help="tokens that the dense model reads, at most: all on a GPU, else a quarter")
+    parser.add_argument(
+        "--dense-length", type=int, help="tokens that the dense model reads, at most: all on a GPU, else a quarter"
+    )
     parser.add_argument("--keys", type=int, help="keys of a layer, sinks among them: 1024; of --tiny 16")
     parser.add_argument("--piece", type=int, help="tokens that are read at a time: 512; of --tiny 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -113,14 +113,14 @@ def tune(
         raise ValueError(f"tune asks questions of recall: {reason}")
     check = _check_of(setup)
     folder = None if out is None else Path(out)
-    search = _search(setup, own, folder)
-    count = _count(search, share, setup)
-    chosen = _chosen(search, budget, count)
-    spaced = [search.layers[i * len(search.layers) // count] for i in range(count)]
+    search = search_of(setup, own, folder)
+    count = dense_count(search, share)
+    chosen = choose(search, budget, count)
+    spaced = evenly_spaced(search, count)
     wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
     candidates = [
         Candidate(TUNED, own, chosen["layers"]),
-        Candidate(EVERY, own, dense_layers(spaced)),
+        Candidate(EVERY, own, spaced),
         *([Candidate(UNIFORM, wider)] if wider is not None else []),
         Candidate(NONE, own),
     ]
@@ -134,7 +134,7 @@ def tune(
         "pattern": str(own),
         "budget": {**asdict(budget), "dense": share},
         **chosen,
-        "every_nth": dense_layers(spaced),
+        "every_nth": spaced,
         "uniform": None if wider is None else str(wider),
         "beats_every_nth": beats[EVERY],
         "beats_uniform": beats.get(UNIFORM),
@@ -166,14 +166,19 @@ def _check_of(setup: Setup) -> Settings:
     return settings
 
 
-def _search(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
+def search_of(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
+    """A search by the questions of `setup`, whose last candidate has `pattern` in every layer; pieces are kept in `folder`."""
     questions = [question for _, question in questions_of(setup)]
     return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
 
 
-def _count(search: Search, share: float, setup: Setup) -> int:
-    """How many layers stay dense."""
-    count = max(1, round(share * setup.subject.dense.config.stacks[""]))
+def dense_count(search: Search, share: float) -> int:
+    """How many layers stay dense, of a share of all.
+
+    Raises:
+        ValueError: more than can be dense.
+    """
+    count = max(1, round(share * search.local.config.stacks[""]))
     if count > len(search.layers):
         raise ValueError(
             f"a budget of {share:.3g} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
@@ -181,7 +186,12 @@ def _count(search: Search, share: float, setup: Setup) -> int:
     return count
 
 
-def _chosen(search: Search, budget: Budget, count: int) -> Found:
+def evenly_spaced(search: Search, count: int) -> str:
+    """As many dense layers at equal distances, as `layers` takes them."""
+    return dense_layers(search.layers[i * len(search.layers) // count] for i in range(count))
+
+
+def choose(search: Search, budget: Budget, count: int) -> Found:
     """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less."""
     units: dict[str, list[Unit]] = {}
     ranking: list[list] = []
