@@ -43,7 +43,10 @@ import sparse_hf
 from examples import studies, tiny
 from examples.studies import Clock, Results, canvas, free, save
 from examples.study_healing import REAL, TINY, Case, Row, Variant, read, rows, trained
-from sparse_hf.evaluation import Settings, evaluate
+from sparse_hf.evaluation import Settings
+from sparse_hf.evaluation.api import prepare
+from sparse_hf.evaluation.pieces import finish
+from sparse_hf.evaluation.probes.recall import Recall
 from sparse_hf.train import Distillation, HealingTrainer, long_text
 
 # tokens up to which recall is asked, and beyond which a step is computed in pieces
@@ -78,7 +81,6 @@ OF_SHORT = (
     "dense",
     "a quarter dense",
     "a quarter dense, distilled",
-    "window, trained",
 )
 
 
@@ -173,12 +175,11 @@ def recall(model: PreTrainedModel, case: Case, options: argparse.Namespace) -> d
     model = model.to(torch.bfloat16) if studies.DEVICE.type == "cuda" else model.float()
     is_sparse = getattr(model.config, "sparse_attention", None) is not None
     texts = [f"{tiny.LAW}. {tiny.SEA}. " * 40] if options.tiny else list(case.held_out().values())
-    # a dense model wants something beside it, and has all of its past
-    found = evaluate(
-        model.eval(), () if is_sparse else "window(None, 0)", texts, probes=["recall"],
-        tokenizer=case.tokenizer(), settings=settings,
-    ).result["probes"]["recall"]["candidates"]  # fmt: skip
-    of_model = found["as saved" if is_sparse else "dense"]
+    # a dense model wants something beside it, which is asked nothing
+    setup = prepare(model.eval(), () if is_sparse else "window(None, 0)", texts, case.tokenizer(), settings)
+    name = "as saved" if is_sparse else "dense"
+    asked = finish([piece for piece in Recall().pieces(setup) if piece.candidate == name], None, progress=False)
+    of_model = Recall().summary(setup, asked)["candidates"][name]
     by_task = {task: sum(cell["recalled"] for cell in cells) / len(cells) for task, cells in of_model["tasks"].items()}
     return {"recalled": of_model["recalled"], "loss": of_model["loss"], "tasks": by_task}
 

@@ -78,9 +78,9 @@ def candidates(options: argparse.Namespace, settings: Settings, model: str) -> t
 def measure(options: argparse.Namespace, seed: int, model: str) -> dict:
     """One entry: layers and heads are chosen, and all candidates answer other questions."""
     begin = time.perf_counter()
-    made, ranked = candidates(options, settings_of(options, 2 * seed), model)
+    made, ranked = candidates(options, settings_of(options, 2 * seed, 1), model)
     chosen_s = time.perf_counter() - begin
-    settings = settings_of(options, 2 * seed + 1)
+    settings = settings_of(options, 2 * seed + 1, options.repeats)
     found = evaluate(model, made, texts(CHECKED_ON, options), probes=["perplexity", "recall"],
                      out=options.work / f"checked-{seed}", settings=settings).result  # fmt: skip
     recall, perplexity = (found["probes"][name]["candidates"] for name in ("recall", "perplexity"))
@@ -105,9 +105,9 @@ def questions(found: dict) -> int:
     return cells * found["settings"]["repeats"]
 
 
-def settings_of(options: argparse.Namespace, seed: int) -> Settings:
+def settings_of(options: argparse.Namespace, seed: int, repeats: int) -> Settings:
     made = Settings(
-        length=options.length, lengths=(options.length,), tasks=tuple(options.tasks), repeats=options.repeats, batch=options.batch,
+        length=options.length, lengths=(options.length,), tasks=tuple(options.tasks), repeats=repeats, batch=options.batch,
         seed=seed, dtype=options.dtype, progress=False,
     )  # fmt: skip
     # so few tokens hold the facts of one task alone
@@ -186,7 +186,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tasks", nargs="+", default=["short", "ruler"], help="of recall")
     parser.add_argument("--length", type=int, help="tokens of a question: 8192; of --tiny 300")
-    parser.add_argument("--repeats", type=int, default=1, help="questions for each task and depth")
+    parser.add_argument("--repeats", type=int, default=1, help="questions of the check for each task and depth")
     parser.add_argument("--batch", type=int, default=1, help="questions that are asked together")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
