@@ -175,8 +175,7 @@ def answer_logits(setup: Setup, contender: Contender, questions: Sequence[Questi
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     # of each row those of its last A + 1 tokens, of which the very last predicts none
     begins = [len(row) - len(answer) - 1 for row, answer in zip(rows, answers, strict=True)]
-    some = {name: longest - min(begins) for name in last_alone(model)}
-    logits = model(input_ids=ids, use_cache=False, **some).logits
+    logits = model(input_ids=ids, use_cache=False, **last_alone(model, longest - min(begins))).logits
     cut = longest - logits.shape[1]
     return [
         of_row[begin - cut : begin - cut + len(answer)].float().log_softmax(-1)

@@ -25,6 +25,7 @@ class Settings:
         questions: files of questions about documents, in the format of SQuAD or HotpotQA.
         held_out: files that `tune` checks its choice on; by default the texts that it chose by.
         batch: questions that are asked together; more of them are faster on a GPU, and take memory.
+            Models with a table of positions are asked one by one.
         dtype: of the weights of folders; by default the folder's own on a GPU, and float32 on a CPU.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         seed: of whatever is drawn.

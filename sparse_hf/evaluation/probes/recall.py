@@ -72,7 +72,8 @@ def _together(setup: Setup) -> Iterator[list[tuple[dict, Question]]]:
     of_lengths: dict[int, list[tuple[dict, Question]]] = defaultdict(list)
     for where, question in questions_of(setup):
         of_lengths[where["length"]].append((where, question))
-    count = setup.settings.batch
+    # a table may have no row for what stands behind an answer that is over
+    count = setup.settings.batch if setup.subject.limit is None else 1
     for found in of_lengths.values():
         found.sort(key=lambda entry: reply_length(setup.subject.tokenizer, entry[1]))
         yield from (found[at : at + count] for at in range(0, len(found), count))
@@ -102,7 +103,7 @@ def _asked_within(task: Task, filler: Filler, length: int, depth: float, seed: s
 def _asked(setup: Setup, contender: Contender, questions: Sequence[Question]) -> Found:
     setup.passes.forget()
     # what answers behind the prompt
-    answering = setup.subject.dense.model if contender.config.decode == DENSE else contender.model
+    answering = setup.subject.dense.model if contender.config.decode == DENSE else None
     found = ask(contender.model, setup.subject.tokenizer, questions, answering)
     return {"answered": [{"recalled": share, "loss": loss} for share, loss in found]}
 

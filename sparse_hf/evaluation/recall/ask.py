@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation import go_on, prefill
+from ..generation import Padding, go_on, prefill
 from ..texts import tokenize
 from .tasks import Question
 
@@ -41,13 +41,17 @@ def ask(
 
     Another model with the same weights may be `answering` behind the prompts that `model` has read.
     """
-    answering = answering or model
-    ids, mask = _rows([tokenize(tokenizer, one.prompt) for one in questions], model.device, left=True)
+    prompts = [tokenize(tokenizer, one.prompt) for one in questions]
     answers = [answer_tokens(tokenizer, one) for one in questions]
-    wanted, _ = _rows(answers, model.device, left=False)
-    first, cache = prefill(model, ids, mask=mask)
+    ids, wanted = _rows(prompts, model.device, left=True), _rows(answers, model.device, left=False)
+    padding, count = _padding(tokenizer, questions, prompts, ids), wanted.shape[1]
     # of each token of the answers, given those before it; the last one predicts none
-    logits = torch.cat((first, go_on(answering, wanted, cache, _longer(mask, wanted.shape[1]))[:, :-1]), 1)  # [B, A, V]
+    if answering is None:
+        logits, cache = prefill(model, torch.cat((ids, wanted), 1), padding=_longer(padding, count), last=count + 1)
+    else:
+        first, cache = prefill(model, ids, padding=padding)
+        logits = torch.cat((first, go_on(answering, wanted, cache, _longer(padding, count))), 1)
+    logits = logits[:, :-1]  # [B, A, V]
     said = logits.argmax(-1)
     losses = [float(cross_entropy(of_row[: len(one)], torch.tensor(one, device=model.device))) for of_row, one in zip(
         logits, answers, strict=True)]  # fmt: skip
@@ -61,9 +65,9 @@ def ask(
         return [(1.0, loss) for loss in losses]
     # up to here all of them say their answers
     kept = min(same[b] for b in others)
-    cache.crop(kept - wanted.shape[1])
+    cache.crop(kept - count)
     replies = {b: [*answers[b][:kept], int(said[b, kept])] for b in others}
-    shares = _greedy(answering, tokenizer, questions, replies, (cache, _longer(mask, kept)))
+    shares = _greedy(answering or model, tokenizer, questions, replies, (cache, _longer(padding, kept)))
     return [(shares.get(b, 1.0), loss) for b, loss in enumerate(losses)]
 
 
@@ -72,13 +76,13 @@ def _greedy(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     replies: dict[int, list[int]],
-    read: tuple[Cache, Tensor | None],
+    read: tuple[Cache, Padding | None],
 ) -> dict[int, float]:
     """Go on with replies by number of question: the share of the answers in each.
 
-    What is `read`, a cache and the mask of its tokens, holds all of a reply but its last token.
+    What is `read`, a cache and the padding before its tokens, holds all of a reply but its last token.
     """
-    cache, mask = read
+    cache, padding = read
     lengths = {b: reply_length(tokenizer, questions[b]) for b in replies}
     shares: dict[int, float] = {}
     while True:
@@ -91,25 +95,31 @@ def _greedy(
             return shares
         # rows that have answered go along, and nothing looks at them
         last = torch.tensor([[replies[b][-1] if b in replies else 0] for b in range(len(questions))])
-        mask = _longer(mask, 1)
-        found = go_on(model, last.to(model.device), cache, mask)[:, -1].argmax(-1).tolist()
+        padding = _longer(padding, 1)
+        found = go_on(model, last.to(model.device), cache, padding)[:, -1].argmax(-1).tolist()
         for b, reply in replies.items():
             if b not in shares:
                 reply.append(found[b])
 
 
-def _rows(ids: Sequence[list[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens as rows `[B, n]`, padded on one side, and a mask that is zero there; None where all are as long."""
+def _rows(ids: Sequence[list[int]], device: torch.device, left: bool) -> Tensor:
+    """Tokens as rows `[B, n]`, padded on one side."""
     longest = max(map(len, ids))
     pads = [[0] * (longest - len(one)) for one in ids]
-    rows = torch.tensor([pad + one if left else one + pad for pad, one in zip(pads, ids, strict=True)], device=device)
-    if not any(pads):
-        return rows, None
-    lengths = torch.tensor([[len(one)] for one in ids], device=device)
-    places = torch.arange(longest, device=device)
-    return rows, (places >= longest - lengths if left else places < lengths).long()
+    return torch.tensor([pad + one if left else one + pad for pad, one in zip(pads, ids, strict=True)], device=device)
 
 
-def _longer(mask: Tensor | None, count: int) -> Tensor | None:
-    """The mask of so many more tokens."""
-    return None if mask is None else torch.cat((mask, mask.new_ones(len(mask), count)), 1)
+def _padding(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], prompts: Sequence[list[int]], ids: Tensor
+) -> Padding | None:
+    """The padding before prompts; a single one has none."""
+    if len(prompts) == 1:
+        return None
+    lengths = torch.tensor([[len(one)] for one in prompts], device=ids.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths).long()
+    replies = (max(reply_length(tokenizer, one), len(answer_tokens(tokenizer, one))) for one in questions)
+    return Padding(mask, max(len(prompt) + reply for prompt, reply in zip(prompts, replies, strict=True)))
+
+
+def _longer(padding: Padding | None, count: int) -> Padding | None:
+    return None if padding is None else padding.longer(count)
