@@ -133,6 +133,10 @@ class BlockPlan:
             allowed = allowed & self.mask_function(b, torch.zeros_like(b), x, k)
         return allowed
 
+    def tile_numbers(self, group: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
+        """What tells apart tiles whose pairs the patterns' signatures do not, `[T]` each, by their row of tables and place."""
+        return []
+
     def query_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""
         return torch.arange(first, last, device=self.device)

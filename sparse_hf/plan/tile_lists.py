@@ -202,8 +202,11 @@ def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
         q, k = q - origin, k - origin
     if sequences.marks is not None:
         numbers += [_marked(plan, sequences.marks, True)[b, i], _marked(plan, sequences.marks, False)[b, j]]
-    for index, pattern in enumerate(plan.patterns):
-        own = (whole & (p == index)).nonzero().flatten()
+    numbers += plan.tile_numbers(group, i, j)
+    distinct = list(dict.fromkeys(plan.patterns))
+    which_pattern = torch.tensor([distinct.index(pattern) for pattern in plan.patterns], device=plan.device)[p]
+    for index, pattern in enumerate(distinct):
+        own = (whole & (which_pattern == index)).nonzero().flatten()
         marks = Marks(length=plan.kv_len if length is None else length[own])
         signature = pattern.signature(q[own], k[own], size, marks)
         if signature is not None and len(own):

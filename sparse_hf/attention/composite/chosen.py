@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...pattern import TopK, TopKBlocks
+from ...pattern import Pattern, TopK, TopKBlocks
 from ...pattern.forms import EVERYTHING, CutContent
 from ...plan import BlockPlan
 from ...plan.lsh import leaves_out_future
@@ -19,8 +19,10 @@ from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import choose
 from ..chosen.scores import DotScores
-from .chosen_blocks import Rest, block_choice
+from .chosen_blocks import Groups, Rest, block_choice
+from .chosen_tiles import ChosenTiles, chosen_tiles
 from .content import ContentPlan, Kind
+
 
 @dataclass(frozen=True, eq=False)
 class ChoicePlan(ContentPlan):
@@ -32,6 +34,22 @@ class ChoicePlan(ContentPlan):
         return ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2])
 
 
+@dataclass(frozen=True, eq=False)
+class TilePlan(ContentPlan):
+    """Tiles of the pairs that positions say and of blocks that are chosen, in one plan."""
+
+    chosen: ChosenTiles
+
+    @property
+    def joined(self) -> ChosenTiles:
+        return self.chosen
+
+    def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
+        b, h = (torch.arange(n, device=queries.device) for n in call.q.shape[:2])
+        keys = torch.arange(call.k.shape[2], device=queries.device)
+        return self.chosen.chosen(b[:, None, None, None], h[:, None, None], queries[:, None], keys)
+
+
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
     """`[B, H, Q, N]`."""
     return choose(DotScores(call.q, call.k), content.count, rest.limits)
@@ -41,14 +59,33 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
-            within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
-            rest = Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
+            rest = _rest(call, cut, positions)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
             else:
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))
     return ChoicePlan(positions, ChosenKeys(found[0] if len(found) == 1 else _once(torch.cat(found, -1))))
+
+
+def _rest(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
+    within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
+    return Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
+
+
+def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
+    """In tiles where blocks begin where tiles do, else key by key."""
+    ((content, cut),) = chosen
+    assert isinstance(content, TopKBlocks)
+    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        plan = chosen_tiles(call, Groups(_rest(call, cut, positions), content, call.q.shape[2]))
+    return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
+
+
+def choose_in_tiles(chosen: tuple[CutContent, ...]) -> bool:
+    """Do groups of queries choose blocks, and nothing else is chosen?"""
+    contents = [content for content, _ in chosen]
+    return len(contents) == 1 and isinstance(contents[0], TopKBlocks) and contents[0].queries > 1
 
 
 def _once(index: Tensor) -> Tensor:
@@ -66,3 +103,7 @@ def _why_not(call: AttentionCall) -> str | None:
 
 ALL_BACKENDS = ("auto", "reference", "blockwise", "flex", "fa", "triton")
 CHOICES = Kind("topk", ALL_BACKENDS, _make_plan, GatheredKeys(), _why_not)
+# tables of tiles are for these
+BLOCK_CHOICES = Kind(
+    "topk_blocks", ("auto", "reference", "blockwise", "triton"), _make_tile_plan, GatheredKeys(), _why_not
+)
