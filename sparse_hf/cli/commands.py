@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import talk
-from .bench import attention, generate, models, plan
+from .bench import attention, chosen, generate, models, plan
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
 from .examples import epilog
@@ -34,7 +34,13 @@ COMMANDS: dict[str, Callable] = {
     "evaluate": evaluate,
     "tune": tune,
 }
-BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
+BENCHES: dict[str, Callable] = {
+    "attention": attention,
+    "chosen": chosen,
+    "models": models,
+    "plan": plan,
+    "generate": generate,
+}
 
 app = typer.Typer(
     help="Sparse attention for Transformers: draw patterns, convert checkpoints, talk with them, measure.",

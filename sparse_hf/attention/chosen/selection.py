@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_SCORES = 1 << 27
 # keys that a program compares at once, and sides of a tile of an indexer's scores
 BLOCK, TILE_QUERIES, TILE_KEYS = 4096, 64, 256
+# warps of a program
+WARPS_OF_SCORES, WARPS_OF_CHOICE = 8, 8
 # head dims of an indexer
 MAX_HEAD_DIM = 256
 
@@ -79,7 +81,7 @@ def indexer_scores(scorer: IndexerScores, queries: slice, offset: int | None) ->
             selection_kernels.indexer_scores, (-(-some // TILE_QUERIES), batch * -(-keys // TILE_KEYS)), (query, key, weights, found),
             (*query.stride()[:3], *key.stride()[:2], *weights.stride()[:2], found.stride(0)), (offset or 0, some, keys),
             {"IS_CAUSAL": offset is not None, "I": heads, "D": dim, "BD": max(16, power_of_two(dim)), "BM": TILE_QUERIES,
-             "BN": TILE_KEYS, "PRECISION": "ieee"}, num_warps=8,
+             "BN": TILE_KEYS, "PRECISION": "ieee"}, num_warps=WARPS_OF_SCORES,
         )  # fmt: skip
     return found
 
@@ -93,5 +95,5 @@ def _select(scores: Tensor, found: Tensor, offset: int | None) -> None:
         launch(
             selection_kernels.select, (some, batch * heads), (scores, found), (found.stride(1), found.stride(2)),
             (offset or 0, some, keys, found.shape[3]),
-            {"IS_CAUSAL": offset is not None, "BN": min(BLOCK, max(16, power_of_two(keys)))}, num_warps=8,
+            {"IS_CAUSAL": offset is not None, "BN": min(BLOCK, max(16, power_of_two(keys)))}, num_warps=WARPS_OF_CHOICE,
         )  # fmt: skip

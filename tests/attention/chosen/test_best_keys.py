@@ -111,6 +111,26 @@ def test_kernels_of_an_indexer(dtype, monkeypatch):
         assert torch.equal(choose(scorer, 5, limits).cpu(), wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_selects_on_a_gpu_what_a_cpu_does(kind):
+    scores = torch.randn(2, 1, 300, 9000)
+    scores = (scores * 4).round() if kind == "ties" else scores
+    for limits in (Limits(), Limits(q_offset=8700), Limits(q_offset=-3)):
+        wanted = choose(Table(scores), 2048, limits)
+        assert torch.equal(choose(Table(scores.cuda()), 2048, limits).cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scores_of_an_indexer_on_a_gpu(dtype):
+    query, key = torch.randn(2, 300, 64, 128).to(dtype), torch.randn(2, 700, 128).to(dtype)
+    weights = torch.randn(2, 300, 64)
+    exact = IndexerScores(query.double(), key.double(), weights.double(), 0.1).scores(slice(0, 300), slice(0, 700))
+    found = selection.indexer_scores(IndexerScores(query.cuda(), key.cuda(), weights.cuda(), 0.1), slice(0, 300), None)
+    assert float((found.cpu().double() - exact).norm() / exact.norm()) < 1e-4
+
+
 @pytest.mark.parametrize("count", [0, -1, True, 2.0])
 def test_a_count_that_is_none_is_told(count):
     with pytest.raises(ValueError, match="it must be a whole number of at least 1"):

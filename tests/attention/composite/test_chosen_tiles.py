@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_hf import sparse_attention
 from sparse_hf.attention.backend import AttentionCall
 from sparse_hf.attention.composite.chosen_tiles import ChosenTiles
 from sparse_hf.attention.composite.content import held_by
@@ -16,7 +17,6 @@ from sparse_hf.plan import NOTHING
 from tests import oracle
 from tests.attention import choices
 from tests.attention.exactness import DEVICE, check, tensors
-from sparse_hf import sparse_attention
 
 CAUSAL = "(window(20, 0) | first(4) | topk_blocks(3, 32, 'bounds', 16)) & window(None, 0)"
 PATTERNS = {
@@ -76,3 +76,17 @@ def test_kernels(text):
     on_device = [t.to(DEVICE) for t in given]
     ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True, backend="triton"), *on_device)
     check(right, plain, ours, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_on_a_gpu(dtype):
+    text = "(window(127, 0) | topk_blocks(4, 128, 'bounds', 128)) & window(None, 0)"
+    given = tensors((8, 2, 64), 1500, 1500, dtype, "cuda")
+    call = call_of(text, *given)
+    mask = held_by(content_plan(call), call, torch.arange(1500, device="cuda")).cpu()
+    of_cpu = [t.cpu() for t in given]
+    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in of_cpu))
+    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *of_cpu)
+    ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True), *given)
+    check(right, plain, ours, dtype)
