@@ -72,14 +72,14 @@ def select(
     missing = count
     value = tl.arange(0, DIGIT_VALUES)
     for step in tl.static_range(DIGITS):
-        shift: tl.constexpr = (DIGITS - 1 - step) * DIGIT_BITS
+        shift = (DIGITS - 1 - step) * DIGIT_BITS
         found = tl.zeros((DIGIT_VALUES,), tl.int32)
         for start in range(0, end, BN):
             order, may = _ordered(scores_ptr, start + tl.arange(0, BN), end)
             if step > 0:
                 may = may & (((order ^ threshold) >> (shift + DIGIT_BITS)) == 0)
-            digit = ((order >> shift) & (DIGIT_VALUES - 1)).to(tl.int32)
-            found += tl.histogram(digit, DIGIT_VALUES, mask=may)
+            digits = ((order >> shift) & (DIGIT_VALUES - 1)).to(tl.int32)
+            found += tl.histogram(digits, DIGIT_VALUES, mask=may)
         if step == 0:
             missing = tl.minimum(missing, tl.sum(found))
         # the highest digit with enough scores from it upwards
