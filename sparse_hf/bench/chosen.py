@@ -103,7 +103,14 @@ def run_chosen(
     check_dtype(dtype)
     timer, of_layer = Timer(chosen_device(device), repeats, budget), SHAPES[shape]
     facts, rows, console = environment(timer.device), [], Console(stderr=True)
-    result: Result = {"benchmark": "chosen", "environment": facts, "shape": shape, **asdict(of_layer), "dtype": dtype, "rows": rows}
+    result: Result = {
+        "benchmark": "chosen",
+        "environment": facts,
+        "shape": shape,
+        **asdict(of_layer),
+        "dtype": dtype,
+        "rows": rows,
+    }
     cases = {**_layers(of_layer, dtype, timer, max(lengths)), **_parts(of_layer, dtype, timer)}
     for n in sorted(lengths):
         for name, run in cases.items():
@@ -179,7 +186,9 @@ def _parts(shape: IndexedShape, dtype: str, timer: Timer) -> dict[str, Case]:
 
         alike = same_choice(scorer, work())
         if alike < LEAST_ALIKE:
-            raise AssertionError(f"of the chosen keys at n={n} {alike:.4f} are those of float64; {LEAST_ALIKE} is right")
+            raise AssertionError(
+                f"of the chosen keys at n={n} {alike:.4f} are those of float64; {LEAST_ALIKE} is right"
+            )
         peak = peak_bytes(work, timer.device)
         return {"forward_s": timer.seconds(work), "peak_bytes": peak, "chosen_alike": alike}
 
@@ -211,18 +220,31 @@ def _parts(shape: IndexedShape, dtype: str, timer: Timer) -> dict[str, Case]:
 
 def drawn_scores(shape: IndexedShape, n: int, dtype: torch.dtype, device: torch.device) -> IndexerScores:
     """Random queries, keys and weights of an indexer."""
-    query, key, weights = _drawn(n, dtype, device, (n, shape.index_heads, shape.index_dim), (n, shape.index_dim), (n, shape.index_heads))
+    query, key, weights = _drawn(
+        n, dtype, device, (n, shape.index_heads, shape.index_dim), (n, shape.index_dim), (n, shape.index_heads)
+    )
     return IndexerScores(query, key, weights.float(), shape.index_dim**-0.5)
 
 
 def drawn_latents(shape: IndexedShape, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Latents]:
     """Random queries `[1, H, n, D + P]`, in memory with tokens before heads, and latents."""
     query, latent, turned = _drawn(
-        n, dtype, device, (n, shape.heads, shape.head_dim + shape.turned_dim), (n, shape.latent_dim), (n, shape.turned_dim)
+        n,
+        dtype,
+        device,
+        (n, shape.heads, shape.head_dim + shape.turned_dim),
+        (n, shape.latent_dim),
+        (n, shape.turned_dim),
     )
     up_key, up_value = (
         t[0] * shape.latent_dim**-0.5
-        for t in _drawn(0, dtype, device, (shape.heads, shape.head_dim, shape.latent_dim), (shape.heads, shape.value_dim, shape.latent_dim))
+        for t in _drawn(
+            0,
+            dtype,
+            device,
+            (shape.heads, shape.head_dim, shape.latent_dim),
+            (shape.heads, shape.value_dim, shape.latent_dim),
+        )
     )
     return query.transpose(1, 2), Latents(latent, turned, up_key, up_value)
 
@@ -237,7 +259,10 @@ def same_choice(scorer: IndexerScores, chosen: Tensor) -> float:
     n, found, wanted = scorer.shape[2], 0, 0
     for query in torch.randperm(n, generator=torch.Generator().manual_seed(0))[:COMPARED].tolist():
         one = IndexerScores(
-            scorer.query[:, query : query + 1].double(), scorer.key.double(), scorer.weights[:, query : query + 1].double(), scorer.scale
+            scorer.query[:, query : query + 1].double(),
+            scorer.key.double(),
+            scorer.weights[:, query : query + 1].double(),
+            scorer.scale,
         )
         scores = one.scores(slice(0, 1), slice(0, query + 1))[0, 0, 0]
         best = scores.topk(min(chosen.shape[3], query + 1)).indices
@@ -253,7 +278,11 @@ def latent_error(query: Tensor, latents: Latents, chosen: Tensor, scale: float, 
     for at in torch.randperm(query.shape[2], generator=torch.Generator().manual_seed(0))[:COMPARED].tolist():
         index = chosen[0, 0, at]
         index = index[index >= 0].long()
-        some = Latents(*(t[:, index].double() for t in (latents.latent, latents.turned)), latents.up_key.double(), latents.up_value.double())
+        some = Latents(
+            *(t[:, index].double() for t in (latents.latent, latents.turned)),
+            latents.up_key.double(),
+            latents.up_value.double(),
+        )
         key, value = some.keys_and_values()
         weights = (query[:, :, at : at + 1].double() @ key.mT * scale).softmax(-1)
         exact = weights @ value
@@ -266,7 +295,10 @@ def _add_ratios(rows: Sequence[Row], n: int) -> None:
     beside = [row for row in rows if row["n"] == n and not row.get("failed")]
     for row in (row for row in beside if row["name"] == "ours"):
         for key in ("forward_s", "step_s"):
-            theirs = min((other[key] for other in beside if other["name"].startswith("transformers") and other.get(key)), default=None)
+            theirs = min(
+                (other[key] for other in beside if other["name"].startswith("transformers") and other.get(key)),
+                default=None,
+            )
             row[f"{key[:-2]}_transformers_over_ours"] = theirs / row[key] if theirs and row.get(key) else None
 
 

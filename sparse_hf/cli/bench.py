@@ -64,7 +64,9 @@ def chosen(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     training: Annotated[bool, typer.Option(help="Time a training step of short texts as well.")] = True,
-    budget: Annotated[float, typer.Option(help="Seconds per figure; what took longer is not run on longer texts.")] = 20,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; what took longer is not run on longer texts.")
+    ] = 20,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     as_json: AsJson = False,
 ) -> None:

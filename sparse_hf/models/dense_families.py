@@ -131,9 +131,7 @@ INDEXED_FAMILIES = tuple(
             packs=False,
             parts=(("Glm5NextTextAttention", "pools.ChoiceAsMask"),),
         ),  # fmt: skip
-        _indexed(
-            "GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763", **_of_latents("GlmMoeDsa")
-        ),
+        _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763", **_of_latents("GlmMoeDsa")),
         _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
         _of_text("HYV4VL", "hy_v4_vl", "dsa.TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
         _of_text(

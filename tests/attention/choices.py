@@ -51,7 +51,8 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
                 best = _keys(q[b, h, i].double(), keys[b, h], count, held[b, i], may[b, i])
             else:
                 number, group = (
-                    torch.where(real[b], documents[b] * length + place[b] // n, -1) for n in (size[0], size[-1] if size[1:] else 1)
+                    torch.where(real[b], documents[b] * length + place[b] // n, -1)
+                    for n in (size[0], size[-1] if size[1:] else 1)
                 )
                 members = (group == group[i + offset]).nonzero()[:, 0]
                 queries = q[b, h, members[members >= offset] - offset].double()
@@ -77,7 +78,11 @@ def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> lis
     # blocks of the queries' document have numbers next to their own
     for block in sorted(set(number.tolist()) - {-1, *own}):
         inside = (number == block).nonzero()[:, 0].tolist()
-        if block // len(number) != own[0] // len(number) or (is_causal and inside[-1] >= int(members[0])) or held[inside].all():
+        if (
+            block // len(number) != own[0] // len(number)
+            or (is_causal and inside[-1] >= int(members[0]))
+            or held[inside].all()
+        ):
             continue
         key = keys[inside]
         low, high = queries * key.amin(0), queries * key.amax(0)

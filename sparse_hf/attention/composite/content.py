@@ -91,7 +91,9 @@ class ContentPairs(Backend):
         if plan.joined is not None:
             joined = call.part(call.q, call.k, call.v, plan.joined, call.dropout)
             return [(self.pick(joined), joined)]
-        positions, chosen = (call.part(call.q, call.k, call.v, one, call.dropout) for one in (plan.positions, plan.chosen))
+        positions, chosen = (
+            call.part(call.q, call.k, call.v, one, call.dropout) for one in (plan.positions, plan.chosen)
+        )
         return [(self.pick(positions), positions), (self.kind.backend, chosen)]
 
 

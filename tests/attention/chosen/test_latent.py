@@ -19,7 +19,9 @@ def drawn(dtype, heads=6, queries=5, keys=20, chosen=9, latent_dim=24, turned=8,
     index = torch.rand(batch, 1, queries, keys).argsort(-1)[..., :chosen]
     index = index.where(torch.rand(index.shape) < 0.8, -1)
     index[0, 0, 0] = -1
-    exact = dense(index, heads, keys, scale=0.3)(query.double(), *Latents(*(t.double() for t in parts)).keys_and_values())[0]
+    exact = dense(index, heads, keys, scale=0.3)(
+        query.double(), *Latents(*(t.double() for t in parts)).keys_and_values()
+    )[0]
     return query, Latents(*parts), index, exact
 
 
@@ -51,7 +53,10 @@ def test_latents_of_published_widths_on_a_gpu(dtype):
     latents = Latents(*(t.cuda() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
     found = attend_latent(query.cuda(), latents, index.cuda(), scale=0.02).cpu().double()
     exact = dense(index, 128, 300, scale=0.02)(
-        query.double(), *Latents(*(t.double().cpu() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value))).keys_and_values()
+        query.double(),
+        *Latents(
+            *(t.double().cpu() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value))
+        ).keys_and_values(),
     )[0]
     assert float((found - exact).norm() / exact.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 

@@ -27,7 +27,9 @@ PATTERNS = {
 
 
 def call_of(text, q, k, v):
-    return AttentionCall(q, k, v, as_pattern(text), k.shape[2] - q.shape[2], Scoring(q.shape[-1] ** -0.5), NO_DROPOUT, NOTHING)
+    return AttentionCall(
+        q, k, v, as_pattern(text), k.shape[2] - q.shape[2], Scoring(q.shape[-1] ** -0.5), NO_DROPOUT, NOTHING
+    )
 
 
 def mask_of(text, q, k):
