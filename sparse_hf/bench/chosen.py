@@ -278,11 +278,8 @@ def latent_error(query: Tensor, latents: Latents, chosen: Tensor, scale: float, 
     for at in torch.randperm(query.shape[2], generator=torch.Generator().manual_seed(0))[:COMPARED].tolist():
         index = chosen[0, 0, at]
         index = index[index >= 0].long()
-        some = Latents(
-            *(t[:, index].double() for t in (latents.latent, latents.turned)),
-            latents.up_key.double(),
-            latents.up_value.double(),
-        )
+        latent, turned = (t[:, index].double() for t in (latents.latent, latents.turned))
+        some = Latents(latent, turned, latents.up_key.double(), latents.up_value.double())
         key, value = some.keys_and_values()
         weights = (query[:, :, at : at + 1].double() @ key.mT * scale).softmax(-1)
         exact = weights @ value

@@ -38,7 +38,7 @@ def forward(
     index_ptr += b * i_b + query * N
     k_ptr += b * k_b
     p_ptr += b * p_b
-    l, p = tl.arange(0, BL)[None, :], tl.arange(0, BP)[None, :]
+    c, p = tl.arange(0, BL)[None, :], tl.arange(0, BP)[None, :]
     out = tl.zeros((BR, BL), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
@@ -47,7 +47,7 @@ def forward(
         key = tl.load(index_ptr + n, mask=n < N, other=-1)
         there = (key >= 0) & (key < K)
         key = tl.where(there, key, 0).to(tl.int64)[:, None]
-        latent = tl.load(k_ptr + key * k_n + l, mask=there[:, None] & (l < L), other=0.0)
+        latent = tl.load(k_ptr + key * k_n + c, mask=there[:, None] & (c < L), other=0.0)
         place = tl.load(p_ptr + key * p_n + p, mask=there[:, None] & (p < P), other=0.0)
         scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
         scores = tl.dot(turned, tl.trans(place), scores, input_precision=PRECISION) * (scale * LOG2_E)
@@ -61,7 +61,7 @@ def forward(
         out = tl.dot(weights.to(latent.dtype), latent, out * shrink[:, None], input_precision=PRECISION)
         top = new_top
     safe = tl.where(total > 0, total, 1.0)
-    at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + l
-    tl.store(at, (out / safe[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (l < L))
+    at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + c
+    tl.store(at, (out / safe[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (c < L))
     lse = tl.where(total > 0, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
     tl.store(lse_ptr + (b * H + h) * Q + query, lse, mask=real)

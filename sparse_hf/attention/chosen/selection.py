@@ -80,7 +80,7 @@ def indexer_scores(scorer: IndexerScores, queries: slice, offset: int | None) ->
         launch(
             selection_kernels.indexer_scores, (-(-some // TILE_QUERIES), batch * -(-keys // TILE_KEYS)), (query, key, weights, found),
             (*query.stride()[:3], *key.stride()[:2], *weights.stride()[:2], found.stride(0)), (offset or 0, some, keys),
-            {"IS_CAUSAL": offset is not None, "I": heads, "D": dim, "BD": max(16, power_of_two(dim)), "BM": TILE_QUERIES,
+            {"IS_CAUSAL": offset is not None, "HEADS": heads, "D": dim, "BD": max(16, power_of_two(dim)), "BM": TILE_QUERIES,
              "BN": TILE_KEYS, "PRECISION": "ieee"}, num_warps=WARPS_OF_SCORES,
         )  # fmt: skip
     return found

@@ -19,7 +19,7 @@ DIGITS, DIGIT_BITS, DIGIT_VALUES = tl.constexpr(4), tl.constexpr(8), tl.constexp
 @triton.jit(do_not_specialize=["offset", "Q", "K"])
 def indexer_scores(
     q_ptr, k_ptr, w_ptr, out_ptr, q_b, q_n, q_i, k_b, k_n, w_b, w_n, out_b, offset, Q, K,
-    IS_CAUSAL: tl.constexpr, I: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum over heads of `weight * relu(q @ k)`, of a tile; tiles of no query's past are left as they are."""
@@ -27,16 +27,16 @@ def indexer_scores(
     b = (tl.program_id(1) // tiles).to(tl.int64)
     m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) % tiles * BN + tl.arange(0, BN)
     d = tl.arange(0, BD)
-    if IS_CAUSAL:
-        if tl.program_id(1) % tiles * BN > tl.program_id(0) * BM + BM - 1 + offset:
-            return
+    last = tl.program_id(0) * BM + BM - 1 + offset
+    if IS_CAUSAL and tl.program_id(1) % tiles * BN > last:
+        return
     box = (n[:, None] < K) & (d[None, :] < D)
     k = tl.load(k_ptr + b * k_b + n[:, None].to(tl.int64) * k_n + d[None, :], mask=box, other=0.0)
     q_ptr += b * q_b + m[:, None].to(tl.int64) * q_n + d[None, :]
     w_ptr += b * w_b + m.to(tl.int64) * w_n
     box = (m[:, None] < Q) & (d[None, :] < D)
     found = tl.zeros((BM, BN), tl.float32)
-    for i in range(I):
+    for i in range(HEADS):
         q = tl.load(q_ptr + i * q_i, mask=box, other=0.0)
         weight = tl.load(w_ptr + i, mask=m < Q, other=0.0)
         found += tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0) * weight[:, None]

@@ -49,15 +49,11 @@ def test_kernel_equals_dense_attention(heads, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_latents_of_published_widths_on_a_gpu(dtype):
-    query, latents, index, exact = drawn(dtype, 128, 40, 300, 200, 512, 64, batch=1)
-    latents = Latents(*(t.cuda() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
-    found = attend_latent(query.cuda(), latents, index.cuda(), scale=0.02).cpu().double()
-    exact = dense(index, 128, 300, scale=0.02)(
-        query.double(),
-        *Latents(
-            *(t.double().cpu() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value))
-        ).keys_and_values(),
-    )[0]
+    query, latents, index, _ = drawn(dtype, 128, 40, 300, 200, 512, 64, batch=1)
+    parts = latents.latent, latents.turned, latents.up_key, latents.up_value
+    key, value = Latents(*(t.double() for t in parts)).keys_and_values()
+    exact = dense(index, 128, 300, scale=0.02)(query.double(), key, value)[0]
+    found = attend_latent(query.cuda(), Latents(*(t.cuda() for t in parts)), index.cuda(), scale=0.02).cpu().double()
     assert float((found - exact).norm() / exact.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
