@@ -51,6 +51,8 @@ def compile_only(self: launch.Launch, tensors, numbers) -> None:
             constants[(i,)] = 1
         else:
             kind = "i32" if -(1 << 31) <= given[i] < 1 << 31 else "i64"
+            if given[i] % 16 == 0 and not parameter.do_not_specialize:
+                hints[(i,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
     key = id(kernel), *signature.items(), *constants.items(), *self.options.items()
     if key in compiled:
