@@ -271,8 +271,9 @@ def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     b = (group // len(plan.patterns))[:, None, None]
     exists = (q < plan.q_len) & (k < plan.kv_len)
     q, k = q.clamp(max=plan.q_len - 1), k.clamp(max=plan.kv_len - 1)
-    if len(plan.patterns) == 1:
-        return plan.allows(b, 0, q, k) & exists
+    if len(dict.fromkeys(plan.patterns)) == 1:
+        p = 0 if len(plan.patterns) == 1 else (group % len(plan.patterns))[:, None, None]
+        return plan.allows(b, p, q, k) & exists
     held = torch.zeros_like(exists)
     for p in range(len(plan.patterns)):
         own = (group % len(plan.patterns) == p).nonzero().flatten()

@@ -25,6 +25,12 @@ PATTERNS = {
         [("bounds", 2, 8, 4)],
         "window(None, 0)",
     ),
+    "(window(2, 0) | vertical_slash(3, 2, 6)) & window(None, 0)": (
+        "window(2, 0) & window(None, 0)",
+        [("slash", 3, 2, 6)],
+        "window(None, 0)",
+    ),
+    "first(1) | vertical_slash(2, 3, 4)": ("first(1)", [("slash", 2, 3, 4)], "window(None, None)"),
     "(window(5, 0) | topk_blocks(3, 8) | topk(4)) & window(None, 0)": (
         "window(5, 0) & window(None, 0)",
         [("mean", 3, 8), ("topk", 4)],
@@ -47,7 +53,12 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
         if not real[b, i + offset]:
             continue
         for kind, count, *size in choices:
-            if kind == "topk":
+            if kind == "slash":
+                document = real[b] & (documents[b] == documents[b, i + offset])
+                last = [y for y in document.nonzero()[:, 0].tolist()[-size[-1] :] if y >= offset]
+                weights = _weights(q[b, h].double(), keys[b, h], [y - offset for y in last], may[b])
+                best = _slash(weights, last, (count, size[0]), i + offset, may[b, i] & ~held[b, i])
+            elif kind == "topk":
                 best = _keys(q[b, h, i].double(), keys[b, h], count, held[b, i], may[b, i])
             else:
                 number, group = (
@@ -90,3 +101,21 @@ def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> lis
         scores.append((-float(score.mean().float()), block))
     best = [*own, *(block for _, block in sorted(scores)[: max(0, others)])]
     return [y for y in range(len(number)) if int(number[y]) in best and may[y]]
+
+
+def _weights(queries, keys, last, may) -> torch.Tensor:
+    """The weights `[r, K]` of the queries `last` over all keys that they may choose."""
+    scores = (queries[last] @ keys.T * queries.shape[-1] ** -0.5).masked_fill(~may[last], -torch.inf)
+    return scores.softmax(-1).nan_to_num()
+
+
+def _slash(weights, last, counts, x, free) -> list[int]:
+    """The best columns and the best distances of token x, of the keys that are `free`."""
+    keys = free.nonzero()[:, 0].tolist()
+    distances: dict[int, float] = {}
+    for row, y in zip(weights, last, strict=True):
+        for key in range(len(free)):
+            distances[abs(y - key)] = distances.get(abs(y - key), 0.0) + float(row[key])
+    columns = sorted(keys, key=lambda y: (-float(weights[:, y].sum().float()), y))[: counts[0]]
+    by_distance = sorted(keys, key=lambda y: (-float(torch.tensor(distances.get(abs(x - y), 0.0)).float()), y))
+    return columns + by_distance[: counts[1]]

@@ -20,9 +20,9 @@ from ..strides import like, readable
 from .api import attend_chosen
 
 # numbers of projected queries that exist at once
-MAX_PROJECTED = 1 << 28
-# heads and chosen keys of a tile, warps of a program, and tiles that are on their way
-HEADS, KEYS, WARPS, STAGES = 64, 32, 8, 2
+MAX_PROJECTED = 1 << 27
+# heads and chosen keys of a tile, warps of a program, and tiles that are on their way: the fastest on an H200
+HEADS, KEYS, WARPS, STAGES = 64, 64, 8, 2
 MAX_LATENT, MAX_TURNED = 512, 64
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# keys that are looked at at once for the last one
+LOOKED_AT = tl.constexpr(1024)
 
 
 @triton.jit
@@ -39,10 +41,15 @@ def forward(
     k_ptr += b * k_b
     p_ptr += b * p_b
     c, p = tl.arange(0, BL)[None, :], tl.arange(0, BP)[None, :]
+    # early queries have few keys, behind which there is none
+    end = 0
+    for start in range(0, N, LOOKED_AT):
+        n = start + tl.arange(0, LOOKED_AT)
+        end = tl.maximum(end, tl.max(tl.where(tl.load(index_ptr + n, mask=n < N, other=-1) >= 0, n + 1, 0)))
     out = tl.zeros((BR, BL), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
-    for start in range(0, N, BN):
+    for start in range(0, end, BN):
         n = start + tl.arange(0, BN)
         key = tl.load(index_ptr + n, mask=n < N, other=-1)
         there = (key >= 0) & (key < K)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern, TopK, TopKBlocks
+from ...pattern import Pattern, TopK, TopKBlocks, VerticalSlash
 from ...pattern.forms import EVERYTHING, CutContent
 from ...plan import BlockPlan
 from ...plan.lsh import leaves_out_future
@@ -19,7 +19,9 @@ from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import choose
 from ..chosen.scores import DotScores
-from .chosen_blocks import Groups, Rest, block_choice
+from .chosen_blocks import Groups, block_choice
+from .chosen_rest import Rest
+from .chosen_scores import slash_worth
 from .chosen_tiles import ChosenTiles, chosen_tiles
 from .content import ContentPlan, Kind
 
@@ -55,6 +57,13 @@ def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
     return choose(DotScores(call.q, call.k), content.count, rest.limits)
 
 
+def _slash_choice(call: AttentionCall, content: VerticalSlash, rest: Rest) -> list[Tensor]:
+    """The columns and the diagonals of each query, `[B, H, Q, N]` each."""
+    counts = content.columns, content.diagonals
+    found = slash_worth(call, rest, content.queries)
+    return [choose(worth, count, rest.limits) for worth, count in zip(found, counts, strict=True)]
+
+
 def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ChoicePlan:
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
@@ -62,6 +71,8 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
             rest = _rest(call, cut, positions)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
+            elif isinstance(content, VerticalSlash):
+                found += _slash_choice(call, content, rest)
             else:
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))

@@ -16,42 +16,15 @@ import torch
 from torch import Tensor
 
 from ...pattern import FULL, TopKBlocks
-from ...plan import BlockPlan
-from ...plan.lsh import sequence_bounds
+from ...pattern.chosen import ANTIDIAGONAL
 from ..backend import AttentionCall
 from ..chosen.best_keys import Limits, choose
 from ..chosen.scores import DotScores
+from .chosen_rest import Rest
+from .chosen_scores import AntidiagonalScores
 
 # keys of blocks that are looked at at once, and numbers that are pooled at once
 MAX_KEYS, MAX_POOLED = 1 << 20, 1 << 26
-
-
-@dataclass(frozen=True, eq=False)
-class Rest:
-    """What a choice is made from: keys of the query's sequence, within the cut, that positions do not hold."""
-
-    positions: BlockPlan
-    cut: BlockPlan
-    is_causal: bool
-    batch: int
-
-    def _rows(self, dims: int) -> Tensor:
-        rows = self.batch if self.positions.sequences.rows > 1 else 1
-        return torch.arange(rows, device=self.positions.device).view(-1, *(1,) * (dims - 1))
-
-    def holds(self, q: Tensor, k: Tensor) -> Tensor:
-        """May query q choose key k, by index? Of their joint shape, with four dimensions; the first is B or 1."""
-        b = self._rows(4)
-        return self.cut.allows(b, 0, q, k) & ~self.positions.allows(b, 0, q, k)
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(q_offset=self.positions.q_offset if self.is_causal else None, allows=self.holds)
-
-    @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the sequence of each token starts and ends, and whether it is real: `[B or 1, K]`."""
-        return sequence_bounds(self.positions, self._rows(1).shape[0], self.positions.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,34 +65,68 @@ class Blocks:
         last = torch.minimum(self.first + self.size - 1, end.gather(1, self.first.clamp(max=keys - 1)))
         return last.masked_fill(self.first == keys, -1)
 
-    def mean(self, t: Tensor, offset: int = 0, of: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
-        """The mean of what `of` makes of the tokens `[B, heads, tokens, D]` in each block, `[B, heads, M, ...]`; of none 0.
+    def mean(self, t: Tensor, offset: int = 0, sides: bool = False) -> Tensor:
+        """The mean of the tokens `[B, heads, tokens, D]` in each block, `[B, heads, M, D]`; of none 0.
 
         Args:
             offset: the number of the first of the tokens.
+            sides: the mean of what is above zero, then that of what is below, `[B, heads, M, 2 D]`.
         """
-        return self._pooled(t, offset, lambda some, there: of(some).where(there, 0).sum(3) / there.sum(3).clamp(min=1))
+
+        def pool(some: Tensor, there: Tensor | None) -> Tensor:
+            wide = torch.promote_types(some.dtype, torch.float32)
+            some = some if there is None else some.where(there, 0)
+            count = some.shape[3] if there is None else there.sum(3).clamp(min=1)
+            total = some.sum(3, dtype=wide) / count
+            if not sides:
+                return total
+            size = some.abs().sum(3, dtype=wide) / count
+            return torch.cat([size + total, total - size], -1) / 2
+
+        return self._pooled(t, offset, pool)
 
     def bounds(self, t: Tensor) -> Tensor:
         """The largest and the smallest number of each dimension in each block, `[B, heads, M, 2 D]`."""
 
-        def largest(some: Tensor, there: Tensor) -> Tensor:
-            low, high = some.where(there, torch.inf).amin(3), some.where(there, -torch.inf).amax(3)
+        def pool(some: Tensor, there: Tensor | None) -> Tensor:
+            low, high = (some, some) if there is None else (some.where(there, edge) for edge in (torch.inf, -torch.inf))
+            found = torch.cat([high.amax(3), low.amin(3)], -1).to(torch.promote_types(some.dtype, torch.float32))
             # rows with fewer blocks: no block may be infinite
-            return torch.cat([high, low], -1).nan_to_num(0, 0, 0)
+            return found.nan_to_num(0, 0, 0)
 
-        return self._pooled(t, 0, largest)
+        return self._pooled(t, 0, pool)
 
-    def _pooled(self, t: Tensor, offset: int, pool: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What `pool` makes of the tokens of blocks, `[B, some heads, M, S, D]`, and of which of them there are."""
-        inside = self.first[..., None] + torch.arange(self.size, device=t.device)  # [B, M, S]
-        there = (inside <= self.last[..., None]) & (inside >= offset) & (inside < offset + t.shape[2])
-        place = (inside - offset).clamp(0, t.shape[2] - 1)[:, None]
+    def cut(self, t: Tensor, side: int, offset: int) -> tuple[Tensor, Tensor]:
+        """Blocks of tokens `[B, heads, tokens, D]` cut into pieces of `side`, and which of these have a token.
+
+        `[B, heads, M, S / side, side * D]`, zeros where there is no token, and `[B or 1, M, S / side]`.
+        """
+
+        def pool(some: Tensor, there: Tensor | None) -> Tensor:
+            some = some if there is None else some.where(there, 0)
+            some = torch.nn.functional.pad(some, (0, 0, 0, self.size - some.shape[3]))
+            return some.to(torch.promote_types(some.dtype, torch.float32)).unflatten(3, (-1, side)).flatten(4)
+
+        return self._pooled(t, offset, pool), self._inside(t, offset)[1].unflatten(2, (-1, side)).any(-1)
+
+    def _inside(self, t: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """The tokens of each block, counted from `offset`, and which of them there are: `[B, M, S]`."""
+        inside = self.first[..., None] + torch.arange(self.size, device=t.device) - offset
+        return inside, (inside <= self.last[..., None] - offset) & (inside >= 0) & (inside < t.shape[2])
+
+    def _pooled(self, t: Tensor, offset: int, pool: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """What `pool` makes of the tokens of blocks, `[B, some heads, M, S, D]`, and of which of them there are; None: all."""
+        if self.rest.positions.is_bare and not offset and t.shape[2] == self.rest.positions.kv_len:
+            # blocks stand side by side, and the last may be shorter
+            whole = t.shape[2] // self.size * self.size
+            parts = [t[:, :, :whole].unflatten(2, (-1, self.size)), t[:, :, None, whole:]]
+            return torch.cat([pool(part, None) for part in parts if part.shape[2] and part.shape[3]], 2)
+        inside, there = self._inside(t, offset)
+        place = inside.clamp(0, t.shape[2] - 1)[:, None]
         row = torch.arange(t.shape[0], device=t.device)[:, None, None, None]
-        wide = torch.promote_types(t.dtype, torch.float32)
         some = max(1, MAX_POOLED // max(1, t.shape[0] * place.numel() // len(place) * t.shape[3]))
         heads = torch.arange(t.shape[1], device=t.device)[:, None, None].split(some)
-        return torch.cat([pool(t[row, head, place].to(wide), there[:, None, ..., None]) for head in heads], 1)
+        return torch.cat([pool(t[row, head, place], there[:, None, ..., None]) for head in heads], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,26 +199,38 @@ class Groups:
         others = self.content.count - own.shape[-1]
         if others < 1:
             return own
-        query, key = self._scored(q, k)
-        found = choose(DotScores(query, key), others, Limits(allows=self.may_choose))
+        scorer = self._antidiagonals(q, k) if self.content.scores == "antidiagonal" else DotScores(*self._scored(q, k))
+        found = choose(scorer, others, Limits(allows=self.may_choose))
         return torch.cat([found.long(), own], -1)
+
+    def _antidiagonals(self, q: Tensor, k: Tensor) -> AntidiagonalScores:
+        side, offset = ANTIDIAGONAL, self.rest.positions.q_offset
+        # [B, heads, blocks, squares, side * D], zeros where there is no token
+        query, present = self.of_tokens.cut(q, side, offset)
+        key, _ = self.keys.cut(k, side, 0)
+        number = self._numbers
+        row, head = (torch.arange(n, device=q.device) for n in q.shape[:2])
+        query = query[row[:, None, None], head[:, None], number[:, None]].unflatten(-1, (side, -1)).flip(-2).flatten(-2)
+        present = present.expand(len(row), -1, -1)[row[:, None], number]
+        return AntidiagonalScores(query, present, key, q.shape[-1] ** -0.5 / side, self.may_choose)
+
+    @property
+    def _numbers(self) -> Tensor:
+        """The groups of a call among all of a text, `[B or 1, T]`."""
+        number = self.of_tokens.of_token[:, self.rest.positions.q_offset, None]
+        number = number + torch.arange(self._tokens[0].shape[1], device=number.device)
+        return number.clamp(max=self.of_tokens.first.shape[1] - 1)
 
     def _scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """What the score of a group and a block is the product of, `[B, H, T, F]` and `[B, G, M, F]`."""
         of_bounds = self.content.scores == "bounds"
-
-        def features(t: Tensor) -> Tensor:
-            # the largest product with numbers between two bounds
-            return torch.cat([t.relu(), -(-t).relu()], -1) if of_bounds else t
-
         key = self.keys.bounds(k) if of_bounds else self.keys.mean(k)
         if self.content.queries == 1:
-            return features(q), key
-        pooled = self.of_tokens.mean(q, self.rest.positions.q_offset, features)  # of all groups of a text
-        number = self.of_tokens.of_token[:, self.rest.positions.q_offset, None]
-        number = (number + torch.arange(self._tokens[0].shape[1], device=q.device)).clamp(max=pooled.shape[2] - 1)
+            # the largest product with numbers between two bounds
+            return (torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q), key
+        pooled = self.of_tokens.mean(q, self.rest.positions.q_offset, of_bounds)  # of all groups of a text
         row = torch.arange(len(q), device=q.device)[:, None, None]
-        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], number[:, None]], key
+        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]], key
 
 
 def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:

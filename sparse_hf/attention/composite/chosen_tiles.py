@@ -16,7 +16,7 @@ from torch import Tensor
 from ...pattern import EMPTY, FULL, Pattern
 from ...pattern.base import Marks, joint
 from ...plan import BlockPlan
-from ...plan.cache import kept
+from ...plan.cache import kept, remembered
 from ..backend import AttentionCall
 from .chosen_blocks import Groups
 
@@ -82,7 +82,7 @@ class ChosenTiles(BlockPlan):
         row, i, j = torch.broadcast_tensors(b * len(self.patterns) + h, q // self.block_size, k // self.block_size)
         return self._is_chosen(row, i, j) & self.cut.allows(b, 0, q, k)
 
-    def allows(self, b: Tensor, p: int, q: Tensor, k: Tensor) -> Tensor:
+    def allows(self, b: Tensor, p: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
         assert self.beside is not None
         return self.beside.allows(b, 0, q, k) | self.chosen(b, p, q, k)
 
@@ -117,6 +117,12 @@ class ChosenTiles(BlockPlan):
         return pattern.blocks(q + offset, q1 + offset, k, k1, Marks(length=self.kv_len))
 
 
+@remembered
+def in_tiles(plan: BlockPlan, tile: int) -> BlockPlan:
+    """The plan in blocks of another size, whose tables are made once."""
+    return replace(plan, block_size=tile)
+
+
 def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     """The plan of a choice; None where blocks or groups do not begin where tiles do."""
     positions, content = groups.rest.positions, groups.content
@@ -124,7 +130,7 @@ def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
         return None
     batch, heads = call.q.shape[:2]
-    beside, cut = (replace(plan, block_size=tile) for plan in (positions, groups.rest.cut))
+    beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
     pattern = _Listed((beside.patterns[0], cut.patterns[0]))
     empty = torch.zeros(0, dtype=torch.int64, device=positions.device)
     plan = ChosenTiles(
