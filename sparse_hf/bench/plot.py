@@ -154,6 +154,7 @@ READABLE = {
     "sdpa_cudnn": "dense, cuDNN",
     "varlen_fa2": "window, FlashAttention 2",
     "flash_attn_4": "window, FlashAttention 4",
+    "flash_attn_4_dense": "dense, FlashAttention 4",
     "flex_attention": "window, FlexAttention",
 }
 

@@ -58,6 +58,30 @@ def attention(
     _print(run, as_json)
 
 
+def chosen(
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "2048,8192,32768,131072",
+    shape: Annotated[str, typer.Option(help="Widths of the layer: deepseek_v32, or tiny for a CPU.")] = "deepseek_v32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    training: Annotated[bool, typer.Option(help="Time a training step of short texts as well.")] = True,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; what took longer is not run on longer texts.")
+    ] = 20,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one layer that chooses its keys by an indexer, beside Transformers' class.
+
+    Scores and attention are timed alone as well.
+    """
+    from ..bench import run_chosen
+
+    run = partial(
+        run_chosen, read_lengths(lengths), shape, dtype=dtype, device=device, training=training, budget=budget, out=out
+    )
+    _print(run, as_json)
+
+
 def models(
     models: Annotated[
         str,
