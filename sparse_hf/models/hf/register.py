@@ -58,6 +58,11 @@ class Family:
         return self.config_class.implies_pattern
 
     @property
+    def is_composed(self) -> bool:
+        """Has it no layers of its own, and a text among the models within it?"""
+        return not issubclass(self.config_class, SparseConfigMixin)
+
+    @property
     def dense_config_class(self) -> type[PreTrainedConfig]:
         return self.config_class.__bases__[1]
 
@@ -218,7 +223,17 @@ def find_family(model_type: str) -> Family | None:
     """The family of a dense or sparse model type; None if it has no sparse counterpart."""
     if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], SparseConfigMixin):
         model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
-    return FAMILIES.get(model_type)
+    found = FAMILIES.get(model_type)
+    return None if found is None or found.is_composed else found
+
+
+def find_composed(model_type: str) -> Family | None:
+    """The family of a dense or sparse model type of several models, one of which writes text; None if it is none."""
+    if model_type in CONFIG_MAPPING and model_type not in FAMILIES:
+        model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
+    found = FAMILIES.get(model_type)
+    writes = found is not None and any(issubclass(c, GenerationMixin) for c in found.classes)
+    return found if writes and found.is_composed else None
 
 
 def family_of(model_type: str) -> Family:
