@@ -138,6 +138,20 @@ print(type(model).__name__, type(model.model.language_model).__name__, model.mod
     assert printed(code).splitlines()[-1] == said
 
 
+def test_a_text_that_was_replaced_in_a_dense_model_is_said_to_load_as_dense(tmp_path, caplog):
+    dense, _ = made("Qwen2VLForConditionalGeneration")
+    dense.model.language_model = sparse_hf.sparsify(dense.model.language_model, NEAR)
+    dense.config.text_config = dense.model.language_model.config
+    logger = transformers.utils.logging.get_logger("sparse_hf.models.hf.saving")
+    logger.addHandler(caplog.handler)
+    dense.save_pretrained(tmp_path)
+    assert "reads that part as a dense one; make Qwen2VLForConditionalGeneration sparse" in caplog.text
+    caplog.clear()
+    sparse_hf.sparsify(made("Qwen2VLForConditionalGeneration")[0], NEAR).save_pretrained(tmp_path / "whole")
+    logger.removeHandler(caplog.handler)
+    assert not caplog.text
+
+
 def test_a_model_that_only_compares_is_not_taken_for_one_that_writes():
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(text_config=text, vision_config={**text, "image_size": 28, "patch_size": 7})

@@ -23,6 +23,7 @@ from ..hf.derive import subclass
 from ..hf.marks import find_marks, generation_marks, step_marks
 from ..hf.model_mixin import PREPARES, SparseMixin, with_marks_signature
 from ..hf.register import Family, register_family
+from ..hf.saving import ReadsParts
 from ..hf.streaming_cache import StreamingCache
 from ..names import IMPLEMENTATIONS
 from .derive import models_of
@@ -40,7 +41,7 @@ _DENSE_IMPLEMENTATION: Any = vars(PreTrainedConfig)["_attn_implementation"]
 AnyConfig = TypeVar("AnyConfig", bound="ComposedConfigMixin")
 
 
-class ComposedConfigMixin(_Config):
+class ComposedConfigMixin(ReadsParts, _Config):
     """A configuration whose `text_config` is that of a sparse model."""
 
     def __post_init__(self, **kwargs):

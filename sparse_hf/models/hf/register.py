@@ -26,6 +26,7 @@ from .model_mixin import SparseGenerationMixin, SparseMixin
 from .name_tables import enter_names
 from .positions import Positions
 from .remote_code import RemoteCode
+from .saving import ReadsParts
 
 # heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
 UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
@@ -229,7 +230,8 @@ def find_family(model_type: str) -> Family | None:
 
 def find_composed(model_type: str) -> Family | None:
     """The family of a dense or sparse model type of several models, one of which writes text; None if it is none."""
-    if model_type in CONFIG_MAPPING and model_type not in FAMILIES:
+    if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], ReadsParts):
+        # a sparse one
         model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
     found = FAMILIES.get(model_type)
     writes = found is not None and any(issubclass(c, GenerationMixin) for c in found.classes)
