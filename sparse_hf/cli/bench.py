@@ -24,6 +24,9 @@ def attention(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
     head_dim: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
+    value_dim: Annotated[
+        int | None, typer.Option(help="Numbers per head of values, where they are other (192 and 128 in DeepSeek V3).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
@@ -48,6 +51,7 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_dim=value_dim,
         dtype=dtype,
         device=device,
         backends=words(backends) or None,
@@ -87,10 +91,16 @@ def models(
         str,
         typer.Option(
             help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, llama_1b, "
-            "with commas."
+            "gpt_oss, gpt_oss_window, whisper, vit, with commas."
         ),
     ] = "longformer,big_bird,bert",
-    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens, ascending: of whisper positions of 20 ms, of vit patches of a square picture and a class token (197 "
+            "is 224 x 224 pixels)."
+        ),
+    ] = "4096,16384",
     layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -115,8 +125,8 @@ def models(
 ) -> None:
     """Time whole models with random weights beside Transformers' classes.
 
-    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding
-    windows on sdpa and on flex_attention.
+    Forward and training step, length by length; modernbert, mistral and gpt_oss beside Transformers'
+    sliding windows on sdpa or eager, and on flex_attention.
     """
     from ..bench import run_models
 

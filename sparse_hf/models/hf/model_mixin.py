@@ -332,7 +332,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     # what `inspect.signature` gives
-    forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
+    forward.__dict__["__signature__"] = signature if has_marks else with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
@@ -369,7 +369,7 @@ def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> Abstra
     return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
 
 
-def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
+def with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
     """The signature with `global_attention_mask` before `**kwargs`."""
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
     parameters = list(signature.parameters.values())
