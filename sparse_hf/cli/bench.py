@@ -188,11 +188,18 @@ def generate(
     cases: Annotated[
         str,
         typer.Option(
-            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, with commas; by "
-            "default all."
+            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, draft (dense, with ours "
+            "as its assistant), with commas; by default all."
         ),
     ] = "",
     tokens: Annotated[int, typer.Option(help="New tokens; the median gap between them counts.")] = 64,
+    text: Annotated[
+        Path | None, typer.Option(help="A file that prompts are taken from, with --model; by default any tokens.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens of each draft.")] = 20,
+    profile: Annotated[
+        bool, typer.Option(help="Watch a further call: a token's kernels and the host's calls, in the result.")
+    ] = False,
     chunk: Annotated[
         int | None, typer.Option(help="Read the prompt by so many tokens at a time; by default all at once.")
     ] = None,
@@ -227,6 +234,9 @@ def generate(
         tokens=tokens,
         chunk=chunk,
         dtype=dtype,
+        text=None if text is None else str(text),
+        draft_tokens=draft_tokens,
+        profiles=profile,
     )
     limits = {"budget_s": budget, "limit_s": limit}
     asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
