@@ -7,6 +7,8 @@ for its figures of cost, and those only when they are asked for.
 """
 
 from .attention import run_attention
+from .chosen import SHAPES as CHOSEN_SHAPES
+from .chosen import run_chosen
 from .generate import Generation, run_generate
 from .generate_cases import CASES as GENERATE_CASES
 from .generate_cases import SHAPES
@@ -19,6 +21,7 @@ from .results import environment, latest_result, result_path, write_json
 from .sequence import SharedTexts, run_sequence
 
 __all__ = [
+    "CHOSEN_SHAPES",
     "DTYPES",
     "GENERATE_CASES",
     "PLAN_PATTERNS",
@@ -32,6 +35,7 @@ __all__ = [
     "peak_bytes",
     "result_path",
     "run_attention",
+    "run_chosen",
     "run_generate",
     "run_memory",
     "run_models",

@@ -152,8 +152,11 @@ READABLE = {
     "sdpa_dense": "dense, SDPA",
     "sdpa_flash": "dense, FlashAttention 2",
     "sdpa_cudnn": "dense, cuDNN",
+    "sdpa_efficient": "dense, memory-efficient",
+    "sdpa_flash_padded": "dense, FlashAttention 2, values padded",
     "varlen_fa2": "window, FlashAttention 2",
     "flash_attn_4": "window, FlashAttention 4",
+    "flash_attn_4_dense": "dense, FlashAttention 4",
     "flex_attention": "window, FlexAttention",
 }
 

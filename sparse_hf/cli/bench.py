@@ -24,6 +24,9 @@ def attention(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
     head_dim: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
+    value_dim: Annotated[
+        int | None, typer.Option(help="Numbers per head of values, where they are other (192 and 128 in DeepSeek V3).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
@@ -48,6 +51,7 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_dim=value_dim,
         dtype=dtype,
         device=device,
         backends=words(backends) or None,
@@ -58,15 +62,45 @@ def attention(
     _print(run, as_json)
 
 
+def chosen(
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "2048,8192,32768,131072",
+    shape: Annotated[str, typer.Option(help="Widths of the layer: deepseek_v32, or tiny for a CPU.")] = "deepseek_v32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    training: Annotated[bool, typer.Option(help="Time a training step of short texts as well.")] = True,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; what took longer is not run on longer texts.")
+    ] = 20,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one layer that chooses its keys by an indexer, beside Transformers' class.
+
+    Scores and attention are timed alone as well.
+    """
+    from ..bench import run_chosen
+
+    run = partial(
+        run_chosen, read_lengths(lengths), shape, dtype=dtype, device=device, training=training, budget=budget, out=out
+    )
+    _print(run, as_json)
+
+
 def models(
     models: Annotated[
         str,
         typer.Option(
             help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, llama_1b, "
-            "with commas."
+            "gpt_oss, gpt_oss_window, whisper, vit, with commas."
         ),
     ] = "longformer,big_bird,bert",
-    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens, ascending: of whisper positions of 20 ms, of vit patches of a square picture and a class token (197 "
+            "is 224 x 224 pixels)."
+        ),
+    ] = "4096,16384",
     layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -91,8 +125,8 @@ def models(
 ) -> None:
     """Time whole models with random weights beside Transformers' classes.
 
-    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding
-    windows on sdpa and on flex_attention.
+    Forward and training step, length by length; modernbert, mistral and gpt_oss beside Transformers'
+    sliding windows on sdpa or eager, and on flex_attention.
     """
     from ..bench import run_models
 
@@ -154,11 +188,18 @@ def generate(
     cases: Annotated[
         str,
         typer.Option(
-            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, with commas; by "
-            "default all."
+            help="Any of dense-dynamic, dense-static (which a GPU compiles), dynamic, streaming, static, draft (dense, with ours "
+            "as its assistant), with commas; by default all."
         ),
     ] = "",
     tokens: Annotated[int, typer.Option(help="New tokens; the median gap between them counts.")] = 64,
+    text: Annotated[
+        Path | None, typer.Option(help="A file that prompts are taken from, with --model; by default any tokens.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens of each draft.")] = 20,
+    profile: Annotated[
+        bool, typer.Option(help="Watch a further call: a token's kernels and the host's calls, in the result.")
+    ] = False,
     chunk: Annotated[
         int | None, typer.Option(help="Read the prompt by so many tokens at a time; by default all at once.")
     ] = None,
@@ -193,6 +234,9 @@ def generate(
         tokens=tokens,
         chunk=chunk,
         dtype=dtype,
+        text=None if text is None else str(text),
+        draft_tokens=draft_tokens,
+        profiles=profile,
     )
     limits = {"budget_s": budget, "limit_s": limit}
     asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import talk
-from .bench import attention, generate, memory, models, plan, sequence
+from .bench import attention, chosen, generate, memory, models, plan, sequence
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
 from .examples import epilog
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable] = {
 }
 BENCHES: dict[str, Callable] = {
     "attention": attention,
+    "chosen": chosen,
     "models": models,
     "plan": plan,
     "generate": generate,
