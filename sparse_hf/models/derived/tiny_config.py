@@ -115,11 +115,19 @@ def tiny_config(
 
 def head_dim_of(config: Any) -> int | None:
     """The head dim of a configuration, by its field or by its width; None where neither says it."""
-    found = getattr(config, "head_dim", None)
+    # of layers that differ in it, the configuration says none
+    varies = any("head_dim" in (vars(of) if hasattr(of, "__dict__") else of) for of in _per_layer(config))
+    found = None if varies else getattr(config, "head_dim", None)
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(found, int) or not isinstance(width, int) or not isinstance(heads, int):
         return found if isinstance(found, int) else None
     return width // heads
+
+
+def _per_layer(config: Any) -> list[Any]:
+    """What a configuration says of single layers."""
+    found = vars(config).get("_per_layer_config") or vars(config).get("per_layer_config") or {}
+    return list(found.values())
 
 
 def _shrunk(

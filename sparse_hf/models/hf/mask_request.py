@@ -167,6 +167,16 @@ class MaskRequest:
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
         return replace(self, attention_mask=mask, memo={})
 
+    def repeat(self, *sizes: int) -> Tensor:
+        """Which keys are real, `[B, 1, 1, K]`, repeated: heads that pool an image read all of its patches by torch's own attention.
+
+        Raises:
+            NotImplementedError: a mask that says more than that, or nothing.
+        """
+        if self.attention_mask is None or self.reading(False) != (False, None):
+            raise NotImplementedError("a mask of all pairs was to be repeated, which sparse attention never makes")
+        return self.attention_mask[:, None, None].repeat(*sizes)
+
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
         config, is_decoder = module.config, module.__dict__.get("is_decoder", False)
