@@ -31,11 +31,16 @@ VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES, *IN
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "informer": {"prediction_length": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "step3p5": {"sliding_window": 128},
+    "xmod": {"default_language": "en_XX"},
     "time_series_transformer": {"prediction_length": 8},
 }
 # rotary angles of several axes, of which a configuration must say how long they are
@@ -43,6 +48,8 @@ AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 
 NEEDED |= {
     name: {"rope_parameters": AXES} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text")
 }
+for _name in ("glm4v_moe_text", "glm_ocr_text"):
+    NEEDED[_name] |= {"head_dim": 128}
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 TOLERANCE, GENERATED, PADDING = 5e-4, 6, 3
 
