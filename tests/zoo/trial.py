@@ -23,6 +23,7 @@ from sparse_hf.models.dense_families import DENSE_FAMILIES, INDEXED_FAMILIES, OT
 from sparse_hf.models.derived.check import FULL, NARROW, check, tensors_of
 from sparse_hf.models.derived.entry import dense_config_class, find_entry
 from sparse_hf.models.derived.positions import find_positions
+from sparse_hf.models.derived.samples import fresh
 from sparse_hf.models.derived.tiny_model import FAILURES, apart, tiny_with_inputs
 from sparse_hf.models.hf.register import Family, dense_class, family_of
 
@@ -139,7 +140,7 @@ def _gradients(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 def _gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
     torch.manual_seed(1)
-    answers = [t for t in tensors_of(model(**inputs)) if t.requires_grad]
+    answers = [t for t in tensors_of(model(**fresh(inputs))) if t.requires_grad]
     loss = torch.stack([(t * torch.randn_like(t)).sum() for t in answers]).sum()
     weights = [p for p in model.parameters() if p.requires_grad]
     return [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
@@ -154,7 +155,9 @@ def _padding(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
     for real in (places >= PADDING, places < ids.shape[1] - PADDING):
         mask = real.long().expand(len(ids), -1)
         # as the dense class has it on the eager implementation
-        found, wanted = (_of_real(tensors_of(m(**inputs, attention_mask=mask))[0], real) for m in (sparse, dense))
+        found, wanted = (
+            _of_real(tensors_of(m(**fresh(inputs), attention_mask=mask))[0], real) for m in (sparse, dense)
+        )
         if not _alike([found], [wanted]):
             return False
     return True
@@ -201,17 +204,17 @@ def _with_weights_of(dense: PreTrainedModel, config: Any) -> PreTrainedModel:
 def _saved(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Does a saved folder load as the sparse class, with the same answers, and back as the dense one?"""
     sparse = sparse_hf.sparsify(dense, NARROW)
-    wanted = tensors_of(sparse(**inputs))
+    wanted = tensors_of(sparse(**fresh(inputs)))
     with tempfile.TemporaryDirectory() as folder:
         sparse.save_pretrained(Path(folder, "sparse"))
         assert type(AutoConfig.from_pretrained(Path(folder, "sparse"))) is type(sparse.config)
         loaded = type(sparse).from_pretrained(Path(folder, "sparse")).eval()
-        return _alike(tensors_of(loaded(**inputs)), wanted)
+        return _alike(tensors_of(loaded(**fresh(inputs))), wanted)
 
 
 def _exported(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Does a converted folder go back to one of the dense class, with the same answers?"""
-    wanted = tensors_of(dense(**inputs))
+    wanted = tensors_of(dense(**fresh(inputs)))
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(Path(folder, "dense"))
         convert(Path(folder, "dense"), Path(folder, "sparse"), NARROW, progress=False)
@@ -219,7 +222,7 @@ def _exported(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         loaded = type(dense).from_pretrained(
             Path(folder, "back"), attn_implementation=dense.config._attn_implementation
         )
-        return _alike(tensors_of(loaded.eval()(**inputs)), wanted)
+        return _alike(tensors_of(loaded.eval()(**fresh(inputs))), wanted)
 
 
 def _checkpointed(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
