@@ -73,6 +73,8 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
             flash = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
             yield Peer("sdpa_flash_padded", dense, sdpa_padded, "dense", context=flash)
     if pattern.uses_content:
+        if q.is_cuda and FA4.refuses(q) is None:
+            yield Peer("flash_attn_4_dense", dense, _fa4((None, 0 if is_causal else None)), "dense")
         yield from _choosing(pattern, q, k, v, backends)
         return
     form = read_window(pattern, n)
@@ -159,13 +161,19 @@ def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:
 
     yield Peer("varlen_fa2", window, varlen, "window")
     if FA4.refuses(q) is None:
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # an extra
+        yield Peer("flash_attn_4", window, _fa4((window.left, window.right)), "window")
 
-        def fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            tokens_first = (t.transpose(1, 2) for t in (q, k, v))
-            return flash_attn_func(*tokens_first, window_size=(window.left, window.right))[0].transpose(1, 2)
 
-        yield Peer("flash_attn_4", window, fa4, "window")
+def _fa4(sides: tuple[int | None, int | None]) -> Attention:
+    """flash-attn-4's window; without a left side and with 0 on the right it is causal attention."""
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # an extra
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens_first = (t.transpose(1, 2) for t in (q, k, v))
+        how = {"causal": True} if sides == (None, 0) else {"window_size": sides}
+        return flash_attn_func(*tokens_first, **how)[0].transpose(1, 2)
+
+    return call
 
 
 def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:

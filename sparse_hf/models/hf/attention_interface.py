@@ -29,7 +29,7 @@ from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention, tell_learning
+from .chosen_keys import choice_of, chosen_attention, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .documents import warn_of_mixing
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
@@ -103,6 +103,7 @@ def sparse_attention_forward(
     if chosen is not None:
         tell_learning(module, query, key, scoring.scale)
         return chosen_attention(query, key, value, chosen, scoring, dropout, sinks, wants_weights)
+    key, value = made_of_latents(key, value)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack, bias = request.stack(module), _bias_of(kwargs)
