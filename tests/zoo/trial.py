@@ -25,7 +25,7 @@ from sparse_hf.models.derived.entry import dense_config_class, find_entry
 from sparse_hf.models.derived.positions import find_positions
 from sparse_hf.models.derived.samples import fresh
 from sparse_hf.models.derived.tiny_model import FAILURES, apart, tiny_with_inputs
-from sparse_hf.models.hf.register import Family, dense_class, family_of
+from sparse_hf.models.hf.register import Family, dense_class, family_of, find_composed
 
 VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES, *INDEXED_FAMILIES)}
 # fields without which a configuration describes no model, or none with an attention layer
@@ -49,9 +49,12 @@ AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 
 NEEDED |= {
     name: {"rope_parameters": AXES} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text")
 }
+NEEDED |= {name: {"text_config": {"rope_parameters": AXES}} for name in ("glm4v", "glm4v_moe", "glm_ocr", "glm_image")}
 for _name in ("glm4v_moe_text", "glm_ocr_text"):
     NEEDED[_name] |= {"head_dim": 128}
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+# where a model of several has its positions
+OF_ITS_TEXT = "of its text"
 TOLERANCE, GENERATED, PADDING = 5e-4, 6, 3
 
 
@@ -59,6 +62,9 @@ def trial(model_type: str) -> dict[str, Any]:
     """What became of a model type: its status, the class, and either the reason of a refusal or what works."""
     if model_type in VERIFIED:
         return {"status": "verified"}
+    composed = find_composed(model_type)
+    if composed is not None:
+        return _composed(composed)
     try:
         entry = find_entry(model_type)
         family = family_of(model_type)
@@ -89,6 +95,31 @@ def trial(model_type: str) -> dict[str, Any]:
     return {"status": "refused", "reason": refusal}
 
 
+def _composed(family: Family) -> dict[str, Any]:
+    """A model of several, of which the text is made sparse: what works with text alone."""
+    config_class = family.dense_config_class
+    refusal = "it has no class that is known"
+    for dense_kind in [dense_class(c) for c in family.classes if issubclass(c, GenerationMixin)]:
+        try:
+            with apart():
+                config = config_class(**NEEDED.get(family.dense_type, {}))
+                dense, inputs, answer = tiny_with_inputs(dense_kind, config)
+                full = tensors_of(sparse_hf.sparsify(dense, FULL)(**fresh(inputs)))
+                narrow = tensors_of(sparse_hf.sparsify(dense, NARROW)(**fresh(inputs)))
+        except FAILURES as error:
+            refusal = _reason(error)
+            continue
+        if not _alike(full, tensors_of(answer)) or _alike(narrow, tensors_of(answer)):
+            return {
+                "status": "refused",
+                "reason": f"the text of {dense_kind.__name__} is not what it is in the dense class",
+            }
+        tests = {name: TESTS[name] for name in ("gradients", "padding", "cache", "saved", "checkpointing")}
+        works = _works(dense_kind, config, tests)
+        return {"status": "derived", "class": dense_kind.__name__, "positions": OF_ITS_TEXT, "mask": None, **works}
+    return {"status": "refused", "reason": refusal}
+
+
 def be_quiet() -> None:
     """Have a process say nothing of tiny configurations, and use one thread."""
     logging.disable(logging.WARNING)
@@ -114,10 +145,12 @@ def _classes(family: Family) -> list[type[PreTrainedModel]]:
     return list(dict.fromkeys([*heads[:1], *known]))[:4]
 
 
-def _works(dense_class: type[PreTrainedModel], config: Any) -> dict[str, Any]:
+def _works(
+    dense_class: type[PreTrainedModel], config: Any, tests: dict[str, Callable[..., bool | None]] | None = None
+) -> dict[str, Any]:
     """What works beyond the answers: None where a class does not have it."""
-    found = {}
-    for name, test in TESTS.items():
+    found: dict[str, Any] = dict.fromkeys(TESTS)
+    for name, test in (TESTS if tests is None else tests).items():
         with apart(), torch.enable_grad():
             try:
                 dense, inputs, _ = tiny_with_inputs(dense_class, config)

@@ -160,9 +160,10 @@ class MaskRequest:
         real = self.attention_mask
         return torch.ones(rows, end, dtype=torch.bool, device=device) if real is None else real[:, :end].to(device)
 
-    def to(self, target: Any) -> MaskRequest:
+    def to(self, target: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
-        if isinstance(target, torch.dtype):
+        target = device if target is None else target
+        if target is None or isinstance(target, torch.dtype):
             return self
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
         return replace(self, attention_mask=mask, memo={})
