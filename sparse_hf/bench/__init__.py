@@ -13,10 +13,12 @@ from .generate import Generation, run_generate
 from .generate_cases import CASES as GENERATE_CASES
 from .generate_cases import SHAPES
 from .measure import DTYPES, chosen_device, peak_bytes
+from .memory import LongSteps, run_memory
 from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
 from .results import environment, latest_result, result_path, write_json
+from .sequence import SharedTexts, run_sequence
 
 __all__ = [
     "CHOSEN_SHAPES",
@@ -25,6 +27,8 @@ __all__ = [
     "PLAN_PATTERNS",
     "SHAPES",
     "Generation",
+    "LongSteps",
+    "SharedTexts",
     "chosen_device",
     "environment",
     "latest_result",
@@ -33,7 +37,9 @@ __all__ = [
     "run_attention",
     "run_chosen",
     "run_generate",
+    "run_memory",
     "run_models",
     "run_plan",
+    "run_sequence",
     "write_json",
 ]

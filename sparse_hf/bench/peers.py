@@ -1,6 +1,6 @@
 """Attention that ours is timed beside, and ours on each of its kernels.
 
-Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q.
+Legend: q `[1, H, n, D]`, k `[1, G, n, D]`, v `[1, G, n, E]`, out `[1, H, n, E]`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,18 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
 
+    def sdpa_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # what Transformers does for kernels of one head dim
+        return sdpa(q, k, torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])))[..., : v.shape[-1]]
+
     for name, context in _dense_kernels(q.device).items():
         yield Peer(name, dense, sdpa, "dense", context=context)
+    one_width = q.shape[-1] == v.shape[-1]
+    if q.is_cuda and not one_width:
+        yield Peer("sdpa_efficient", dense, sdpa, "dense", context=partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION))
+        if v.shape[-1] < q.shape[-1]:
+            flash = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
+            yield Peer("sdpa_flash_padded", dense, sdpa_padded, "dense", context=flash)
     if pattern.uses_content:
         if q.is_cuda and FA4.refuses(q) is None:
             yield Peer("flash_attn_4_dense", dense, _fa4((None, 0 if is_causal else None)), "dense")
@@ -69,7 +79,7 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
         return
     form = read_window(pattern, n)
     window = None if isinstance(form, str) else form.window
-    if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if window is not None and one_width and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         yield from _window_kernels(q, window)
     if window is not None and q.device.type == "cpu" and n <= MAX_FLEX_TOKENS and _has_compiler():
         yield _flex_on_cpu(window, n, gqa)

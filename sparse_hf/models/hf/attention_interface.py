@@ -111,7 +111,7 @@ def sparse_attention_forward(
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     bounds, streaming = kwargs.get("page_bounds"), kwargs.get("streaming_cache")
-    pattern = layer_pattern(module, stack, is_causal or bounds is not None)
+    pattern = layer_pattern(module, stack, is_causal or bounds is not None, opaque)
     if kwargs.get(LAYERS_SEE) is not None:
         pattern = kwargs[LAYERS_SEE][module.layer_idx]
     scoring = scoring if bias is None else replace(scoring, bias=bias)
