@@ -31,6 +31,7 @@ from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
 from .chosen_keys import choice_of, chosen_attention, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
+from .documents import warn_of_mixing
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .layer_call import LayerCall, Part, tokens_first
@@ -150,6 +151,8 @@ def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple
     # packed documents begin anew, and with them their positions
     if documents is None:
         part = with_turned_sinks(layer, part, real, order)
+    elif not torch.compiler.is_compiling():
+        warn_of_mixing(layer.module.config)
     part = with_sloped_sinks(layer, part, real)
     if documents is None and layer.goes_by_slots:
         filled = Filled(torch.as_tensor(layer.request.q_offset).reshape(()), real, marks)

@@ -28,7 +28,7 @@ from .cache import (
     over_slots,
     prepare_cache,
 )
-from .compiled import lean_config
+from .compiled import draft_on, lean_config
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
@@ -216,6 +216,9 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        outputs = draft_on(self, input_ids, generation_config, model_kwargs)
+        if outputs is not None:
+            return outputs
         # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
         disabled, generation_config.disable_compile = generation_config.disable_compile, True
         try:
