@@ -13,6 +13,7 @@ from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .narrowing import NarrowingWindow
 from .packing import PackDocuments, PackedCollator, first_position
+from .plan_memory import MemoryPlan, plan_memory
 from .repeatable import RepeatableCollator
 from .split_sequence import SplitSequence, split_sequence
 from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
@@ -27,6 +28,7 @@ __all__ = [
     "MarkQuestion",
     "MarkTokens",
     "Marks",
+    "MemoryPlan",
     "NarrowingWindow",
     "PackDocuments",
     "PackedCollator",
@@ -41,6 +43,7 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "plan_memory",
     "split_sequence",
     "tokens",
     "without_repeated",

@@ -183,6 +183,11 @@ class SparseConfigMixin(_Config):
             check_weights(self._attn_implementation)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # kinds of layers are called as in the dense family, whose code reads them
+        return False
+
+    @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing to do: `save_pretrained` names every class in `auto_map`, and no source file is copied."""
 

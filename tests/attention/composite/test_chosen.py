@@ -7,6 +7,8 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
+from sparse_hf.attention.chosen import best_keys
+from sparse_hf.attention.composite import chosen_scores
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention import choices
@@ -63,8 +65,14 @@ def test_compiled_gradients(text):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')"])
-def test_no_tensor_has_two_lengths(text):
+SHARED = "topk_blocks(3, 64, 'antidiagonal', 64)"
+
+
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')", SHARED, "vertical_slash(5, 3, 16)"])
+def test_no_tensor_has_two_lengths(text, monkeypatch):
+    # as few scores at once as a longer text has
+    monkeypatch.setattr(best_keys, "MAX_SCORES", 1 << 16)
+    monkeypatch.setattr(chosen_scores, "MAX_NUMBERS", 1 << 16)
     length = 8_256
     q, k, v = leaves(*[(1, 1, length, 8)] * 3)
     with AllocationInterceptor(length) as seen:
