@@ -17,6 +17,7 @@ from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
 from .layer_spec import LayersLike
 from .register import Family, dense_class, family_of, find_composed, find_family
+from .saving import ReadsParts
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +120,8 @@ def _around_text(model: PreTrainedModel, family: Family, asked: tuple[Any, ...])
         raise ValueError(
             f"{type(model).__name__} holds no model with its text_config, so that there is nothing to make sparse"
         )
+    if not isinstance(model.config, ReadsParts):
+        import_module("..derived.check", __package__).check_composed(type(model), model.config)
     made = sparsify(text, *asked)
     config: Any = family.config_class
     config = config.around(model.config, made.config)
