@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...pattern import FULL, TopK, TopKBlocks
-from ...pattern.forms import EVERYTHING, CutContent
+from ...pattern import FULL, Pattern, TopK, TopKBlocks
+from ...pattern.forms import EVERYTHING, CutContent, uses_indexer
 from ...plan import BlockPlan
 from ...plan.lsh import leaves_out_future, sequence_bounds
 from ..backend import AttentionCall
@@ -136,8 +136,9 @@ class Blocks:
 
 
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
-    """`[B, H, Q, N]`."""
-    return choose(DotScores(call.q, call.k), content.count, rest.limits)
+    """`[B, H, Q, N]`, or `[B, 1, Q, N]` by an indexer."""
+    scores = call.indexed if content.uses_indexer else DotScores(call.q, call.k)
+    return choose(scores, content.count, rest.limits)
 
 
 def _block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
@@ -174,14 +175,23 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
-            within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
-            rest = Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
+            rest = rest_of(call, cut, positions)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
             else:
                 assert isinstance(content, TopKBlocks)
                 found.append(_block_choice(call, content, rest))
-    return ChoicePlan(positions, ChosenKeys(found[0] if len(found) == 1 else _once(torch.cat(found, -1))))
+    if len(found) > 1:
+        # a choice that all heads share beside one of each
+        found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
+        return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
+    return ChoicePlan(positions, ChosenKeys(found[0]))
+
+
+def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
+    """What a choice is made from that is cut to `cut`, beside the plan of what positions say."""
+    within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
+    return Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
 
 
 def _once(index: Tensor) -> Tensor:
@@ -194,6 +204,11 @@ def _once(index: Tensor) -> Tensor:
 def _why_not(call: AttentionCall) -> str | None:
     if call.scoring.bias is not None:
         return "topk(...) does not go with relative_bias; use patterns of positions in such models"
+    if call.indexed is None and uses_indexer(str(call.pattern)):
+        return (
+            f"{call.pattern} chooses by the scores of an indexer, and none were handed over: give a model one with sparse_hf.sparsify "
+            "or convert, or say topk(...) without it"
+        )
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
+from .indexer import fit_indexers
 from .layer_spec import LayersLike
 from .register import Family, dense_class, family_of, find_family
 
@@ -32,6 +33,7 @@ def sparsify(
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
     decode: str | None = None,
+    indexer: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -41,6 +43,8 @@ def sparsify(
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
+            and random until `sparse_hf.train.train_indexer` trains them.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
@@ -70,7 +74,7 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode, indexer)
     for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
@@ -103,6 +107,7 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
         config._experts_implementation = experts
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
+    fit_indexers(sparse, config)
     return sparse
 
 
