@@ -159,8 +159,15 @@ def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple
         *layer.tensors, layer.pattern, int(layer.request.q_offset), _of_place(layer), layer.dropout, batch.info,
         wants_lse=layer.wants_lse(part), indexed=layer.kwargs.get(INDEXED),
     )  # fmt: skip
-    if call.indexed is not None:
-        _tell_of_indexer(layer, call, order)
+    if call.indexed is not None and order is not None:
+        raise NotImplementedError(
+            "attention_mask has padding inside a row, around which no indexer scores; pad on the left or on the right"
+        )
+    learns = learning()
+    if learns is not None:
+        is_causal, _ = layer.request.reading(True)
+        own = as_pattern(layer_pattern(layer.module, layer.stack, is_causal))
+        learns.layer(layer.module, replace(call, pattern=own, chosen_plan=None))
     computed_by, opaque = layer.kwargs.get("computed_by"), layer.opaque
     reorders = (layer.scoring.bias is None and computed_by is None) or skips
     if order is not None and reorders:
@@ -184,19 +191,6 @@ def _of_part(layer: LayerCall, part: TextPart) -> Tensor:
     )  # fmt: skip
     out, lse = part.attention(call, layer.backend)
     return tokens_first(layer.with_rest(out, lse, None)[0])
-
-
-def _tell_of_indexer(layer: LayerCall, call: AttentionCall, order: PaddingFirst | None) -> None:
-    """Tell whoever learns what a layer's indexer scores, and refuse what it cannot score."""
-    if order is not None:
-        raise NotImplementedError(
-            "attention_mask has padding inside a row, around which no indexer scores; pad on the left or on the right"
-        )
-    learns = learning()
-    if learns is not None:
-        is_causal, _ = layer.request.reading(True)
-        own = as_pattern(layer_pattern(layer.module, layer.stack, is_causal))
-        learns.layer(layer.module, replace(call, pattern=own, chosen_plan=None))
 
 
 def _bias_of(kwargs: dict[str, Any]) -> Tensor | None:

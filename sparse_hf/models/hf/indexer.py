@@ -105,10 +105,13 @@ def fit_indexers(model: nn.Module, config: Any) -> None:
         if number not in layers:
             _take(module)
             continue
-        wanted += 1
-        if not isinstance(module._modules.get(NAME), Indexer):
-            _check(module, config)
-            _give(module, config, len(patterns) + layers.index(number))
+        wanted, slot, own = wanted + 1, len(patterns) + layers.index(number), module._modules.get(NAME)
+        if isinstance(own, Indexer) and {"heads": own.heads, "width": own.width} == config.indexer:
+            own.slot = slot
+            continue
+        _take(module)
+        _check(module, config)
+        _give(module, config, slot)
     if wanted < len(layers):
         raise ValueError(f"{config.model_type} has no attention modules that an indexer could stand before{_INSTEAD}")
 

@@ -17,75 +17,106 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...attention.backend import AttentionCall
 from ...attention.chosen import IndexerScores, Limits
+from ...attention.composite.chosen import rest_of
+from ...attention.composite.content import positions_plan
+from ...pattern.base import whole
+from ...pattern.forms import read_content
+from ...plan import BlockPlan
 from ..hf.chosen_keys import LEARNING, Learning
+from ..hf.indexer import Indexer
 from .dsa import DsaIndexer
 
-# numbers of a piece
-MAX_WEIGHTS = 1 << 21
+# numbers of a piece, on the CPU and elsewhere, where the host would wait for many small ones
+MAX_WEIGHTS, MAX_WEIGHTS_ELSEWHERE = 1 << 21, 1 << 27
 
 
-def indexer_loss(scores: IndexerScores, query: Tensor, key: Tensor, limits: Limits, scale: float) -> Tensor:
-    """The mean over all queries of KL(attention || indexer), a scalar; differentiable in the tensors of `scores` alone.
+def indexer_loss(
+    scores: IndexerScores,
+    query: Tensor,
+    key: Tensor,
+    limits: Limits,
+    scale: float,
+    seen: Limits | None = None,
+    queries: slice = slice(None),
+) -> Tensor:
+    """The mean over queries of KL(attention || indexer), a scalar; differentiable in the tensors of `scores` alone.
+
+    Where attention sees more keys than the indexer chooses among, both are distributions over the latter, and a query counts by
+    the share of its attention that they have.
 
     Args:
         scores: of the indexer, `[B, 1, Q, K]`.
         query, key: of the attention, `[B, H, Q, D]` and `[B, G, K, D]`.
         limits: which keys a query may choose; one that may choose none has no part in the mean.
         scale: what multiplies `query @ key`.
+        seen: which keys attention sees; by default those of `limits`.
+        queries: those that are looked at, by default all.
     """
-    batch, heads, queries, _ = query.shape
-    step = max(1, MAX_WEIGHTS // max(1, 2 * batch * (heads + scores.query.shape[2]) * key.shape[2]))
     query, key = query.detach(), key.detach()
     total, counted = scores.key.new_zeros((), dtype=torch.float32), 0
-    for first in range(0, queries, step):
-        some = slice(first, min(first + step, queries))
-        seen = limits.seen(some, slice(0, key.shape[2]), key.device)
+    for some in pieces_of_queries(queries, query, key, scores.query.shape[2]):
         part, count = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
-            _of_piece,
-            scores.query,
-            scores.key,
-            scores.weights,
-            scores.scale,
-            query,
-            key,
-            seen,
-            scale,
-            some,
+            _of_piece, scores.query, scores.key, scores.weights, scores.scale, query, key, (limits, seen), scale, some,
             use_reentrant=False,
-        )
+        )  # fmt: skip
         total, counted = total + part, counted + count
-    return total / torch.as_tensor(counted).clamp(min=1)
+    return total / torch.as_tensor(counted).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def pieces_of_queries(queries: slice, query: Tensor, key: Tensor, more_heads: int = 0) -> Iterator[slice]:
+    """Some of the queries at a time, so few that the weights of their heads and of `more_heads` fit a piece."""
+    batch, heads, length, _ = query.shape
+    most = MAX_WEIGHTS if query.device.type == "cpu" else MAX_WEIGHTS_ELSEWHERE
+    first, stop, step = queries.indices(length)
+    stride = step * max(1, most // max(1, 2 * batch * (heads + more_heads) * key.shape[2]))
+    for begin in range(first, stop, stride):
+        yield slice(begin, min(begin + stride, stop), step)
+
+
+def attention_weights(query: Tensor, key: Tensor, seen: Tensor | None, scale: float, some: slice) -> Tensor:
+    """What dense attention of some queries weighs the keys, `[B, H, m, K]`; zeros of a query that sees none."""
+    grouped = query[:, :, some].float().unflatten(1, (key.shape[1], -1))
+    products = (grouped @ key[:, :, None].float().mT).flatten(1, 2) * scale
+    if seen is None:
+        return products.softmax(-1)
+    return products.masked_fill_(~seen, -torch.inf).softmax(-1).nan_to_num_()
 
 
 def _of_piece(
-    of_query: Tensor, of_key: Tensor, weights: Tensor, of_scale: float, query: Tensor, key: Tensor, seen: Tensor | None,
-    scale: float, some: slice,
+    of_query: Tensor, of_key: Tensor, weights: Tensor, of_scale: float, query: Tensor, key: Tensor,
+    limits: tuple[Limits, Limits | None], scale: float, some: slice,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The sum over some queries, and how many of them see a key."""
-    found = IndexerScores(of_query, of_key, weights, of_scale).scores(some, slice(0, key.shape[2]))[:, 0]  # [B, m, K]
+    """The sum over some queries, and how many of them see a key, each by the share that it counts by."""
+    every = slice(0, key.shape[2])
+    found = IndexerScores(of_query, of_key, weights, of_scale).scores(some, every)[:, 0]  # [B, m, K]
     with torch.no_grad():
-        grouped = query[:, :, some].float().unflatten(1, (key.shape[1], -1))
-        products = (grouped @ key[:, :, None].float().mT).flatten(1, 2) * scale  # [B, H, m, K]
-        seen = torch.ones((), dtype=torch.bool, device=key.device) if seen is None else seen
-        seen = seen.expand(len(key), 1, *products.shape[2:])
-        products.masked_fill_(~seen, -torch.inf)
-        target = products.softmax(-1).mean(1).nan_to_num()
-        seen = seen[:, 0]
-        entropy = torch.special.entr(target).sum(-1)  # [B, m]
-        sees = seen.any(-1)
-    # a query that sees nothing would make NaN of its gradient
-    found = found.masked_fill(~seen & sees[..., None], -torch.inf).log_softmax(-1)
-    cross = -(target * found.where(seen, 0)).sum(-1)
-    return ((cross - entropy) * sees).sum(), sees.sum()
+        within, seen = (None if one is None else one.seen(some, every, key.device) for one in limits)
+        target = attention_weights(query, key, within if limits[1] is None else seen, scale, some).mean(1)  # [B, m, K]
+        within = torch.ones((), dtype=torch.bool, device=key.device) if within is None else within
+        within = within.expand(len(key), 1, *target.shape[1:])[:, 0]
+        target = target.where(within, 0)
+        share = target.sum(-1)  # [B, m]
+        entropy = torch.special.entr(target).sum(-1) - torch.special.entr(share)
+        has_any = within.any(-1, keepdim=True)
+    # a query that may choose nothing would make NaN of its gradient
+    found = found.masked_fill(~within & has_any, -torch.inf).log_softmax(-1)
+    cross = -(target * found.where(within, 0)).sum(-1)
+    return (cross - entropy).sum(), share.sum()
 
 
 @dataclass
 class IndexerLosses(Learning):
-    """The losses of the indexers of a model, one for each pass of each layer that has one."""
+    """The losses of the indexers of a model, one for each pass of each layer that has one.
+
+    Args:
+        every: a layer that was given an indexer is looked at by one query in `every`, from one on that is drawn.
+    """
 
     each: list[Tensor] = field(default_factory=list)
     scored: dict[nn.Module, tuple[IndexerScores, Limits]] = field(default_factory=dict)
+    every: int = 1
 
     def mean(self) -> Tensor:
         """The mean over all layers and passes.
@@ -107,13 +138,30 @@ class IndexerLosses(Learning):
             scores, limits = self.scored.pop(indexer)
             self.each.append(indexer_loss(scores, query, key, limits, scale))
 
+    def layer(self, module: nn.Module, call: AttentionCall) -> None:
+        if call.indexed is None:
+            return
+        assert call.pattern is not None
+        positions = positions_plan(call)
+        chosen = next(one for one in read_content(call.pattern).chosen if one.content.uses_indexer)
+        limits, seen = rest_of(call, chosen.cut, positions).limits, all_that_is_seen(call, positions)
+        queries = slice(int(torch.randint(self.every, ())), None, self.every)
+        self.each.append(indexer_loss(call.indexed, call.q, call.k, limits, call.scoring.scale, seen, queries))
+
+
+def all_that_is_seen(call: AttentionCall, positions: BlockPlan) -> Limits:
+    """The keys that dense attention of a decoder sees: the past of a query's own document."""
+    rest = rest_of(call, None, positions)
+    return Limits(q_offset=call.q_offset, allows=None if positions.is_bare else rest.shares)
+
 
 @contextmanager
-def indexer_losses(model: nn.Module) -> Iterator[IndexerLosses]:
+def indexer_losses(model: nn.Module, every: int = 1) -> Iterator[IndexerLosses]:
     """Within, passes of a model gather the losses of its indexers, which have a gradient for the indexers' parameters alone.
 
     Args:
-        model: of a family with an indexer of DeepSeek Sparse Attention.
+        model: of a family with an indexer of DeepSeek Sparse Attention, or one that was given indexers by `topk(..., 'indexer')`.
+        every: a layer that was given one is looked at by one query in `every`, from one on that is drawn in each pass.
 
     Raises:
         ValueError: a model without such an indexer, or one with gradient checkpointing, which computes layers again later.
@@ -130,16 +178,16 @@ def indexer_losses(model: nn.Module) -> Iterator[IndexerLosses]:
         ...     loss = model(input_ids=ids, labels=ids).loss
         >>> (loss + losses.mean()).backward()
     """
-    if not any(isinstance(module, DsaIndexer) for module in model.modules()):
+    if not any(isinstance(module, (DsaIndexer, Indexer)) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no indexer that scores single keys; make a model of DeepSeek V3.2 or a family like it sparse "
-            "first, with sparse_hf.sparsify(model)"
+            "first, with sparse_hf.sparsify(model), or give a dense decoder one by the pattern topk(..., 'indexer')"
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             "gradient checkpointing computes layers again, behind the losses of their indexers; switch it off"
         )
-    found = IndexerLosses()
+    found = IndexerLosses(every=whole("every", every, 1))
     token = LEARNING.set(found)
     try:
         yield found
