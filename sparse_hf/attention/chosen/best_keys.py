@@ -16,6 +16,8 @@ from ...pattern.base import whole
 
 # numbers that exist at once while scores are made and compared, and keys of a piece
 MAX_SCORES, KEYS = 1 << 21, 2048
+# elsewhere than on the CPU, where the host would wait for many small pieces
+MAX_SCORES_ELSEWHERE = 1 << 27
 # below every score, also below -inf
 _NONE = torch.iinfo(torch.int64).min
 _LOW = (1 << 31) - 1
@@ -124,7 +126,8 @@ def choose(scorer: Scorer, count: int, limits: Limits = NO_LIMITS) -> Tensor:
 def _query_pieces(scorer: Scorer, count: int) -> Iterator[slice]:
     batch, heads, queries, keys = scorer.shape
     width = min(keys, KEYS) * max(scorer.numbers_per_score, 2 * batch * heads) + 2 * batch * heads * count
-    step = max(1, MAX_SCORES // max(1, width))
+    most = MAX_SCORES if scorer.device.type == "cpu" else MAX_SCORES_ELSEWHERE
+    step = max(1, most // max(1, width))
     for first in range(0, queries, step):
         yield slice(first, min(first + step, queries))
 

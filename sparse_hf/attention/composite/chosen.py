@@ -55,10 +55,6 @@ class Rest:
         b = self._rows(4)
         return self.cut.allows(b, 0, q, k) & ~self.positions.allows(b, 0, q, k)
 
-    def shares(self, q: Tensor, k: Tensor) -> Tensor:
-        """Do query q and key k, by index, belong to the same sequence, as far as the cut goes?"""
-        return self.cut.allows(self._rows(4), 0, q, k)
-
     @property
     def limits(self) -> Limits:
         return Limits(q_offset=self.positions.q_offset if self.is_causal else None, allows=self.holds)

@@ -274,7 +274,8 @@ class SparseConfigMixin(_Config):
         Raises:
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
         """
-        values = dense_values(dense if isinstance(dense, Mapping) else dense.to_dict())
+        given = dense if isinstance(dense, Mapping) else dense.to_dict()
+        values = dense_values(given)
         if values.pop("output_attentions", None):
             logger.warning_once(
                 "output_attentions of the dense configuration is left out: attention weights are n x n, and only "
@@ -283,7 +284,9 @@ class SparseConfigMixin(_Config):
         plain = cls(**values)
         spec = plain.describe(pattern, layers, global_token_ids)
         if indexer is not None or any(map(uses_indexer, spec["patterns"].values())):
-            spec["indexer"] = {**INDEXER, **(indexer or {})}
+            # one that is there keeps its size, and its weights
+            own = (given.get("sparse_attention") or {}).get("indexer")
+            spec["indexer"] = {**INDEXER, **(own or {}), **(indexer or {})}
         return cls(**values, sparse_attention=spec if decode is None else {**spec, "decode": decode})
 
     def describe(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ...attention.chosen import IndexerScores, Limits
 from ...attention.composite.chosen import rest_of
 from ...attention.composite.content import positions_plan
 from ...pattern.base import whole
-from ...pattern.forms import read_content
+from ...pattern.forms import EVERYTHING, read_content
 from ...plan import BlockPlan
 from ..hf.chosen_keys import LEARNING, Learning
 from ..hf.indexer import Indexer
@@ -151,8 +152,10 @@ class IndexerLosses(Learning):
 
 def all_that_is_seen(call: AttentionCall, positions: BlockPlan) -> Limits:
     """The keys that dense attention of a decoder sees: the past of a query's own document."""
-    rest = rest_of(call, None, positions)
-    return Limits(q_offset=call.q_offset, allows=None if positions.is_bare else rest.shares)
+    if positions.is_bare:
+        return Limits(q_offset=call.q_offset)
+    rows = torch.arange(call.q.shape[0], device=call.q.device)[:, None, None, None]
+    return Limits(q_offset=call.q_offset, allows=partial(replace(positions, patterns=(EVERYTHING,)).allows, rows, 0))
 
 
 @contextmanager
