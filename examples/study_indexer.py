@@ -98,9 +98,7 @@ class Study:
         # books are cut here, so that a longer one is no reason to warn
         self.tokenizer.model_max_length = 1 << 30
         texts = case.of.train()
-        self.rows = [
-            row for text in texts.values() for row in study_healing.rows(text, options.length, self.tokenizer)
-        ]
+        self.rows = [row for text in texts.values() for row in study_healing.rows(text, options.length, self.tokenizer)]
         self.held_out = list(case.of.held_out().values())
         self.results = Results(options.out, self.settings(list(texts)))
 
@@ -120,7 +118,7 @@ class Study:
             "repeats": options.repeats,
             "samples_of_a_book": EVALUATED,
             "seed": options.seed,
-            "precision": {"training": studies.PRECISION, "answers": str(options.dtype).removeprefix("torch.")},
+            "precision": studies.PRECISION,
             "trained_on": trained_on,
         }
 
@@ -140,11 +138,16 @@ class Study:
             progress=False,
         )
         begin = time.perf_counter()
-        answering = model.to(options.dtype).eval()
-        probes = [sparse_hf.evaluate(
-            answering, patterns, self.held_out, probes=[probe], tokenizer=self.tokenizer, settings=settings
-        ).result["probes"][probe] for probe in ("recall", "perplexity")]  # fmt: skip
-        recall, perplexity = (of_probe["candidates"] for of_probe in probes)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            found = sparse_hf.evaluate(
+                model.eval(),
+                patterns,
+                self.held_out,
+                probes=["recall", "perplexity"],
+                tokenizer=self.tokenizer,
+                settings=settings,
+            ).result["probes"]
+        recall, perplexity = (found[probe]["candidates"] for probe in ("recall", "perplexity"))
         for candidate, name in names.items():
             found = recall[candidate]
             tasks = {task: sum(one["recalled"] for one in cells) / len(cells) for task, cells in found["tasks"].items()}
@@ -164,27 +167,25 @@ class Study:
         self.results.add(name, {**before, **found}, list(ENTRIES))
         print(f"{name}: recall {found['recalled']:.2f}, perplexity {found['perplexity']:.2f}", flush=True)
 
-    def untrained(self) -> None:
-        """What needs no training."""
-        choices = {"window": "", "products": self.case.by_products, "blocks": self.case.by_blocks}
+    def untrained(self, **choices: str) -> None:
+        """What needs no training: the dense model, and it with a choice beside what is near."""
         patterns = {name: self.pattern(choice) for name, choice in choices.items()}
         self.measured(self.case.of.load().to(DEVICE), patterns, {name: name for name in ("dense", *patterns)})
+        free()
 
-    def trained(self) -> None:
-        """The indexer, after each stage."""
-        model = sparse_hf.sparsify(
-            self.case.of.load().to(DEVICE), self.pattern(self.case.by_indexer), indexer=self.case.indexer
-        )
-        for stage, steps in (("alone", self.options.steps), ("all", self.options.steps_of_all)):
-            found = self.train(model, stage, steps)
-            if stage == "alone":
-                self.results.add("indexer, new", {"mass": found.pop("mass_before")}, list(ENTRIES))
-            copied = sparse_hf.sparsify(self.case.of.load().to(DEVICE), self.pattern(self.case.by_indexer), indexer=self.case.indexer)
-            copied.load_state_dict(model.state_dict())
-            self.results.add(f"indexer, {stage}", found, list(ENTRIES))
-            self.measured(copied, {}, {"as saved": f"indexer, {stage}"})
-            del copied
-            free()
+    def indexed(self) -> PreTrainedModel:
+        """The model with new indexers."""
+        dense = self.case.of.load().to(DEVICE)
+        return sparse_hf.sparsify(dense, self.pattern(self.case.by_indexer), indexer=self.case.indexer)
+
+    def trained(self, model: PreTrainedModel, stage: str, steps: int) -> None:
+        """One stage, and what comes of it."""
+        found = self.train(model, stage, steps)
+        if stage == "alone":
+            self.results.add("indexer, new", {"mass": found["mass_before"]}, list(ENTRIES))
+        self.results.add(f"indexer, {stage}", found, list(ENTRIES))
+        self.measured(model, {}, {"as saved": f"indexer, {stage}"})
+        free()
 
     def train(self, model: PreTrainedModel, stage: str, steps: int) -> dict:
         options, clock = self.options, Clock()
@@ -202,7 +203,9 @@ class Study:
                 seed=options.seed,
                 **{**studies.TRAINING, "disable_tqdm": True},
             )
-            rows = [row for text in self.held_out for row in study_healing.rows(text, options.length, self.tokenizer)[:1]]
+            rows = [
+                row for text in self.held_out for row in study_healing.rows(text, options.length, self.tokenizer)[:1]
+            ]
             teacher = {"teacher": self.case.of.load().to(DEVICE), "distillation": Distillation(labels=0, logits=1)}
             trained = train_indexer(
                 model, self.rows, args, stage=stage, every=options.every, eval_dataset=rows, callbacks=[clock, Told()],
@@ -269,7 +272,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=4, help="the indexer learns from one query in so many")
     parser.add_argument("--tasks", nargs="+", default=["passkey", "needle", "needles"], metavar="NAME")
     parser.add_argument("--repeats", type=int, help="questions of each task and depth: 4; of --tiny 1")
-    parser.add_argument("--dtype", default="bfloat16", help="of the answering model; of --tiny float32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     is_tiny = options.tiny
@@ -277,7 +279,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     options.steps_of_all = options.steps_of_all or (2 if is_tiny else 100)
     options.length = options.length or (300 if is_tiny else 8192)
     options.repeats = options.repeats or (1 if is_tiny else 4)
-    options.dtype = torch.float32 if is_tiny else getattr(torch, options.dtype)
     return options
 
 
@@ -290,11 +291,14 @@ def main(arguments: list[str] | None = None) -> dict:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     set_seed(options.seed)
-    study = Study(TINY if options.tiny else REAL, options)
-    study.untrained()
+    case = TINY if options.tiny else REAL
+    study = Study(case, options)
+    study.untrained(window="")
+    model = study.indexed()
+    study.trained(model, "alone", options.steps)
+    study.untrained(products=case.by_products, blocks=case.by_blocks)
     plot(study.results.content, options.plot)
-    free()
-    study.trained()
+    study.trained(model, "all", options.steps_of_all)
     Console(width=160).print(table(study.results.content))
     plot(study.results.content, options.plot)
     print(f"written to {options.out} and {options.plot}")

@@ -73,8 +73,8 @@ def export(
 ) -> Path:
     """Write a sparse checkpoint as one that plain Transformers loads, without this package.
 
-    Weights are copied as they are, without those of indexers. "dense" gives the family back with full attention, but for the windows over which
-    it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
+    Weights are copied as they are, without those of indexers. "dense" gives the family back with full attention, but for the
+    windows over which it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
     gives the same answers, where Transformers can say the patterns: one sliding window, on layers that can have it. What
     else a pattern holds may be dropped by name; a warning says how many pairs that takes, and what it costs on a text.
 

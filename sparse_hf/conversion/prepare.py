@@ -28,9 +28,7 @@ from .token_ids import token_ids
 from .weights import Work
 
 REPORT = "conversion.json"
-UNTRAINED = (
-    "indexers have new weights, which choose keys at random: train them with sparse_hf.train.train_indexer before the model is used"
-)
+UNTRAINED = "indexers have new weights, which choose keys at random: train them with sparse_hf.train.train_indexer before the model is used"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     if not family.verified:
         check_once(type(model), model.config)
     marked = token_ids(choice.global_token_ids, source)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, marked, choice.decode, choice.indexer)
+    config = family.config_class.from_dense(
+        source.config, choice.pattern, choice.layers, marked, choice.decode, choice.indexer
+    )
     # a family may have them in several ways, of which a configuration chooses one
     family = dataclasses.replace(family, positions=config.positions)
     if not family.verified:

@@ -275,6 +275,9 @@ def run_trainer(
         # all processes give their parts
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_spread else None
     healed = trainer.accelerator.unwrap_model(trainer.model)
+    if vars(healed).pop("_original_forward", None) is not None:
+        # mixed precision stays with training; accelerate's own way out would take the sparse forward with it
+        del vars(healed)["forward"]
     return Healed(healed.merge_and_unload() if with_lora else healed, first.metrics, after, whole)
 
 

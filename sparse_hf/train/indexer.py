@@ -41,7 +41,9 @@ class IndexerTrainer(HealingTrainer):
         if stage not in STAGES:
             raise ValueError(f"stage is {stage!r}; the known ones are {', '.join(map(repr, STAGES))}")
         if stage == STAGES[0] and self.teacher is not None:
-            raise ValueError("stage 'alone' learns from the model's own dense attention; leave the teacher out, or train all")
+            raise ValueError(
+                "stage 'alone' learns from the model's own dense attention; leave the teacher out, or train all"
+            )
         self.stage, self.every, self.weight = stage, every, weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -366,7 +366,9 @@ class SparseConfigMixin(_Config):
                 f"{asking[0]} gives layers an indexer, and {self.model_type} is no dense decoder of one stack; use topk(...) without it"
             )
         if set(said) != set(INDEXER) or not all(type(value) is int and value > 0 for value in said.values()):
-            raise ValueError(f"indexer is {said}; it needs {' and '.join(INDEXER)}, whole numbers from 1, like {INDEXER}")
+            raise ValueError(
+                f"indexer is {said}; it needs {' and '.join(INDEXER)}, whole numbers from 1, like {INDEXER}"
+            )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
         where = f"sparse_attention.layers[{stack!r}]" if stack else "sparse_attention.layers"

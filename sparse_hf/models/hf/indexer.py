@@ -127,7 +127,9 @@ def _check(module: nn.Module, config: Any) -> None:
             f"before it{_INSTEAD}"
         )
     if not getattr(module, "is_causal", False):
-        raise ValueError(f"{config.model_type} is no decoder, and its layers see what comes: an indexer scores the past{_INSTEAD}")
+        raise ValueError(
+            f"{config.model_type} is no decoder, and its layers see what comes: an indexer scores the past{_INSTEAD}"
+        )
 
 
 def _give(module: nn.Module, config: Any, slot: int) -> None:
@@ -156,7 +158,9 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     angles = given.get("position_embeddings")
     with torch.set_grad_enabled(learning() is not None and torch.is_grad_enabled()):
         # what a model learns otherwise passes no indexer
-        angles = None if angles is None else tuple(part.detach() if isinstance(part, Tensor) else part for part in angles)
+        angles = (
+            None if angles is None else tuple(part.detach() if isinstance(part, Tensor) else part for part in angles)
+        )
         scores = getattr(module, NAME)(given["hidden_states"].detach(), angles, cache)
     return args, {**kwargs, INDEXED: scores}
 

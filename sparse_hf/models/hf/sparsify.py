@@ -174,6 +174,9 @@ def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> 
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     done[id(module)] = twin
+    if "_original_forward" in vars(twin):
+        # mixed precision of accelerate has left a forward of the module that was trained, which would run that
+        del twin.__dict__["_original_forward"], twin.__dict__["forward"]
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {

@@ -90,9 +90,10 @@ def _of_piece(
     limits: tuple[Limits, Limits | None], scale: float, some: slice,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum over some queries, and how many of them see a key, each by the share that it counts by."""
-    every = slice(0, key.shape[2])
-    found = IndexerScores(of_query, of_key, weights, of_scale).scores(some, every)[:, 0]  # [B, m, K]
-    with torch.no_grad():
+    every, device = slice(0, key.shape[2]), key.device.type
+    with torch.autocast(device, enabled=False):
+        found = IndexerScores(of_query, of_key, weights, of_scale).scores(some, every)[:, 0]  # [B, m, K]
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         within, seen = (None if one is None else one.seen(some, every, key.device) for one in limits)
         target = attention_weights(query, key, within if limits[1] is None else seen, scale, some).mean(1)  # [B, m, K]
         within = torch.ones((), dtype=torch.bool, device=key.device) if within is None else within

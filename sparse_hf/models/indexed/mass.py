@@ -45,7 +45,8 @@ class KeptMass(Learning):
         sums = torch.zeros(2, dtype=torch.float64)
         for some in pieces_of_queries(slice(None), call.q, call.k):
             allowed = seen.seen(some, slice(0, call.k.shape[2]), call.k.device)
-            weights = attention_weights(call.q, call.k, allowed, call.scoring.scale, some)
+            with torch.autocast(call.q.device.type, enabled=False):
+                weights = attention_weights(call.q, call.k, allowed, call.scoring.scale, some)
             queries = torch.arange(some.start, some.stop, device=call.q.device)
             if chosen is None:
                 keys = torch.arange(call.k.shape[2], device=call.q.device)
