@@ -23,7 +23,6 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from ...attention.chosen import IndexerScores
 from ...pattern.forms import uses_indexer
 from ..derived.attention_modules import attention_modules
-from .cache import CACHE_NAMES
 from .chosen_keys import learning, refuse_graphs
 
 # the module of an attention module, and the argument by which its scores reach the attention function
@@ -66,12 +65,13 @@ class Indexer(nn.Module):
 
     def _kept(self, key: Tensor, cache: Cache) -> Tensor:
         """The keys `[B, K, D]` of the cache, to which new ones are added: layers of its own behind those of the model."""
-        like = cache.layers[0]
+        like = cache.layers[0] if cache.layers else DynamicLayer()
         if not isinstance(like, (DynamicLayer, StaticLayer)) or like.is_sliding or getattr(cache, "offloading", False):
             raise NotImplementedError(
                 f"a {type(cache).__name__} of {type(like).__name__} has no place for the keys of an indexer; use a DynamicCache or a "
-                "StaticCache"
+                "StaticCache, without offloading"
             )
+        # one without layers, which is made without a configuration, adds those of the model just so
         while len(cache.layers) <= self.slot:
             cache.layers.append(StaticLayer(like.max_cache_len) if isinstance(like, StaticLayer) else DynamicLayer())
         return cache.layers[self.slot].update(key[:, None], key[:, None, :, :0])[0][:, 0]
@@ -153,8 +153,8 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     """The arguments of an attention module with the scores of its indexer among them."""
     refuse_graphs()
     given = _signature(type(module)).bind_partial(module, *args, **kwargs).arguments
-    given = {**given, **kwargs}
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    # families call it by several names
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     angles = given.get("position_embeddings")
     with torch.set_grad_enabled(learning() is not None and torch.is_grad_enabled()):
         # what a model learns otherwise passes no indexer
