@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..models import SparseMixin, sparsify
+from ..models.hf.sparsify import forget_preparation
 from ..pattern import Window
 from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
 from .failures import TellAll
@@ -275,9 +276,8 @@ def run_trainer(
         # all processes give their parts
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_spread else None
     healed = trainer.accelerator.unwrap_model(trainer.model)
-    if vars(healed).pop("_original_forward", None) is not None:
-        # mixed precision stays with training; accelerate's own way out would take the sparse forward with it
-        del vars(healed)["forward"]
+    if not is_spread:
+        forget_preparation(healed)
     return Healed(healed.merge_and_unload() if with_lora else healed, first.metrics, after, whole)
 
 

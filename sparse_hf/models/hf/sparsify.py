@@ -166,6 +166,18 @@ class _Configs:
         return self.known[id(found)]
 
 
+def forget_preparation(module: nn.Module) -> None:
+    """Take from a model what accelerate has left there when it prepared it for training.
+
+    That is, for mixed precision, a forward of this very model, which a copy would run in place of its own; and the word that the model
+    is prepared, by which a second Trainer would do without mixed precision. `unwrap_model` of accelerate takes the sparse forward too.
+    """
+    own = vars(module)
+    own.pop("_is_accelerate_prepared", None)
+    if own.pop("_original_forward", None) is not None:
+        del own["forward"]
+
+
 def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> AnyModule:
     """A copy of the module tree around the same parameters and buffers."""
     if id(module) in done:
@@ -174,9 +186,7 @@ def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> 
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     done[id(module)] = twin
-    if "_original_forward" in vars(twin):
-        # mixed precision of accelerate has left a forward of the module that was trained, which would run that
-        del twin.__dict__["_original_forward"], twin.__dict__["forward"]
+    forget_preparation(twin)
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {
