@@ -1,8 +1,8 @@
 """What an indexer learns from: how far its scores are from what attention to all keys would weigh (arXiv:2512.02556, 2.1).
 
 The distribution of a query over its keys is the mean over the heads of the dense attention weights; the loss is its
-Kullback-Leibler divergence from the softmax of the indexer's scores. It is computed some queries at a time, and again in the
-backward pass, so that nothing of two lengths is kept.
+Kullback-Leibler divergence from the softmax of the indexer's scores. It is computed some queries at a time, with its gradients, so
+that nothing of two lengths is kept, and nothing is computed twice.
 
 Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; a piece has m queries.
 """
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ...attention.backend import AttentionCall
 from ...attention.chosen import IndexerScores, Limits
@@ -56,14 +57,40 @@ def indexer_loss(
         queries: those that are looked at, by default all.
     """
     query, key = query.detach(), key.detach()
-    total, counted = scores.key.new_zeros((), dtype=torch.float32), 0
+    learned = scores.query, scores.key, scores.weights
+    gives = torch.is_grad_enabled() and any(t.requires_grad for t in learned)
+    leaves = [t.detach().requires_grad_(gives) for t in learned]
+    total, counted = key.new_zeros(2, dtype=torch.float32)
+    sums = [torch.zeros_like(t, dtype=torch.float32) for t in leaves if gives]
     for some in pieces_of_queries(queries, query, key, scores.query.shape[2]):
-        part, count = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
-            _of_piece, scores.query, scores.key, scores.weights, scores.scale, query, key, (limits, seen), scale, some,
-            use_reentrant=False,
-        )  # fmt: skip
-        total, counted = total + part, counted + count
-    return total / torch.as_tensor(counted).clamp(min=torch.finfo(torch.float32).tiny)
+        part, count = _of_piece(
+            replace(scores, query=leaves[0], key=leaves[1], weights=leaves[2]), query, key, (limits, seen), scale, some
+        )
+        total, counted = total + part.detach(), counted + count
+        if gives:
+            for sum_, gradient in zip(sums, torch.autograd.grad(part, leaves), strict=True):
+                sum_ += gradient
+    counted = counted.clamp(min=torch.finfo(torch.float32).tiny)
+    if not gives:
+        return total / counted
+    found: Any = _Known.apply(total / counted, [sum_ / counted for sum_ in sums], *learned)
+    return found
+
+
+class _Known(torch.autograd.Function):
+    """A value with the gradients that were found beside it."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, gradients: list[Tensor], *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [t.dtype for t in learned]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, given: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = (t * given for t in ctx.saved_tensors)
+        return None, None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
 
 
 def pieces_of_queries(queries: slice, query: Tensor, key: Tensor, more_heads: int = 0) -> Iterator[slice]:
@@ -86,13 +113,12 @@ def attention_weights(query: Tensor, key: Tensor, seen: Tensor | None, scale: fl
 
 
 def _of_piece(
-    of_query: Tensor, of_key: Tensor, weights: Tensor, of_scale: float, query: Tensor, key: Tensor,
-    limits: tuple[Limits, Limits | None], scale: float, some: slice,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: IndexerScores, query: Tensor, key: Tensor, limits: tuple[Limits, Limits | None], scale: float, some: slice
+) -> tuple[Tensor, Tensor]:
     """The sum over some queries, and how many of them see a key, each by the share that it counts by."""
     every, device = slice(0, key.shape[2]), key.device.type
     with torch.autocast(device, enabled=False):
-        found = IndexerScores(of_query, of_key, weights, of_scale).scores(some, every)[:, 0]  # [B, m, K]
+        found = scores.scores(some, every)[:, 0]  # [B, m, K]
     with torch.no_grad(), torch.autocast(device, enabled=False):
         within, seen = (None if one is None else one.seen(some, every, key.device) for one in limits)
         target = attention_weights(query, key, within if limits[1] is None else seen, scale, some).mean(1)  # [B, m, K]
