@@ -34,6 +34,19 @@ class IndexerTrainer(HealingTrainer):
         every: attention is looked at by one query in `every`, from one on that is drawn in each pass.
         weight: of the loss of indexers in stage "all". It has a gradient for indexers alone, so that it decides their step size and
             nothing else.
+
+    Raises:
+        ValueError: an unknown stage, or a teacher of indexers alone.
+
+    Examples:
+        >>> from transformers import TrainingArguments
+        >>> from sparse_hf import sparsify
+        >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(31, 0) | first(4) | topk(16, 'indexer')")
+        >>> rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 300, (4, 64))]
+        >>> args = TrainingArguments("run", use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> "eval_recall" in IndexerTrainer(model, args, eval_dataset=rows).evaluate()  # doctest: +ELLIPSIS
+        {'eval_loss': ...}
+        True
     """
 
     def __init__(self, *args, stage: str = STAGES[0], every: int = 1, weight: float = 1.0, **kwargs):
