@@ -292,6 +292,8 @@ def test_kept_attention_is_that_of_all_pairs():
     with torch.no_grad(), kept_mass(near) as less:
         near(text, decode="dense", use_cache=False)
     assert less.mean < kept.mean < 1
+    with pytest.raises(ValueError, match="has no patterns that say"), kept_mass(dense):
+        pass
 
 
 def test_nothing_of_two_lengths_is_made():

@@ -74,7 +74,8 @@ class Indexer(nn.Module):
         # one without layers, which is made without a configuration, adds those of the model just so
         while len(cache.layers) <= self.slot:
             cache.layers.append(StaticLayer(like.max_cache_len) if isinstance(like, StaticLayer) else DynamicLayer())
-        return cache.layers[self.slot].update(key[:, None], key[:, None, :, :0])[0][:, 0]
+        own: Any = cache.layers[self.slot]
+        return own.update(key[:, None], key[:, None, :, :0])[0][:, 0]
 
 
 def turned(t: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

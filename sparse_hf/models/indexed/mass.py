@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...attention.backend import AttentionCall
+from ...attention.chosen import Limits
 from ...attention.composite.content import held_by
 from ...attention.dispatch import content_plan
 from ...plan import find_plan
@@ -36,6 +38,12 @@ class KeptMass(Learning):
     def mean(self) -> float:
         """The mean over layers."""
         return sum(self.recalls) / len(self.recalls)
+
+    def scores(self, indexer: nn.Module, scores: Any, limits: Limits) -> None:
+        """Nothing: families that bring indexers of their own are refused."""
+
+    def attention(self, indexer: nn.Module | None, query: Tensor, key: Tensor, scale: float) -> None:
+        """Nothing, as above."""
 
     def layer(self, module: nn.Module, call: AttentionCall) -> None:
         assert call.pattern is not None and not isinstance(call.pattern, str)
@@ -68,6 +76,9 @@ def kept_mass(model: nn.Module) -> Iterator[KeptMass]:
     Args:
         model: a sparse decoder whose layers share a pattern between their heads.
 
+    Raises:
+        ValueError: a model that is not sparse, or of a family that chooses keys by an indexer of its own.
+
     Examples:
         >>> from sparse_hf import sparsify
         >>> model = sparsify(AutoModelForCausalLM.from_pretrained("my-llama"), "window(31, 0) | first(4) | topk(16)")
@@ -76,6 +87,10 @@ def kept_mass(model: nn.Module) -> Iterator[KeptMass]:
         >>> 0 < kept.mean < 1
         True
     """
+    if getattr(getattr(model, "config", None), "chooses_keys", True):
+        raise ValueError(
+            f"{type(model).__name__} has no patterns that say which keys are kept; make a dense decoder sparse with sparse_hf.sparsify"
+        )
     found = KeptMass()
     token = LEARNING.set(found)
     try:
