@@ -134,6 +134,7 @@ class Study:
             lengths=(options.length,),
             repeats=options.repeats,
             tasks=tuple(options.tasks),
+            batch=options.batch,
             seed=options.seed,
             progress=False,
         )
@@ -287,6 +288,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=4, help="the indexer learns from one query in so many")
     parser.add_argument("--tasks", nargs="+", default=["niah_single_1", "needle", "needles"], metavar="NAME")
     parser.add_argument("--repeats", type=int, help="questions of each task and depth: 4; of --tiny 1")
+    parser.add_argument("--batch", type=int, default=1, help="questions that are asked together")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     is_tiny = options.tiny

@@ -22,19 +22,31 @@ SETTLING = 4
 
 
 class Clock(BaseStreamer):
-    """A streamer that notes when the prompt was taken, and each token given.
+    """A streamer that notes when the prompt was taken, and when tokens were given: one, or those that a draft had right.
 
     `generate` hands tokens over on the host, so that a GPU has computed what a time stands for.
+
+    Attributes:
+        times: of the prompt, and of each time that tokens came.
+        counts: how many tokens of a row came then, 0 with the prompt.
     """
 
     def __init__(self):
         self.times: list[float] = []
+        self.counts: list[int] = []
 
     def put(self, value: Tensor) -> None:
+        # tokens of a draft come as `[1, n]`, one of each row as `[B]`
+        self.counts.append((value.shape[-1] if value.ndim == 2 else 1) if self.times else 0)
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         pass
+
+    @property
+    def tokens(self) -> int:
+        """New tokens so far."""
+        return sum(self.counts)
 
 
 class Stop(StoppingCriteria):
@@ -46,8 +58,7 @@ class Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
         # the clock has the prompt's time and those of all tokens but this one
-        times = self.clock.times
-        is_over = len(times) >= self.tokens or time.perf_counter() - times[0] > self.budget_s
+        is_over = self.clock.tokens + 1 >= self.tokens or time.perf_counter() - self.clock.times[0] > self.budget_s
         if is_over not in self.answers:
             self.answers[is_over] = torch.full((len(input_ids),), is_over, device=input_ids.device)
         return self.answers[is_over]
@@ -59,10 +70,12 @@ class Times:
 
     Attributes:
         prefill_s: from the prompt to the first token.
-        token_s: median of the gaps between tokens, once they have settled; None if there are none.
+        token_s: median of the gaps between tokens, once they have settled; None if there are none. Where tokens come several at a
+            time, the mean.
         settling_s: what the first gaps took beyond `token_s` each.
         slowest_s: the longest of the gaps that count.
         tokens: new tokens.
+        tokens_a_pass: how many came at a time, at the mean.
     """
 
     prefill_s: float
@@ -70,17 +83,21 @@ class Times:
     settling_s: float | None
     slowest_s: float | None
     tokens: int
+    tokens_a_pass: float = 1.0
 
 
 def read_times(clock: Clock) -> Times:
     """The figures of a call that ended."""
-    times = clock.times
+    times, counts = clock.times, clock.counts[2:]
     gaps = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
     counted, first = gaps[SETTLING:], gaps[:SETTLING]
     if not counted:
-        return Times(times[1] - times[0], None, None, None, len(times) - 1)
-    token_s = statistics.median(counted)
-    return Times(times[1] - times[0], token_s, sum(first) - len(first) * token_s, max(counted), len(times) - 1)
+        return Times(times[1] - times[0], None, None, None, clock.tokens)
+    came = sum(counts[SETTLING:])
+    a_pass = came / len(counted)
+    token_s = statistics.median(counted) if a_pass == 1 else sum(counted) / came
+    settling_s = sum(first) - sum(counts[:SETTLING]) * token_s
+    return Times(times[1] - times[0], token_s, settling_s, max(counted), clock.tokens, a_pass)
 
 
 class OvertimeError(Exception):

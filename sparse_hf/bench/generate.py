@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, StoppingCriteriaList
 
 from ..pattern import Pattern
 from ..plan import build_plan
 from ..units import duration, size, times
 from .clock import SETTLING, Clock, OvertimeError, Stop, Times, read_times, time_limit
 from .generate_cases import CASES, Case, Models, load_models
-from .generate_exact import COMPARED_STEPS, compare, make_prompt, random_ids
+from .generate_exact import COMPARED_STEPS, compare, make_prompt
 from .measure import (
     check_dtype,
     chosen_device,
@@ -32,6 +32,7 @@ from .measure import (
     why_not_run,
 )
 from .plot import Line, Panel, draw
+from .profile import ProfilingClock, prepare_profiler
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .text import Figures, joined
 
@@ -55,6 +56,9 @@ class Generation:
         dtype: "fp32", "bf16" or "fp16", of weights, activations and caches; by default bf16 on a GPU, fp32 on a CPU.
         budget_s: seconds after which a call stops at its next token. What took longer to read a prompt is not run on longer ones.
         limit_s: seconds after which a case is given up, compiling included.
+        text: a file that prompts are taken from, where `model` is a checkpoint; None is any ids.
+        draft_tokens: of each draft.
+        profiles: whether a further call is watched, for what a token is made of.
     """
 
     contexts: tuple[tuple[int, int], ...]
@@ -66,6 +70,9 @@ class Generation:
     dtype: str | None = None
     budget_s: float = 60.0
     limit_s: float = 300.0
+    text: str | None = None
+    draft_tokens: int = 20
+    profiles: bool = False
 
     def __post_init__(self):
         if self.dtype is not None:
@@ -83,6 +90,8 @@ class Generation:
             )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
+        if self.draft_tokens < 1:
+            raise ValueError(f"draft_tokens is {self.draft_tokens}; it must be at least 1")
         build_plan(self.pattern, 1)
 
 
@@ -90,8 +99,9 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
     """Time `model.generate`, print a table, and write figures and a picture.
 
     A dense decoder runs as Transformers' class, with its own cache and with a static one, which `generate` compiles on a GPU; ours has
-    the same weights and runs with these and with a streaming cache. Times are the clock's, noted by a streamer, so that they
-    hold all that `generate` does between two tokens.
+    the same weights and runs with these and with a streaming cache. It also drafts for the dense one, which then gives tokens of its
+    own, several at a time; the row says how many are those of the dense model alone. Times are the clock's, noted by a streamer, so
+    that they hold all that `generate` does between two tokens.
 
     Each case has a first call, in which kernels and graphs are compiled, and a second one, which is timed: until the first token
     (the prompt is read), and the median gap between those that follow, but for the first few, whose excess is told apart. A second call
@@ -114,9 +124,13 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
     dtype = asked.dtype or ("bf16" if target.type == "cuda" else "fp32")
     longest = max(n for n, _ in asked.contexts) + asked.tokens
     with console.status("making the models"):
-        models = load_models(asked.model, asked.pattern, longest, dtype, target)
+        models = load_models(asked.model, asked.pattern, longest, dtype, target, asked.text)
+        models.ours.generation_config.num_assistant_tokens = asked.draft_tokens
+        if asked.profiles:
+            prepare_profiler(target)
     facts = environment(target)
     rows: list[Row] = []
+    given: dict[Any, Tensor] = {}
     result: Result = {"benchmark": "generate", "environment": facts, **asdict(asked), "dtype": dtype}
     result["pattern"] = str(Pattern.parse(asked.pattern))
     result["weights_bytes"] = sum(weight.nbytes for weight in models.dense.parameters())
@@ -134,9 +148,11 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
         with console.status(f"{row['name']}: {_heading(row)}"):
             work = partial(_figures, models, row, asked)
             rows.append({**row, "failed": reason} if reason else measured(row, work, BROKEN))
+        _compare_tokens(rows[-1], given)
         print_row(rows[-1], _figures_text, console)
         _add_ratios(rows)
-        result["slopes"] = slopes(rows, ("prefill_s", "token_s", "peak_bytes"))
+        fewest = min(r["rows"] for r in rows)
+        result["slopes"] = slopes([r for r in rows if r["rows"] == fewest], ("prefill_s", "token_s", "peak_bytes"))
         result["longest_by_shortest"] = dict(_longest_by_shortest(rows))
         if path is not None:
             # what is measured stays, whatever happens to the next row
@@ -173,7 +189,9 @@ def _check(models: Models, asked: Generation, dtype: str) -> dict[str, Row]:
 
         def work(case: Case = case) -> Row:
             with time_limit(asked.limit_s):
-                out = _generate(models.of(case), case, prompt.ids, asked, new_tokens=COMPARED_STEPS, output_logits=True)
+                # drafts are of one row
+                ids = prompt.ids[:1] if case.kind == "drafted" else prompt.ids
+                out = _generate(models, case, ids, asked, new_tokens=COMPARED_STEPS, output_logits=True)
             tokens = out.sequences[:, prompt.ids.shape[1] :]
             return {"generated": (case, tokens, torch.stack(out.logits, 1))}
 
@@ -191,7 +209,7 @@ def _check(models: Models, asked: Generation, dtype: str) -> dict[str, Row]:
 
 
 def _generate(
-    model: PreTrainedModel, case: Case, ids: Tensor, asked: Generation, new_tokens: int | None = None, **given
+    models: Models, case: Case, ids: Tensor, asked: Generation, new_tokens: int | None = None, **given
 ) -> Any:
     """One call of `generate`: greedy, and to the last token."""
     given = {
@@ -202,7 +220,9 @@ def _generate(
     }
     if asked.chunk:
         given["prefill_chunk_size"] = asked.chunk
-    generate: Any = model.generate
+    if case.kind == "drafted":
+        given["assistant_model"] = models.ours
+    generate: Any = models.of(case).generate
     return generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **given)
 
 
@@ -218,18 +238,19 @@ def _forget(models: Models) -> None:
 def _figures(models: Models, row: Row, asked: Generation) -> Row:
     case, device = CASES[row["case"]], models.dense.device
     _forget(models)
-    ids = random_ids(models.dense, row["rows"], row["n"])
+    ids = models.prompt(row["rows"], row["n"])
     found, before = {}, used_bytes(device)
 
-    def call(tokens: int) -> Times:
-        clock = Clock()
-        stop = StoppingCriteriaList([Stop(clock, tokens, asked.budget_s)])
-        out = _generate(models.of(case), case, ids, asked, streamer=clock, stopping_criteria=stop)
+    def call(tokens: int, clock: Clock) -> None:
+        # where drafts come, the clock has a token before it is asked whether to stop
+        stop = Stop(clock, tokens + (case.kind == "drafted"), asked.budget_s)
+        out = _generate(models, case, ids, asked, streamer=clock, stopping_criteria=StoppingCriteriaList([stop]))
         found["cache_bytes"] = _bytes(getattr(out, "cache", None) or out.past_key_values)
-        return read_times(clock)
+        found["given"] = out.sequences[:, row["n"] :].cpu()
 
     def last_call(tokens: int) -> None:
-        found["times"] = call(tokens)
+        call(tokens, clock := Clock())
+        found["times"] = read_times(clock)
 
     with time_limit(asked.limit_s):
         begin = time.perf_counter()
@@ -239,6 +260,8 @@ def _figures(models: Models, row: Row, asked: Generation) -> Row:
         if found["times"].prefill_s <= asked.budget_s / 2:
             found["calls"] = 2
             found["peak_bytes"] = peak_bytes(partial(last_call, asked.tokens), device, before)
+        if asked.profiles and found["calls"] == 2:
+            found["profile"] = measured({}, lambda: _profile(partial(call, asked.tokens), device), BROKEN)
     taken: Times = found.pop("times")
     if taken.token_s is None:
         raise OvertimeError(
@@ -251,6 +274,33 @@ def _figures(models: Models, row: Row, asked: Generation) -> Row:
     usual_s = taken.prefill_s + (FIRST_TOKENS - 1) * taken.token_s
     found["compiling_s"] = max(0.0, found["first_call_s"] - usual_s) if found["calls"] == 2 else None
     return {**found, **asdict(taken), "tokens_per_s": row["rows"] / taken.token_s}
+
+
+def _profile(call: Callable[[Clock], None], device: torch.device) -> Row:
+    clock = ProfilingClock(device)
+    try:
+        call(clock)
+    finally:
+        clock.stop()
+    return clock.figures()
+
+
+def _compare_tokens(row: Row, given: dict[Any, Tensor]) -> None:
+    """Of drafted tokens, how many are those of the dense model alone, up to the first other one.
+
+    Args:
+        row: of a case that ran; its tokens are taken from it.
+        given: tokens of the dense model by context.
+    """
+    tokens, context = row.pop("given", None), (row["n"], row["rows"])
+    if tokens is None:
+        return
+    if row["kind"] == "dense":
+        given.setdefault(context, tokens)
+    elif row["kind"] == "drafted" and context in given:
+        both = min(tokens.shape[1], given[context].shape[1])
+        same = (tokens[0, :both] == given[context][0, :both]).long().cumprod(0).sum()
+        row["same_tokens"], row["compared_tokens"] = int(same), both
 
 
 def _bytes(cache: Cache) -> int:
@@ -286,7 +336,7 @@ def _figures_text(row: Row) -> str:
 def _add_ratios(rows: Sequence[Row]) -> None:
     """How many times faster a token is than of each dense case that ran, and than of the fastest."""
     done = [row for row in rows if not row.get("failed")]
-    for row in (r for r in done if r["kind"] == "ours"):
+    for row in (r for r in done if r["kind"] != "dense"):
         beside = [r for r in done if r["kind"] == "dense" and (r["n"], r["rows"]) == (row["n"], row["rows"])]
         row["times_faster"] = {other["case"]: other["token_s"] / row["token_s"] for other in beside}
         row["times_faster_than_best"] = min(row["times_faster"].values(), default=None)
@@ -314,6 +364,11 @@ def _table(result: Result) -> Figures:
         spent = (duration(row[key]) for key in ("first_call_s", "prefill_s", "token_s"))
         held = (size(row[key]) for key in ("cache_bytes", "peak_bytes"))
         faster = times(row.get("times_faster_than_best"))
+        if row.get("compared_tokens"):
+            table.notes.append(
+                f"{row['name']}, {_heading(row)}: {row['tokens_a_pass']:.1f} tokens at a time; the first {row['same_tokens']:,} of "
+                f"{row['compared_tokens']:,} are those of the dense model alone"
+            )
         table.add(
             _heading(row), row["name"], *spent, f"{row['tokens_per_s']:,.0f}" if row["rows"] > 1 else "", *held, faster
         )
@@ -330,7 +385,7 @@ def plot_generate(result: Result, path: Path) -> None:
 
     def panel(values: str, rows: Sequence[Row], key: str, scale: float) -> Panel:
         named = {name: [(r["n"], r[key] * scale) for r in rows if r["name"] == name] for name in colors}
-        styles = {case.name: "-" if case.kind == "ours" else "--" for case in CASES.values()}
+        styles = {case.name: "--" if case.kind == "dense" else "-" for case in CASES.values()}
         return Panel(values, [Line(name, of, colors[name], styles[name]) for name, of in named.items() if of])
 
     panels = []

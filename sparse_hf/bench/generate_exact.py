@@ -44,13 +44,7 @@ def make_prompt(models: Models, rows: int) -> Prompt:
         mask = _mask(text, n + COMPARED_STEPS - 1, device)
         if not mask[..., n - 1, :n].all():
             break
-    return Prompt(random_ids(models.dense, rows, n), mask)
-
-
-def random_ids(model: PreTrainedModel, rows: int, n: int) -> Tensor:
-    """`[rows, n]`, the same in every run; 0 is for padding."""
-    words = model.config.get_text_config().vocab_size
-    return torch.randint(3, words, (rows, n), generator=torch.Generator().manual_seed(n)).to(model.device)
+    return Prompt(models.prompt(rows, n), mask)
 
 
 def _mask(text: str, n: int, device: torch.device) -> Tensor:
@@ -75,7 +69,7 @@ def compare(
     texts: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
     for case, tokens, _ in generated.values():
         given = {"attention_mask": prompt.mask} if case.kind == "ours" else {}
-        texts[_key(case, tokens)] = torch.cat((prompt.ids, tokens[:, :-1]), 1), given
+        texts[_key(case, tokens)] = torch.cat((prompt.ids[: len(tokens)], tokens[:, :-1]), 1), given
     stock = {key: _logits(models.dense, *text).float() for key, text in texts.items()}
     models.cast(torch.float32)
     right = {key: _logits(models.dense, *text) for key, text in texts.items()}

@@ -103,7 +103,7 @@ def slopes(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, dict[str, floa
 def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
     """Exponent of the power law through the points: least squares in logarithms."""
     points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v and v > 0]
-    if len(points) < 2:
+    if len({x for x, _ in points}) < 2:
         return None
     mean_x, mean_y = (statistics.mean(axis) for axis in zip(*points, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)

@@ -14,6 +14,7 @@ from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .narrowing import NarrowingWindow
 from .packing import PackDocuments, PackedCollator, first_position
+from .plan_memory import MemoryPlan, plan_memory
 from .repeatable import RepeatableCollator
 from .split_sequence import SplitSequence, split_sequence
 from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
@@ -29,6 +30,7 @@ __all__ = [
     "MarkQuestion",
     "MarkTokens",
     "Marks",
+    "MemoryPlan",
     "NarrowingWindow",
     "PackDocuments",
     "PackedCollator",
@@ -43,6 +45,7 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "plan_memory",
     "split_sequence",
     "tokens",
     "train_indexer",

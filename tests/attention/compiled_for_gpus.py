@@ -18,6 +18,7 @@ from sparse_hf import sparse_attention
 from sparse_hf.attention import launch
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.backends.triton import walk
+from sparse_hf.attention.chosen import IndexerScores, Latents, Limits, attend_latent, choose
 from sparse_hf.attention.composite.global_token_kernels import absorb, add_gradients
 from sparse_hf.attention.composite.global_tokens import find
 from sparse_hf.attention.scoring import Scoring
@@ -50,6 +51,8 @@ def compile_only(self: launch.Launch, tensors, numbers) -> None:
             constants[(i,)] = 1
         else:
             kind = "i32" if -(1 << 31) <= given[i] < 1 << 31 else "i64"
+            if given[i] % 16 == 0 and not parameter.do_not_specialize:
+                hints[(i,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
     key = id(kernel), *signature.items(), *constants.items(), *self.options.items()
     if key in compiled:
@@ -79,6 +82,16 @@ def decode() -> None:
     slots_attention(q, k, v, Filled(torch.tensor(99)), "window(20, 0)", Scoring(0.125))
 
 
+def choose_latents() -> None:
+    """With the widths of DeepSeek V3.2."""
+    scores = torch.randn(1, 40, 64, 128), torch.randn(1, 40, 128)
+    scores = IndexerScores(*(t.to(torch.bfloat16) for t in scores), torch.randn(1, 40, 64))
+    chosen = choose(scores, 16, Limits(q_offset=0))
+    shapes = (1, 128, 40, 192), (1, 40, 512), (1, 40, 64), (128, 128, 512), (128, 128, 512)
+    query, *parts = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    attend_latent(query, Latents(*parts), chosen, scale=0.1)
+
+
 def add_marked_keys() -> None:
     q = torch.randn(1, 2, 256, 32).to(torch.bfloat16)
     lse, places = torch.zeros(1, 2, 256), find(torch.arange(256)[None] % 50 == 0)
@@ -91,6 +104,7 @@ def add_marked_keys() -> None:
 CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("window(20, 0) | first(4)", softcap=2.0, dropout=0.1),
     lambda: attend("topk(8) & window(None, 0)", (32, 16)),
+    choose_latents,
     decode,
     add_marked_keys,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_hf.bench import Generation, clock, generate, generate_cases, generate_exact, run_generate
+from sparse_hf.bench import Generation, clock, generate, generate_cases, generate_exact, profile, run_generate
 from sparse_hf.cli import app
 from sparse_hf.models import sparsify
 
@@ -45,7 +45,13 @@ def test_every_case_is_compared_timed_and_drawn(tmp_path):
     assert {found["tokens"] for found in result["checked"].values()} == {40}
     assert all(found["error"] < 1e-5 and "failed" not in found for found in result["checked"].values())
     rows = result["rows"]
-    assert [(row["n"], row["rows"]) for row in rows[::5]] == [(50, 1), (70, 1), (50, 2)] and len(rows) == 15
+    assert [(row["n"], row["rows"]) for row in rows[::6]] == [(50, 1), (70, 1), (50, 2)] and len(rows) == 18
+    # an assistant drafts for one row at a time
+    refused = rows.pop()
+    assert (refused["case"], refused["rows"]) == ("draft", 2) and "only supported for batch_size = 1" in refused[
+        "failed"
+    ]
+    rows = [row for row in rows if row["case"] != "draft"]
     assert not [row for row in rows if row.get("failed")]
     assert all(row["calls"] == 2 and row["tokens"] == 8 and row["token_s"] > 0 and row["prefill_s"] > 0 for row in rows)
     # keys and values of 2 layers and 2 heads of 16; of the last token nothing is computed
@@ -109,25 +115,69 @@ def test_what_takes_longer_than_its_limit_is_interrupted():
 
 
 def test_times_are_read_from_the_clock():
-    def read(*gaps: float) -> clock.Times:
+    def read(*gaps: float, counts: list[int] | None = None) -> clock.Times:
         times = [0.0]
         for gap in gaps:
             times.append(times[-1] + gap)
-        return clock.read_times(SimpleNamespace(times=times))
+        counts = counts or [0] + [1] * len(gaps)
+        return clock.read_times(SimpleNamespace(times=times, counts=counts, tokens=sum(counts)))
 
     # 2 seconds until the first token, then 4 gaps in which it settles
     taken = read(2.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
     assert (taken.prefill_s, taken.token_s, taken.settling_s, taken.slowest_s, taken.tokens) == (2.0, 1.0, 8.0, 3.0, 8)
     assert read(2.0, 9.0, 1.0).token_s is None
+    # two drafts behind those that settle, of which 3 tokens and 1 were right: 8 seconds for 4 tokens
+    taken = read(2.0, 1.0, 1.0, 1.0, 1.0, 6.0, 2.0, counts=[0, 5, 1, 1, 1, 1, 3, 1])
+    assert (taken.token_s, taken.tokens_a_pass, taken.tokens, taken.settling_s) == (2.0, 2.0, 13, -4.0)
 
 
 def test_generation_stops_behind_its_tokens_or_its_budget(monkeypatch):
-    now = SimpleNamespace(times=[0.0])
+    now = SimpleNamespace(times=[0.0], tokens=0)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: 5.0)
     ids = torch.zeros(3, 4, dtype=torch.long)
     assert clock.Stop(now, 1, 9.0)(ids, None).tolist() == [True] * 3
     assert clock.Stop(now, 2, 9.0)(ids, None).tolist() == [False] * 3
     assert clock.Stop(now, 2, 4.0)(ids, None).tolist() == [True] * 3
+
+
+def test_drafts_are_counted_beside_the_dense_model_alone():
+    result = run_generate(asked((50, 1), cases=("dense-dynamic", "draft"), tokens=64, draft_tokens=3), "cpu")
+    dense, draft = result["rows"]
+    assert draft["kind"] == "drafted" and draft["same_tokens"] == draft["compared_tokens"] == 64
+    assert 1 <= draft["tokens_a_pass"] <= 4 and set(draft["times_faster"]) == {"dense-dynamic"}
+    assert "same_tokens" not in dense and "given" not in draft
+
+
+def test_other_tokens_than_the_dense_models_are_told():
+    given = {(50, 1): torch.tensor([[1, 2, 3, 4]])}
+    row = {"n": 50, "rows": 1, "kind": "drafted", "given": torch.tensor([[1, 2, 9, 4, 5]])}
+    generate._compare_tokens(row, given)
+    assert (row["same_tokens"], row["compared_tokens"]) == (2, 4)
+
+
+def test_a_token_is_taken_apart():
+    result = run_generate(asked((50, 1), cases=("streaming",), tokens=32, profiles=True), "cpu")
+    seen = result["rows"][0]["profile"]
+    assert seen["tokens"] == seen["passes"] == profile.PROFILED
+    names = {row["name"]: row["calls"] for row in seen["by_name"]}
+    # in each of 2 layers 7 products with weights, and the one for the words
+    assert names["aten::mm"] == 15 and seen["operations"] > 100
+    assert seen["device_s"] == pytest.approx(sum(seen["groups"].values())) and seen["groups"]["weights"] > 0
+
+
+def test_a_profile_that_fails_leaves_the_figures(monkeypatch):
+    monkeypatch.setattr(profile.ProfilingClock, "figures", lambda self: 1 / 0)
+    row = run_generate(asked((50, 1), cases=("dynamic",), profiles=True), "cpu")["rows"][0]
+    assert row["token_s"] > 0 and row["profile"]["failed"].startswith("ZeroDivisionError")
+
+
+def test_prompts_are_pieces_of_a_text():
+    models = generate_cases.Models(SimpleNamespace(device="cpu"), None, torch.arange(10))
+    assert models.prompt(3, 4).tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="the text has 10 tokens, and a prompt of 11 is asked for"):
+        models.prompt(1, 11)
+    with pytest.raises(ValueError, match="a text needs a tokenizer, which the shape 'tiny' has not"):
+        generate_cases.load_models("tiny", PATTERN, 100, "fp32", torch.device("cpu"), "a.txt")
 
 
 def test_a_folder_is_loaded(tmp_path):
@@ -149,6 +199,7 @@ def test_a_folder_is_loaded(tmp_path):
         ({"cases": ("x",)}, "unknown cases ['x']; the known ones are dense-dynamic"),
         ({"tokens": 2}, "tokens is 2; it must be at least 6"),
         ({"chunk": 0}, "chunk is 0; it must be at least 1"),
+        ({"draft_tokens": 0}, "draft_tokens is 0; it must be at least 1"),
         ({"contexts": ()}, "contexts need at least one entry"),
         ({"contexts": ((0, 1),)}, "contexts need at least one entry, and each at least 1 token"),
         ({"pattern": "windw(1, 2)"}, "unknown word 'windw'"),

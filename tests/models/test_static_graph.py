@@ -11,6 +11,7 @@ from transformers import CompileConfig, StaticCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
+from sparse_hf.models.hf import compiled
 from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, slow_but_for
 
 pytestmark = pytest.mark.compiles
@@ -141,10 +142,9 @@ def test_a_streaming_cache_has_one_graph_for_all_lengths_and_paddings(graphs):
 def test_beams_and_samples(way, graphs):
     config, found = graphs
     model, texts = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN), []
-    for compiled in ({}, {"compile_config": config}):
-        given = cached(model, "streaming") if compiled else {"use_cache": False}
+    for given in ({"use_cache": False}, {"compile_config": config, **cached(model, "streaming")}):
         torch.manual_seed(3)
-        texts.append(model.generate(**prompt(), **how(**way, **compiled), **given))
+        texts.append(model.generate(**prompt(), **how(**way), **given))
     assert torch.equal(*texts)
     # Transformers compiles no beams
     assert len(found) == ("num_beams" not in way)
@@ -203,3 +203,114 @@ def test_a_streaming_cache_that_is_copied_cropped_and_emptied_keeps_its_graph(gr
     cache.reset()
     check(first, cache)
     assert len(found) == 1
+
+
+def _hook(model):
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def _scale(model):
+    model.model.layers[1].self_attn.scaling *= 3
+
+
+def _swap(model):
+    layer = model.model.layers[0].mlp
+    layer.up_proj = torch.nn.Sequential(layer.up_proj, torch.nn.Tanh())
+
+
+def _patterns(model):
+    model.config.sparse_attention = {
+        **model.config.sparse_attention,
+        "patterns": {"all": "window(2, 0)"},
+        "layers": ["all"] * 2,
+    }
+
+
+def _implementation(model):
+    model.set_attn_implementation("sparse_reference")
+
+
+def _dtype(model):
+    model.double()
+
+
+@pytest.mark.parametrize("change", [_hook, _scale, _swap, _patterns, _implementation, _dtype])
+def test_a_model_that_was_changed_has_another_graph(change, graphs):
+    """Graphs ask once a call whether the model is the one that they were made of."""
+    config, found = graphs
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    before = model.generate(**prompt(), **how(cache_implementation="static", compile_config=config))
+    change(model)
+    right = model.generate(**prompt(), **how(use_cache=False))
+    for _ in range(2):
+        got = model.generate(**prompt(), **how(cache_implementation="static", compile_config=config))
+        assert torch.equal(got, right)
+    assert len(found) == 2
+    assert change in (_implementation, _dtype) or not torch.equal(before, right)
+
+
+def test_models_of_a_class_have_graphs_of_their_own(graphs):
+    config, found = graphs
+    models = [sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern) for pattern in (PATTERN, "window(2, 0)")]
+    models.append(copy.deepcopy(models[0]))
+    models[2].model.layers[0].self_attn.scaling *= 3
+    for model in (*models, *models):
+        right = model.generate(**prompt(), **how(use_cache=False))
+        assert torch.equal(
+            model.generate(**prompt(), **how(cache_implementation="static", compile_config=config)), right
+        )
+    assert len(found) == 3
+
+
+def test_a_step_asks_nothing_of_the_model_but_its_version(graphs, monkeypatch):
+    config, found = graphs
+    seen = []
+
+    def watched(guards, keep=compiled.keep_guards):
+        kept = keep(guards)
+        seen.extend((guard.name, is_kept) for guard, is_kept in zip(guards, kept, strict=True))
+        return kept
+
+    monkeypatch.setattr(compiled, "keep_guards", watched)
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    model.generate(**prompt(), **how(compile_config=config), **cached(model, "streaming"))
+    of_model = [is_kept for name, is_kept in seen if compiled.OF_MODEL.match(name)]
+    assert len(of_model) > 200 and sum(of_model) == len({n for n, k in seen if k and compiled.OF_MODEL.match(n)}) == 1
+    assert all(is_kept for name, is_kept in seen if not compiled.OF_MODEL.match(name)) and len(found) == 1
+
+
+@pytest.mark.parametrize("head", DECODERS)
+def test_families_remember_nothing_of_a_text(head):
+    model = sparse_hf.sparsify(dense_model(head).eval(), PATTERN)
+    before = compiled.state_of(model)
+    model.generate(**prompt(), **how(cache_implementation="static"))
+    assert compiled.forgets_texts(model) and compiled.state_of(model) == before
+
+
+def test_angles_of_the_longest_text_are_asked_for_at_every_step(graphs):
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    assert compiled.forgets_texts(model)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = CompileConfig()
+    assert not compiled.forgets_texts(model) and compiled.lean_config(model, config) is config
+
+
+OTHERS = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+OURS = {"guard_filter_fn": compiled.keep_guards}
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {"triton.cudagraphs": True, **OURS}),
+        ({"mode": None, "options": {"max_autotune": True}}, {"max_autotune": True, **OURS}),
+        ({"mode": "max-autotune"}, None),
+        ({"mode": None, "options": OTHERS}, OTHERS),
+    ],
+)
+def test_settings_of_torch_that_a_call_has_stay(given, options):
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
+    config = CompileConfig(**given)
+    lean = compiled.lean_config(model, config)
+    assert lean.options == options and config == CompileConfig(**given)
+    assert lean.fullgraph == config.fullgraph and lean.backend == config.backend

@@ -12,6 +12,7 @@ import torch
 
 import sparse_hf
 from sparse_hf.train import split_sequence
+from tests.processes import TORCHRUN, finished
 from tests.train import split_ranks
 
 # heads of Transformers compute softmax, norms and losses in single precision, whatever the weights
@@ -26,6 +27,11 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("cell", split_ranks.CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_parts_have_the_gradients_of_the_whole(cell, found):
+    check(cell, found)
+
+
+def check(cell, found) -> None:
+    """Compare what all ranks have with one process."""
     wanted = split_ranks.expected(cell)
     largest = max(grad.norm() for grad in wanted.values())
     for rank in found:
@@ -36,6 +42,21 @@ def test_parts_have_the_gradients_of_the_whole(cell, found):
             off = (has[name] - grad).norm()
             # gradients of keys' biases are zero but for roundings
             assert off <= LIMIT * (grad.norm() + largest / 100), (name, float(off), float(grad.norm()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus_have_the_gradients_of_one_process(ranks, tmp_path):
+    """The same steps, a GPU for each process, over NCCL."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    status, said = finished(*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "tests.train.split_ranks", str(tmp_path))
+    assert status == 0, said[-6000:]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    cells = [cell for cell in split_ranks.CELLS if cell.ranks == ranks]
+    assert cells
+    for cell in cells:
+        check(cell, found)
 
 
 def test_what_is_exchanged_does_not_grow_with_the_text(found):

@@ -6,18 +6,17 @@ Legend: B batch, C heads of the choice, Q queries, K keys, N chosen keys of a qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...pattern.base import whole
+from . import selection
 
 # numbers that exist at once while scores are made and compared, and keys of a piece
 MAX_SCORES, KEYS = 1 << 21, 2048
-# elsewhere than on the CPU, where the host would wait for many small pieces
-MAX_SCORES_ELSEWHERE = 1 << 27
 # below every score, also below -inf
 _NONE = torch.iinfo(torch.int64).min
 _LOW = (1 << 31) - 1
@@ -62,6 +61,11 @@ class Limits:
     end: Tensor | None = None
     q_offset: int | None = None
     allows: Allows | None = None
+
+    @property
+    def beside_causality(self) -> Limits:
+        """What limits a choice beside `q_offset`."""
+        return self if self.q_offset is None else replace(self, q_offset=None)
 
     def last_key(self, queries: slice, num_keys: int) -> int:
         """How many of the first keys have any that one of the queries may choose, at most."""
@@ -117,7 +121,9 @@ def choose(scorer: Scorer, count: int, limits: Limits = NO_LIMITS) -> Tensor:
     batch, heads, queries, keys = scorer.shape
     count = min(count, keys)
     found = torch.full((batch, heads, queries, count), -1, dtype=torch.int32, device=scorer.device)
-    if count:
+    if count and selection.is_able(scorer.device):
+        selection.choose_into(found, scorer, limits)
+    elif count:
         for some in _query_pieces(scorer, count):
             found[:, :, some] = _best(scorer, some, count, limits)
     return found
@@ -126,8 +132,7 @@ def choose(scorer: Scorer, count: int, limits: Limits = NO_LIMITS) -> Tensor:
 def _query_pieces(scorer: Scorer, count: int) -> Iterator[slice]:
     batch, heads, queries, keys = scorer.shape
     width = min(keys, KEYS) * max(scorer.numbers_per_score, 2 * batch * heads) + 2 * batch * heads * count
-    most = MAX_SCORES if scorer.device.type == "cpu" else MAX_SCORES_ELSEWHERE
-    step = max(1, most // max(1, width))
+    step = max(1, MAX_SCORES // max(1, width))
     for first in range(0, queries, step):
         yield slice(first, min(first + step, queries))
 

@@ -30,7 +30,7 @@ from ...pattern import Pattern, full
 from ...pattern.base import as_pattern
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention, learning, tell_learning
+from .chosen_keys import choice_of, chosen_attention, learning, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .indexer import INDEXED
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
@@ -104,6 +104,7 @@ def sparse_attention_forward(
     if chosen is not None:
         tell_learning(module, query, key, scoring.scale)
         return chosen_attention(query, key, value, chosen, scoring, dropout, sinks, wants_weights)
+    key, value = made_of_latents(key, value)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack, bias = request.stack(module), _bias_of(kwargs)
@@ -112,7 +113,7 @@ def sparse_attention_forward(
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     bounds, streaming = kwargs.get("page_bounds"), kwargs.get("streaming_cache")
-    pattern = layer_pattern(module, stack, is_causal or bounds is not None)
+    pattern = layer_pattern(module, stack, is_causal or bounds is not None, opaque)
     if kwargs.get(LAYERS_SEE) is not None:
         pattern = kwargs[LAYERS_SEE][module.layer_idx]
     scoring = scoring if bias is None else replace(scoring, bias=bias)

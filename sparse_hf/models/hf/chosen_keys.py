@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...attention import with_weights
 from ...attention.backend import AttentionCall
-from ...attention.chosen import Limits, attend_chosen
+from ...attention.chosen import Latents, Limits, attend_chosen, attend_latent
 from ...attention.chosen.backend import ChosenKeys
 from ...attention.dropout import Dropout
 from ...attention.merge import with_sink
@@ -55,6 +55,9 @@ class Learning(Protocol):
 
 # of the context that goes on
 LEARNING: ContextVar[Learning | None] = ContextVar("learning", default=None)
+
+# what the keys and values of the layer that is computed are made of, where it has not made them
+LATENTS: ContextVar[Latents | None] = ContextVar("latents", default=None)
 
 
 def refuse_graphs() -> None:
@@ -191,6 +194,10 @@ def chosen_attention(
     wants_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention `[B, Q, H, D]` to the keys that were chosen, `[B, C, Q, N]`, and the weights `[B, H, Q, K]` if they are wanted."""
+    latents = LATENTS.get()
+    if latents is not None and not wants_weights and sinks is None and scoring.softcap is None and not dropout:
+        return tokens_first(attend_latent(query, latents, chosen, scale=scoring.scale)), None
+    key, value = made_of_latents(key, value)
     if not wants_weights:
         out, _ = attend_chosen(
             query, key, value, chosen, scale=scoring.scale, sinks=sinks, soft_cap=scoring.softcap, dropout=dropout
@@ -203,6 +210,12 @@ def chosen_attention(
     if sinks is not None:
         out, weights = with_sink(out, lse, sinks), with_sink(weights, lse, sinks)
     return tokens_first(out), weights
+
+
+def made_of_latents(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are, or made of the latents of a layer that has not made them."""
+    latents = LATENTS.get()
+    return (key, value) if latents is None else latents.keys_and_values()
 
 
 def refuse_bounds(kwargs: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from .cache import (
     over_slots,
     prepare_cache,
 )
+from .compiled import lean_config
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
@@ -94,6 +95,8 @@ class SparseMixin(SavedByOthers, _Model):
     _supports_context_parallel = False
     # does the dense class keep from its layers the arguments that it does not know?
     keeps_arguments = False
+    # which model a graph is of, see `lean_config`
+    graph_version = ""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -204,6 +207,11 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         if marks is not None:
             model_kwargs["global_attention_mask"] = marks
 
+    def get_compiled_call(self, compile_config):
+        """As Transformers'; what graphs ask of the model is asked here, once a call of `generate`."""
+        config = compile_config or self._default_compile_config()
+        return super().get_compiled_call(lean_config(self, config))  # pyright: ignore[reportAttributeAccessIssue]
+
     def _validate_model_kwargs(self, model_kwargs):
         decode = model_kwargs.pop("decode", None)
         if decode is not None:
@@ -303,7 +311,10 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             global_attention_mask = kwargs.pop("global_attention_mask", global_attention_mask)
         if num_items_in_batch is not None and self.training:
             num_items_in_batch = at_least_one(num_items_in_batch)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # asked, so that a graph is of this version
+            assert self.graph_version is not None
+        else:
             refuse_tracing()
             check_spelling(kwargs, signature.parameters)
             check_cache_name(kwargs, signature.parameters)
@@ -335,7 +346,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     # what `inspect.signature` gives
-    forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
+    forward.__dict__["__signature__"] = signature if has_marks else with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
@@ -372,7 +383,7 @@ def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> Abstra
     return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
 
 
-def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
+def with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
     """The signature with `global_attention_mask` before `**kwargs`."""
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
     parameters = list(signature.parameters.values())

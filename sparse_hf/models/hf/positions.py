@@ -85,6 +85,13 @@ class Positions:
 ROTARY = Positions("rotary")
 
 
+def changing_angles(config: Any) -> str | None:
+    """The kind of a configuration's rotary angles that are other ones in a longer text; None if none are."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    return next((kind["rope_type"] for kind in kinds if kind.get("rope_type") in CHANGING), None)
+
+
 def why_not_turned(config: Any) -> str | None:
     """Why positions of the first tokens cannot be those in a cache, as far as a configuration says; None if they can."""
     scheme = None if config.positions is None else config.positions.scheme
@@ -93,9 +100,7 @@ def why_not_turned(config: Any) -> str | None:
             f"positions='cache' turns rotary keys, and {config.model_type} has positions that are {scheme or 'of no known kind'}, which "
             "are in the states of a token for good; use positions='true', or a rotary model"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    changing = next((kind["rope_type"] for kind in kinds if kind.get("rope_type") in CHANGING), None)
+    changing = changing_angles(config)
     if changing is None:
         return None
     return (

@@ -17,7 +17,7 @@ from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
 from .indexer import fit_indexers
 from .layer_spec import LayersLike
-from .register import Family, dense_class, family_of, find_family
+from .register import Family, dense_class, family_of, find_composed, find_family
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +38,8 @@ def sparsify(
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
     Args:
-        model: a model of a supported family, dense or already sparse.
+        model: a model of a supported family, dense or already sparse. Of a model of text and images or sounds it is the text
+            that gets the pattern, and `marked()` may speak of an image's tokens there.
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
@@ -62,6 +63,9 @@ def sparsify(
         )
     family = find_family(model.config.model_type)
     if family is None or type(model) not in COUNTERPARTS and type(model) not in family.classes:
+        composed = find_composed(model.config.model_type)
+        if composed is not None:
+            return _around_text(model, composed, (pattern, layers, global_token_ids, decode))
         _refuse_around(model)
     family = family_of(model.config.model_type)
     if type(model) not in COUNTERPARTS and type(model) not in family.classes:
@@ -108,6 +112,24 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
     fit_indexers(sparse, config)
+    return sparse
+
+
+def _around_text(model: PreTrainedModel, family: Family, asked: tuple[Any, ...]) -> PreTrainedModel:
+    """A model of several around its text, which is made sparse."""
+    dense: Any = model.config.get_text_config()
+    texts = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model and m.config is dense)
+    text = next(texts, None)
+    if text is None:
+        raise ValueError(
+            f"{type(model).__name__} holds no model with its text_config, so that there is nothing to make sparse"
+        )
+    made = sparsify(text, *asked)
+    config: Any = family.config_class
+    config = config.around(model.config, made.config)
+    own = {dense_class(c): c for c in family.classes}
+    sparse = _shared_copy(model, _Configs(model.config, config), {id(text): made}, own)
+    _name_no_folder(sparse)
     return sparse
 
 
@@ -178,8 +200,10 @@ def forget_preparation(module: nn.Module) -> None:
         del own["forward"]
 
 
-def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> AnyModule:
-    """A copy of the module tree around the same parameters and buffers."""
+def _shared_copy(
+    module: AnyModule, configs: _Configs, done: dict[int, Any], classes: Mapping[type, type] = COUNTERPARTS
+) -> AnyModule:
+    """A copy of the module tree around the same parameters and buffers, of modules that are not done yet."""
     if id(module) in done:
         return done[id(module)]
     # some classes refuse to be copied, those of weights that are computed of others among them
@@ -190,10 +214,11 @@ def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> 
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {
-        name: None if child is None else _shared_copy(child, configs, done) for name, child in module._modules.items()
+        name: None if child is None else _shared_copy(child, configs, done, classes)
+        for name, child in module._modules.items()
     }
     for name, value in module.__dict__.items():
         if type(value) is type(configs.dense):
             twin.__dict__[name] = configs(value)
-    twin.__class__ = COUNTERPARTS.get(type(module), type(module))
+    twin.__class__ = classes.get(type(module), type(module))
     return twin

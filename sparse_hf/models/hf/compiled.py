@@ -1,0 +1,109 @@
+"""What a compiled step of `generate` checks at every token, and what it checks once a call.
+
+A graph is right as long as what it was made of is as it was. Compiled code asks that of each module, attribute and hook before each
+token, which takes longer than the attention does. Nobody changes a model between two tokens of one call, so the model is looked at
+once a call instead: if it is another one than before, it gets another version, which is asked for at every token, and so another
+graph. Arguments, caches and settings of torch are asked for as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ...registry import ENTRIES
+from .dense_family import DenseFamily
+from .positions import changing_angles
+
+# what `mode="reduce-overhead"` stands for, beside which torch takes no options
+CUDA_GRAPHS = {"triton.cudagraphs": True}
+FILTER = "guard_filter_fn"
+# a guard on the model or its class
+OF_MODEL = re.compile(r"(?:\w+\()*self\b")
+VERSION = "graph_version"
+# attributes of a model that say nothing of what it computes
+OWN = {VERSION, "_compiled_state", "_compiled_call", "_last_compile_config", "_previous_max_cache_length"}
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+_VERSIONS = count(1)
+
+
+def lean_config(model: Any, config: Any) -> Any:
+    """A `CompileConfig` whose graphs ask once a call of `generate` whether the model is the one that they were made of.
+
+    It is called once a call. The configuration is given back as it is where modules of a model remember something of a text, or where
+    it holds settings of torch that this one cannot stand beside.
+    """
+    if config.mode not in (None, "default", "reduce-overhead") or FILTER in (config.options or {}):
+        return config
+    if (
+        config.mode == "reduce-overhead"
+        and (config.options or config.backend != "inductor")
+        or not forgets_texts(model)
+    ):
+        return config
+    state = state_of(model)
+    if vars(model).get("_compiled_state") != state:
+        # constants are compared by what they are, a number might be taken for one of many
+        setattr(model, VERSION, f"version {next(_VERSIONS)}")
+        model._compiled_state = state
+    lean = copy.copy(config)
+    lean.options = {
+        **(config.options or {}),
+        **(CUDA_GRAPHS if config.mode == "reduce-overhead" else {}),
+        FILTER: keep_guards,
+    }
+    lean.mode = None
+    return lean
+
+
+def forgets_texts(model: Any) -> bool:
+    """Do modules of a model compute the same whatever they have computed before?
+
+    Angles of some rotary schemes are those of the longest text so far. Families that were derived by themselves may do anything.
+    """
+    is_known = any(isinstance(e, DenseFamily) and e.sparse_type == model.config.model_type for e in ENTRIES)
+    return is_known and changing_angles(model.config) is None
+
+
+def keep_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a graph are asked at every token: those on all but the model, if its version is among them."""
+    is_known = any(guard.name == f"self.{VERSION}" for guard in guards)
+    return [not is_known or guard.name == f"self.{VERSION}" or not OF_MODEL.match(guard.name) for guard in guards]
+
+
+def state_of(model: nn.Module) -> tuple:
+    """What a graph of a model depends on: its modules, their attributes and hooks, and shapes and dtypes of its weights."""
+    seen: set[int] = set()
+    return tuple(
+        (
+            id(module),
+            type(module),
+            *((name, _plain(value, seen)) for name, value in vars(module).items() if name not in OWN),
+        )
+        for module in model.modules()
+    )
+
+
+def _plain(value: Any, seen: set[int]) -> Any:
+    """A value as something that can be compared and holds no tensor."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, (dict, list, tuple, set, PreTrainedConfig)):
+        if id(value) in seen:
+            return id(value)
+        seen.add(id(value))
+        if isinstance(value, dict):
+            return tuple((key, _plain(one, seen)) for key, one in value.items())
+        if isinstance(value, PreTrainedConfig):
+            return id(value), tuple((key, _plain(one, seen)) for key, one in vars(value).items())
+        return tuple(_plain(one, seen) for one in value)
+    return id(value)
