@@ -81,6 +81,12 @@ TINY = Case(
     {"heads": 2, "width": 8},
     {"alone": 1e-2, "all": 1e-3},
 )
+# what is drawn of each entry
+SHOWN = (
+    ("recalled", "share of hidden facts that are recalled"),
+    ("answer_loss", "loss of their tokens, in nats"),
+    ("perplexity", "perplexity of held-out books"),
+)
 ENTRIES = ("dense", "window", "products", "blocks", "indexer, new", "indexer, alone", "indexer, all")
 
 
@@ -264,13 +270,10 @@ def plot(content: dict, path: Path) -> None:
     said, entries = content["settings"], content["entries"]
     entries = {name: entry for name, entry in entries.items() if "recalled" in entry}
     title = f"{said['checkpoint']}, {said['near']} and 512 chosen keys, {said['length']:,} tokens, {studies.hardware(content)}"
-    figure, axes = canvas(3, title.replace("512", said["choices"]["products"].strip("topk()")))
+    shown = [(key, label) for key, label in SHOWN if all(key in entry for entry in entries.values())]
+    figure, axes = canvas(len(shown), title.replace("512", said["choices"]["products"].strip("topk()")))
     places = range(len(entries))
-    for axis, key, label in (
-        (axes[0], "recalled", "share of hidden facts that are recalled"),
-        (axes[1], "answer_loss", "loss of their tokens, in nats"),
-        (axes[2], "perplexity", "perplexity of held-out books"),
-    ):
+    for axis, (key, label) in zip(axes, shown, strict=True):
         bars = axis.bar(places, [entry[key] for entry in entries.values()], color=[f"C{i}" for i in places])
         axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axis.set_xticks(list(places), list(entries), rotation=30, ha="right")
