@@ -33,6 +33,7 @@ from .compiled import draft_on, lean_config
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .indexer import fit_indexers
 from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
@@ -108,6 +109,8 @@ class SparseMixin(SavedByOthers, _Model):
             cls._parent_scales_loss = issubclass(cls, GenerationMixin) and "loss_function" in code.co_names
 
     def post_init(self):
+        # before weights are initialized
+        fit_indexers(self, self.config)
         super().post_init()
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
