@@ -31,12 +31,12 @@ PIECES: dict[str, Callable[..., Any]] = {
     "models-whisper": partial(run_models, ["whisper"], [1_500, 15_000]),
     # 224 x 224 and 2,048 x 2,048 pixels
     "models-vit": partial(run_models, ["vit"], [197, 16_385]),
-    # two layers with windows, then one with a window and one without, as in the model
-    "models-gpt-oss-window": partial(run_models, ["gpt_oss_window"], [16_384, 65_536], layers=2),
     "attention-mla-triton": partial(
         run_attention, [4_096, 16_384, 65_536], "window(1023, 0)", backends=["triton"], **MLA
     ),
     "attention-mla-flex": partial(run_attention, [4_096, 16_384, 65_536], "window(1023, 0)", backends=["flex"], **MLA),
+    # two layers with windows, then one with a window and one without, as in the model
+    "models-gpt-oss-window": partial(run_models, ["gpt_oss_window"], [16_384, 65_536], layers=2),
     "models-gpt-oss": partial(run_models, ["gpt_oss"], [16_384, 65_536], layers=2),
 }
 

@@ -160,12 +160,23 @@ class MaskRequest:
         real = self.attention_mask
         return torch.ones(rows, end, dtype=torch.bool, device=device) if real is None else real[:, :end].to(device)
 
-    def to(self, target: Any) -> MaskRequest:
+    def to(self, target: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
-        if isinstance(target, torch.dtype):
+        target = device if target is None else target
+        if target is None or isinstance(target, torch.dtype):
             return self
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
         return replace(self, attention_mask=mask, memo={})
+
+    def repeat(self, *sizes: int) -> Tensor:
+        """Which keys are real, `[B, 1, 1, K]`, repeated: heads that pool an image read all of its patches by torch's own attention.
+
+        Raises:
+            NotImplementedError: a mask that says more than that, or nothing.
+        """
+        if self.attention_mask is None or self.reading(False) != (False, None):
+            raise NotImplementedError("a mask of all pairs was to be repeated, which sparse attention never makes")
+        return self.attention_mask[:, None, None].repeat(*sizes)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""

@@ -261,7 +261,10 @@ def _reason(model_type: str) -> str:
     if model_type not in CONFIG_MAPPING:
         return "Transformers does not know it either"
     if not has_layers(model_type):
-        return "it has no layers of its own, and the models within it have: make each of these sparse by itself"
+        made = "make each of these sparse by itself"
+        if find_composed(model_type) is not None:
+            made = "sparse_hf.sparsify makes the text of a loaded one sparse, which save_pretrained keeps"
+        return f"it has no layers of its own, and the models within it have: {made}"
     config = CONFIG_MAPPING[model_type].__module__
     spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
     if spec is None:
