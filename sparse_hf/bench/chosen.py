@@ -142,8 +142,11 @@ def _layers(shape: IndexedShape, dtype: str, timer: Timer, longest: int) -> dict
 
     torch.manual_seed(0)
     with torch.device(timer.device):
-        dense = DeepseekV32Model(DeepseekV32Config(**shape.config(longest))).to(DTYPES[dtype]).eval()
-    sparse = sparsify(dense).to(timer.device).eval()
+        # its own types of `to` say nothing of dtypes
+        dense: Any = DeepseekV32Model(DeepseekV32Config(**shape.config(longest)))
+    dense = dense.to(DTYPES[dtype]).eval()
+    sparse: Any = sparsify(dense)
+    sparse = sparse.to(timer.device).eval()
 
     def run(model: Any, implementation: str | None, n: int, trains: bool) -> Row:
         if implementation:

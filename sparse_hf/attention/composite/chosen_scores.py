@@ -40,7 +40,8 @@ class AntidiagonalScores:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (*self.query.shape[:3], self.key.shape[2])
+        batch, heads, groups = self.query.shape[:3]
+        return batch, heads, groups, self.key.shape[2]
 
     @property
     def device(self) -> torch.device:
