@@ -122,7 +122,9 @@ def _antidiagonals(kind, queries, places, candidates) -> dict[int, float]:
             for column in range(-(-len(key) // 16)):
                 sides = [(p, 16 * column + 15 - int(p) % 16) for p in places.tolist() if p // 16 == row]
                 pairs = [(places.tolist().index(p), y) for p, y in sides if y < len(key)]
-                squares[block, column] = sum(float(queries[x] @ key[y]) for x, y in pairs) / 16 * queries.shape[1] ** -0.5
+                squares[block, column] = (
+                    sum(float(queries[x] @ key[y]) for x, y in pairs) / 16 * queries.shape[1] ** -0.5
+                )
         weights = torch.tensor(list(squares.values()), dtype=torch.float64).softmax(0).tolist()
         for (block, _), weight in zip(squares, weights, strict=True):
             found[block] += weight
