@@ -263,6 +263,11 @@ def _read_content(pattern: Pattern) -> ContentForm:
     return ContentForm(positions, chosen)
 
 
+def uses_indexer(pattern: Pattern | str) -> bool:
+    """Does a pattern choose keys by the scores of an indexer?"""
+    return any(one.content.uses_indexer for one in read_content(pattern).chosen)
+
+
 def content_terms(pattern: Pattern) -> list[ContentTerm]:
     """A pattern as the union of terms.
 

@@ -152,6 +152,17 @@ def test_a_text_that_was_replaced_in_a_dense_model_is_said_to_load_as_dense(tmp_
     assert not caplog.text
 
 
+def test_a_class_that_hands_its_mask_on_for_a_tensor_is_refused():
+    config = transformers.PaliGemmaConfig(
+        text_config={**TEXT, "model_type": "gemma"}, vision_config={**TOWER, "model_type": "siglip_vision_model"},
+        image_token_id=IMAGE, projection_dim=64,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="a tiny copy of PaliGemmaForConditionalGeneration cannot be made sparse in its text"
+    ):
+        sparse_hf.sparsify(transformers.PaliGemmaForConditionalGeneration(config), "window(3, 0)")
+
+
 def test_a_model_that_only_compares_is_not_taken_for_one_that_writes():
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(text_config=text, vision_config={**text, "image_size": 28, "patch_size": 7})

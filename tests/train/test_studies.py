@@ -17,6 +17,7 @@ from examples import (
     study_classification,
     study_healing,
     study_healing_long,
+    study_indexer,
     study_streaming,
     study_tuning,
     tiny,
@@ -239,3 +240,14 @@ def test_streaming_reads_a_text_in_every_way(tmp_path):
     assert all(len(entry["by_position"]) == (5 if name == "dense" else 8) for name, entry in entries.items())
     # what is whole is not read again
     assert run(study_streaming, tmp_path)["entries"] == entries
+
+
+@pytest.mark.slow
+def test_indexers_are_trained_and_stand_beside_what_needs_no_training(tmp_path):
+    content = run(study_indexer, tmp_path)
+    entries = content["entries"]
+    assert list(entries) == list(study_indexer.ENTRIES) and "recalled" not in entries["indexer, new"]
+    assert entries["indexer, alone"]["mass"] >= entries["indexer, new"]["mass"]
+    assert all(entries[name]["perplexity"] > 1 for name in entries if name != "indexer, new")
+    # windows of so short a text hold nearly the same
+    assert entries["dense"]["perplexity"] == pytest.approx(entries["indexer, all"]["perplexity"], rel=0.05)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -126,6 +127,37 @@ def _digest(config: PreTrainedConfig) -> str:
             return json.dumps(tiny_config(config).to_dict(), sort_keys=True, default=str)
     except FAILURES:
         return ""
+
+
+def check_composed(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Compare a tiny model around a text with the dense one, on text alone; remembered as long as the process lives.
+
+    Raises:
+        RefusedError: its text is not what it is in the dense class, or does not keep to a pattern.
+    """
+    # by name, because it asks for this check itself
+    sparsify = import_module("..hf.sparsify", __package__).sparsify
+    passed = _PASSED.setdefault((type(config), _digest(config)), {})
+    if _WITHIN.get() or dense_class in passed:
+        return
+    name, token = dense_class.__name__, _WITHIN.set(True)
+    try:
+        with apart():
+            dense, inputs, answer = tiny_with_inputs(dense_class, config)
+            full, narrow = (tensors_of(sparsify(dense, pattern)(**fresh(inputs))) for pattern in (FULL, NARROW))
+            wanted = tensors_of(answer)
+    except FAILURES as error:
+        raise RefusedError(f"a tiny copy of {name} cannot be made sparse in its text: {_line(error)}") from error
+    finally:
+        _WITHIN.reset(token)
+    off = _difference(full, wanted)
+    if not off <= TOLERANCE:
+        raise RefusedError(
+            f"{name} around a text under a pattern of all pairs is not what the dense class is: answers differ by {off:.1e}"
+        )
+    if _difference(narrow, wanted) <= TOLERANCE:
+        raise RefusedError(f"the text of {name} does not go by a pattern")
+    passed[dense_class] = Seen(0, (), False)
 
 
 def check(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> Seen:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ...registry import ENTRIES
-from .cache import given_cache
+from .cache import first_tokens, given_cache
 from .dense_family import DenseFamily
 from .positions import changing_angles
 from .streaming_cache import StreamingCache
@@ -36,8 +36,6 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 _VERSIONS = count(1)
 # tokens at most that a draft goes on with: the last one of a draft that was right to its end, and the one behind it
 DRAFT_BEGINS = 2
-# arguments with an entry for each token so far
-OF_TOKENS = ("attention_mask", "position_ids")
 
 
 def lean_config(model: Any, config: Any) -> Any:
@@ -102,9 +100,8 @@ def draft_on(model: Any, input_ids: Tensor, generation_config: Any, kwargs: dict
         return None
     forward, outputs = model.get_compiled_call(generation_config.compile_config), None
     for length in range(held + 1, tokens + 1):
-        so_far = {name: kwargs[name][:, :length] for name in OF_TOKENS if kwargs.get(name) is not None}
         inputs = model.prepare_inputs_for_generation(
-            input_ids[:, :length], next_sequence_length=1, **{**kwargs, **so_far}
+            input_ids[:, :length], next_sequence_length=1, **first_tokens(kwargs, length)
         )
         outputs = forward(**inputs, return_dict=True)
     return outputs
