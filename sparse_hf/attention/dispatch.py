@@ -150,7 +150,8 @@ def kind_of(call: AttentionCall) -> Kind:
     Raises:
         ValueError: a pattern that hashes and chooses.
     """
-    chosen = read_content(str(call.pattern)).chosen
+    assert call.pattern is not None
+    chosen = read_content(call.pattern).chosen
     hashes = {isinstance(content, LSH) for content, _ in chosen}
     if len(hashes) > 1:
         raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")

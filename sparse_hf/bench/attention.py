@@ -261,7 +261,9 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
 
 def _table(result: Result) -> Figures:
-    values = "" if result["value_dim"] == result["head_dim"] else f" (values {result['value_dim']})"
+    # older files say nothing of values
+    of_values = result.get("value_dim", result["head_dim"])
+    values = "" if of_values == result["head_dim"] else f" (values {of_values})"
     heads = f"{result['heads']} heads of {result['head_dim']}{values}, {result['dtype']}"
     columns = ("", "forward", "+ backward", "TFLOP/s", "faster", "of window", "memory", "error")
     table = Figures(f"{result['pattern']}: {heads}, {result['environment']['hardware']}", columns)

@@ -90,7 +90,7 @@ def leaves_out_future(pattern: Pattern) -> bool:
     """Does a pattern hold no pair of a query and a later key?"""
     if pattern.uses_content:
         form = read_content(pattern)
-        return all(is_cut(cut) for _, cut in form.chosen) and leaves_out_future(Pattern.parse(form.positions))
+        return all(is_cut(cut) for _, cut in form.chosen) and leaves_out_future(form.positions)
     token = torch.tensor([0])
     return not bool(pattern.allows(token, token + 1).any())
 

@@ -22,7 +22,7 @@ PROFILED, LISTED = 16, 16
 GROUPS = {
     "attention": re.compile(r"flash|fmha|attention|softmax|^(split|join)$", re.IGNORECASE),
     "weights": re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|_mm_|addmm|^aten::(mm|linear)$", re.IGNORECASE),
-    "copies": re.compile(r"memcpy|memset|copy|cat", re.IGNORECASE),
+    "copies": re.compile(r"memcpy|memset|catarray|direct_copy|^aten::(cat|copy_)$", re.IGNORECASE),
 }
 OTHERS = "others"
 
@@ -113,7 +113,7 @@ def group_of(kernel: str) -> str:
     """What a kernel is for.
 
     Examples:
-        >>> group_of("split"), group_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT"), group_of("triton_poi_fused_add_0")
+        >>> group_of("split"), group_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT"), group_of("triton_poi_fused_add_cat_0")
         ('attention', 'weights', 'others')
     """
     return next((name for name, says in GROUPS.items() if says.search(kernel)), OTHERS)

@@ -28,20 +28,20 @@ from ..train import SplitSequence, long_text, plan_memory, split_sequence
 from .measure import DTYPES, peak_bytes, synchronize
 from .results import Row
 from .ring import NAME, register_ring, ring_step
-from .training import dense_model, distance, gradients, make_batch, sparse_model, training_step
+from .training import dense_model, distance, gradients, make_batch, masked_step, sparse_model, training_step
 
 # tokens of each process in the step before those that are timed, in which kernels are compiled
 WARM_TOKENS = 65536
-# how far gradients in float32 may be from those of one process, and how many times as far in bf16
+# how far gradients in float32 may be from the dense model's, and how many times as far as one process in bf16
 EXACT_DISTANCE, TIMES_AS_FAR = 1e-4, 1.5
 
 
 def exact(case: Row, device: torch.device) -> Row:
-    """Loss and gradients of all processes beside those of one that has the whole text."""
+    """Gradients of all processes, and of one, beside those of the dense model in float32 that has the pattern as its mask."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shape, dtype, n = case["shape"], case["dtype"], case["n"]
 
-    def gradients_of(dtype: str, shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    def gradients_of(shared: bool) -> tuple[float, dict[str, torch.Tensor]]:
         model = sparse_model(shape, n, dtype, device, case["pattern"])
         batch = make_batch(model, n, device)
         if not shared:
@@ -55,13 +55,14 @@ def exact(case: Row, device: torch.device) -> Row:
                 handle.average_gradients()
         return loss, gradients(model)
 
-    whole, (loss, found) = gradients_of("fp32", shared=False), gradients_of(dtype, shared=True)
-    alone = whole if dtype == "fp32" else gradients_of(dtype, shared=False)
-    far = _worst(distance(found, whole[1]), device)
-    of_one = distance(alone[1], whole[1])
-    row = {"loss": loss, "loss_of_one": alone[0], "gradient_distance": far, "gradient_distance_of_one": of_one}
-    limit = EXACT_DISTANCE if dtype == "fp32" else TIMES_AS_FAR * of_one
-    return row if far <= limit else {**row, "failed": f"wrong: gradients are {far:.2e} from those of one process"}
+    dense = dense_model(shape, n, "fp32", device, attn_implementation="sdpa")
+    masked_step(dense, make_batch(dense, n, device), case["pattern"])
+    whole = gradients(dense)
+    (loss, found), (loss_of_one, alone) = gradients_of(shared=True), gradients_of(shared=False)
+    far, of_one = _worst(distance(found, whole), device), distance(alone, whole)
+    row = {"loss": loss, "loss_of_one": loss_of_one, "gradient_distance": far, "gradient_distance_of_one": of_one}
+    limit = max(EXACT_DISTANCE, TIMES_AS_FAR * of_one if dtype != "fp32" else 0)
+    return row if far <= limit else {**row, "failed": f"wrong: gradients are {far:.2e} from the dense model's"}
 
 
 def step(case: Row, device: torch.device) -> Row:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from ..models import sparsify
+from ..plan import build_plan
 from .generate_cases import SHAPES
 from .measure import DTYPES
 
@@ -23,11 +24,11 @@ MORE_SHAPES: dict[str, dict[str, Any]] = {
     },
     "bert": {"model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "vocab_size": 512,
+        "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512,
     },
     "tiny-bert": {
-        "model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "model_type": "bert", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 512, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     },
 }  # fmt: skip
@@ -41,32 +42,51 @@ def check_shape(shape: str) -> None:
         raise ValueError(f"shape is {shape!r}; the known ones are {', '.join(TRAINED_SHAPES)}")
 
 
-def shape_config(shape: str, longest: int) -> Any:
-    """The configuration of a shape with positions for `longest` tokens."""
+def shape_config(shape: str, longest: int, layers: int | None = None) -> Any:
+    """The configuration of a shape with positions for `longest` tokens, and its own layers or so many."""
     check_shape(shape)
     given: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": True, **TRAINED_SHAPES[shape]}
     if given["model_type"] == "llama":
         given |= {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
+    given |= {} if layers is None else {"num_hidden_layers": layers}
     return AutoConfig.for_model(given.pop("model_type"), max_position_embeddings=longest, **given)
 
 
-def dense_model(shape: str, longest: int, dtype: str, device: torch.device, **given: Any) -> PreTrainedModel:
+def dense_model(
+    shape: str, longest: int, dtype: str, device: torch.device, layers: int | None = None, **given: Any
+) -> PreTrainedModel:
     """The dense model of a shape, with random weights that are the same each time."""
     torch.manual_seed(0)
-    config = shape_config(shape, longest)
+    config = shape_config(shape, longest, layers)
     auto = AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM
     with device:
         return auto.from_config(config, dtype=DTYPES[dtype], **given).train()
 
 
-def sparse_model(shape: str, longest: int, dtype: str, device: torch.device, pattern: str | None = None) -> Any:
+def sparse_model(
+    shape: str, longest: int, dtype: str, device: torch.device, pattern: str | None = None, layers: int | None = None
+) -> Any:
     """The model of a shape with a pattern, by default a window of a usual size and the first tokens."""
-    dense = dense_model(shape, longest, dtype, device)
+    dense = dense_model(shape, longest, dtype, device, layers)
     return sparsify(dense, pattern or default_pattern(dense)).train()
 
 
 def default_pattern(model: PreTrainedModel) -> str:
-    return ENCODER_PATTERN if model.config.model_type == "bert" else DECODER_PATTERN
+    return ENCODER_PATTERN if _is_encoder(model) else DECODER_PATTERN
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    return "bert" in model.config.model_type
+
+
+def masked_step(model: PreTrainedModel, batch: dict[str, Tensor], pattern: str | None) -> Tensor:
+    """`training_step` of a dense model that is given a pattern as its mask; its loss."""
+    ids = batch["input_ids"]
+    at, row = torch.arange(ids.shape[1], device=ids.device), ids.new_zeros(1)
+    plan = build_plan(pattern or default_pattern(model), len(at), device=ids.device)
+    mask = torch.stack([plan.allows(row, p, at[:, None], at[None]) for p in plan.heads or (0,)])
+    mask = mask if _is_encoder(model) else mask & (at <= at[:, None])
+    return training_step(model, {**batch, "attention_mask": mask[None]})
 
 
 def make_batch(model: PreTrainedModel, length: int, device: torch.device, seed: int = 1) -> dict[str, Tensor]:
@@ -74,7 +94,7 @@ def make_batch(model: PreTrainedModel, length: int, device: torch.device, seed: 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(LOWEST_ID, model.config.vocab_size, (1, length), generator=generator)
     labels = ids.clone()
-    if "bert" in model.config.model_type:
+    if _is_encoder(model):
         labels[torch.rand(ids.shape, generator=generator) > LABELLED] = -100
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
@@ -102,14 +122,13 @@ def training_step(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Whole gradients in float64 on the CPU, by names of weights."""
+    """Whole gradients by names of weights."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-    return {name: grad.cpu().double() for name, grad in whole.items()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
 def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """How far all gradients are from others, relative to their size."""
-    size = sum(float(grad.square().sum()) for grad in exact.values())
-    apart = sum(float((found[name] - grad).square().sum()) for name, grad in exact.items())
+    size = sum(float(grad.double().square().sum()) for grad in exact.values())
+    apart = sum(float((found[name].double() - grad.double()).square().sum()) for name, grad in exact.items())
     return (apart / size) ** 0.5

@@ -302,7 +302,7 @@ def sequence(
 ) -> None:
     """Time training steps on texts that several processes share, on more and more of them.
 
-    Gradients are compared with those of one process first. Processes are started here: run it without
+    Gradients are compared with the dense model first. Processes are started here: run it without
     torchrun.
     """
     from ..bench import SharedTexts, run_sequence

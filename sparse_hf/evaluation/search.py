@@ -167,17 +167,25 @@ class Search:
 @torch.inference_mode()
 def answer_logits(setup: Setup, contender: Contender, questions: Sequence[Question]) -> list[Tensor]:
     """The log-probabilities `[A, V]` that a contender gives in place of each token of each answer, given those before it."""
-    tokenizer, model = setup.subject.tokenizer, contender.model
-    answers = [answer_tokens(tokenizer, one) for one in questions]
-    rows = [[*tokenize(tokenizer, one.prompt), *answer] for one, answer in zip(questions, answers, strict=True)]
+    model, tokens = contender.model, [_tokens(setup, one) for one in questions]
+    rows, answers = [[*prompt, *answer] for prompt, answer in tokens], [answer for _, answer in tokens]
     longest = max(map(len, rows))
     # no token hears those behind it, so that padding there needs no mask
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     # of each row those of its last A + 1 tokens, of which the very last predicts none
     begins = [len(row) - len(answer) - 1 for row, answer in zip(rows, answers, strict=True)]
     logits = model(input_ids=ids, use_cache=False, **last_alone(model, longest - min(begins))).logits
+    # models without that argument make all of them
     cut = longest - logits.shape[1]
     return [
         of_row[begin - cut : begin - cut + len(answer)].float().log_softmax(-1)
         for of_row, begin, answer in zip(logits, begins, answers, strict=True)
     ]
+
+
+def _tokens(setup: Setup, question: Question) -> tuple[list[int], list[int]]:
+    """A question's prompt and answer as tokens, made once for all sets that are tried."""
+    known, tokenizer = setup.memo.setdefault("tokens", {}), setup.subject.tokenizer
+    if question.digest not in known:
+        known[question.digest] = tokenize(tokenizer, question.prompt), answer_tokens(tokenizer, question)
+    return known[question.digest]

@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from .base import whole
 from .content import Content
 
-BLOCK_SCORES = ("mean", "bounds", "antidiagonal")
+KEY_SCORES, BLOCK_SCORES = ("dot", "indexer"), ("mean", "bounds", "antidiagonal")
 # sides of the squares whose antidiagonals are summed
 ANTIDIAGONAL = 16
 
 
 @dataclass(frozen=True)
 class TopK(Content):
-    """The `count` keys with the largest products with the query, of those that the rest of the pattern does not hold.
+    """The `count` keys that score highest for the query, of those that the rest of the pattern does not hold.
 
     Each query of each head chooses for itself, within whatever causality, padding, documents and `&` allow: `window(127, 0) |
     first(4) | topk(2048)`. What it sees of its past depends on its past alone, so that decoding with a cache is exact. Of equal
-    products the earlier key is taken. A query with fewer keys to choose from gets them all.
+    scores the earlier key is taken. A query with fewer keys to choose from gets them all.
+
+    `scores` says what a key is worth:
+
+    - "dot": the product with the query.
+    - "indexer": what a small module that each such layer of a model gets has learned (DeepSeek-V3.2, arXiv:2512.02556); all
+      heads share the choice.
 
     All keys are scored, in pieces: time grows with the square of the length, at the price of a product, and memory by `count`
     for each query. Choices have no gradient; what is attended to has.
@@ -29,10 +35,19 @@ class TopK(Content):
     """
 
     count: int
+    scores: str = "dot"
     word = "topk"
 
     def __post_init__(self):
         whole(f"{self.word}: count", self.count, 1)
+        _known(self.word, self.scores, KEY_SCORES)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.scores != KEY_SCORES[0] else f"{self.word}({self.count})"
+
+    @property
+    def uses_indexer(self) -> bool:
+        return self.scores == "indexer"
 
     @property
     def most_keys(self) -> int:
@@ -81,10 +96,7 @@ class TopKBlocks(Content):
             raise ValueError(
                 f"{self.word}: {self.queries} queries choose blocks of {self.size} keys together; one must be a multiple of the other"
             )
-        if self.scores not in BLOCK_SCORES:
-            raise ValueError(
-                f"{self.word}: scores is {self.scores!r}; the known ones are {', '.join(map(repr, BLOCK_SCORES))}"
-            )
+        _known(self.word, self.scores, BLOCK_SCORES)
         if self.scores == "antidiagonal" and (self.size % ANTIDIAGONAL or self.queries % ANTIDIAGONAL):
             raise ValueError(
                 f"{self.word}: blocks of {self.size} keys and groups of {self.queries} queries; for antidiagonals both are multiples of "
@@ -128,3 +140,8 @@ class VerticalSlash(Content):
     @property
     def most_keys(self) -> int:
         return self.columns + self.diagonals
+
+
+def _known(word: str, scores: str, known: tuple[str, ...]) -> None:
+    if scores not in known:
+        raise ValueError(f"{word}: scores is {scores!r}; the known ones are {', '.join(map(repr, known))}")

@@ -9,6 +9,7 @@ from .columns import tokens
 from .distillation import Distillation, labelled
 from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal, without_repeated
+from .indexer import IndexerTrainer, train_indexer
 from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .narrowing import NarrowingWindow
@@ -23,6 +24,7 @@ __all__ = [
     "Distillation",
     "Healed",
     "HealingTrainer",
+    "IndexerTrainer",
     "LongText",
     "MarkHeaders",
     "MarkQuestion",
@@ -46,6 +48,7 @@ __all__ = [
     "plan_memory",
     "split_sequence",
     "tokens",
+    "train_indexer",
     "without_repeated",
     "without_ring",
 ]

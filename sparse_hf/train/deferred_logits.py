@@ -278,7 +278,9 @@ def _cross_entropy(
     func, logits: DeferredLogits, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", label_smoothing=0.0,
 ):  # fmt: skip
-    is_plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
+    # a loss of each token is computed in pieces where nobody asks for its gradient, as in evaluations
+    known = ("mean", "sum") if logits.requires_grad and torch.is_grad_enabled() else ("mean", "sum", "none")
+    is_plain = weight is None and size_average is None and reduce is None and reduction in known
     if not is_plain or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
         return NotImplemented
     if len(logits) != len(target):
@@ -287,6 +289,13 @@ def _cross_entropy(
     sample = torch.zeros(1, 2, dtype=logits.dtype, device=logits.device)
     dtype = func(sample, torch.zeros(1, dtype=torch.long, device=logits.device)).dtype
     rows = (target != ignore_index).nonzero().squeeze(1)
+
+    if reduction == "none":
+        each = torch.zeros(len(target), dtype=dtype, device=logits.device)
+        for some in rows.split(logits.recipe.piece):
+            kept = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            each[some] = func(logits.of(some), target[some], reduction="none", **kept)
+        return each
 
     def summed(piece: Tensor, some: Tensor) -> Tensor:
         return func(piece, target[some], ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)

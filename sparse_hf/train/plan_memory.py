@@ -117,8 +117,7 @@ def plan_memory(model: PreTrainedModel | PreTrainedConfig, length: int, **how: A
         ValueError: a step that cannot be, or a model whose layers it cannot read: an encoder-decoder, a mixture of experts.
     """
     step = Step(length, **how)
-    config = model if isinstance(model, PreTrainedConfig) else unwrapped(model).config
-    shape = Shape.of(_on_meta(config) if isinstance(model, PreTrainedConfig) else unwrapped(model))
+    shape = Shape.of(_on_meta(model) if isinstance(model, PreTrainedConfig) else unwrapped(model))
     moments = {name: {k: round(v) for k, v in of(shape, step).items() if v} for name, of in MOMENTS.items()}
     fullest = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(sum(moments[fullest].values()), fullest, moments[fullest], step.tokens)

@@ -25,6 +25,11 @@ PATTERNS = {
         [("bounds", 2, 8, 4)],
         "window(None, 0)",
     ),
+    "topk_blocks(2, 16, 'antidiagonal', 16) & window(None, 0)": (
+        "first(0)",
+        [("antidiagonal", 2, 16, 16)],
+        "window(None, 0)",
+    ),
     "(window(2, 0) | vertical_slash(3, 2, 6)) & window(None, 0)": (
         "window(2, 0) & window(None, 0)",
         [("slash", 3, 2, 6)],
@@ -66,7 +71,8 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
                     for n in (size[0], size[-1] if size[1:] else 1)
                 )
                 members = (group == group[i + offset]).nonzero()[:, 0]
-                queries = q[b, h, members[members >= offset] - offset].double()
+                there = members[members >= offset]
+                queries = q[b, h, there - offset].double(), place[b, there] % size[-1]
                 begin = int(place[b, i + offset]) // size[-1] * size[-1] if size[1:] else int(place[b, i + offset])
                 whole = begin + torch.arange(size[-1] if size[1:] else 1)
                 is_held = Pattern.parse(plain).allows(whole[:, None], place[b]).all(0)
@@ -83,24 +89,46 @@ def _keys(query, keys, count, held, may) -> list[int]:
 
 
 def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> list[int]:
-    """The keys of a query of the group `members`, whose queries in the call are `queries` `[m, D]`."""
+    """The keys of a query of the group `members`, whose queries in the call are `queries` `[m, D]`, with their places in the group."""
     kind, others = choice
-    own, scores = sorted(set(number[members].tolist())), []
+    own, candidates = sorted(set(number[members].tolist())), {}
     # blocks of the queries' document have numbers next to their own
     for block in sorted(set(number.tolist()) - {-1, *own}):
         inside = (number == block).nonzero()[:, 0].tolist()
-        if (
-            block // len(number) != own[0] // len(number)
-            or (is_causal and inside[-1] >= int(members[0]))
-            or held[inside].all()
-        ):
-            continue
-        key = keys[inside]
+        is_of_document = block // len(number) == own[0] // len(number)
+        if is_of_document and not held[inside].all() and not (is_causal and inside[-1] >= int(members[0])):
+            candidates[block] = keys[inside]
+    score = _antidiagonals if kind == "antidiagonal" else _means
+    scores = {block: float(torch.tensor(s).float()) for block, s in score(kind, *queries, candidates).items()}
+    best = [*own, *sorted(scores, key=lambda block: (-scores[block], block))[: max(0, others)]]
+    return [y for y in range(len(number)) if int(number[y]) in best and may[y]]
+
+
+def _means(kind, queries, places, candidates) -> dict[int, float]:
+    found = {}
+    for block, key in candidates.items():
         low, high = queries * key.amin(0), queries * key.amax(0)
         score = queries @ key.mean(0) if kind == "mean" else torch.maximum(low, high).sum(-1)
-        scores.append((-float(score.mean().float()), block))
-    best = [*own, *(block for _, block in sorted(scores)[: max(0, others)])]
-    return [y for y in range(len(number)) if int(number[y]) in best and may[y]]
+        found[block] = float(score.mean())
+    return found
+
+
+def _antidiagonals(kind, queries, places, candidates) -> dict[int, float]:
+    """The weights of squares of 16 x 16 pairs; each row of squares with a query has 1 for all blocks."""
+    found = dict.fromkeys(candidates, 0.0)
+    for row in sorted(set((places // 16).tolist())) if candidates else ():
+        squares = {}
+        for block, key in candidates.items():
+            for column in range(-(-len(key) // 16)):
+                sides = [(p, 16 * column + 15 - int(p) % 16) for p in places.tolist() if p // 16 == row]
+                pairs = [(places.tolist().index(p), y) for p, y in sides if y < len(key)]
+                squares[block, column] = (
+                    sum(float(queries[x] @ key[y]) for x, y in pairs) / 16 * queries.shape[1] ** -0.5
+                )
+        weights = torch.tensor(list(squares.values()), dtype=torch.float64).softmax(0).tolist()
+        for (block, _), weight in zip(squares, weights, strict=True):
+            found[block] += weight
+    return found
 
 
 def _weights(queries, keys, last, may) -> torch.Tensor:

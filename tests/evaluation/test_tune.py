@@ -266,9 +266,11 @@ def test_the_command_goes_on_from_its_folder(tmp_path):
     deep_model().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[50:])
     arguments = (
         "tune", str(tmp_path / "model"), "--pattern", PATTERN, "--text", str(tmp_path / "text.txt"), "--length", "96", "--lengths",
-        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "0.4", "--out", str(tmp_path / "out"),
+        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "0.4", "--out", str(tmp_path / "out"), "--held-out",
+        str(tmp_path / "other.txt"), "--batch", "2", "--dtype", "float32",
     )  # fmt: skip
     first = run_command(*arguments)
     assert first.returncode == 0, first.stderr

@@ -205,6 +205,23 @@ def test_a_streaming_cache_that_is_copied_cropped_and_emptied_keeps_its_graph(gr
     assert len(found) == 1
 
 
+def test_drafts_are_of_one_graph_from_their_first_token_on(graphs, monkeypatch):
+    config, found = graphs
+    dense, eager = dense_model(LLAMA).eval(), []
+    twin = sparse_hf.sparsify(dense, PATTERN)
+    twin.generation_config.assistant_confidence_threshold = 0.0
+    twin.generation_config.num_assistant_tokens = 3
+    # newer versions hand no such configuration on to assistants, which a GPU compiles by itself
+    monkeypatch.setattr(twin, "_default_compile_config", lambda: config, raising=False)
+    monkeypatch.setattr(twin, "_valid_auto_compile_criteria", lambda *given: True, raising=False)
+    monkeypatch.setattr("sparse_hf.models.hf.model_mixin.refuse_tracing", lambda: eager.append(1))
+    given = prompt(rows=1)["input_ids"]
+    right = dense.generate(given, **how())
+    assert torch.equal(dense.generate(given, assistant_model=twin, **how()), right)
+    # of the twin, its head and the model in it, the prompt alone
+    assert len(found) == 1 and len(eager) == 2
+
+
 def _hook(model):
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
 

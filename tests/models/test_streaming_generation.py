@@ -152,6 +152,72 @@ def test_a_sparse_twin_drafts_for_the_dense_model(pattern):
     assert caches[-1].layers[0].oldest == 0 or len(caches) > 30 // 20
 
 
+SAMPLES, DRAWN, LEAST_P = 800, 3, 1e-4
+
+
+def unlikely(counts: Tensor, chances: Tensor) -> float:
+    """The p-value of Pearson's chi-squared test of counts, outcomes of which fewer than 5 are expected taken together."""
+    expected = chances * counts.sum()
+    rare = expected < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    statistic = ((counts - expected).square() / expected.clamp(min=1e-9)).sum()
+    half = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, statistic.double() / 2))
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """A dense model of few words that is unlike its twin, and the chances of each text of three new tokens, `[V, V, V]`."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 4,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    dense = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None)
+    ).eval()
+    for weight in dense.parameters():
+        weight.data.normal_(0, 0.9)
+    prompt = torch.tensor([[0, 1, 2, 3, 3, 2, 0, 1]])
+    words = torch.cartesian_prod(*[torch.arange(4)] * DRAWN)
+    with torch.no_grad():
+        logits = dense(torch.cat((prompt.expand(len(words), -1), words), 1), use_cache=False).logits
+    places = logits[:, prompt.shape[1] - 1 : -1].double().log_softmax(-1)
+    return dense, prompt, places.gather(-1, words[..., None]).sum((1, 2)).exp()
+
+
+def counted(model, prompt: Tensor, at_once: int = 1, **given) -> Tensor:
+    """How often each text of three new tokens is drawn."""
+    found, bases = torch.zeros(4**DRAWN), 4 ** torch.arange(DRAWN - 1, -1, -1)
+    torch.manual_seed(0)
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": DRAWN, "pad_token_id": 0, **given}
+    for _ in range(SAMPLES // at_once):
+        ids = prompt.expand(at_once, -1)
+        drawn = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        found += ((drawn[:, -DRAWN:] * bases).sum(1)).bincount(minlength=len(found))
+    return found
+
+
+@pytest.mark.slow
+def test_sampled_drafts_have_the_dense_models_chances(sampled):
+    """Texts are drawn with a fixed seed; of the twin alone the same test says that they are others."""
+    dense, prompt, chances = sampled
+    twin = sparse_hf.sparsify(dense, "window(1, 0)")
+    twin.generation_config.assistant_confidence_threshold = 0.0
+    twin.generation_config.num_assistant_tokens = 2
+    assert float(chances.sum()) == pytest.approx(1)
+    assert unlikely(counted(dense, prompt, assistant_model=twin), chances) > LEAST_P
+    assert (
+        unlikely(counted(twin, prompt, at_once=SAMPLES), chances)
+        < LEAST_P
+        < unlikely(counted(dense, prompt, at_once=SAMPLES), chances)
+    )
+
+
 def test_a_twin_whose_pattern_has_no_end_drafts_too():
     dense, ids = dense_model(LLAMA), text(1, 60)
     twin = sparse_hf.sparsify(dense, "stride(4) | window(3, 0)")
@@ -179,6 +245,31 @@ def test_prompts_in_pieces(piece):
     wanted = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
     found = model.generate(ids, attention_mask=mask, prefill_chunk_size=piece, **STREAMING, **GREEDY)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole text", "new tokens"])
+@pytest.mark.parametrize("kind", [StreamingCache, DynamicCache, StaticCache])
+@pytest.mark.parametrize("piece", [1, 7, 200])
+def test_prompts_in_pieces_behind_a_cache(piece, kind, is_whole):
+    """Each token is read once, whichever version of Transformers cuts the prompt."""
+    model, ids, more = sparse_model(), text(2, 30), text(2, 25, seed=5)
+    mask = torch.ones_like(ids)
+    ids[0, :8], mask[0, :8] = 0, 0
+    cache = StaticCache(config=model.config, max_cache_len=200) if kind is StaticCache else kind(config=model.config)
+    answer = model.generate(ids, attention_mask=mask, **named_cache(model, cache), **GREEDY)
+    whole = torch.cat((answer, more), 1)
+    mask = torch.cat((mask, torch.ones(2, whole.shape[1] - 30, dtype=mask.dtype)), 1)
+    wanted = model.generate(whole, attention_mask=mask, use_cache=False, **GREEDY)
+    given = whole if is_whole else whole[:, cache.get_seq_length() :]
+    found = model.generate(given, attention_mask=mask, prefill_chunk_size=piece, **named_cache(model, cache), **GREEDY)
+    assert torch.equal(found[:, -30:], wanted[:, -30:])
+    assert int(cache.get_seq_length()) == wanted.shape[1] - 1
+
+
+def test_drafts_for_a_prompt_in_pieces():
+    dense, ids = dense_model(LLAMA), text(1, 60)
+    twin, wanted = sparse_hf.sparsify(dense, SPARSE), dense.generate(ids, **GREEDY)
+    assert torch.equal(dense.generate(ids, assistant_model=twin, prefill_chunk_size=16, **GREEDY), wanted)
 
 
 def test_prompts_in_pieces_take_the_memory_of_a_piece():

@@ -17,6 +17,7 @@ from examples import (
     study_classification,
     study_healing,
     study_healing_long,
+    study_indexer,
     study_streaming,
     study_tuning,
     tiny,
@@ -219,19 +220,16 @@ def test_long_healing_asks_for_facts(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_tuning_is_checked_seed_by_seed(tmp_path):
+def test_tuning_is_checked_budget_by_budget(tmp_path):
     options = ["--work", str(tmp_path / "work"), "--batch", "4", "--seeds", "0"]
-    entry = run(study_tuning, tmp_path, *options)["entries"]["seed 0"]
+    entry = run(study_tuning, tmp_path, *options)["entries"]["seed 0, 0.5"]
     found = entry["candidates"]
-    assert list(found) == ["dense", "no layer dense", *(f"{kind}: 0.5" for kind in (
-        "layers, chosen", "heads, chosen", "evenly spaced", "wider window"))]  # fmt: skip
-    assert [one["layers"].count("dense") for name, one in found.items() if "layer" in name or "even" in name] == [
-        0,
-        1,
-        1,
-    ]
+    layers, heads, even, wider, none = (one["layers"] for name, one in found.items() if name != "dense")
+    assert layers.count("dense") == even.count("dense") == 1 and none == ["window(7, 0) | first(2)"] * 2
+    assert all("per_head" in text or text == none[0] or text == "dense" for text in heads) and wider[0] == wider[1]
+    assert entry["questions"] == 4 and len(entry["ranking"]) == 2
     # what is written is not measured again
-    assert run(study_tuning, tmp_path, *options)["entries"]["seed 0"] == json.loads(json.dumps(entry))
+    assert run(study_tuning, tmp_path, *options)["entries"]["seed 0, 0.5"] == json.loads(json.dumps(entry))
 
 
 def test_streaming_reads_a_text_in_every_way(tmp_path):
@@ -242,3 +240,14 @@ def test_streaming_reads_a_text_in_every_way(tmp_path):
     assert all(len(entry["by_position"]) == (5 if name == "dense" else 8) for name, entry in entries.items())
     # what is whole is not read again
     assert run(study_streaming, tmp_path)["entries"] == entries
+
+
+@pytest.mark.slow
+def test_indexers_are_trained_and_stand_beside_what_needs_no_training(tmp_path):
+    content = run(study_indexer, tmp_path)
+    entries = content["entries"]
+    assert list(entries) == list(study_indexer.ENTRIES) and "recalled" not in entries["indexer, new"]
+    assert entries["indexer, alone"]["mass"] >= entries["indexer, new"]["mass"]
+    assert all(entries[name]["perplexity"] > 1 for name in entries if name != "indexer, new")
+    # windows of so short a text hold nearly the same
+    assert entries["dense"]["perplexity"] == pytest.approx(entries["indexer, all"]["perplexity"], rel=0.05)

@@ -73,7 +73,7 @@ class Limits:
 
     def seen(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """Bool that broadcasts to `[B, C, m, n]`; None for all."""
-        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        query = torch.arange(queries.start, queries.stop, queries.step or 1, device=device)[:, None]
         key = torch.arange(keys.start, keys.stop, device=device)
         parts = []
         if self.q_offset is not None and keys.stop > queries.start + self.q_offset + 1:

@@ -12,15 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .kernels import LOG2_E, absorbed, gather
+
 # keys that are looked at at once for the last one
 LOOKED_AT = tl.constexpr(1024)
-
-
-@triton.jit
-def _heads(ptr, r, real, stride, D: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)[None, :]
-    return tl.load(ptr + r[:, None] * stride + d, mask=real[:, None] & (d < D), other=0.0)
 
 
 @triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale"])
@@ -35,8 +30,8 @@ def forward(
     query, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     h = tl.program_id(0) % tiles * BR + tl.arange(0, BR)
     real = h < H
-    q = _heads(q_ptr + b * q_b + query * q_n, h, real, q_h, L, BL)
-    turned = _heads(t_ptr + b * t_b + query * t_n, h, real, t_h, P, BP)
+    q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, L, BL)
+    turned = gather(t_ptr + b * t_b + query * t_n, h, real, t_h, P, BP)
     index_ptr += b * i_b + query * N
     k_ptr += b * k_b
     p_ptr += b * p_b
@@ -59,14 +54,8 @@ def forward(
         scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
         scores = tl.dot(turned, tl.trans(place), scores, input_precision=PRECISION) * (scale * LOG2_E)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # a row that has seen nothing yet: subtracting -inf would give NaN
-        finite = tl.where(new_top > float("-inf"), new_top, 0.0)
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, top, total = absorbed(scores, top, total)
         out = tl.dot(weights.to(latent.dtype), latent, out * shrink[:, None], input_precision=PRECISION)
-        top = new_top
     safe = tl.where(total > 0, total, 1.0)
     at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + c
     tl.store(at, (out / safe[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (c < L))

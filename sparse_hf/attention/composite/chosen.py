@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...pattern import Pattern, TopK, TopKBlocks, VerticalSlash
-from ...pattern.forms import EVERYTHING, CutContent
+from ...pattern.forms import EVERYTHING, CutContent, uses_indexer
 from ...plan import BlockPlan
 from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
@@ -53,8 +53,9 @@ class TilePlan(ContentPlan):
 
 
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
-    """`[B, H, Q, N]`."""
-    return choose(DotScores(call.q, call.k), content.count, rest.limits)
+    """`[B, H, Q, N]`, or `[B, 1, Q, N]` by an indexer."""
+    scores = call.indexed if content.uses_indexer else DotScores(call.q, call.k)
+    return choose(scores, content.count, rest.limits)
 
 
 def _slash_choice(call: AttentionCall, content: VerticalSlash, rest: Rest) -> list[Tensor]:
@@ -68,7 +69,7 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
-            rest = _rest(call, cut, positions)
+            rest = rest_of(call, cut, positions)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
             elif isinstance(content, VerticalSlash):
@@ -76,10 +77,15 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
             else:
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))
-    return ChoicePlan(positions, ChosenKeys(found[0] if len(found) == 1 else _once(torch.cat(found, -1))))
+    if len(found) > 1:
+        # a choice that all heads share beside one of each
+        found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
+        return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
+    return ChoicePlan(positions, ChosenKeys(found[0]))
 
 
-def _rest(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
+def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
+    """What a choice is made from that is cut to `cut`, beside the plan of what positions say."""
     within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
     return Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
 
@@ -89,7 +95,7 @@ def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positio
     ((content, cut),) = chosen
     assert isinstance(content, TopKBlocks)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        plan = chosen_tiles(call, Groups(_rest(call, cut, positions), content, call.q.shape[2]))
+        plan = chosen_tiles(call, Groups(rest_of(call, cut, positions), content, call.q.shape[2]))
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
@@ -109,6 +115,11 @@ def _once(index: Tensor) -> Tensor:
 def _why_not(call: AttentionCall) -> str | None:
     if call.scoring.bias is not None:
         return "topk(...) does not go with relative_bias; use patterns of positions in such models"
+    if call.indexed is None and uses_indexer(str(call.pattern)):
+        return (
+            f"{call.pattern} chooses by the scores of an indexer, and none were handed over: give a model one with sparse_hf.sparsify "
+            "or convert, or say topk(...) without it"
+        )
     return None
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
 from ...pattern.forms import CutContent, read_content
 from ...plan import BlockPlan, find_plan
 from ..autograd import AutogradBackend
@@ -122,11 +121,11 @@ def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
     """The plan of a call, which its backward pass finds again."""
     if call.chosen_plan is None:
         assert call.pattern is not None
-        call.chosen_plan = kind.make_plan(call, read_content(str(call.pattern)).chosen, positions_plan(call))
+        call.chosen_plan = kind.make_plan(call, read_content(call.pattern).chosen, positions_plan(call))
     return call.chosen_plan
 
 
 def positions_plan(call: AttentionCall) -> BlockPlan:
     """The plan of what positions say."""
-    form = read_content(str(call.pattern))
-    return find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
+    assert call.pattern is not None
+    return find_plan(replace(call.plan_key, pattern=read_content(call.pattern).positions), call.batch)

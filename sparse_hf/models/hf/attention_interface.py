@@ -27,11 +27,13 @@ from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
+from ...pattern.base import as_pattern
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention, made_of_latents, tell_learning
+from .chosen_keys import choice_of, chosen_attention, learning, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .documents import warn_of_mixing
+from .indexer import INDEXED
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .layer_call import LayerCall, Part, tokens_first
@@ -159,8 +161,17 @@ def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple
         return layer.over_slots(filled, part), None
     call = AttentionCall(
         *layer.tensors, layer.pattern, int(layer.request.q_offset), _of_place(layer), layer.dropout, batch.info,
-        wants_lse=layer.wants_lse(part),
+        wants_lse=layer.wants_lse(part), indexed=layer.kwargs.get(INDEXED),
     )  # fmt: skip
+    if call.indexed is not None and order is not None:
+        raise NotImplementedError(
+            "attention_mask has padding inside a row, around which no indexer scores; pad on the left or on the right"
+        )
+    learns = learning()
+    if learns is not None:
+        is_causal, _ = layer.request.reading(True)
+        own = as_pattern(layer_pattern(layer.module, layer.stack, is_causal))
+        learns.layer(layer.module, replace(call, pattern=own, chosen_plan=None))
     computed_by, opaque = layer.kwargs.get("computed_by"), layer.opaque
     reorders = (layer.scoring.bias is None and computed_by is None) or skips
     if order is not None and reorders:

@@ -215,6 +215,51 @@ def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
     return cached_tokens(given_cache(kwargs)) + new
 
 
+# arguments with an entry for each token so far
+OF_TOKENS = ("attention_mask", "position_ids")
+
+
+def first_tokens(kwargs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Arguments of the model in `generate` as they are for so many tokens of the text."""
+    return {
+        **kwargs,
+        **{name: kwargs[name][:, :length] for name in OF_TOKENS if kwargs.get(name) is not None},
+    }
+
+
+def read_in_pieces(model: Any, input_ids: Tensor, size: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Read what a cache that holds tokens has not seen, but for the last piece; None where nothing was read.
+
+    Older versions of Transformers read the whole prompt again behind such a cache.
+
+    Args:
+        model, kwargs: of `generate`.
+        input_ids: the whole text, or new tokens alone, with a mask of the whole.
+        size: tokens of a piece.
+
+    Returns:
+        The `input_ids` that are left: the whole text, of which only the cache tells what is new, or new tokens alone.
+    """
+    cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
+    held = cached_tokens(cache)
+    if not held or kwargs.get("inputs_embeds") is not None:
+        return None
+    before = 0 if mask is None else mask.shape[1] - input_ids.shape[1]
+    is_whole = not before
+    while held + size < before + input_ids.shape[1]:
+        end = held + size
+        inputs = model.prepare_inputs_for_generation(
+            input_ids[:, : end - before] if is_whole else input_ids[:, :size],
+            next_sequence_length=size if is_whole else None,
+            **first_tokens(kwargs, end),
+        )
+        model(**inputs, return_dict=True)
+        held = end
+        if not is_whole:
+            input_ids, before = input_ids[:, size:], before + size
+    return input_ids
+
+
 def named_streaming(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> StreamingCache | None:
     """The streaming cache that `generate` shall go on with, as an argument of its steps; None if it shall take another.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,13 @@ from .mask_request import MaskRequest, TokenData, layer_pattern
 
 
 class Learning(Protocol):
-    """Who is told, within a context, what indexers scored and what attention would have weighed."""
+    """Who is told, within a context, what indexers scored and what attention would have weighed.
+
+    Attributes:
+        needs_gradient: is it told nothing where no gradient is asked for?
+    """
+
+    needs_gradient: ClassVar[bool] = True
 
     def scores(self, indexer: Any, scores: Any, limits: Limits) -> None:
         """An indexer's scores, with a gradient for its parameters, and the pairs that it may choose among."""
@@ -40,6 +46,10 @@ class Learning(Protocol):
 
     def attention(self, indexer: Any, query: Tensor, key: Tensor, scale: float) -> None:
         """The tensors of the attention of the layer that has this indexer."""
+        ...
+
+    def layer(self, module: Any, call: AttentionCall) -> None:
+        """The call of a layer whose pattern chooses by the scores of an indexer, with this pattern and these scores."""
         ...
 
 
@@ -59,8 +69,9 @@ def refuse_graphs() -> None:
 
 
 def learning() -> Learning | None:
-    """Who is told now; None if nobody is, as where no gradient is asked for."""
-    return LEARNING.get() if torch.is_grad_enabled() else None
+    """Who is told now; None if nobody is."""
+    found = LEARNING.get()
+    return found if found is not None and (torch.is_grad_enabled() or not found.needs_gradient) else None
 
 
 def tell_learning(module: Any, query: Tensor, key: Tensor, scale: float) -> None:

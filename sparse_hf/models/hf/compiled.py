@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ...registry import ENTRIES
+from .cache import first_tokens, given_cache
 from .dense_family import DenseFamily
 from .positions import changing_angles
+from .streaming_cache import StreamingCache
 
 # what `mode="reduce-overhead"` stands for, beside which torch takes no options
 CUDA_GRAPHS = {"triton.cudagraphs": True}
@@ -32,6 +34,8 @@ VERSION = "graph_version"
 OWN = {VERSION, "_compiled_state", "_compiled_call", "_last_compile_config", "_previous_max_cache_length"}
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 _VERSIONS = count(1)
+# tokens at most that a draft goes on with: the last one of a draft that was right to its end, and the one behind it
+DRAFT_BEGINS = 2
 
 
 def lean_config(model: Any, config: Any) -> Any:
@@ -76,6 +80,31 @@ def keep_guards(guards: Sequence[Any]) -> list[bool]:
     """Which guards of a graph are asked at every token: those on all but the model, if its version is among them."""
     is_known = any(guard.name == f"self.{VERSION}" for guard in guards)
     return [not is_known or guard.name == f"self.{VERSION}" or not OF_MODEL.match(guard.name) for guard in guards]
+
+
+def draft_on(model: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+    """What a model says behind its draft's last right tokens, read one by one in the graph of a step; None if that is not to be.
+
+    Each draft begins with a pass over one or two tokens, the last right ones, which `generate` would not compile.
+
+    Args:
+        model, input_ids, generation_config, kwargs: of `generate`, whose `_prefill` this stands in for.
+    """
+    cache = given_cache(kwargs)
+    if not generation_config.is_assistant or not isinstance(cache, StreamingCache) or not cache.settled:
+        return None
+    held, tokens = cache.get_seq_length(), input_ids.shape[1]
+    if not held < tokens <= held + DRAFT_BEGINS or kwargs.get("global_attention_mask") is not None:
+        return None
+    if not model._valid_auto_compile_criteria(kwargs, generation_config):
+        return None
+    forward, outputs = model.get_compiled_call(generation_config.compile_config), None
+    for length in range(held + 1, tokens + 1):
+        inputs = model.prepare_inputs_for_generation(
+            input_ids[:, :length], next_sequence_length=1, **first_tokens(kwargs, length)
+        )
+        outputs = forward(**inputs, return_dict=True)
+    return outputs
 
 
 def state_of(model: nn.Module) -> tuple:

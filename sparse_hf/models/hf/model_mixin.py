@@ -27,11 +27,13 @@ from .cache import (
     new_tokens,
     over_slots,
     prepare_cache,
+    read_in_pieces,
 )
-from .compiled import lean_config
+from .compiled import draft_on, lean_config
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .indexer import fit_indexers
 from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
@@ -107,6 +109,8 @@ class SparseMixin(SavedByOthers, _Model):
             cls._parent_scales_loss = issubclass(cls, GenerationMixin) and "loss_function" in code.co_names
 
     def post_init(self):
+        # before weights are initialized
+        fit_indexers(self, self.config)
         super().post_init()
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
@@ -216,12 +220,19 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        outputs = draft_on(self, input_ids, generation_config, model_kwargs)
+        if outputs is not None:
+            return outputs
         # a prompt that comes in pieces is not compiled: each length of a piece would be a graph
-        disabled, generation_config.disable_compile = generation_config.disable_compile, True
+        size, disabled = generation_config.prefill_chunk_size, generation_config.disable_compile
+        left = None if size is None else read_in_pieces(self, input_ids, size, model_kwargs)
+        if left is not None:
+            input_ids, generation_config.prefill_chunk_size = left, None
+        generation_config.disable_compile = True
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
         finally:
-            generation_config.disable_compile = disabled
+            generation_config.disable_compile, generation_config.prefill_chunk_size = disabled, size
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):

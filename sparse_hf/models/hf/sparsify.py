@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
+from .indexer import fit_indexers
 from .layer_spec import LayersLike
 from .register import Family, dense_class, family_of, find_composed, find_family
 from .saving import ReadsParts
@@ -33,6 +34,7 @@ def sparsify(
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
     decode: str | None = None,
+    indexer: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
@@ -43,6 +45,8 @@ def sparsify(
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
+            and random until `sparse_hf.train.train_indexer` trains them.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
@@ -75,7 +79,7 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode, indexer)
     for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
@@ -108,6 +112,7 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
         config._experts_implementation = experts
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
+    fit_indexers(sparse, config)
     return sparse
 
 
@@ -186,6 +191,18 @@ class _Configs:
         return self.known[id(found)]
 
 
+def forget_preparation(module: nn.Module) -> None:
+    """Take from a model what accelerate has left there when it prepared it for training.
+
+    That is, for mixed precision, a forward of this very model, which a copy would run in place of its own; and the word that the model
+    is prepared, by which a second Trainer would do without mixed precision. `unwrap_model` of accelerate takes the sparse forward too.
+    """
+    own = vars(module)
+    own.pop("_is_accelerate_prepared", None)
+    if own.pop("_original_forward", None) is not None:
+        del own["forward"]
+
+
 def _shared_copy(
     module: AnyModule, configs: _Configs, done: dict[int, Any], classes: Mapping[type, type] = COUNTERPARTS
 ) -> AnyModule:
@@ -196,6 +213,7 @@ def _shared_copy(
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     done[id(module)] = twin
+    forget_preparation(twin)
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...attention.chosen import Latents
 from ...attention.chosen.latent import why_not
-from ..hf.chosen_keys import LATENTS
+from ..hf.chosen_keys import LATENTS, refuse_graphs
 
 # may the layer that is computed leave its latents as they are?
 _MAY_SHARE: ContextVar[bool] = ContextVar("may share latents", default=False)
@@ -32,6 +32,7 @@ class LatentAttention(torch.nn.Module):
     v_head_dim: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_graphs()
         # by position or by name, since names have changed
         forward: Any = super().forward
         cached = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None or len(args) > 3
@@ -48,7 +49,7 @@ class LatentAttention(torch.nn.Module):
         drops = self.training and getattr(self.config, "attention_dropout", 0) > 0
         is_plain = type(self.kv_b_proj) is torch.nn.Linear and self.kv_b_proj.bias is None
         autocast = torch.is_autocast_enabled(states.device.type)
-        return is_plain and not (drops or autocast or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return is_plain and not (drops or autocast or torch.is_grad_enabled())
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `[B, H, K, D + P]` and values `[B, H, K, E]` of latents `[B, 1, K, L]` and `[B, 1, K, P]`, or what has their shapes."""

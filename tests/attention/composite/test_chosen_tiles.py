@@ -22,6 +22,7 @@ CAUSAL = "(window(20, 0) | first(4) | topk_blocks(3, 32, 'bounds', 16)) & window
 PATTERNS = {
     CAUSAL: ("(window(20, 0) | first(4)) & window(None, 0)", [("bounds", 3, 32, 16)], "window(None, 0)"),
     "window(9, 9) | topk_blocks(3, 16, 'mean', 32)": ("window(9, 9)", [("mean", 3, 16, 32)], "window(None, None)"),
+    "topk_blocks(3, 16, 'antidiagonal', 32)": ("first(0)", [("antidiagonal", 3, 16, 32)], "window(None, None)"),
     "topk_blocks(4, 16, 'mean', 16) & window(90, 0)": ("first(0)", [("mean", 4, 16, 16)], "window(90, 0)"),
 }
 
