@@ -169,7 +169,7 @@ def _build(
     case: Case, n: int, layers: int, dtype: torch.dtype, device: torch.device, implementation: str | None = None
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    model_class = case.model_class
+    model_class: Any = case.model_class
     with device:
         config = model_class.config_class(**case.config(n, layers), attn_implementation=implementation)
         model = model_class(config)

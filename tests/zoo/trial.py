@@ -103,6 +103,9 @@ def _composed(family: Family) -> dict[str, Any]:
         try:
             config = config_class(**NEEDED.get(family.dense_type, {}))
             check_composed(dense_kind, config)
+            with apart():
+                # which has its text checked by itself
+                sparse_hf.sparsify(tiny_with_inputs(dense_kind, config)[0], NARROW)
         except FAILURES as error:
             refusal = _reason(error)
             continue

@@ -46,7 +46,7 @@ class ComposedConfigMixin(ReadsParts, _Config):
 
     def __post_init__(self, **kwargs):
         for name in self.sub_configs:
-            given = getattr(self, name, None)
+            given: Any = getattr(self, name, None)
             kind = given.get("model_type", "") if isinstance(given, Mapping) else ""
             if kind.startswith("sparse_"):
                 values = {key: value for key, value in given.items() if key != "model_type"}

@@ -48,7 +48,8 @@ class DerivedConfigMixin(SparseConfigMixin):
         if kind not in self.own_masks:
             return super().own_window(layer)
         own = self.own_masks[kind]
-        return None if own is None else own.pattern(self)
+        # layers of one kind may have windows of several sizes
+        return None if own is None else own.pattern(self.per_layer_config[layer] if _varies(self) else self)
 
     @property
     def attention_layers(self) -> list[int] | None:
@@ -80,6 +81,11 @@ class DerivedEncoderDecoderConfigMixin(DerivedConfigMixin):
 
     def heads_of(self, stack: str) -> int:
         return _first(self, (*SIDES[stack][1], *HEADS))
+
+
+def _varies(config: Any) -> bool:
+    """Do layers have values of their own, which the configuration then refuses to tell of all?"""
+    return getattr(config, "is_heterogeneous", False)
 
 
 def _refuse_other_kinds(config: DerivedConfigMixin, attending: list[int], layers: LayersLike) -> None:

@@ -234,8 +234,9 @@ def find_composed(model_type: str) -> Family | None:
         # a sparse one
         model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
     found = FAMILIES.get(model_type)
-    writes = found is not None and any(issubclass(c, GenerationMixin) for c in found.classes)
-    return found if writes and found.is_composed else None
+    if found is None or not found.is_composed:
+        return None
+    return found if any(issubclass(c, GenerationMixin) for c in found.classes) else None
 
 
 def family_of(model_type: str) -> Family:
