@@ -4,7 +4,7 @@ There is one for each pair of family and recipe that was tested on real weights.
 
 python examples/make_cards.py
 
-The results are those of `examples/demo.py` and `examples/real_weights.py`.
+The results are those of `examples/demo.py`, `examples/real_weights.py` and `sparse-hf tune`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from huggingface_hub import ModelCard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparse_hf.conversion.card import Card, Span, card_text  # noqa: E402
+from sparse_hf.evaluation import Evaluation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results", "cpu-2-cores")
 DEMO, REAL_WEIGHTS = RESULTS / "2026-11-24-demo.json", RESULTS / "2026-11-25-real-weights.json"
+EVALUATION = Path("docs", "results", "h200", "2026-11-30-evaluate-tuned-smollm2-8k.json")
 PAST = "({}) & window(None, 0)"
 SINKS, GLOBAL = "window(255, 0) | first(4)", "window(32, 32) | first(1)"
 
@@ -36,6 +38,8 @@ CARDS = [
         "length": 8192,
         "spans": [("0-29", "window(511, 0) | first(4)", PAST.format("window(511, 0) | first(4)"))],
         "demo": "decoder",
+        # what the evaluation calls the same pattern
+        "evaluated": "no layer dense",
         "note": "Weights dequantised from 4 bits (GGUF Q4_1); not fine-tuned after conversion.",
     },
     {
@@ -105,6 +109,8 @@ CARDS = [
 def card(spec: dict) -> str:
     same = ("name", "base", "license", "family", "auto", "length", "note")
     results = of_demo(spec) if "demo" in spec else of_real_weights(spec)
+    if "evaluated" in spec:
+        results |= of_evaluation(spec["evaluated"], results["note"])
     spans = tuple(Span(*span) for span in spec["spans"])
     return card_text(Card(**{key: spec[key] for key in same}, spans=spans, results=results))
 
@@ -123,6 +129,14 @@ def of_demo(spec: dict) -> dict:
         return figures | {"perplexity": {"sparse": sparse["quality"], "dense": dense["quality"]}}
     alike = sum(a * b for a, b in zip(sparse["embedding"], dense["embedding"], strict=True))
     return figures | {"cosine of the document's embedding to the dense one": {"sparse": alike, "dense": 1}}
+
+
+def of_evaluation(candidate: str, note: str) -> dict:
+    """What an evaluation says of recall, beside other figures with a note of theirs."""
+    found = Evaluation(json.loads((ROOT / EVALUATION).read_text())).card_results(candidate)
+    told = {"recall": "facts recalled, of 46 questions", "answer loss": "loss on the answers"}
+    figures = {title: found[name] for name, title in told.items()}
+    return {"note": f"{note} Recall: {found['note'][0].lower()}{found['note'][1:]} In `{EVALUATION}`.", **figures}
 
 
 def of_real_weights(spec: dict) -> dict:

@@ -4,8 +4,9 @@ SmolLM2, made for 8,192 tokens, reads a book of 65,536 as a stream, with 1,024 k
 
 Perplexity by position: of the window alone, of sinks beside it with their true positions, and with
 those in the cache (StreamingLLM, arXiv:2309.17453, section 3.2). The dense model stands beside
-them to 16,384 tokens, behind a cache that keeps everything.
+them behind a cache that keeps everything: to the end on a GPU, to a quarter of the text on a CPU.
 
+    python examples/study_streaming.py --dtype bfloat16                 # minutes on a GPU
     python examples/study_streaming.py                                  # hours on a CPU, half an hour with --length 16384
     python examples/study_streaming.py --ways window "sinks, in the cache"
     python examples/study_streaming.py --plot-only
@@ -151,7 +152,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = studies.parser(__doc__.splitlines()[0], "study-streaming")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME", help="; ".join(WAYS))
     parser.add_argument("--length", type=int, help="tokens of the text, a multiple of 64: 65536; of --tiny 512")
-    parser.add_argument("--dense-length", type=int, help="tokens that the dense model reads, at most: a quarter of all")
+    parser.add_argument(
+        "--dense-length", type=int, help="tokens that the dense model reads, at most: all on a GPU, else a quarter"
+    )
     parser.add_argument("--keys", type=int, help="keys of a layer, sinks among them: 1024; of --tiny 16")
     parser.add_argument("--piece", type=int, help="tokens that are read at a time: 512; of --tiny 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -160,7 +163,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     options.keys = options.keys or (16 if options.tiny else 1024)
     options.piece = options.piece or (8 if options.tiny else PIECE)
     options.written = 64 if options.tiny else WRITTEN
-    options.dense_length = options.dense_length or options.length // 4
+    options.dense_length = options.dense_length or options.length // (1 if studies.DEVICE.type == "cuda" else 4)
     if options.length % 64:
         parser.error(f"--length is {options.length}; it must be a multiple of 64")
     return options

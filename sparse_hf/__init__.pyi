@@ -332,6 +332,7 @@ from .pattern import Stride as Stride
 from .pattern import Summary as Summary
 from .pattern import TopK as TopK
 from .pattern import TopKBlocks as TopKBlocks
+from .pattern import VerticalSlash as VerticalSlash
 from .pattern import Window as Window
 from .pattern import Window2d as Window2d
 from .pattern import causal as causal
@@ -669,6 +670,7 @@ __all__ = [
     "Summary",
     "TopK",
     "TopKBlocks",
+    "VerticalSlash",
     "Window",
     "Window2d",
     "causal",

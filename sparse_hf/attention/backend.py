@@ -75,6 +75,7 @@ class AttentionCall:
         wants_lse: must the log-sum-exp be given too?
         recorded: may a CUDA graph record the call, so that nothing may depend on the content of the batch?
         chosen_plan: the plan, where somebody has made it already; else it is made when it is first asked for.
+        indexed: the scores that the layer's indexer makes; None without one.
     """
 
     q: Tensor
@@ -89,6 +90,7 @@ class AttentionCall:
     wants_lse: bool = True
     recorded: bool = False
     chosen_plan: Any = None
+    indexed: Any = None
 
     @property
     def plan(self) -> Any:

@@ -25,7 +25,7 @@ from .backends.sdpa.decode import MAX_QUERIES, Decode
 from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
-from .composite.chosen import CHOICES
+from .composite.chosen import BLOCK_CHOICES, CHOICES, choose_in_tiles
 from .composite.content import (
     ContentPairs,
     ContentPlan,
@@ -131,6 +131,8 @@ def _for_content(call: AttentionCall, name: str) -> Backend:
             f"backend {name!r} cannot run {kind.name}(...), whose pairs are known at run time only; "
             f"{', '.join(map(repr, kind.backends))} can"
         )
+    if name == "auto" and kind is BLOCK_CHOICES:
+        name = "blockwise" if BACKENDS["triton"].why_not(call) else "triton"
     pick = partial(_for_blocks, name)
     backend = DenseContentPairs(kind, pick) if name == "reference" else ContentPairs(kind, pick)
     reason = backend.why_not(call)
@@ -148,10 +150,12 @@ def kind_of(call: AttentionCall) -> Kind:
     Raises:
         ValueError: a pattern that hashes and chooses.
     """
-    hashes = {isinstance(content, LSH) for content, _ in read_content(str(call.pattern)).chosen}
+    assert call.pattern is not None
+    chosen = read_content(call.pattern).chosen
+    hashes = {isinstance(content, LSH) for content, _ in chosen}
     if len(hashes) > 1:
         raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")
-    return HASHES if True in hashes else CHOICES
+    return HASHES if True in hashes else BLOCK_CHOICES if choose_in_tiles(chosen) else CHOICES
 
 
 def content_plan(call: AttentionCall) -> ContentPlan:

@@ -7,29 +7,39 @@ for its figures of cost, and those only when they are asked for.
 """
 
 from .attention import run_attention
+from .chosen import SHAPES as CHOSEN_SHAPES
+from .chosen import run_chosen
 from .generate import Generation, run_generate
 from .generate_cases import CASES as GENERATE_CASES
 from .generate_cases import SHAPES
 from .measure import DTYPES, chosen_device, peak_bytes
+from .memory import LongSteps, run_memory
 from .models import run_models
 from .plan import PATTERNS as PLAN_PATTERNS
 from .plan import run_plan
 from .results import environment, latest_result, result_path, write_json
+from .sequence import SharedTexts, run_sequence
 
 __all__ = [
+    "CHOSEN_SHAPES",
     "DTYPES",
     "GENERATE_CASES",
     "PLAN_PATTERNS",
     "SHAPES",
     "Generation",
+    "LongSteps",
+    "SharedTexts",
     "chosen_device",
     "environment",
     "latest_result",
     "peak_bytes",
     "result_path",
     "run_attention",
+    "run_chosen",
     "run_generate",
+    "run_memory",
     "run_models",
     "run_plan",
+    "run_sequence",
     "write_json",
 ]

@@ -1,6 +1,6 @@
 """`sparse-hf bench attention`: one layer beside dense SDPA, length by length.
 
-Legend: H query heads, G key heads, n tokens, D head dim.
+Legend: H query heads, G key heads, n tokens, D head dim, E head dim of values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..pattern import Pattern, causal, full
 from ..plan import build_plan
 from ..units import duration, times
 from .exactness import row_error
-from .measure import DTYPES, Timer, check_dtype, chosen_device, peak_bytes, synchronize
+from .measure import DTYPES, Timer, check_dtype, chosen_device, measured, peak_bytes, synchronize
 from .peers import Peer, leaves_out_future, peers
 from .plot import plot_result, readable
 from .results import Result, Row, environment, result_path, slopes, write_json
@@ -39,16 +39,18 @@ class LayerShape:
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     dtype: str
 
     def tensors(self, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q `[1, H, n, D]`, k and v `[1, G, n, D]`, the same for every run."""
-        generator = torch.Generator(device).manual_seed(n)
-        q, k, v = (self._tensor(h, n, generator, device) for h in (self.heads, self.kv_heads, self.kv_heads))
+        """Random q `[1, H, n, D]`, k `[1, G, n, D]` and v `[1, G, n, E]`, the same for every run."""
+        generator, (heads, kv_heads) = torch.Generator(device).manual_seed(n), (self.heads, self.kv_heads)
+        shapes = (heads, n, self.head_dim), (kv_heads, n, self.head_dim), (kv_heads, n, self.value_dim)
+        q, k, v = (self._tensor(shape, generator, device) for shape in shapes)
         return q, k, v
 
-    def _tensor(self, heads: int, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
-        made = torch.randn((1, heads, n, self.head_dim), generator=generator, device=device).to(DTYPES[self.dtype])
+    def _tensor(self, shape: tuple[int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
+        made = torch.randn((1, *shape), generator=generator, device=device).to(DTYPES[self.dtype])
         # heads after tokens, as the projections of a model make them
         return made.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
 
@@ -60,6 +62,7 @@ def run_attention(
     heads: int = 8,
     kv_heads: int | None = None,
     head_dim: int = 64,
+    value_dim: int | None = None,
     dtype: str = "fp32",
     device: str | None = None,
     backends: Sequence[str] | None = None,
@@ -80,6 +83,7 @@ def run_attention(
         lengths: sequence lengths, ascending.
         pattern: text of the pattern.
         heads, kv_heads, head_dim: of the layer; `kv_heads` defaults to `heads`.
+        value_dim: the head dim of values, by default that of queries and keys.
         dtype: "fp32", "bf16" or "fp16".
         device: "cpu" or "cuda"; by default the GPU if there is one.
         backends: by default all that can run here but the reference.
@@ -97,7 +101,7 @@ def run_attention(
     if unknown:
         raise ValueError(f"unknown backends {unknown}; the known ones are {', '.join(BACKENDS)}")
     timer = Timer(chosen_device(device), repeats, budget)
-    shape = LayerShape(heads, kv_heads or heads, head_dim, dtype)
+    shape = LayerShape(heads, kv_heads or heads, head_dim, value_dim or head_dim, dtype)
     console, asked = Console(stderr=True), Pattern.parse(pattern)
     rows: list[Row] = []
     # installed packages that cannot stand beside ours here, and why
@@ -108,7 +112,7 @@ def run_attention(
     for n in sorted(lengths):
         with console.status(f"n = {n:,}"):
             tensors = shape.tensors(n, timer.device)
-            sparse, reasons = sparse_peers(asked, *tensors[:2])
+            sparse, reasons = sparse_peers(asked, *tensors[:2]) if shape.value_dim == head_dim else ([], {})
             left_out.update(reasons)
             beside = chain(peers(asked, *tensors, list(backends) if backends else None), sparse)
             rows += [_timed(p, shape, tensors, timer) for p in beside if not _takes_too_long(p, n, rows, budget)]
@@ -131,19 +135,25 @@ def _takes_too_long(peer: Peer, n: int, earlier: Sequence[Row], budget_s: float)
     if peer.kind != "dense" or not earlier:
         return False
     before = next((r for r in reversed(earlier) if r["name"] == peer.name), None)
-    return before is None or before["step_s"] * (n / before["n"]) ** 2 >= budget_s
+    if before is None or before.get("failed"):
+        return True
+    return before["step_s"] * (n / before["n"]) ** 2 >= budget_s
 
 
 def _timed(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], timer: Timer) -> Row:
+    row: Row = {"name": peer.name, "kind": peer.kind, "n": tensors[0].shape[2]}
+    # dense kernels of PyTorch may have none for these head dims, forward or backward
+    refusals = (RuntimeError,) if peer.kind == "dense" else ()
     # the backward pass chooses kernels too
     with peer.context():
-        return _figures(peer, shape, tensors, timer)
+        return measured(row, lambda: _figures(peer, shape, tensors, timer), refusals)
 
 
 def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], timer: Timer) -> Row:
     n, device = tensors[0].shape[2], timer.device
-    q, k, _ = tensors
-    grad = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(n + 1), device=device).to(q.dtype)
+    q = tensors[0]
+    generator = torch.Generator(device).manual_seed(n + 1)
+    grad = torch.randn((*q.shape[:3], shape.value_dim), generator=generator, device=device).to(q.dtype)
     first_call_s, errors = _checked(peer, shape, tensors, grad, device)
     with torch.no_grad():
         forward = timer.seconds(lambda: peer.call(*tensors))
@@ -162,23 +172,21 @@ def _figures(peer: Peer, shape: LayerShape, tensors: tuple[Tensor, Tensor, Tenso
         forget()
         peak = peak_bytes(step, device)
         forget()
-    # what any implementation must hold: q, k, v, out and the gradients of the four
-    held = 4 * sum(t.numel() * t.element_size() for t in (q, k))
     given = sum(t.numel() * t.element_size() for t in (*tensors, grad))
+    # what any implementation must hold: q, k, v, out and the gradients of the four
+    held = 2 * given
     pairs = _pairs(str(peer.pattern), n)
     # multiplications and additions of both products of a pair, forward; the backward pass has five
-    # more products
-    flops = 4 * shape.heads * shape.head_dim * pairs
+    # more products, three of them over keys
+    flops = 2 * shape.heads * pairs * (shape.head_dim + shape.value_dim)
+    step_flops = 2 * shape.heads * pairs * (4 * shape.head_dim + 3 * shape.value_dim)
     return {
-        "name": peer.name,
-        "kind": peer.kind,
-        "n": n,
         "forward_s": forward,
         "step_s": both,
         # kernels are compiled in it, forward and backward, if a length before has not done it
         "first_call_s": first_call_s,
         "useful_tflops_forward": flops / forward / 1e12,
-        "useful_tflops_step": None if both is None else 3.5 * flops / both / 1e12,
+        "useful_tflops_step": None if both is None else step_flops / both / 1e12,
         "pairs": pairs,
         "relative_error": errors[0],
         "relative_error_grad_q": errors[1],
@@ -241,8 +249,9 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
     A window peer computes no more than the window.
     """
-    for row in (r for r in rows if r["kind"] == "ours"):
-        beside = [r for r in rows if r["n"] == row["n"]]
+    timed = [r for r in rows if not r.get("failed")]
+    for row in (r for r in timed if r["kind"] == "ours"):
+        beside = [r for r in timed if r["n"] == row["n"]]
         for what in ("forward", "step"):
             rate, time_s = f"useful_tflops_{what}", f"{what}_s"
             fast = max((r[rate] for r in beside if r["kind"] == "window" and r[rate]), default=None)
@@ -252,10 +261,16 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
 
 def _table(result: Result) -> Figures:
-    heads = f"{result['heads']} heads of {result['head_dim']}, {result['dtype']}"
+    # older files say nothing of values
+    of_values = result.get("value_dim", result["head_dim"])
+    values = "" if of_values == result["head_dim"] else f" (values {of_values})"
+    heads = f"{result['heads']} heads of {result['head_dim']}{values}, {result['dtype']}"
     columns = ("", "forward", "+ backward", "TFLOP/s", "faster", "of window", "memory", "error")
     table = Figures(f"{result['pattern']}: {heads}, {result['environment']['hardware']}", columns)
     for row in result["rows"]:
+        if row.get("failed"):
+            table.fail(f"{row['n']:,} tokens", readable(row), row["failed"])
+            continue
         spent = (duration(row[key]) for key in ("forward_s", "step_s"))
         rate = row["useful_tflops_step"] or row["useful_tflops_forward"]
         of_peer = row.get("step_rate_over_window_peer") or row.get("forward_rate_over_window_peer")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models import sparsify
 from ..units import duration, size, times
-from .cases import CASES, VOCABULARY, Case
+from .cases import CASES, ERROR_FACTOR, VOCABULARY, Case, attending_by
 from .measure import (
     DTYPES,
     Timer,
@@ -33,12 +33,8 @@ from .plot import plot_result
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .text import Figures, exponents
 
-# tokens on which both are compared before anything is timed: no length for which Transformers'
-# BigBird draws a block twice
-COMPARED_TOKENS = 1280
-# how far from Transformers in float32 ours may be: so many times as far as Transformers itself is
-# in the same dtype, and in float32 itself, where that is 0, the relative error below
-ERROR_FACTOR, EXACT_ERROR = 2.0, 1e-4
+# how far from Transformers in float32 ours may be in float32 itself, where Transformers' own error is 0
+EXACT_ERROR = 1e-4
 # attention that cannot be trained on a device: PyTorch says so as well, after half a minute of
 # compiling
 NO_BACKWARD = {
@@ -103,14 +99,17 @@ def run_models(
     compared with Transformers' class in float32: ours may be no farther from it than twice as far
     as Transformers is itself in `dtype`. A length that does not fit is noted as such.
 
-    "modernbert" and "mistral", which slide in Transformers too, run there in each attention
-    implementation that slides. One other than the class's default must keep to the same bound; one
-    that does not, or refuses, has rows that say so instead of times. Their rows of ours have ratios
-    to each under "beside", and under "fastest" which of these is.
+    "modernbert", "mistral" and "gpt_oss", which slide in Transformers too, run there in each
+    attention implementation that slides. One other than the class's default must keep to the same
+    bound, and to ten times the default's error in "gpt_oss"; one that does not, or refuses, has rows
+    that say so instead of times. Their rows of ours have ratios to each under "beside", and under
+    "fastest" which of these is.
 
     Args:
-        models: names of `CASES`. "bert" is dense there and has a window and a global token here.
-        lengths: tokens, ascending.
+        models: names of `CASES`. "bert", "whisper" (the encoder) and "vit" are dense there and have
+            a window here; "gpt_oss_window" has a window in each layer, here and there.
+        lengths: tokens, ascending; of "whisper" positions of 20 ms, of "vit" square pictures of
+            patches and a class token: 197 is 224 x 224 pixels.
         layers, batch: of the model, and rows of a batch.
         dtype: "fp32", "bf16" or "fp16", of weights and activations.
         device: "cpu" or "cuda"; by default the GPU if there is one.
@@ -170,14 +169,17 @@ def _build(
     case: Case, n: int, layers: int, dtype: torch.dtype, device: torch.device, implementation: str | None = None
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    model_class = getattr(transformers, case.model)
+    model_class = case.model_class
     with device:
         config = model_class.config_class(**case.config(n, layers), attn_implementation=implementation)
         model = model_class(config)
     return model.to(device, dtype).train()
 
 
-def _tokens(case: Case, n: int, batch: int, device: torch.device) -> dict[str, Tensor]:
+def _inputs(case: Case, n: int, batch: int, device: torch.device) -> dict[str, Tensor]:
+    if case.reads is not None:
+        name, shape = case.reads(n)
+        return {name: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(n)).to(device)}
     ids = torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(n)).to(device)
     if not case.global_tokens:
         return {"input_ids": ids}
@@ -191,13 +193,15 @@ def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
 
     Another implementation that is not has "failed".
     """
-    stock = _build(case, COMPARED_TOKENS, shape.layers, torch.float32, device, case.implementations[0])
-    given = _tokens(case, COMPARED_TOKENS, 1, device)
-    masked = {**given, **case.masks(COMPARED_TOKENS, device)}
-    right = _results(stock, stock, masked)
-    stock = stock.to(DTYPES[shape.dtype])  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
-    theirs = _errors(_results(stock, stock, masked), right)
-    sparse = sparsify(stock, case.pattern, **case.same(stock.config, COMPARED_TOKENS))
+    n = case.compared
+    stock = _build(case, n, shape.layers, torch.float32, device, case.implementations[0])
+    given, mask = _inputs(case, n, 1, device), case.mask(n, device)
+    masked = given if mask is None or not case.takes_mask else {**given, "attention_mask": mask}
+    with nullcontext() if mask is None or case.takes_mask else attending_by(mask):
+        right = _results(stock, stock, masked)
+        stock = stock.to(DTYPES[shape.dtype])  # pyright: ignore[reportArgumentType]  # Transformers wraps Module.to
+        theirs = _errors(_results(stock, stock, masked), right)
+    sparse = sparsify(stock, case.pattern_of(n), **case.same(stock.config, n))
     ours = _errors(_results(sparse, sparse, given), right)
     wrong = _what_is_wrong(ours, theirs, shape.dtype)
     if wrong:
@@ -206,9 +210,9 @@ def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
     def check(other: str) -> dict[str, Any]:
         if shape.training and (other, device.type) in NO_BACKWARD:
             return {"failed": NO_BACKWARD[other, device.type]}
-        model = _build(case, COMPARED_TOKENS, shape.layers, DTYPES[shape.dtype], device, other)
+        model = _build(case, n, shape.layers, DTYPES[shape.dtype], device, other)
         errors = _errors(_results(model, model, masked, gradient=shape.training), right)
-        wrong = _what_is_wrong(errors, theirs, shape.dtype)
+        wrong = _what_is_wrong(errors, theirs, shape.dtype, case.peer_factor)
         return {"failed": f"wrong: {wrong}"} if wrong else dict(zip(("output", "gradient"), errors, strict=False))
 
     others = {}
@@ -218,9 +222,11 @@ def _compare(case: Case, shape: ModelShape, device: torch.device) -> Errors:
     return Errors(theirs, ours, others)
 
 
-def _what_is_wrong(errors: Sequence[float], theirs: Sequence[float], dtype: str) -> str | None:
+def _what_is_wrong(
+    errors: Sequence[float], theirs: Sequence[float], dtype: str, factor: float = ERROR_FACTOR
+) -> str | None:
     for what, error, their in zip(("output", "gradient"), errors, theirs, strict=False):
-        if not error <= max(ERROR_FACTOR * their, EXACT_ERROR):
+        if not error <= max(factor * their, EXACT_ERROR):
             return f"{what} is off by {error:.1e}, Transformers' default in {dtype} by {their:.1e}"
     return None
 
@@ -228,18 +234,23 @@ def _what_is_wrong(errors: Sequence[float], theirs: Sequence[float], dtype: str)
 def _results(
     model: PreTrainedModel, run: Callable[..., Any], inputs: Mapping[str, Tensor], gradient: bool = True
 ) -> tuple[Tensor, ...]:
-    """Output of `run`, and the gradient of the model's embeddings.
+    """Output of `run`, and the gradient of the model's embeddings, or of the convolution that is its first.
 
     `run` is the model, or the model compiled.
     """
+    inputs = _in_dtype_of(model, inputs)
     if not gradient:
         with torch.no_grad():
             return (_output(run, inputs).float(),)
-    weights = next(p for p in model.parameters() if p.shape[:1] == (VOCABULARY,))
+    weights = next(p for p in model.parameters() if p.shape[:1] == (VOCABULARY,) or (p.ndim > 2 and len(p) > 1))
     out = _output(run, inputs)
     # what is behind a layer norm has almost no gradient of its mean or square
     (grad,) = torch.autograd.grad(out, weights, _direction(out))
     return out.detach().float(), grad.float()
+
+
+def _in_dtype_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def _output(run: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -297,8 +308,8 @@ def _figures(case: Case, row: Row, shape: ModelShape, errors: Errors, timer: Tim
     n, mode, device = row["n"], row.get("compile_mode"), timer.device
     model = _build(case, n, shape.layers, DTYPES[shape.dtype], device, row.get("implementation"))
     if row["kind"] == "ours":
-        model = sparsify(model, case.pattern)
-    inputs = _tokens(case, n, shape.batch, device)
+        model = sparsify(model, case.pattern_of(n))
+    inputs = _in_dtype_of(model, _inputs(case, n, shape.batch, device))
     before, found = held_bytes(device), {}
     if shape.checkpointing:
         # Transformers' Reformer, whose layers are reversible, has none

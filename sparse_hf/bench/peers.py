@@ -1,6 +1,6 @@
 """Attention that ours is timed beside, and ours on each of its kernels.
 
-Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q.
+Legend: q `[1, H, n, D]`, k `[1, G, n, D]`, v `[1, G, n, E]`, out `[1, H, n, E]`.
 """
 
 from __future__ import annotations
@@ -60,14 +60,26 @@ def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str]
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
 
+    def sdpa_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # what Transformers does for kernels of one head dim
+        return sdpa(q, k, torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])))[..., : v.shape[-1]]
+
     for name, context in _dense_kernels(q.device).items():
         yield Peer(name, dense, sdpa, "dense", context=context)
+    one_width = q.shape[-1] == v.shape[-1]
+    if q.is_cuda and not one_width:
+        yield Peer("sdpa_efficient", dense, sdpa, "dense", context=partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION))
+        if v.shape[-1] < q.shape[-1]:
+            flash = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
+            yield Peer("sdpa_flash_padded", dense, sdpa_padded, "dense", context=flash)
     if pattern.uses_content:
+        if q.is_cuda and FA4.refuses(q) is None:
+            yield Peer("flash_attn_4_dense", dense, _fa4((None, 0 if is_causal else None)), "dense")
         yield from _choosing(pattern, q, k, v, backends)
         return
     form = read_window(pattern, n)
     window = None if isinstance(form, str) else form.window
-    if window is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if window is not None and one_width and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         yield from _window_kernels(q, window)
     if window is not None and q.device.type == "cpu" and n <= MAX_FLEX_TOKENS and _has_compiler():
         yield _flex_on_cpu(window, n, gqa)
@@ -78,7 +90,7 @@ def leaves_out_future(pattern: Pattern) -> bool:
     """Does a pattern hold no pair of a query and a later key?"""
     if pattern.uses_content:
         form = read_content(pattern)
-        return all(is_cut(cut) for _, cut in form.chosen) and leaves_out_future(Pattern.parse(form.positions))
+        return all(is_cut(cut) for _, cut in form.chosen) and leaves_out_future(form.positions)
     token = torch.tensor([0])
     return not bool(pattern.allows(token, token + 1).any())
 
@@ -149,13 +161,19 @@ def _window_kernels(q: Tensor, window: Window) -> Iterator[Peer]:
 
     yield Peer("varlen_fa2", window, varlen, "window")
     if FA4.refuses(q) is None:
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # an extra
+        yield Peer("flash_attn_4", window, _fa4((window.left, window.right)), "window")
 
-        def fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            tokens_first = (t.transpose(1, 2) for t in (q, k, v))
-            return flash_attn_func(*tokens_first, window_size=(window.left, window.right))[0].transpose(1, 2)
 
-        yield Peer("flash_attn_4", window, fa4, "window")
+def _fa4(sides: tuple[int | None, int | None]) -> Attention:
+    """flash-attn-4's window; without a left side and with 0 on the right it is causal attention."""
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # an extra
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens_first = (t.transpose(1, 2) for t in (q, k, v))
+        how = {"causal": True} if sides == (None, 0) else {"window_size": sides}
+        return flash_attn_func(*tokens_first, **how)[0].transpose(1, 2)
+
+    return call
 
 
 def _ours(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:

@@ -35,10 +35,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one axis of lengths."""
+    """Lines over one axis of lengths, or of what else `across` says."""
 
     values: str
     lines: Sequence[Line]
+    across: str = "tokens"
 
 
 def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:
@@ -104,7 +105,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         lengths, values = zip(*line.points, strict=True)
         axis.plot(lengths, values, color=line.color, linestyle=line.style, marker=line.marker, markersize=3)
     lengths = sorted({length for line in panel.lines for length, _ in line.points})
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=panel.values)
+    axis.set(xscale="log", yscale="log", xlabel=panel.across, ylabel=panel.values)
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30 if len(lengths) > 4 else 0)
     low, high = axis.get_ylim()
     wider = max(1, LEAST_SPAN * low / high) ** 0.5
@@ -151,8 +152,11 @@ READABLE = {
     "sdpa_dense": "dense, SDPA",
     "sdpa_flash": "dense, FlashAttention 2",
     "sdpa_cudnn": "dense, cuDNN",
+    "sdpa_efficient": "dense, memory-efficient",
+    "sdpa_flash_padded": "dense, FlashAttention 2, values padded",
     "varlen_fa2": "window, FlashAttention 2",
     "flash_attn_4": "window, FlashAttention 4",
+    "flash_attn_4_dense": "dense, FlashAttention 4",
     "flex_attention": "window, FlexAttention",
 }
 

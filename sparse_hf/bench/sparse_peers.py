@@ -48,7 +48,9 @@ def sparse_peers(pattern: Pattern, q: Tensor, k: Tensor) -> tuple[list[Peer], di
         except (ImportError, AttributeError, NameError) as error:
             left_out[name] = f"does not import: {type(error).__name__}: {error}"
             continue
-        made = make(name, module, pattern, q, k)
+        made = (
+            "takes blocks that are known before the call" if pattern.uses_content else make(name, module, pattern, q, k)
+        )
         if isinstance(made, Peer):
             able.append(made)
         else:

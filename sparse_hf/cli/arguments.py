@@ -84,6 +84,17 @@ def read_contexts(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def read_cases(text: str) -> tuple[tuple[str, int], ...]:
+    """A name and tokens of each: "1b:65536,bert:4096" is (("1b", 65536), ("bert", 4096))."""
+    found = []
+    for word in words(text):
+        name, _, tokens = word.partition(":")
+        if not tokens:
+            raise ValueError(f"{word!r} has no tokens; write them behind a colon, like '1b:65536'")
+        found.append((name, _number(tokens)))
+    return tuple(found)
+
+
 def _number(text: str) -> int:
     try:
         return int(text)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import OUT_HELP, PATTERN_HELP, read_contexts, read_folder, read_lengths, words
+from .arguments import OUT_HELP, PATTERN_HELP, numbers, read_cases, read_contexts, read_folder, read_lengths, words
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and the table to standard error.")]
 
@@ -24,6 +24,9 @@ def attention(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int | None, typer.Option(help="Key heads; by default as many as query heads.")] = None,
     head_dim: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
+    value_dim: Annotated[
+        int | None, typer.Option(help="Numbers per head of values, where they are other (192 and 128 in DeepSeek V3).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     backends: Annotated[str, typer.Option(help="Backends, with commas; by default all but the reference.")] = "",
@@ -48,6 +51,7 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_dim=value_dim,
         dtype=dtype,
         device=device,
         backends=words(backends) or None,
@@ -58,15 +62,45 @@ def attention(
     _print(run, as_json)
 
 
+def chosen(
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = "2048,8192,32768,131072",
+    shape: Annotated[str, typer.Option(help="Widths of the layer: deepseek_v32, or tiny for a CPU.")] = "deepseek_v32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    training: Annotated[bool, typer.Option(help="Time a training step of short texts as well.")] = True,
+    budget: Annotated[
+        float, typer.Option(help="Seconds per figure; what took longer is not run on longer texts.")
+    ] = 20,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one layer that chooses its keys by an indexer, beside Transformers' class.
+
+    Scores and attention are timed alone as well.
+    """
+    from ..bench import run_chosen
+
+    run = partial(
+        run_chosen, read_lengths(lengths), shape, dtype=dtype, device=device, training=training, budget=budget, out=out
+    )
+    _print(run, as_json)
+
+
 def models(
     models: Annotated[
         str,
         typer.Option(
             help="Any of bert, longformer, big_bird, reformer, perceiver, sparse_transformer, modernbert, mistral, llama_1b, "
-            "with commas."
+            "gpt_oss, gpt_oss_window, whisper, vit, with commas."
         ),
     ] = "longformer,big_bird,bert",
-    lengths: Annotated[str, typer.Option(help="Tokens, ascending.")] = "4096,16384",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens, ascending: of whisper positions of 20 ms, of vit patches of a square picture and a class token (197 "
+            "is 224 x 224 pixels)."
+        ),
+    ] = "4096,16384",
     layers: Annotated[int, typer.Option(help="Layers of each model.")] = 12,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -91,8 +125,8 @@ def models(
 ) -> None:
     """Time whole models with random weights beside Transformers' classes.
 
-    Forward and training step, length by length; modernbert and mistral beside Transformers' sliding
-    windows on sdpa and on flex_attention.
+    Forward and training step, length by length; modernbert, mistral and gpt_oss beside Transformers'
+    sliding windows on sdpa or eager, and on flex_attention.
     """
     from ..bench import run_models
 
@@ -208,6 +242,77 @@ def generate(
     asked = replace(asked, **limits, **({"cases": tuple(words(cases))} if cases else {}))
     result = _print(partial(run_generate, asked, device, out), as_json)
     if any(found.get("failed", "").startswith("wrong") for found in result["checked"].values()):
+        raise typer.Exit(1)
+
+
+def memory(
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Shapes (1b, 8b, smollm2-135m, bert) with the tokens of a text, with commas; random weights."
+        ),
+    ] = "smollm2-135m:4096",
+    ways: Annotated[
+        str, typer.Option(help="Any of plain, checkpointing, long_text, offload, with commas.")
+    ] = "plain,checkpointing,long_text",
+    pattern: Annotated[str | None, typer.Option(help=f"{PATTERN_HELP} By default a window with first tokens.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 on a GPU and fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, after one that is not; 0 times the first one.")] = 3,
+    budget: Annotated[float, typer.Option(help="Seconds of a row after which no further step begins.")] = 20,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a training step on a long text holds and takes, with and without `long_text`.
+
+    Gradients are compared first.
+    """
+    from ..bench import LongSteps, run_memory
+
+    asked = LongSteps(read_cases(cases), tuple(words(ways)), pattern, dtype, steps, budget)
+    result = _print(partial(run_memory, asked, device, out), as_json)
+    if any(found.get("failed") for found in result["compared"].values()):
+        raise typer.Exit(1)
+
+
+def sequence(
+    processes: Annotated[
+        str, typer.Option(help="Numbers of processes, a GPU each, ascending; of each, steps are timed.")
+    ] = "1,2,4",
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that each number of processes shares.")] = 1 << 20,
+    tokens_each: Annotated[
+        int, typer.Option(help="Tokens of a process where the text grows with them; 0 leaves that out.")
+    ] = 1 << 20,
+    shape: Annotated[str, typer.Option(help="1b, smollm2-135m, 8b or tiny: a Llama with random weights.")] = "1b",
+    large_shape: Annotated[
+        str | None, typer.Option(help="A larger one, trained by the most processes with FSDP2 beside, like 8b.")
+    ] = None,
+    ring: Annotated[str, typer.Option(help="Lengths at which torch's ring of dense attention runs beside.")] = "",
+    pattern: Annotated[str, typer.Option(help=PATTERN_HELP)] = "window(1023, 0) | first(4)",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 on GPUs and fp32 on CPUs.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default GPUs if there are any.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds after which a case is given up.")] = 120,
+    budget: Annotated[float, typer.Option(help="Seconds after which no further case begins.")] = 600,
+    out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time training steps on texts that several processes share, on more and more of them.
+
+    Gradients are compared with the dense model first. Processes are started here: run it without
+    torchrun.
+    """
+    from ..bench import SharedTexts, run_sequence
+
+    asked = SharedTexts(
+        tuple(numbers(processes)), tokens, tokens_each or None, shape, large_shape, tuple(numbers(ring)), pattern, dtype,
+        limit, budget,
+    )  # fmt: skip
+    result = _print(partial(run_sequence, asked, device, out), as_json)
+    if any(row.get("failed", "").startswith("wrong") for row in result["rows"]):
         raise typer.Exit(1)
 
 

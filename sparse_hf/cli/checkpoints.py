@@ -49,6 +49,10 @@ def convert(
         str | None,
         typer.Option(help="dense: generate reads prompts by the pattern, and decodes as the dense model does."),
     ] = None,
+    indexer_heads: Annotated[
+        int | None, typer.Option(help="Heads of the indexers of topk(n, 'indexer'); by default 8.")
+    ] = None,
+    indexer_width: Annotated[int | None, typer.Option(help="Width of a head of these indexers; by default 64.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
@@ -73,6 +77,7 @@ def convert(
         "global_token_ids": read_tokens(global_token_ids),
         "cache": cache,
         "decode": decode,
+        "indexer": _sizes(heads=indexer_heads, width=indexer_width),
         "revision": revision,
         "subfolder": subfolder,
         "token": token,
@@ -91,6 +96,11 @@ def convert(
     written = sparse_hf.convert(source, out, pattern, overwrite=overwrite, **options)
     _tell(written, "after `import sparse_hf` it loads", as_json)
     _push(written, push, private, token)
+
+
+def _sizes(**given: int | None) -> dict[str, int] | None:
+    """Those that were given; None if none was."""
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def export(

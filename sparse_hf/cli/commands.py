@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import talk
-from .bench import attention, generate, models, plan
+from .bench import attention, chosen, generate, memory, models, plan, sequence
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
 from .examples import epilog
@@ -19,6 +19,7 @@ from .families import list_families
 from .info import info
 from .mistakes import MISTAKES, by_flags, one_line
 from .paragraphs import wrap_warnings
+from .plan_memory import plan_memory
 from .show import show
 
 # in the order in which help lists them
@@ -33,8 +34,17 @@ COMMANDS: dict[str, Callable] = {
     "info": info,
     "evaluate": evaluate,
     "tune": tune,
+    "plan-memory": plan_memory,
 }
-BENCHES: dict[str, Callable] = {"attention": attention, "models": models, "plan": plan, "generate": generate}
+BENCHES: dict[str, Callable] = {
+    "attention": attention,
+    "chosen": chosen,
+    "models": models,
+    "plan": plan,
+    "generate": generate,
+    "memory": memory,
+    "sequence": sequence,
+}
 
 app = typer.Typer(
     help="Sparse attention for Transformers: draw patterns, convert checkpoints, talk with them, measure.",

@@ -37,6 +37,13 @@ Questions = Annotated[
     list[Path] | None,
     typer.Option(help="A file of questions about documents, as SQuAD or HotpotQA has them, for qa_1 and qa_2."),
 ]
+Batch = Annotated[
+    int, typer.Option(help="Questions that are asked together: more are faster on a GPU, and take memory.")
+]
+DType = Annotated[
+    str | None,
+    typer.Option(help="Of weights: float32, bfloat16 or float16; by default the folder's on a GPU, float32 on a CPU."),
+]
 Seed = Annotated[int, typer.Option(help="Of whatever is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
 Opened = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
@@ -69,6 +76,8 @@ def evaluate(
     repeats: Repeats = 1,
     tasks: Tasks = "",
     questions: Questions = None,
+    batch: Batch = 1,
+    dtype: DType = None,
     global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
     seed: Seed = 0,
     out: Annotated[
@@ -90,7 +99,7 @@ def evaluate(
             read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        questions=tuple(questions or ()), global_token_ids=token_ids(global_token_ids, model),
+        questions=tuple(questions or ()), batch=batch, dtype=dtype, global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
     candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
@@ -123,6 +132,14 @@ def tune(
     repeats: Repeats = 1,
     tasks: Tasks = "",
     questions: Questions = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text that the choice is checked on, in place of those of --text. Give several, one by one."
+        ),
+    ] = None,
+    batch: Batch = 1,
+    dtype: DType = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="The folder for finished pieces and the report; by default MODEL-tuning, here.")
@@ -141,7 +158,7 @@ def tune(
     read_folder(model, tokenizer=True)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        questions=tuple(questions or ()),
+        questions=tuple(questions or ()), held_out=tuple(held_out or ()), batch=batch, dtype=dtype,
     )  # fmt: skip
     spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")

@@ -24,6 +24,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'sparse-hf evaluate my-bert --pattern "window(128, 128) | marked()" --global-token-ids "[CLS]" --text notes.txt',
     ),
     "tune": ('sparse-hf tune my-llama --pattern "window(1023, 0) | first(4)" --text contract.txt --budget 0.25',),
+    "plan-memory": (
+        "sparse-hf plan-memory my-sparse-llama --length 1048576 --gpus 4",
+        "sparse-hf plan-memory my-bert --length 65536 --ways checkpointing,long_text,offload --optimizer none --json",
+    ),
     "bench attention": (
         'sparse-hf bench attention --pattern "window(1023, 0)" --lengths 4096,16384 --out docs/results',
     ),
@@ -32,6 +36,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "bench generate": (
         "sparse-hf bench generate --shape 1b --contexts 4096,32768,32768x8 --out docs/results",
         "sparse-hf bench generate --model my-llama --cases dense-static,streaming --contexts 16384",
+    ),
+    "bench memory": (
+        "sparse-hf bench memory --cases 1b:65536,bert:262144 --out docs/results",
+        "sparse-hf bench memory --device cpu --cases smollm2-135m:16384 --ways checkpointing,long_text --steps 0",
+    ),
+    "bench sequence": (
+        "sparse-hf bench sequence --processes 1,2,4,8 --large-shape 8b --ring 131072,262144 --out docs/results",
+        "sparse-hf bench sequence --device cpu --processes 1,2 --shape tiny --tokens 4096 --tokens-each 0",
     ),
 }
 

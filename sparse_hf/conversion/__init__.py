@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers.utils import logging
@@ -17,13 +18,15 @@ from .folder import check_target, keep_apart, whole_folder
 from .generation import write_cache
 from .gguf import dequantise, is_gguf, read_gguf
 from .hub import Place
+from .indexers import write_new
 from .prepare import REPORT, Choice, Prepared, prepare
 from .processors import declare_classes, set_limit
 from .progress import progress_bar
 from .push import push_to_hub
 from .report import describe, report_text
-from .source import find_source, open_source
-from .weights import write_weights
+from .shards import read_shard
+from .source import Source, find_source, open_source
+from .weights import Work, write_weights
 
 __all__ = ["convert", "describe_conversion", "push_to_hub", "report_text"]
 
@@ -44,6 +47,7 @@ def convert(
     global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
     decode: str | None = None,
+    indexer: Mapping[str, int] | None = None,
     overwrite: bool = False,
     progress: bool = True,
     revision: str | None = None,
@@ -69,6 +73,8 @@ def convert(
             memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
             else what the dense folder says.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does, with all keys kept.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
+            and random until `sparse_hf.train.train_indexer` trains them, unless the source has some of this size.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
         revision: of a hub id, the branch, tag or commit; by default the main branch.
@@ -87,7 +93,7 @@ def convert(
         >>> convert("my-bert", "long-bert", "window(128, 128) | first(1)", max_length=4096, progress=False).name
         'long-bert'
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode, indexer)
     place = Place(revision, subfolder, token)
     # the danger that matters most is told of first; a hub id is no path yet
     keep_apart(Path(source), Path(out))
@@ -112,6 +118,7 @@ def describe_conversion(
     global_token_ids: Sequence[int | str] = (),
     cache: str | None = None,
     decode: str | None = None,
+    indexer: Mapping[str, int] | None = None,
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
@@ -125,7 +132,7 @@ def describe_conversion(
         >>> describe_conversion("my-bert", "window(128, 128) | first(1)", max_length=4096)["max_length"]
         [512, 4096]
     """
-    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode)
+    choice = Choice(pattern, layers, max_length, positions, rope, tuple(global_token_ids), cache, decode, indexer)
     place = Place(revision, subfolder, token)
     found = read_gguf(_gguf(source, place)) if is_gguf(source) else find_source(source, place)
     return describe(prepare(found, choice))
@@ -139,7 +146,23 @@ def _gguf(source: str | Path, place: Place) -> Path:
 
 def _write(prepared: Prepared, target: Path, progress: bool) -> None:
     report = describe(prepared)
-    source, work = prepared.source, prepared.work
+    if not prepared.indexers:
+        _write_folder(prepared, prepared.work, report, target, progress)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "indexers.safetensors"
+        write_new(prepared.indexers, _dtype(prepared.source), file)
+        _write_folder(prepared, prepared.work.with_shard(read_shard(file)), report, target, progress)
+
+
+def _dtype(source: Source) -> str:
+    """That of most tensors of a checkpoint, if it holds numbers that are trained."""
+    most = Counter(tensor.dtype for tensor in source.tensors).most_common(1)
+    return most[0][0] if most and most[0][0] in ("F64", "F32", "F16", "BF16") else "F32"
+
+
+def _write_folder(prepared: Prepared, work: Work, report: dict, target: Path, progress: bool) -> None:
+    source = prepared.source
     for warning in prepared.warnings:
         logger.warning("%s: %s", source.name, warning)
     extra = sum(path.stat().st_size for path in prepared.carried) + (16 << 20)

@@ -22,6 +22,7 @@ from .dropping import COUNTED, measured_cost, share_of_pairs, without
 from .folder import check_target, keep_apart, whole_folder
 from .generation import forget_streaming
 from .hub import Place
+from .indexers import is_of_indexer
 from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
@@ -72,8 +73,8 @@ def export(
 ) -> Path:
     """Write a sparse checkpoint as one that plain Transformers loads, without this package.
 
-    Weights are copied as they are. "dense" gives the family back with full attention, but for the windows over which
-    it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
+    Weights are copied as they are, without those of indexers. "dense" gives the family back with full attention, but for the
+    windows over which it slid before its conversion; its answers are those of the sparse model only where the patterns were full. "native"
     gives the same answers, where Transformers can say the patterns: one sliding window, on layers that can have it. What
     else a pattern holds may be dropped by name; a warning says how many pairs that takes, and what it costs on a text.
 
@@ -142,7 +143,10 @@ def _write(source: Source, family: Family, values: dict, target: Path, *, is_nat
     if not source.config.get("quantization_config"):
         computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
         check_fits((tensor for shard in shards for tensor in shard.tensors), model, computed, source.folder)
-    work, carried = Work(shards, {}), source.carried
+    of_indexers = frozenset(tensor.name for shard in shards for tensor in shard.tensors if is_of_indexer(tensor))
+    if of_indexers:
+        logger.warning("%d tensors of indexers are left out, of which Transformers knows nothing", len(of_indexers))
+    work, carried = Work(shards, {}, of_indexers), source.carried
     tokenizer = tokenizer_class(source.folder, source.name, carried)
     extra = sum(path.stat().st_size for path in carried) + (1 << 20)
     with (

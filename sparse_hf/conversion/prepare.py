@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from ..models.derived.check import check_once
 from ..models.hf.config import SparseConfigMixin
 from ..models.hf.hearing import hearing_warnings, is_causal
+from ..models.hf.indexer import Indexer
 from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
@@ -18,6 +20,7 @@ from ..pattern.like import PatternLike
 from .carry import read_json
 from .check import check_fits, meta_model, sparse_config
 from .generation import CacheChoice, choose_cache
+from .indexers import find_indexers, split_indexers
 from .positions import changes, check_choice, check_growth, scale_rope, set_length
 from .processors import TokenizerClass, TokenLimit, tokenizer_class
 from .source import Source
@@ -25,6 +28,7 @@ from .token_ids import token_ids
 from .weights import Work
 
 REPORT = "conversion.json"
+UNTRAINED = "indexers have new weights, which choose keys at random: train them with sparse_hf.train.train_indexer before the model is used"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Choice:
     global_token_ids: tuple[int | str, ...] = ()
     cache: str | None = None
     decode: str | None = None
+    indexer: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Prepared:
         lengths: tokens that the model takes before and after, where anything limits them.
         cache: what `generate` decodes with; None for a model that does not generate.
         warnings: what the user should know before the result is used, one sentence each.
+        indexers: those that the source has no weights of, by name.
     """
 
     source: Source
@@ -66,6 +72,7 @@ class Prepared:
     is_causal: bool
     cache: CacheChoice | None
     warnings: tuple[str, ...]
+    indexers: dict[str, Indexer]
 
 
 def prepare(source: Source, choice: Choice) -> Prepared:
@@ -84,7 +91,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     if not family.verified:
         check_once(type(model), model.config)
     marked = token_ids(choice.global_token_ids, source)
-    config = family.config_class.from_dense(source.config, choice.pattern, choice.layers, marked, choice.decode)
+    config = family.config_class.from_dense(
+        source.config, choice.pattern, choice.layers, marked, choice.decode, choice.indexer
+    )
     # a family may have them in several ways, of which a configuration chooses one
     family = dataclasses.replace(family, positions=config.positions)
     if not family.verified:
@@ -98,12 +107,13 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
     carried, causal = tuple(source.carried), is_causal(model)
+    new, others = split_indexers(source.tensors, find_indexers(family, config))
     return Prepared(
         source=source,
         choice=choice,
         family=family,
         config=config,
-        work=Work(source.shards, grown, _left_out(source)),
+        work=Work(source.shards, grown, _left_out(source) | others),
         carried=carried,
         tokenizer=tokenizer_class(source.folder, source.name, carried),
         limit=_limit(choice, family, lengths[1]),
@@ -115,7 +125,9 @@ def prepare(source: Source, choice: Choice) -> Prepared:
             *mark_warnings(config, family, config.architectures),
             *hearing_warnings(config, causal, lengths[1]),
             *_length_warnings(*lengths),
+            *([UNTRAINED] if new else []),
         ),
+        indexers=new,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,6 +49,11 @@ def describe(prepared: Prepared) -> dict:
         "positions": {"scheme": prepared.family.positions.scheme, "method": _method(prepared)},
         "rope_parameters": rope if choice.rope or _is_scaled(rope) else None,
         "grown": {name: [list(tensors[name].shape), list(change.shape)] for name, change in work.changes.items()},
+        "new": {
+            f"{name}.{parameter}": list(value.shape)
+            for name, found in prepared.indexers.items()
+            for parameter, value in found.named_parameters()
+        },
         "left_out": {name: list(tensors[name].shape) for name in sorted(work.left_out)},
         "unchanged": {"tensors": len(same), "bytes": sum(t.size for t in same)},
         "carried": [path.relative_to(prepared.source.folder).as_posix() for path in prepared.carried],
@@ -144,6 +150,7 @@ def report_text(report: dict) -> str:
         "Patterns, and their share of all pairs of tokens:",
         *(f"  {_layer_line(entry)}" for entry in report["layers"]),
         *_length_lines(report),
+        *_new_lines(report.get("new") or {}),
         *_left_out_lines(report["left_out"]),
         f"Not touched: {report['unchanged']['tensors']:,} tensors, {report['unchanged']['bytes']:,} bytes",
     ]
@@ -205,9 +212,14 @@ def _cache_lines(report: dict) -> Iterator[str]:
         yield f"Cache: generate keeps all keys; {cache['why_not_streaming']}"
 
 
+def _new_lines(new: dict) -> Iterator[str]:
+    if new:
+        yield f"New, of indexers that are to be trained: {len(new)} tensors, {sum(map(math.prod, new.values())):,} numbers"
+
+
 def _left_out_lines(left_out: dict) -> Iterator[str]:
     if left_out:
-        yield f"Left out, because the model makes them itself: {len(left_out)} masks"
+        yield f"Left out, because the model makes them itself or has no such indexer: {len(left_out)} tensors"
         yield from (f"  {name} {shape}" for name, shape in left_out.items())
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +43,14 @@ class Work:
 
     def as_it_is(self, shard: Shard) -> bool:
         return shard.ready and not any(t.name in self.changes or t.name in self.left_out for t in shard.tensors)
+
+    def with_shard(self, shard: Shard) -> Work:
+        """What is to be written, and a shard of new tensors, which may have the names of some that are left out."""
+        kept = []
+        for old in self.shards:
+            tensors = tuple(self.tensors(old))
+            kept.append(old if len(tensors) == len(old.tensors) else replace(old, tensors=tensors, ready=False))
+        return Work((*kept, shard), self.changes)
 
     def shape(self, tensor: Stored) -> tuple[int, ...]:
         return self.changes[tensor.name].shape if tensor.name in self.changes else tensor.shape

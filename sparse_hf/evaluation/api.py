@@ -19,7 +19,7 @@ from .probes.table import choose
 from .recall.table import choose_tasks
 from .settings import Settings
 from .subject import Contender, Subject, open_subject
-from .texts import cut, read_texts
+from .texts import Sample, cut, read_texts
 from .verdict import verdicts
 
 # the folder of finished pieces within that of an evaluation
@@ -102,9 +102,10 @@ def prepare(
     # what costs nothing is looked at first
     candidates, content = read_candidates(patterns), read_texts(texts)
     memo = {"tasks": choose_tasks(settings.tasks, settings.questions)}
-    subject = open_subject(model, candidates, tokenizer, settings.global_token_ids)
+    subject = open_subject(model, candidates, tokenizer, settings)
     _check_lengths(subject, settings)
     samples = cut(content, subject.tokenizer, settings)
+    _check_tokens(subject, samples)
     return Setup(subject, tuple(content), tuple(samples), settings, memo=memo)
 
 
@@ -118,6 +119,14 @@ def _check_lengths(subject: Subject, settings: Settings) -> None:
         raise ValueError(
             f"{longest:,} tokens are asked about, and {subject.name} has {subject.limit:,} positions; give a smaller length, or convert "
             f"it first with max_length={longest} (sparse-hf convert --max-length {longest}) and evaluate what is written"
+        )
+
+
+def _check_tokens(subject: Subject, samples: Sequence[Sample]) -> None:
+    highest, known = max(int(one.ids.max()) for one in samples), subject.dense.model.config.get_text_config().vocab_size
+    if highest >= known:
+        raise ValueError(
+            f"the tokenizer gives id {highest:,}, and {subject.name} has {known:,} tokens; give the tokenizer of the model (tokenizer=)"
         )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..plan import BlockPlan
 
-# queries of a strip
-STRIP = 64
+# queries of a strip, at the least; a GPU takes as many as make so many numbers for all heads
+STRIP, GPU_NUMBERS = 64, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def kept_mass(
     dense = torch.zeros(heads, len(distances), dtype=torch.float64)
     kept = torch.zeros(len(plans), heads, len(distances), dtype=torch.float64)
     lost, sink = torch.zeros(len(plans), length, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
-    for first in range(0, length, STRIP):
-        last = min(first + STRIP, length)
+    step = strip_of(q, plans)
+    for first in range(0, length, step):
+        last = min(first + step, length)
         strip = _Strip(first, last, last if is_causal else length)
         weights, outside = attention_weights(q[:, first:last], k[:, : strip.keys], scores, strip.mask(own))
         masks = strip.masks(plans, heads)
@@ -89,6 +90,14 @@ def kept_mass(
         lost[:, : strip.keys] += _by_key(weights, ~masks)
         sink += outside.double().cpu()
     return Mass(dense, kept, lost, sink, length)
+
+
+def strip_of(q: Tensor, plans: Sequence[BlockPlan]) -> int:
+    """Queries of a strip: few on a CPU, and on a GPU, which waits for its host between small ones, as many as memory is spent on."""
+    if not q.is_cuda:
+        return STRIP
+    masks = len(plans) if any(plan.heads for plan in plans) else 1
+    return max(STRIP, GPU_NUMBERS // (q.shape[0] * q.shape[1] * masks))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-# numbers of a chunk of logits, 64 MiB in float32
-MAX_LOGITS = 1 << 24
+# numbers of a chunk of logits, 64 MiB in float32; a GPU waits for its host between chunks, and takes 512 MiB
+MAX_LOGITS, MAX_GPU_LOGITS = 1 << 24, 1 << 27
 # tokens whose states are compared layer by layer
 MAX_COMPARED = 512
 
@@ -49,7 +49,8 @@ def answers(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tenso
     The model's own head makes them, whatever it does to states and logits: the model reads a single token, in place of whose
     states it is given those of a chunk.
     """
-    chunk = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    most = MAX_GPU_LOGITS if model.device.type == "cuda" else MAX_LOGITS
+    chunk = max(1, most // model.config.get_text_config().vocab_size)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     options = {"use_cache": False} if model.can_generate() else {}
     for start in range(0, len(states), chunk):

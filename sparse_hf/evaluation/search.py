@@ -83,7 +83,7 @@ class Search:
         patterns = self.local.layer_patterns(True)
         pieces = [
             Piece(
-                "tune", "heads", {"pattern": str(self.pattern), "prompt": one.prompt, "wanted": one.wanted}, self.weights, (i,),
+                "tune", "heads", {"pattern": str(self.pattern), "question": one.digest}, self.weights, (i,),
                 partial(self._copied, patterns, one),
             )
             for i, one in enumerate(self.questions)
@@ -125,13 +125,13 @@ class Search:
 
     def losses(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
         """The KL of the answers with each of these sets dense."""
-        prompts = [[question.prompt, question.wanted] for question in self.questions]
+        asked = [question.digest for question in self.questions]
         all_patterns = [self.patterns(dense) for dense in sets]
         pieces = [
             Piece(
                 "tune",
                 "answers",
-                {"patterns": patterns, "prompts": prompts},
+                {"patterns": patterns, "questions": asked},
                 self.weights,
                 (i,),
                 partial(self._measured, patterns),
@@ -147,23 +147,45 @@ class Search:
     @torch.inference_mode()
     def _measured(self, patterns: Sequence[str]) -> dict[str, Any]:
         self._set(patterns)
-        kl = [
-            (wanted.exp() * (wanted - answer_logits(self.setup, self.local, question))).sum(-1).mean()
-            for question, wanted in zip(self.questions, self._dense_answers, strict=True)
-        ]
+        kl = []
+        for given, whole in zip(self._answers(self.local), self._dense_answers, strict=True):
+            wanted = whole.to(given.device)
+            kl.append((wanted.exp() * (wanted - given)).sum(-1).mean())
         return {"kl": float(torch.stack(kl).mean())}
 
     @cached_property
     def _dense_answers(self) -> list[Tensor]:
-        return [answer_logits(self.setup, self.setup.subject.dense, question) for question in self.questions]
+        return [found.cpu() for found in self._answers(self.setup.subject.dense)]
+
+    def _answers(self, contender: Contender) -> Iterator[Tensor]:
+        """The answers to all questions, of which some are read together."""
+        count = self.setup.settings.batch
+        for at in range(0, len(self.questions), count):
+            yield from answer_logits(self.setup, contender, self.questions[at : at + count])
 
 
 @torch.inference_mode()
-def answer_logits(setup: Setup, contender: Contender, question: Question) -> Tensor:
-    """The log-probabilities `[A, V]` that a contender gives in place of each token of the answer, given those before it."""
-    tokenizer, model = setup.subject.tokenizer, contender.model
-    prompt, answer = tokenize(tokenizer, question.prompt), answer_tokens(tokenizer, question)
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    # logits of the last A + 1 tokens, of which the very last predicts none
-    some = {name: len(answer) + 1 for name in last_alone(model)}
-    return model(input_ids=ids, use_cache=False, **some).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1).cpu()
+def answer_logits(setup: Setup, contender: Contender, questions: Sequence[Question]) -> list[Tensor]:
+    """The log-probabilities `[A, V]` that a contender gives in place of each token of each answer, given those before it."""
+    model, tokens = contender.model, [_tokens(setup, one) for one in questions]
+    rows, answers = [[*prompt, *answer] for prompt, answer in tokens], [answer for _, answer in tokens]
+    longest = max(map(len, rows))
+    # no token hears those behind it, so that padding there needs no mask
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    # of each row those of its last A + 1 tokens, of which the very last predicts none
+    begins = [len(row) - len(answer) - 1 for row, answer in zip(rows, answers, strict=True)]
+    logits = model(input_ids=ids, use_cache=False, **last_alone(model, longest - min(begins))).logits
+    # models without that argument make all of them
+    cut = longest - logits.shape[1]
+    return [
+        of_row[begin - cut : begin - cut + len(answer)].float().log_softmax(-1)
+        for of_row, begin, answer in zip(logits, begins, answers, strict=True)
+    ]
+
+
+def _tokens(setup: Setup, question: Question) -> tuple[list[int], list[int]]:
+    """A question's prompt and answer as tokens, made once for all sets that are tried."""
+    known, tokenizer = setup.memo.setdefault("tokens", {}), setup.subject.tokenizer
+    if question.digest not in known:
+        known[question.digest] = tokenize(tokenizer, question.prompt), answer_tokens(tokenizer, question)
+    return known[question.digest]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 # a text of fewer tokens says nothing of a pattern
 SHORTEST = 32
 
@@ -21,6 +23,10 @@ class Settings:
         repeats: questions of `recall` for each task, length and depth.
         tasks: tasks of `recall`, or groups of them: "short", "ruler"; by default the short ones, and those of `questions`.
         questions: files of questions about documents, in the format of SQuAD or HotpotQA.
+        held_out: files that `tune` checks its choice on; by default the texts that it chose by.
+        batch: questions that are asked together; more of them are faster on a GPU, and take memory.
+            Models with a table of positions are asked one by one.
+        dtype: of the weights of folders; by default the folder's own on a GPU, and float32 on a CPU.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         seed: of whatever is drawn.
         progress: show a progress bar on standard error.
@@ -40,14 +46,19 @@ class Settings:
     repeats: int = 1
     tasks: tuple[str, ...] = ()
     questions: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
+    batch: int = 1
+    dtype: Dtype | None = None
     global_token_ids: tuple[int, ...] = ()
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self):
-        for name, least in (("length", SHORTEST), ("samples", 1), ("repeats", 1)):
+        for name, least in (("length", SHORTEST), ("samples", 1), ("repeats", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.dtype is not None and self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
         short = [length for length in self.lengths if length < SHORTEST]
         if short:
             raise ValueError(f"lengths has {short[0]}; the shortest text that is asked about has {SHORTEST} tokens")

@@ -24,6 +24,7 @@ from ..models.hf.register import family_of
 from ..models.hf.sparsify import sparsify
 from ..pattern import full
 from .candidates import DENSE, Candidate
+from .settings import Settings
 
 # what a model gives: the next token, hidden tokens, or states alone
 Kind = Literal["decoder", "masked", "encoder"]
@@ -85,7 +86,7 @@ def open_subject(
     model: PreTrainedModel | str | PathLike[str],
     candidates: list[Candidate],
     tokenizer: PreTrainedTokenizerBase | None,
-    global_token_ids: tuple[int, ...] = (),
+    settings: Settings,
 ) -> Subject:
     """Load what is a folder, and make each candidate sparse around the weights that are there.
 
@@ -93,7 +94,7 @@ def open_subject(
         ValueError: an encoder-decoder, a family that is sparse by itself, no tokenizer, tokenizers that differ, or no pattern.
     """
     name = (model.name_or_path or "") if isinstance(model, PreTrainedModel) else str(model)
-    loaded = model if isinstance(model, PreTrainedModel) else _load(model)
+    loaded = model if isinstance(model, PreTrainedModel) else _load(model, settings.dtype)
     kind = _kind(loaded)
     if tokenizer is None:
         tokenizer = _tokenizer(name)
@@ -107,20 +108,20 @@ def open_subject(
     dense = sparsify(loaded, full()).eval()
     contenders = [Contender(DENSE, dense, fingerprint(dense))]
     for candidate in candidates:
-        contenders.append(_contender(candidate, loaded, tokenizer, global_token_ids))
+        contenders.append(_contender(candidate, loaded, tokenizer, settings))
     config, positions = contenders[0].config, family_of(loaded.config.model_type).positions
     limit = positions.length_of(config) if positions.has_table else None
     return Subject(Path(name).name or "model", kind, tokenizer, tuple(contenders), limit, positions.reach_of(config))
 
 
-def _load(source: str | PathLike[str]) -> PreTrainedModel:
-    """The model of a folder or a hub id: on the GPU in its own numbers, on the CPU in float32."""
+def _load(source: str | PathLike[str], dtype: str | None) -> PreTrainedModel:
+    """The model of a folder or a hub id; without a dtype on the GPU in its own numbers, on the CPU in float32."""
     config = AutoConfig.from_pretrained(source)
     named = (config.architectures or [""])[0]
     auto: Any = AutoModelForCausalLM if named.endswith(CAUSAL) else AutoModel
     auto = AutoModelForMaskedLM if named.endswith(MASKED) else auto
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return auto.from_pretrained(source, dtype="auto" if device.type == "cuda" else torch.float32).to(device)
+    return auto.from_pretrained(source, dtype=dtype or ("auto" if device.type == "cuda" else "float32")).to(device)
 
 
 def _kind(model: PreTrainedModel) -> Kind:
@@ -147,7 +148,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _contender(
-    candidate: Candidate, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, global_token_ids: tuple[int, ...]
+    candidate: Candidate, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Contender:
     if candidate.folder is None:
         if candidate.pattern is None:
@@ -155,10 +156,10 @@ def _contender(
             spec = model.config.sparse_attention
             sparse = sparsify(model, full(), _saved_layers(spec), spec.get("global_token_ids") or ())
         else:
-            marks = global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
+            marks = settings.global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
     else:
-        sparse: Any = _load(candidate.folder)
+        sparse: Any = _load(candidate.folder, settings.dtype)
         sparse = sparse.to(model.device)
         _check_alike(candidate.folder, sparse, model, tokenizer)
     return Contender(candidate.name, sparse.eval(), fingerprint(sparse))

@@ -25,6 +25,7 @@ from .probes.base import Setup
 from .probes.recall import Recall, questions_of
 from .search import Search, Unit
 from .settings import Settings
+from .texts import cut, read_texts
 
 TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
 FILE, LAYERS_FILE = "tuning.json", "layers.json"
@@ -80,7 +81,7 @@ def tune(
     move from the dense model's (KL on their tokens). From that ranking they are chosen one by one, each the best of the next
     three with those chosen before. Heads are ranked by their attention to what answers copy from beyond the pattern. The choice
     is then held against as many layers evenly spaced, and against a wider window in every layer that takes as many pairs, on
-    other questions and on perplexity: it says when it does not beat them.
+    other questions and on perplexity, about other texts where `settings.held_out` names some: it says when it does not beat them.
 
     Args:
         model: a decoder, in memory or its folder or hub id.
@@ -110,29 +111,30 @@ def tune(
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
+    check = _check_of(setup)
     folder = None if out is None else Path(out)
-    search = _search(setup, own, folder)
-    count = _count(search, share, setup)
-    chosen = _chosen(search, budget, count)
-    spaced = [search.layers[i * len(search.layers) // count] for i in range(count)]
+    search = search_of(setup, own, folder)
+    count = dense_count(search, share)
+    chosen = choose(search, budget, count)
+    spaced = evenly_spaced(search, count)
     wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
     candidates = [
         Candidate(TUNED, own, chosen["layers"]),
-        Candidate(EVERY, own, dense_layers(spaced)),
+        Candidate(EVERY, own, spaced),
         *([Candidate(UNIFORM, wider)] if wider is not None else []),
         Candidate(NONE, own),
     ]
     # other questions than those by which it was chosen
     held_out = evaluate(
-        model, candidates, texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
-        settings=replace(settings, seed=settings.seed + 1),
+        model, candidates, settings.held_out or texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
+        settings=check,
     )  # fmt: skip
     beats, verdict = _verdict(held_out.result["probes"])
     result = {
         "pattern": str(own),
         "budget": {**asdict(budget), "dense": share},
         **chosen,
-        "every_nth": dense_layers(spaced),
+        "every_nth": spaced,
         "uniform": None if wider is None else str(wider),
         "beats_every_nth": beats[EVERY],
         "beats_uniform": beats.get(UNIFORM),
@@ -145,14 +147,38 @@ def tune(
     return Tuning(chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
 
 
-def _search(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
+def _check_of(setup: Setup) -> Settings:
+    """The settings of the check. What it cannot ask is known before anything runs.
+
+    Raises:
+        ValueError: a held-out text that is too short for them.
+    """
+    settings = replace(setup.settings, seed=setup.settings.seed + 1)
+    if settings.held_out:
+        content = read_texts(settings.held_out)
+        samples = cut(content, setup.subject.tokenizer, settings)
+        memo = {"tasks": setup.memo["tasks"]}
+        reason = Recall().why_not(
+            replace(setup, texts=tuple(content), samples=tuple(samples), settings=settings, memo=memo)
+        )
+        if reason is not None:
+            raise ValueError(f"tune asks questions of recall about held-out texts: {reason}")
+    return settings
+
+
+def search_of(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
+    """A search by the questions of `setup`, whose last candidate has `pattern` in every layer; pieces are kept in `folder`."""
     questions = [question for _, question in questions_of(setup)]
     return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
 
 
-def _count(search: Search, share: float, setup: Setup) -> int:
-    """How many layers stay dense."""
-    count = max(1, round(share * setup.subject.dense.config.stacks[""]))
+def dense_count(search: Search, share: float) -> int:
+    """How many layers stay dense, of a share of all.
+
+    Raises:
+        ValueError: more than can be dense.
+    """
+    count = max(1, round(share * search.local.config.stacks[""]))
     if count > len(search.layers):
         raise ValueError(
             f"a budget of {share:.3g} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
@@ -160,7 +186,12 @@ def _count(search: Search, share: float, setup: Setup) -> int:
     return count
 
 
-def _chosen(search: Search, budget: Budget, count: int) -> Found:
+def evenly_spaced(search: Search, count: int) -> str:
+    """As many dense layers at equal distances, as `layers` takes them."""
+    return dense_layers(search.layers[i * len(search.layers) // count] for i in range(count))
+
+
+def choose(search: Search, budget: Budget, count: int) -> Found:
     """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less."""
     units: dict[str, list[Unit]] = {}
     ranking: list[list] = []

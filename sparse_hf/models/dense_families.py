@@ -41,6 +41,11 @@ def _other(module: str, prefix: str, dense_type: str, sparse_type: str = "") -> 
     return OtherFamily(f"{__package__}.{module}", prefix, dense_type, sparse_type or f"sparse_{dense_type}")
 
 
+def _of_latents(prefix: str) -> dict[str, Any]:
+    """What a family says whose heads share latents."""
+    return {"parts": ((f"{prefix}Attention", "latent.LatentAttention"),)}
+
+
 def _indexed(prefix: str, dense_type: str, indexer: str, source: str, **more: Any) -> IndexedFamily:
     return IndexedFamily(prefix=prefix, dense_type=dense_type, positions=ROTARY, indexer=indexer, source=source, **more)
 
@@ -101,7 +106,7 @@ INDEXED_FAMILIES = tuple(
     entry
     for entry in (
         _indexed("AXK2", "axk2", "dsa.DsaIndexer", "SK Telecom, 2026, A.X-K2"),
-        _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556"),
+        _indexed("DeepseekV32", "deepseek_v32", "dsa.DsaIndexer", "arXiv:2512.02556", **_of_latents("DeepseekV32")),
         _indexed(
             "DeepseekV4",
             "deepseek_v4",
@@ -126,7 +131,7 @@ INDEXED_FAMILIES = tuple(
             packs=False,
             parts=(("Glm5NextTextAttention", "pools.ChoiceAsMask"),),
         ),  # fmt: skip
-        _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763"),
+        _indexed("GlmMoeDsa", "glm_moe_dsa", "dsa.InterleavedIndexer", "arXiv:2602.15763", **_of_latents("GlmMoeDsa")),
         _indexed("HYV4", "hy_v4", "dsa.TrailingIndexer", "Tencent, 2026, Hy4"),
         _of_text("HYV4VL", "hy_v4_vl", "dsa.TrailingIndexer", "Tencent, 2026, Hy4", indexer_class="HYV4VLIndexer"),
         _of_text(

@@ -3,7 +3,7 @@
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .blocks import BlockTable, RandomBlocks
-from .chosen import TopK, TopKBlocks
+from .chosen import TopK, TopKBlocks, VerticalSlash
 from .complement import Outside
 from .grid import Window2d
 from .lsh import LSH, LSHChunks
@@ -49,6 +49,7 @@ __all__ = [
     "Summary",
     "TopK",
     "TopKBlocks",
+    "VerticalSlash",
     "Window",
     "Window2d",
     "causal",

@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from .base import whole
 from .content import Content
 
-BLOCK_SCORES = ("mean", "bounds")
+KEY_SCORES, BLOCK_SCORES = ("dot", "indexer"), ("mean", "bounds", "antidiagonal")
+# sides of the squares whose antidiagonals are summed
+ANTIDIAGONAL = 16
 
 
 @dataclass(frozen=True)
 class TopK(Content):
-    """The `count` keys with the largest products with the query, of those that the rest of the pattern does not hold.
+    """The `count` keys that score highest for the query, of those that the rest of the pattern does not hold.
 
     Each query of each head chooses for itself, within whatever causality, padding, documents and `&` allow: `window(127, 0) |
     first(4) | topk(2048)`. What it sees of its past depends on its past alone, so that decoding with a cache is exact. Of equal
-    products the earlier key is taken. A query with fewer keys to choose from gets them all.
+    scores the earlier key is taken. A query with fewer keys to choose from gets them all.
+
+    `scores` says what a key is worth:
+
+    - "dot": the product with the query.
+    - "indexer": what a small module that each such layer of a model gets has learned (DeepSeek-V3.2, arXiv:2512.02556); all
+      heads share the choice.
 
     All keys are scored, in pieces: time grows with the square of the length, at the price of a product, and memory by `count`
     for each query. Choices have no gradient; what is attended to has.
@@ -27,10 +35,19 @@ class TopK(Content):
     """
 
     count: int
+    scores: str = "dot"
     word = "topk"
 
     def __post_init__(self):
         whole(f"{self.word}: count", self.count, 1)
+        _known(self.word, self.scores, KEY_SCORES)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.scores != KEY_SCORES[0] else f"{self.word}({self.count})"
+
+    @property
+    def uses_indexer(self) -> bool:
+        return self.scores == "indexer"
 
     @property
     def most_keys(self) -> int:
@@ -50,25 +67,81 @@ class TopKBlocks(Content):
     - "mean": the product with the mean of its keys (MoBA, arXiv:2502.13189).
     - "bounds": the largest product that a key within the smallest and largest number of each dimension could have (Quest,
       arXiv:2406.10774), which is never below the product of any of its keys.
+    - "antidiagonal": queries and keys are cut into squares of 16 x 16 pairs, of which the products on the antidiagonal are summed
+      and averaged (XAttention, arXiv:2503.16428). Each row of squares has one softmax over the blocks to choose from; a block has
+      the sum of the weights in it. It is for groups of queries.
+
+    With `queries` above 1, so many neighbouring queries, counted from the first token of a sequence, choose together: a block has
+    the mean of their scores, those are chosen from that are over before the first of them, and the blocks that they stand in are
+    among the `count`. It is far faster on a GPU. What a query sees then depends on the queries of its group up to its end; a token
+    that is decoded alone chooses for itself.
 
     Examples:
         >>> TopKBlocks(count=8, size=64).most_keys
         512
+        >>> str(TopKBlocks(16, 128, "bounds", queries=128))
+        "topk_blocks(16, 128, 'bounds', 128)"
     """
 
     count: int
     size: int
     scores: str = "mean"
+    queries: int = 1
     word = "topk_blocks"
 
     def __post_init__(self):
-        for name in ("count", "size"):
+        for name in ("count", "size", "queries"):
             whole(f"{self.word}: {name}", getattr(self, name), 1)
-        if self.scores not in BLOCK_SCORES:
+        if self.size % self.queries and self.queries % self.size:
             raise ValueError(
-                f"{self.word}: scores is {self.scores!r}; the known ones are {', '.join(map(repr, BLOCK_SCORES))}"
+                f"{self.word}: {self.queries} queries choose blocks of {self.size} keys together; one must be a multiple of the other"
+            )
+        _known(self.word, self.scores, BLOCK_SCORES)
+        if self.scores == "antidiagonal" and (self.size % ANTIDIAGONAL or self.queries % ANTIDIAGONAL):
+            raise ValueError(
+                f"{self.word}: blocks of {self.size} keys and groups of {self.queries} queries; for antidiagonals both are multiples of "
+                f"{ANTIDIAGONAL}"
             )
 
     @property
+    def own_blocks(self) -> int:
+        """How many blocks the queries of a group reach into."""
+        return max(1, self.queries // self.size)
+
+    @property
     def most_keys(self) -> int:
-        return self.count * self.size
+        return max(self.count, self.own_blocks) * self.size
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Content):
+    """The keys that stand in the `columns` and on the `diagonals` which the last queries of a text weigh most (MInference,
+    arXiv:2407.02490).
+
+    The attention of the last `queries` of each sequence in a call is computed; a column is worth the sum of their weights on a
+    key, a diagonal the sum of those at one distance. Each query of each head then sees the best columns and the best distances of
+    its own past, of what the rest of the pattern does not hold. Of equal ones the earlier key is taken. It is for reading prompts:
+    what a query sees depends on the queries at the end, and a token that is decoded alone goes by its own weights.
+
+    Examples:
+        >>> VerticalSlash(columns=1000, diagonals=200).most_keys
+        1200
+    """
+
+    columns: int
+    diagonals: int
+    queries: int = 64
+    word = "vertical_slash"
+
+    def __post_init__(self):
+        for name in ("columns", "diagonals", "queries"):
+            whole(f"{self.word}: {name}", getattr(self, name), 1)
+
+    @property
+    def most_keys(self) -> int:
+        return self.columns + self.diagonals
+
+
+def _known(word: str, scores: str, known: tuple[str, ...]) -> None:
+    if scores not in known:
+        raise ValueError(f"{word}: scores is {scores!r}; the known ones are {', '.join(map(repr, known))}")

@@ -15,7 +15,7 @@ from operator import and_, or_
 from typing import NamedTuple
 
 from .base import MAX_TERMS, Intersection, Pattern, Union, as_pattern, written_out
-from .chosen import TopK, TopKBlocks
+from .chosen import TopK, TopKBlocks, VerticalSlash
 from .complement import Outside
 from .content import Content
 from .lsh import LSH
@@ -23,7 +23,7 @@ from .primitives import First, Marked, MarkedKeys, MarkedQueries, Stride, Window
 
 EVERYTHING = Window(None, None)
 # what chooses pairs by content, in any model
-CONTENT = (LSH, TopK, TopKBlocks)
+CONTENT = (LSH, TopK, TopKBlocks, VerticalSlash)
 # longer than any text, for forms that must not depend on lengths
 ANY_LENGTH = 1 << 30
 # forms that are kept: backends ask for every plan, and each decoded token has one
@@ -228,9 +228,9 @@ class CutContent(NamedTuple):
 
 
 class ContentForm(NamedTuple):
-    """A pattern as the text of what positions say, and what is added by content."""
+    """A pattern as what positions say, and what is added by content."""
 
-    positions: str
+    positions: Pattern
     chosen: tuple[CutContent, ...]
 
 
@@ -253,14 +253,19 @@ def read_content(pattern: Pattern | str) -> ContentForm:
 @lru_cache(maxsize=FORMS_KEPT)
 def _read_content(pattern: Pattern) -> ContentForm:
     if not pattern.uses_content:
-        return ContentForm(str(pattern), ())
+        return ContentForm(pattern, ())
     terms = content_terms(pattern)
     positions = reduce(or_, [term.cut for term in terms if term.content is None and term.cut is not None] or [First(0)])
     chosen = tuple(CutContent(term.content, term.cut) for term in terms if term.content is not None)
     if any(one.cut is not None and one.cut.uses_marks for one in chosen):
         # no pairs, but the plan keeps the marks
         positions = positions | First(0) & Marked()
-    return ContentForm(str(positions), chosen)
+    return ContentForm(positions, chosen)
+
+
+def uses_indexer(pattern: Pattern | str) -> bool:
+    """Does a pattern choose keys by the scores of an indexer?"""
+    return any(one.content.uses_indexer for one in read_content(pattern).chosen)
 
 
 def content_terms(pattern: Pattern) -> list[ContentTerm]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,13 +108,15 @@ class BlockPlan:
         device = torch.device(device)
         return self if device == self.device else replace(self, sequences=self.sequences.to(device), device=device)
 
-    def allows(self, b: Tensor, p: int, q: Tensor, k: Tensor) -> Tensor:
+    def allows(self, b: Tensor, p: Any, q: Tensor, k: Tensor) -> Tensor:
         """Element by element: may query q see key k? Indices (not positions) that broadcast; `b` is the batch row.
+
+        `p` is the number of a pattern; where several are one pattern, a tensor of numbers may be, which broadcasts too.
 
         Nothing here depends on tensor values, so that a compiled kernel can trace it.
         """
         x = q + self.q_offset
-        sequences, pattern = self.sequences, self.patterns[p]
+        sequences, pattern = self.sequences, self.patterns[p if isinstance(p, int) else 0]
         row = b if sequences.rows > 1 else torch.zeros_like(b)
         marks = Marks(length=self.kv_len)
         if sequences.marks is not None and pattern.uses_marks:
@@ -132,6 +135,10 @@ class BlockPlan:
         if self.mask_function is not None:
             allowed = allowed & self.mask_function(b, torch.zeros_like(b), x, k)
         return allowed
+
+    def tile_numbers(self, group: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
+        """What tells apart tiles whose pairs the patterns' signatures do not, `[T]` each, by their row of tables and place."""
+        return []
 
     def query_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""

@@ -202,8 +202,11 @@ def _alike(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
         q, k = q - origin, k - origin
     if sequences.marks is not None:
         numbers += [_marked(plan, sequences.marks, True)[b, i], _marked(plan, sequences.marks, False)[b, j]]
-    for index, pattern in enumerate(plan.patterns):
-        own = (whole & (p == index)).nonzero().flatten()
+    numbers += plan.tile_numbers(group, i, j)
+    distinct = list(dict.fromkeys(plan.patterns))
+    which_pattern = torch.tensor([distinct.index(pattern) for pattern in plan.patterns], device=plan.device)[p]
+    for index, pattern in enumerate(distinct):
+        own = (whole & (which_pattern == index)).nonzero().flatten()
         marks = Marks(length=plan.kv_len if length is None else length[own])
         signature = pattern.signature(q[own], k[own], size, marks)
         if signature is not None and len(own):
@@ -268,8 +271,9 @@ def _evaluated(plan: BlockPlan, group: Tensor, i: Tensor, j: Tensor) -> Tensor:
     b = (group // len(plan.patterns))[:, None, None]
     exists = (q < plan.q_len) & (k < plan.kv_len)
     q, k = q.clamp(max=plan.q_len - 1), k.clamp(max=plan.kv_len - 1)
-    if len(plan.patterns) == 1:
-        return plan.allows(b, 0, q, k) & exists
+    if len(dict.fromkeys(plan.patterns)) == 1:
+        p = 0 if len(plan.patterns) == 1 else (group % len(plan.patterns))[:, None, None]
+        return plan.allows(b, p, q, k) & exists
     held = torch.zeros_like(exists)
     for p in range(len(plan.patterns)):
         own = (group % len(plan.patterns) == p).nonzero().flatten()

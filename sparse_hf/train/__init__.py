@@ -9,10 +9,12 @@ from .columns import tokens
 from .distillation import Distillation, labelled
 from .failures import TellAll
 from .heal import Healed, HealingTrainer, heal, without_repeated
+from .indexer import IndexerTrainer, train_indexer
 from .long_text import LongText, long_text
 from .lora import add_lora, lora_config
 from .narrowing import NarrowingWindow
 from .packing import PackDocuments, PackedCollator, first_position
+from .plan_memory import MemoryPlan, plan_memory
 from .repeatable import RepeatableCollator
 from .split_sequence import SplitSequence, split_sequence
 from .split_trainer import SplitTrainer, SplitTrainerMixin, without_ring
@@ -22,11 +24,13 @@ __all__ = [
     "Distillation",
     "Healed",
     "HealingTrainer",
+    "IndexerTrainer",
     "LongText",
     "MarkHeaders",
     "MarkQuestion",
     "MarkTokens",
     "Marks",
+    "MemoryPlan",
     "NarrowingWindow",
     "PackDocuments",
     "PackedCollator",
@@ -41,8 +45,10 @@ __all__ = [
     "labelled",
     "long_text",
     "lora_config",
+    "plan_memory",
     "split_sequence",
     "tokens",
+    "train_indexer",
     "without_repeated",
     "without_ring",
 ]

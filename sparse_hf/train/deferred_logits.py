@@ -53,6 +53,21 @@ class Recipe:
             logits = function(logits, *args)
         return logits
 
+    def before_casts(self, dtype: torch.dtype) -> Recipe:
+        """Without casts at the end that keep all digits; `dtype` is that of hidden states.
+
+        A loss computes in float32 at least, whatever it is given.
+        """
+        recipe = self
+        while recipe.steps and recipe.steps[-1][0] is Tensor.to:
+            shorter = replace(recipe, steps=recipe.steps[:-1])
+            before = shorter.finished(torch.empty(0, 1, dtype=self.autocast or dtype)).dtype
+            after = recipe.steps[-1][1][0]
+            if torch.promote_types(before, after) != after:
+                break
+            recipe = shorter
+        return recipe
+
 
 class DeferredLogits(Tensor):
     """Logits `[..., V]` that are not made yet.
@@ -180,6 +195,8 @@ class PieceLoss:
 
     Attributes:
         sum: logits `[n, V]`, in float32 at least, and the numbers of their rows `[n]`, to their loss.
+        with_gradient: the same of logits in any dtype, which it may write over, with the gradient of the logits; None has
+            autograd find it.
         rows: the rows that count.
         divisor: what the sum is divided by.
         dtype: that of the loss.
@@ -191,6 +208,20 @@ class PieceLoss:
     divisor: int
     dtype: torch.dtype
     with_grad: bool
+    with_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def of(self, recipe: Recipe, leaves: list[Any], rows: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss of some rows, and gradients of hidden states, weight and bias where they are wanted."""
+        wants_grad = any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        with torch.set_grad_enabled(wants_grad):
+            logits = recipe.logits(*leaves)
+            if self.with_gradient is None or not wants_grad:
+                piece = self.sum(logits.to(torch.promote_types(logits.dtype, torch.float32)), rows)
+                return piece.detach(), _grads(piece, leaves) if wants_grad else []
+        given = logits.detach()
+        # what steps keep for their gradients may be the logits themselves
+        piece, grad = self.with_gradient(given.clone() if recipe.steps else given, rows)
+        return piece, _grads(logits, leaves, grad)
 
 
 class _PieceByPiece(torch.autograd.Function):
@@ -212,13 +243,11 @@ class _PieceByPiece(torch.autograd.Function):
         sums = [torch.zeros_like(t, dtype=wide) if n else None for t, n in ((weight, needed[1]), (bias, needed[2]))]
         for rows in loss.rows.split(recipe.piece):
             leaves = [_leaf(*both) for both in zip((hidden[rows], weight, bias), needed, strict=True)]
-            with torch.set_grad_enabled(any(needed)):
-                logits = recipe.logits(*leaves)
-                piece = loss.sum(logits.to(torch.promote_types(logits.dtype, torch.float32)), rows)
-            total += piece.detach()
-            if not any(needed):
+            piece, grads = loss.of(recipe, leaves, rows)
+            total += piece
+            if not grads:
                 continue
-            found, *others = _grads(piece, leaves)
+            found, *others = grads
             if grad_hidden is not None and found is not None:
                 grad_hidden[rows] = found
             for grad_sum, grad in zip(sums, others, strict=True):
@@ -238,9 +267,9 @@ class _PieceByPiece(torch.autograd.Function):
         return None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype), *scaled, None, None
 
 
-def piece_by_piece(logits: DeferredLogits, loss: PieceLoss) -> Tensor:
-    """The loss of logits `[T, V]`."""
-    result = _PieceByPiece.apply(logits.hidden, logits.weight, logits.bias, logits.recipe, loss)
+def piece_by_piece(logits: DeferredLogits, recipe: Recipe, loss: PieceLoss) -> Tensor:
+    """The loss of logits `[T, V]`, made by `recipe`."""
+    result = _PieceByPiece.apply(logits.hidden, logits.weight, logits.bias, recipe, loss)
     assert isinstance(result, Tensor)
     return result
 
@@ -249,7 +278,9 @@ def _cross_entropy(
     func, logits: DeferredLogits, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", label_smoothing=0.0,
 ):  # fmt: skip
-    is_plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum")
+    # a loss of each token is computed in pieces where nobody asks for its gradient, as in evaluations
+    known = ("mean", "sum") if logits.requires_grad and torch.is_grad_enabled() else ("mean", "sum", "none")
+    is_plain = weight is None and size_average is None and reduce is None and reduction in known
     if not is_plain or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
         return NotImplemented
     if len(logits) != len(target):
@@ -259,11 +290,29 @@ def _cross_entropy(
     dtype = func(sample, torch.zeros(1, dtype=torch.long, device=logits.device)).dtype
     rows = (target != ignore_index).nonzero().squeeze(1)
 
+    if reduction == "none":
+        each = torch.zeros(len(target), dtype=dtype, device=logits.device)
+        for some in rows.split(logits.recipe.piece):
+            kept = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            each[some] = func(logits.of(some), target[some], reduction="none", **kept)
+        return each
+
     def summed(piece: Tensor, some: Tensor) -> Tensor:
         return func(piece, target[some], ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
 
+    def with_gradient(piece: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+        labels = target[some][:, None]
+        log_p = torch.log_softmax(piece, -1, dtype=torch.promote_types(piece.dtype, torch.float32))
+        of_labels = log_p.gather(1, labels)
+        grad = torch.exp(log_p, out=piece)
+        # p - 1 is rounded once
+        return -of_labels.sum(), grad.scatter_(1, labels, of_labels.expm1().to(grad.dtype))
+
     divisor = len(rows) if reduction == "mean" else 1
-    return piece_by_piece(logits, PieceLoss(summed, rows, divisor, dtype, torch.is_grad_enabled()))
+    known = None if label_smoothing else with_gradient
+    loss = PieceLoss(summed, rows, divisor, dtype, torch.is_grad_enabled(), known)
+    recipe = logits.recipe.before_casts(logits.hidden.dtype)
+    return piece_by_piece(logits, recipe, loss)
 
 
 def _index(func, logits: DeferredLogits, index):

@@ -125,7 +125,7 @@ def _divergence(student: Tensor, teacher: Tensor, keep: Tensor, temperature: flo
         return F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
     rows = keep.nonzero().squeeze(1)
-    return piece_by_piece(student, PieceLoss(summed, rows, 1, torch.float32, torch.is_grad_enabled()))
+    return piece_by_piece(student, student.recipe, PieceLoss(summed, rows, 1, torch.float32, torch.is_grad_enabled()))
 
 
 def distillation_loss(model, outputs, teacher_outputs, labels: Tensor, weights: Distillation) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..models import SparseMixin, sparsify
+from ..models.hf.sparsify import forget_preparation
 from ..pattern import Window
 from .distillation import IGNORED, Distillation, check_teacher, distillation_loss, labelled, shifts
 from .failures import TellAll
@@ -251,20 +252,33 @@ def heal(
         model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, teacher=teacher,
         distillation=distillation, edges=edges, **trainer_options,
     )  # fmt: skip
+    return run_trainer(trainer, resume_from_checkpoint, with_lora=lora is not None)
+
+
+def run_trainer(
+    trainer: HealingTrainer, resume_from_checkpoint: str | bool | None = None, with_lora: bool = False
+) -> Healed:
+    """Train, and evaluate before and after.
+
+    Raises:
+        ValueError: LoRA where FSDP or ZeRO-3 spread the model.
+    """
     assert isinstance(trainer.model, torch.nn.Module)
     is_spread = trainer.is_fsdp_enabled or is_partitioned(trainer.model)
-    if is_spread and lora is not None:
+    if is_spread and with_lora:
         raise ValueError(
             "LoRA is merged at the end, and FSDP or ZeRO-3 leave each process a part of the weights; use DDP, or train all weights"
         )
     first = _EvaluateFirst(trainer)
     with TellAll():
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        after = trainer.evaluate(metric_key_prefix="after") if eval_dataset is not None else {}
+        after = trainer.evaluate(metric_key_prefix="after") if trainer.eval_dataset is not None else {}
         # all processes give their parts
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_spread else None
     healed = trainer.accelerator.unwrap_model(trainer.model)
-    return Healed(healed.merge_and_unload() if lora is not None else healed, first.metrics, after, whole)
+    if not is_spread:
+        forget_preparation(healed)
+    return Healed(healed.merge_and_unload() if with_lora else healed, first.metrics, after, whole)
 
 
 class _EvaluateFirst(TrainerCallback):

@@ -81,8 +81,8 @@ def long_text_of(model: nn.Module) -> LongText | None:
 def long_text(
     model: nn.Module,
     *,
-    logits: int | None = 1024,
-    feed_forward: int | None = 8192,
+    logits: int | None = 2048,
+    feed_forward: int | None = 16384,
     checkpoint_layers: bool = True,
     offload: bool = False,
 ) -> LongText:
@@ -100,7 +100,7 @@ def long_text(
         model: a model of Transformers, sparse or dense, or one that PEFT wrapped.
         logits: tokens whose logits exist at a time; None leaves logits whole.
         feed_forward: tokens that a feed-forward layer takes at a time, and a norm of float32 in texts of
-            more than 16 such pieces; None leaves them whole.
+            more than 8 such pieces; None leaves them whole.
         checkpoint_layers: keep the inputs of layers alone, and compute layers again in the backward
             pass, unless the model does so already.
         offload: keep inputs of layers in the memory of the host.

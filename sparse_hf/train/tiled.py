@@ -30,7 +30,7 @@ NAMES = re.compile(r"(MLP|Mlp|FeedForward|FFN|FF|ActDense)$")
 METHODS = ("feed_forward_chunk", "ff_chunk")
 # norms that go by way of float32 keep several times their input. They are quick, and what they keep
 # matters only in texts of more pieces than this
-NORMS_FROM_PIECES = 16
+NORMS_FROM_PIECES = 8
 
 
 @dataclass

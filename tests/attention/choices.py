@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sparse_hf import Pattern
 from tests import oracle
 
 # pattern -> its part of positions, what chooses, what cuts it
@@ -18,6 +19,23 @@ PATTERNS = {
     "topk(9) & stride(3) | first(2)": ("first(2)", [("topk", 9)], "stride(3)"),
     "window(9, 9) | topk_blocks(3, 4)": ("window(9, 9)", [("mean", 3, 4)], "window(None, None)"),
     "topk_blocks(4, 8, 'bounds') & window(None, 0)": ("first(0)", [("bounds", 4, 8)], "window(None, 0)"),
+    "window(9, 9) | topk_blocks(3, 4, 'mean', 8)": ("window(9, 9)", [("mean", 3, 4, 8)], "window(None, None)"),
+    "(window(2, 0) | topk_blocks(2, 8, 'bounds', 4)) & window(None, 0)": (
+        "window(2, 0) & window(None, 0)",
+        [("bounds", 2, 8, 4)],
+        "window(None, 0)",
+    ),
+    "topk_blocks(2, 16, 'antidiagonal', 16) & window(None, 0)": (
+        "first(0)",
+        [("antidiagonal", 2, 16, 16)],
+        "window(None, 0)",
+    ),
+    "(window(2, 0) | vertical_slash(3, 2, 6)) & window(None, 0)": (
+        "window(2, 0) & window(None, 0)",
+        [("slash", 3, 2, 6)],
+        "window(None, 0)",
+    ),
+    "first(1) | vertical_slash(2, 3, 4)": ("first(1)", [("slash", 2, 3, 4)], "window(None, None)"),
     "(window(5, 0) | topk_blocks(3, 8) | topk(4)) & window(None, 0)": (
         "window(5, 0) & window(None, 0)",
         [("mean", 3, 8), ("topk", 4)],
@@ -40,12 +58,27 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
         if not real[b, i + offset]:
             continue
         for kind, count, *size in choices:
-            mine = held[b, i], may[b, i]
-            if kind == "topk":
-                best = _keys(q[b, h, i].double(), keys[b, h], count, *mine)
+            if kind == "slash":
+                document = real[b] & (documents[b] == documents[b, i + offset])
+                last = [y for y in document.nonzero()[:, 0].tolist()[-size[-1] :] if y >= offset]
+                weights = _weights(q[b, h].double(), keys[b, h], [y - offset for y in last], may[b])
+                best = _slash(weights, last, (count, size[0]), i + offset, may[b, i] & ~held[b, i])
+            elif kind == "topk":
+                best = _keys(q[b, h, i].double(), keys[b, h], count, held[b, i], may[b, i])
             else:
-                number = torch.where(real[b], documents[b] * length + place[b] // size[0], -1)
-                best = _blocks(q[b, h, i].double(), keys[b, h], (kind, count), number, i + offset, "0)" in cut, *mine)
+                number, group = (
+                    torch.where(real[b], documents[b] * length + place[b] // n, -1)
+                    for n in (size[0], size[-1] if size[1:] else 1)
+                )
+                members = (group == group[i + offset]).nonzero()[:, 0]
+                there = members[members >= offset]
+                queries = q[b, h, there - offset].double(), place[b, there] % size[-1]
+                begin = int(place[b, i + offset]) // size[-1] * size[-1] if size[1:] else int(place[b, i + offset])
+                whole = begin + torch.arange(size[-1] if size[1:] else 1)
+                is_held = Pattern.parse(plain).allows(whole[:, None], place[b]).all(0)
+                # so many blocks are those of a group, or would be in a longer text
+                others = count - max(1, len(whole) // size[0])
+                best = _blocks(queries, keys[b, h], (kind, others), number, members, "0)" in cut, is_held, may[b, i])
             found[b, h, i, best] = True
     return found
 
@@ -55,17 +88,62 @@ def _keys(query, keys, count, held, may) -> list[int]:
     return sorted(free, key=lambda y: (-float((query @ keys[y]).float()), y))[:count]
 
 
-def _blocks(query, keys, choice, number, x, is_causal, held, may) -> list[int]:
-    kind, count = choice
-    own, scores = int(number[x]), []
-    # blocks of the query's document have numbers next to its own
-    for block in sorted(set(number.tolist()) - {-1, own}):
+def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> list[int]:
+    """The keys of a query of the group `members`, whose queries in the call are `queries` `[m, D]`, with their places in the group."""
+    kind, others = choice
+    own, candidates = sorted(set(number[members].tolist())), {}
+    # blocks of the queries' document have numbers next to their own
+    for block in sorted(set(number.tolist()) - {-1, *own}):
         inside = (number == block).nonzero()[:, 0].tolist()
-        if block // len(number) != own // len(number) or (is_causal and inside[-1] >= x) or held[inside].all():
-            continue
-        key = keys[inside]
-        low, high = query * key.amin(0), query * key.amax(0)
-        score = query @ key.mean(0) if kind == "mean" else torch.maximum(low, high).sum()
-        scores.append((-float(score.float()), block))
-    best = [own, *(block for _, block in sorted(scores)[: count - 1])]
+        is_of_document = block // len(number) == own[0] // len(number)
+        if is_of_document and not held[inside].all() and not (is_causal and inside[-1] >= int(members[0])):
+            candidates[block] = keys[inside]
+    score = _antidiagonals if kind == "antidiagonal" else _means
+    scores = {block: float(torch.tensor(s).float()) for block, s in score(kind, *queries, candidates).items()}
+    best = [*own, *sorted(scores, key=lambda block: (-scores[block], block))[: max(0, others)]]
     return [y for y in range(len(number)) if int(number[y]) in best and may[y]]
+
+
+def _means(kind, queries, places, candidates) -> dict[int, float]:
+    found = {}
+    for block, key in candidates.items():
+        low, high = queries * key.amin(0), queries * key.amax(0)
+        score = queries @ key.mean(0) if kind == "mean" else torch.maximum(low, high).sum(-1)
+        found[block] = float(score.mean())
+    return found
+
+
+def _antidiagonals(kind, queries, places, candidates) -> dict[int, float]:
+    """The weights of squares of 16 x 16 pairs; each row of squares with a query has 1 for all blocks."""
+    found = dict.fromkeys(candidates, 0.0)
+    for row in sorted(set((places // 16).tolist())) if candidates else ():
+        squares = {}
+        for block, key in candidates.items():
+            for column in range(-(-len(key) // 16)):
+                sides = [(p, 16 * column + 15 - int(p) % 16) for p in places.tolist() if p // 16 == row]
+                pairs = [(places.tolist().index(p), y) for p, y in sides if y < len(key)]
+                squares[block, column] = (
+                    sum(float(queries[x] @ key[y]) for x, y in pairs) / 16 * queries.shape[1] ** -0.5
+                )
+        weights = torch.tensor(list(squares.values()), dtype=torch.float64).softmax(0).tolist()
+        for (block, _), weight in zip(squares, weights, strict=True):
+            found[block] += weight
+    return found
+
+
+def _weights(queries, keys, last, may) -> torch.Tensor:
+    """The weights `[r, K]` of the queries `last` over all keys that they may choose."""
+    scores = (queries[last] @ keys.T * queries.shape[-1] ** -0.5).masked_fill(~may[last], -torch.inf)
+    return scores.softmax(-1).nan_to_num()
+
+
+def _slash(weights, last, counts, x, free) -> list[int]:
+    """The best columns and the best distances of token x, of the keys that are `free`."""
+    keys = free.nonzero()[:, 0].tolist()
+    distances: dict[int, float] = {}
+    for row, y in zip(weights, last, strict=True):
+        for key in range(len(free)):
+            distances[abs(y - key)] = distances.get(abs(y - key), 0.0) + float(row[key])
+    columns = sorted(keys, key=lambda y: (-float(weights[:, y].sum().float()), y))[: counts[0]]
+    by_distance = sorted(keys, key=lambda y: (-float(torch.tensor(distances.get(abs(x - y), 0.0)).float()), y))
+    return columns + by_distance[: counts[1]]

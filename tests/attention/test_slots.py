@@ -163,7 +163,9 @@ def test_the_kernels_are_exact_on_a_gpu(seen, new, dtype, shape):
         compare(pattern, seen, new, shape, dtype, True, device="cuda")
         compare(pattern, seen, new, shape, dtype, False, device="cuda")
     for pattern, ring in RINGED:
-        compare(pattern, seen, new, shape, dtype, True, device="cuda", ring=ring)
+        # per_head(...) names four heads
+        if shape[0] == 4 or "per_head" not in pattern:
+            compare(pattern, seen, new, shape, dtype, True, device="cuda", ring=ring)
 
 
 @pytest.mark.parametrize("padded", [False, True])

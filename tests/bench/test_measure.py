@@ -106,3 +106,33 @@ def test_choosing_is_timed_apart_from_attending(pattern):
     assert all(row["relative_error"] < 1e-4 for row in result["rows"])
     # of keys that are chosen no more are counted than a causal text has
     assert 257 <= rows["auto"]["pairs"] <= (257 * 258 // 2 if "causal" in pattern else 257**2)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """FlexAttention is compiled for half a minute."""
+    monkeypatch.setattr("sparse_hf.bench.peers._has_compiler", lambda: False)
+
+
+def test_values_of_another_width_are_counted(without_compiler, capsys):
+    rows = run_attention([130], "window(31, 0)", heads=2, head_dim=24, value_dim=16, repeats=1, budget=5)["rows"]
+    assert {"dense", "ours"} <= {row["kind"] for row in rows}
+    for row in rows:
+        assert row["relative_error"] < 1e-5
+        assert row["useful_tflops_forward"] * row["forward_s"] * 1e12 == pytest.approx(2 * 2 * row["pairs"] * (24 + 16))
+    # q, k, v and out in float32, and as many gradients
+    assert rows[0]["held_bytes"] == 2 * 4 * 2 * 130 * (24 + 24 + 16 + 16)
+    assert "heads of 24 (values 16)" in capsys.readouterr().out
+
+
+def test_dense_kernels_that_refuse_have_a_row(without_compiler, monkeypatch, capsys):
+    def refuse(*tensors, **given):
+        raise RuntimeError("no kernel of that width")
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
+    dense, *ours = run_attention([64, 130], "window(31, 0)", heads=2, head_dim=16, backends=["blockwise"], repeats=1)[
+        "rows"
+    ]
+    assert dense == {"name": "sdpa_dense", "kind": "dense", "n": 64, "failed": "RuntimeError: no kernel of that width"}
+    assert [row["kind"] for row in ours if not row.get("failed")] == ["ours"] * 2
+    assert ours[-1]["step_dense_over_ours"] is None and "no kernel of that width" in capsys.readouterr().out

@@ -75,7 +75,8 @@ def named(result: dict, name: str) -> list[dict]:
 
 def test_models_that_slide_have_a_row_for_each_implementation():
     several = {name: case.implementations for name, case in cases.CASES.items() if len(case.implementations) > 1}
-    assert several == dict.fromkeys(("modernbert", "mistral"), ("sdpa", "flex_attention"))
+    sinks = dict.fromkeys(("gpt_oss", "gpt_oss_window"), ("eager", "flex_attention"))
+    assert several == dict.fromkeys(("modernbert", "mistral"), ("sdpa", "flex_attention")) | sinks
     for name in several:
         config = models._build(cases.CASES[name], 64, 1, torch.float32, torch.device("meta")).config
         assert config._attn_implementation == several[name][0]
@@ -121,6 +122,42 @@ def test_bench_does_not_time_what_is_wrong_or_refuses(beside, other, reason):
     assert result["errors"]["mistral"][other] == {"failed": rows[0]["failed"]}
     for ours in named(result, "sparse_hf"):
         assert set(ours["beside"]) == {"sdpa"} and ours["fastest"] == "sdpa" and ours["step_times_faster"] > 0
+
+
+NARROW = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+ENCODER = {"d_model": 64, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+OSS = {**NARROW, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "n", "layers"),
+    [("vit", NARROW, 197, 2), ("whisper", ENCODER, 700, 2), ("gpt_oss", OSS, 300, 2), ("gpt_oss_window", OSS, 300, 1)],
+)
+def test_bench_compares_pictures_sounds_and_sinks(monkeypatch, name, small, n, layers):
+    monkeypatch.setattr("sparse_hf.bench.measure.gc.collect", lambda *generation: 0)
+    case = cases.CASES[name]
+    less = dataclasses.replace(
+        case, config=lambda n, layers: {**case.config(n, layers), **small}, implementations=case.implementations[:1]
+    )
+    monkeypatch.setitem(cases.CASES, name, less)
+    result = models.run_models([name], [n], layers=layers, device="cpu", repeats=1)
+    assert all(row["step_s"] > 0 for row in result["rows"]) and len(result["rows"]) == 2
+    assert 0 < max(result["errors"][name].values()) < 1e-4
+    # the mask that a class was given is gone
+    assert "sdpa" not in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_a_mask_that_a_class_does_not_take_counts(monkeypatch):
+    wrong = dataclasses.replace(cases.CASES["vit"], dense=False, compared=197)
+    wrong = dataclasses.replace(wrong, config=lambda n, layers: {**cases._vit(n, layers), **NARROW})
+    monkeypatch.setitem(cases.CASES, "vit", wrong)
+    with pytest.raises(AssertionError, match="ViTModel: output is off by"):
+        models.run_models(["vit"], [197], layers=1, device="cpu")
+
+
+def test_bench_refuses_a_picture_that_is_not_square():
+    with pytest.raises(ValueError, match="lengths has 300; a square picture is side"):
+        cases.CASES["vit"].pattern_of(300)
 
 
 def test_bench_compares_what_is_compiled_and_takes_the_faster_of_theirs(beside, monkeypatch):

@@ -164,3 +164,9 @@ def test_packages_that_do_not_import_say_why_and_others_are_not_spoken_of(monkey
     q = torch.zeros(1, 2, 8, 4)
     told = {"broken": "does not import: NameError: name 'AlbertEmbeddings' is not defined"}
     assert sparse_peers.sparse_peers(Pattern.parse("window(1, 0)"), q, q) == ([], told)
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_choice_at_run_time_is_no_call_for_them():
+    found = beside("(window(9, 0) | topk(8)) & window(None, 0)")
+    assert set(found["left_out"].values()) == {"takes blocks that are known before the call"}

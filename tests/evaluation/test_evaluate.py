@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from sparse_hf.evaluation.probes.table import PROBES
 from sparse_hf.evaluation.texts import Sample
 from sparse_hf.testing import AllocationInterceptor
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
+from tests.models.families import dense_model
 from tests.oracle import dense_mask
 
 PATTERN = "window(11, 0) | first(2)"
@@ -229,7 +232,8 @@ def test_a_head_that_a_probe_needs():
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"length": 3}, "length is 3"), ({"depths": (1.5,)}, "depths is"), ({"depths": ()}, "depths is"), ({"lengths": (4,)}, "lengths has 4"),
-     ({"samples": 0}, "samples is 0"), ({"repeats": -1}, "repeats is -1")],
+     ({"samples": 0}, "samples is 0"), ({"repeats": -1}, "repeats is -1"), ({"batch": 0}, "batch is 0"),
+     ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32")],
 )  # fmt: skip
 def test_settings_outside_what_is_possible(values, message):
     with pytest.raises(ValueError, match=message):
@@ -269,6 +273,27 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     deep = convert(saved(tmp_path / "deep", num_hidden_layers=3), tmp_path / "deeper", PATTERN, progress=False)
     with pytest.raises(ValueError, match="has another number of layers"):
         evaluate(folder, [deep], TEXT, settings=QUICK)
+
+
+def test_the_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"gives id \d+, and .* has 90 tokens; give the tokenizer of the model"):
+        run(dense_model("LlamaForCausalLM", vocab_size=90).eval())
+
+
+def test_questions_that_are_asked_together_make_no_difference(tmp_path):
+    settings = replace(QUICK, tasks=("passkey", "pairs"), depths=(0.1, 0.5), lengths=(280, 600))
+    alone, together = (
+        run(tiny_model(), settings=replace(settings, batch=batch), probes=["recall"], out=tmp_path)["recall"]
+        for batch in (1, 3)
+    )
+    assert together["lengths"] == alone["lengths"] == [280, 600]
+    for name, found in alone["candidates"].items():
+        other = together["candidates"][name]
+        assert other["loss"] == pytest.approx(found["loss"], rel=1e-4) and other["recalled"] == found["recalled"]
+        assert {task: len(cells) for task, cells in other["tasks"].items()} == {"passkey": 4, "pairs": 4}
+    # four questions of each length to each of two; one that is left over is the same piece as alone
+    asked = (len(json.loads(path.read_text())["what"]["asked"]) for path in (tmp_path / "pieces").iterdir())
+    assert Counter(asked) == {1: 16, 3: 4}
 
 
 def test_texts_are_files(tmp_path):

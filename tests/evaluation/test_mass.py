@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import build_plan
+from sparse_hf.evaluation import mass
 from sparse_hf.evaluation.mass import Scores, kept_mass, ranges
 from sparse_hf.testing import AllocationInterceptor
 from tests.oracle import dense_mask
@@ -55,6 +56,17 @@ def test_kept_mass_is_that_of_the_whole_matrix(length, is_causal, softcap):
     for p, text in enumerate(texts):
         gone = (weights * ~dense_mask(text, length, length)[0]).sum((0, 1))
         torch.testing.assert_close(found.lost[p], gone, rtol=1e-4, atol=1e-5)
+
+
+def test_wider_strips_change_nothing(monkeypatch):
+    q, k = tensors(257)
+    plans = [build_plan(text, 257) for text in ("window(9, 0)", "stride(4) & window(None, 0)")]
+    given = q, k, Scores(0.5), build_plan("window(None, 0)", 257), plans, True
+    narrow = kept_mass(*given)
+    monkeypatch.setattr(mass, "strip_of", lambda q, plans: 200)
+    wide = kept_mass(*given)
+    for name in ("dense", "kept", "lost"):
+        torch.testing.assert_close(getattr(wide, name), getattr(narrow, name), rtol=1e-5, atol=1e-6)
 
 
 def test_kept_and_lost_are_one_together():

@@ -120,7 +120,7 @@ def test_a_reply_is_that_of_generate(right):
     own = tokens.decode(said[:right])
     for answer in (own or "Q", f"{own}#####"):
         question = Question(prompt, (answer,))
-        share, loss = ask(model, tokens, question)
+        ((share, loss),) = ask(model, tokens, [question])
         wanted = tokens(f" {answer}")["input_ids"]
         greedy = model.generate(ids, max_new_tokens=len(wanted) + SPARE, do_sample=False, pad_token_id=0)[
             0, ids.shape[1] :
@@ -129,6 +129,25 @@ def test_a_reply_is_that_of_generate(right):
         whole = torch.tensor([[*ids[0].tolist(), *wanted]])
         logits = model(whole).logits[0, ids.shape[1] - 1 : -1]
         assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted))), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM"])
+@pytest.mark.parametrize("pattern", ["window(None, 0)", "window(20, 0) | first(2)"])
+def test_questions_that_are_asked_together_are_answered_as_alone(head, pattern):
+    model, tokens = sparsify(tiny_model(head), pattern).eval(), tokenizer()
+    prompts = [TEXT[:150], TEXT[7:90], TEXT[20:170], TEXT[3:100]]
+    questions = []
+    for number, prompt in enumerate(prompts):
+        said = model.generate(**tokens(prompt, return_tensors="pt"), max_new_tokens=4, do_sample=False, pad_token_id=0)[
+            0, -4:
+        ]
+        # one is answered word for word, others as far as two tokens or not at all
+        own = tokens.decode(said[: 2 * number]) if number < 3 else ""
+        questions.append(Question(prompt, (own or "Q",), wording=own or None, reply=9 + number))
+    together = ask(model, tokens, questions)
+    assert together == [pytest.approx(one) for question in questions for one in ask(model, tokens, [question])]
+    assert {share for share, _ in together} == {0.0, 1.0}
 
 
 @torch.no_grad()
@@ -141,8 +160,8 @@ def test_a_candidate_that_decodes_densely_answers_as_generate_does(monkeypatch):
     monkeypatch.setattr(ask_module, "answer_tokens", lambda tokenizer, question: said[:4].tolist())
     question = Question(TEXT[:150], ("?",))
     answering = sparsify(dense, "window(None, None)").eval()
-    share, loss = ask(model, tokens, question, answering)
-    assert share == 1.0 and loss != ask(model, tokens, question)[1]
+    ((share, loss),) = ask(model, tokens, [question], answering)
+    assert share == 1.0 and loss != ask(model, tokens, [question])[0][1]
     monkeypatch.undo()
     settings = Settings(length=96, lengths=(260,), depths=(0.0,), tasks=("passkey",), progress=False)
     candidates = ["sparse: window(20, 0)", "dense behind: window(20, 0); decode=dense"]

@@ -221,7 +221,7 @@ def test_tasks_that_lack_their_file_are_named(tmp_path):
 
 def test_an_evaluation_asks_them_and_says_what_it_left_out(tmp_path, monkeypatch):
     # answers are compared elsewhere
-    monkeypatch.setattr(recall, "ask", lambda model, tokenizer, question, answering: (1.0, 0.0))
+    monkeypatch.setattr(recall, "ask", lambda model, tokenizer, questions, answering: [(1.0, 0.0)] * len(questions))
     settings = Settings(length=96, lengths=(900,), depths=(0.5,), tasks=("niah_single_1", "qa_1", "ruler"), progress=False,
                         questions=(write(tmp_path, "squad.json", SQUAD),))  # fmt: skip
     short = Settings(length=96, lengths=(2500,), depths=(0.5,), tasks=("ruler",), progress=False)

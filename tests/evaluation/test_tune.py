@@ -63,7 +63,7 @@ def test_the_ranking_is_that_of_models_made_sparse_one_by_one(found):
         alone = Contender("", sparsify(model, PATTERN, others).eval(), "")
         wanted = []
         for question in questions:
-            p, q = answer_logits(setup, setup.subject.dense, question), answer_logits(setup, alone, question)
+            (p,), (q,) = (answer_logits(setup, one, [question]) for one in (setup.subject.dense, alone))
             wanted.append(float((p.exp() * (p - q)).sum(-1).mean()))
         assert kl == pytest.approx(sum(wanted) / len(wanted), rel=1e-3, abs=1e-7)
 
@@ -76,8 +76,24 @@ def test_answers_are_compared_token_by_token():
     prompt, answer = tokens(question.prompt)["input_ids"], tokens(f" {question.answers[0]}")["input_ids"]
     logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
     torch.testing.assert_close(
-        answer_logits(setup, setup.subject.dense, question), logits.log_softmax(-1), rtol=1e-4, atol=1e-5
+        answer_logits(setup, setup.subject.dense, [question])[0], logits.log_softmax(-1), rtol=1e-4, atol=1e-5
     )
+
+
+def test_questions_that_are_read_together_choose_the_same(found):
+    together = run(settings=replace(SETTINGS, batch=3))
+    assert together.layers == found.layers
+    for one, other in zip(found.result["ranking"], together.result["ranking"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_choice_is_checked_on_texts_that_are_held_out(tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT[::-1] + TEXT)
+    found = run(settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
+    assert {text["name"] for text in found.result["held_out"]["texts"]} == {"other.txt"}
+    (tmp_path / "other.txt").write_text("Short.")
+    with pytest.raises(ValueError, match=r"other\.txt has \d+ tokens, and 96 of each text are read"):
+        run(settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
 
 
 def test_it_stands_beside_as_many_layers_evenly_spaced(found):
@@ -250,9 +266,11 @@ def test_the_command_goes_on_from_its_folder(tmp_path):
     deep_model().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[50:])
     arguments = (
         "tune", str(tmp_path / "model"), "--pattern", PATTERN, "--text", str(tmp_path / "text.txt"), "--length", "96", "--lengths",
-        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "0.4", "--out", str(tmp_path / "out"),
+        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "0.4", "--out", str(tmp_path / "out"), "--held-out",
+        str(tmp_path / "other.txt"), "--batch", "2", "--dtype", "float32",
     )  # fmt: skip
     first = run_command(*arguments)
     assert first.returncode == 0, first.stderr

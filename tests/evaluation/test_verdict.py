@@ -13,7 +13,7 @@ from tests.evaluation.tiny import tiny_model, tokenizer
 
 
 def judged(results: dict, patterns="window(9, 0)", head: str = "LlamaForCausalLM", **changes) -> dict:
-    subject = open_subject(tiny_model(head, **changes), read_candidates(patterns), tokenizer())
+    subject = open_subject(tiny_model(head, **changes), read_candidates(patterns), tokenizer(), Settings(length=96))
     setup = Setup(subject, (), (), Settings(length=96))
     return verdicts(setup, results)[0]
 

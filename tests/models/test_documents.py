@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DebertaV2Config, DebertaV2Model, DynamicCache, Lfm2Config, Lfm2Model
 
 import sparse_hf
 from sparse_hf.models.hf.documents import number_documents
@@ -191,3 +191,22 @@ def test_a_mask_of_pairs_of_numbers_is_refused():
     sparse = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "window(12, 0)")
     with pytest.raises(ValueError, match="dtype torch.int64, of which 0 might say either"):
         sparse(text(1, 10), attention_mask=tree_mask(True).long())
+
+
+def test_documents_that_a_convolution_mixes_are_said(monkeypatch):
+    """DeBERTa v2 may have one, and LFM2 has layers of them; both mix documents of a row in Transformers too."""
+    said = []
+    monkeypatch.setattr("sparse_hf.models.hf.documents.logger.warning_once", said.append)
+    sizes = {
+        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 32,
+    }  # fmt: skip
+    packed = {"input_ids": text(1, 12) % 90 + 3, "position_ids": torch.arange(6).repeat(2)[None]}
+    for more in ({}, {"conv_kernel_size": 3}):
+        assert not said
+        config = DebertaV2Config(**sizes, relative_attention=True, position_buckets=8, **more)
+        sparse_hf.sparsify(DebertaV2Model(config).eval(), "window(3, 3)")(**packed)
+    assert "sparse_deberta_v2 mixes them by a convolution" in said[-1]
+    config = Lfm2Config(**sizes, num_key_value_heads=1, layer_types=["conv", "full_attention"])
+    sparse_hf.sparsify(Lfm2Model(config).eval(), "window(3, 0)")(**packed, use_cache=False)
+    assert "sparse_lfm2 mixes them by layers of another kind than attention" in said[-1]

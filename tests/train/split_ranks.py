@@ -6,6 +6,7 @@ Four processes do all of it, in groups of two or of four.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,10 +148,10 @@ def expected(cell: Cell) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def shared_step(cell: Cell, groups: dict[int, Any]) -> dict[str, Tensor]:
+def shared_step(cell: Cell, groups: dict[int, Any], device: str = "cpu") -> dict[str, Tensor]:
     """Loss and gradients as this rank has them after the step."""
-    batch, model = whole_batch(cell), stock(cell.family)
-    model = sparse_hf.sparsify(model, cell.pattern)
+    batch = {name: value.to(device) for name, value in whole_batch(cell).items()}
+    model = sparse_hf.sparsify(stock(cell.family).to(device), cell.pattern)
     if "checkpoints" in cell.how:
         model.gradient_checkpointing_enable()
     if "long" in cell.how.split():
@@ -167,7 +168,23 @@ def shared_step(cell: Cell, groups: dict[int, Any]) -> dict[str, Tensor]:
             handle.average_gradients()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-    return {"loss": loss.detach(), **whole}
+    return {name: value.cpu() for name, value in {"loss": loss.detach(), **whole}.items()}
+
+
+def on_gpus(folder: str) -> None:
+    """A rank of those that torchrun starts, a GPU each, which talk by NCCL: its steps, into a file."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    transformers.logging.set_verbosity_error()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl", device_id=device)
+    groups = {world: None}
+    if world == WORLD:
+        groups[2] = init_device_mesh("cuda", (2, 2), mesh_dim_names=("data", "text"))["text"]
+    found = {tuple(cell): shared_step(cell, groups, str(device)) for cell in CELLS if cell.ranks in groups}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def bytes_of(length: int, pattern: str, family: str) -> int:
@@ -284,3 +301,7 @@ def steps(folder: Path) -> list[dict[Any, Any]]:
     """What every rank has."""
     run_distributed(WORLD)(_work)(CELLS, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+if __name__ == "__main__":
+    on_gpus(sys.argv[1])

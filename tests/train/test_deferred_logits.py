@@ -119,6 +119,34 @@ def test_the_loss(dtype, options):
         torch.testing.assert_close(one, other, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}], ids=str)
+def test_losses_of_each_token_are_in_pieces_where_nobody_learns(dtype, options):
+    given, labels = parts(dtype), LABELS.flatten()
+    with torch.no_grad():
+        logits = defer(*given, Recipe(7, None))[:, :-1].float()
+        found = F.cross_entropy(logits.view(-1, V), LABELS[:, 1:].flatten(), reduction="none", **options)
+        whole = F.linear(*given)[:, :-1].float()
+        wanted = F.cross_entropy(whole.view(-1, V), LABELS[:, 1:].flatten(), reduction="none", **options)
+    assert logits.made is None
+    torch.testing.assert_close(found, wanted)
+    # logits of a graph that nobody asks for
+    logits = defer(*given, Recipe(7, None)).view(-1, V)
+    with torch.no_grad():
+        F.cross_entropy(logits, labels, reduction="none", **options)
+    assert logits.made is None and logits.requires_grad
+
+
+def test_gradients_of_sure_answers_are_rounded_once():
+    """Of a probability near 1, one less keeps few digits in bfloat16."""
+    hidden, weight = torch.eye(4, dtype=torch.bfloat16) * 6, torch.eye(4, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.arange(4)
+    F.cross_entropy(defer(hidden, weight, None, Recipe(4, None)), labels).backward()
+    exact = weight.detach().float().requires_grad_()
+    F.cross_entropy(F.linear(hidden.float(), exact), labels).backward()
+    torch.testing.assert_close(weight.grad.float(), exact.grad, rtol=2**-7, atol=0)
+
+
 def test_only_what_wants_a_gradient_gets_one():
     hidden, weight, bias = parts()
     weight.requires_grad_(False)

@@ -6,12 +6,14 @@ That one is of Transformers, with a dense mask, in float64.
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import pytest
 import torch
 
 import sparse_hf
 from sparse_hf.train import split_sequence
+from tests.processes import TORCHRUN, finished
 from tests.train import split_ranks
 
 # heads of Transformers compute softmax, norms and losses in single precision, whatever the weights
@@ -26,6 +28,11 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("cell", split_ranks.CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_parts_have_the_gradients_of_the_whole(cell, found):
+    check(cell, found)
+
+
+def check(cell, found) -> None:
+    """Compare what all ranks have with one process."""
     wanted = split_ranks.expected(cell)
     largest = max(grad.norm() for grad in wanted.values())
     for rank in found:
@@ -36,6 +43,21 @@ def test_parts_have_the_gradients_of_the_whole(cell, found):
             off = (has[name] - grad).norm()
             # gradients of keys' biases are zero but for roundings
             assert off <= LIMIT * (grad.norm() + largest / 100), (name, float(off), float(grad.norm()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus_have_the_gradients_of_one_process(ranks, tmp_path):
+    """The same steps, a GPU for each process, over NCCL."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    status, said = finished(*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "tests.train.split_ranks", str(tmp_path))
+    assert status == 0, said[-6000:]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    cells = [cell for cell in split_ranks.CELLS if cell.ranks == ranks]
+    assert cells
+    for cell in cells:
+        check(cell, found)
 
 
 def test_what_is_exchanged_does_not_grow_with_the_text(found):
@@ -97,3 +119,9 @@ def test_without_processes():
     with pytest.raises(ValueError, match="there is no process group"):
         split_sequence(model)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_caches_of_any_name_are_refused(name):
+    with pytest.raises(NotImplementedError, match=f"{name} was given, and decoding takes a whole model"):
+        import_module("sparse_hf.train.split_sequence")._check_arguments(None, {name: object()})

@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from examples import sotu, studies, study_classification, study_healing, study_streaming, tiny
+from examples import (
+    sotu,
+    studies,
+    study_classification,
+    study_healing,
+    study_healing_long,
+    study_indexer,
+    study_streaming,
+    study_tuning,
+    tiny,
+)
 from examples.assets import GUTENBERG
 from tests import oracle
 
@@ -180,6 +191,47 @@ def test_unknown_variants_are_told(capsys):
     assert "no variant dense, 33 tokens; there are dense, 32 tokens" in capsys.readouterr().err
 
 
+def test_facts_are_repeated_at_the_end_of_a_row():
+    tokenizer = tiny.tokenizer(causal=True)
+    ids = torch.tensor(tokenizer("the whale sailed over waves " * 200, add_special_tokens=False).input_ids[:700])
+    row = study_healing_long.facts_repeated({"input_ids": ids, "labels": ids}, tokenizer, 5, seed=1)
+    assert len(row["input_ids"]) == 700 and torch.equal(row["input_ids"], row["labels"])
+    said = tokenizer.decode(row["input_ids"])
+    facts = re.findall(r"The number of \w+'s \w+ is \d{5}\.", said)
+    assert len(facts) == 10 and sorted(facts[:5]) == sorted(facts[5:]) and len(set(facts)) == 5
+    # the first five stand among the text, the others at its end
+    assert said.index(facts[4]) < 0.7 * len(said) < said.rindex(facts[5]) and said.endswith(facts[9])
+
+
+@pytest.mark.slow
+def test_long_healing_asks_for_facts(tmp_path, monkeypatch):
+    chosen = ["--variants", "dense", "a quarter dense, trained"]
+    entries = run(study_healing_long, tmp_path, *chosen)["entries"]
+    assert list(entries) == ["dense", "a quarter dense, trained"]
+    assert entries["dense"]["layers"] is None and entries["a quarter dense, trained"]["layers"][1] == TINY.pattern
+    assert all(
+        0 <= entry["recall"]["recalled"] <= 1 and "passkey" in entry["recall"]["tasks"] for entry in entries.values()
+    )
+    # rows beyond what the model was made for are computed in pieces, and nothing is asked
+    monkeypatch.setattr(study_healing_long, "MADE_FOR", 64)
+    (tmp_path / "study.json").unlink()
+    whole = run(study_healing_long, tmp_path, "--variants", "dense")["entries"]["dense"]
+    assert whole["perplexity"] == pytest.approx(entries["dense"]["perplexity"], rel=1e-3) and "recall" not in whole
+
+
+@pytest.mark.slow
+def test_tuning_is_checked_budget_by_budget(tmp_path):
+    options = ["--work", str(tmp_path / "work"), "--batch", "4", "--seeds", "0"]
+    entry = run(study_tuning, tmp_path, *options)["entries"]["seed 0, 0.5"]
+    found = entry["candidates"]
+    layers, heads, even, wider, none = (one["layers"] for name, one in found.items() if name != "dense")
+    assert layers.count("dense") == even.count("dense") == 1 and none == ["window(7, 0) | first(2)"] * 2
+    assert all("per_head" in text or text == none[0] or text == "dense" for text in heads) and wider[0] == wider[1]
+    assert entry["questions"] == 4 and len(entry["ranking"]) == 2
+    # what is written is not measured again
+    assert run(study_tuning, tmp_path, *options)["entries"]["seed 0, 0.5"] == json.loads(json.dumps(entry))
+
+
 def test_streaming_reads_a_text_in_every_way(tmp_path):
     content = run(study_streaming, tmp_path)
     entries, read = content["entries"], {"dense": 128}
@@ -188,3 +240,14 @@ def test_streaming_reads_a_text_in_every_way(tmp_path):
     assert all(len(entry["by_position"]) == (5 if name == "dense" else 8) for name, entry in entries.items())
     # what is whole is not read again
     assert run(study_streaming, tmp_path)["entries"] == entries
+
+
+@pytest.mark.slow
+def test_indexers_are_trained_and_stand_beside_what_needs_no_training(tmp_path):
+    content = run(study_indexer, tmp_path)
+    entries = content["entries"]
+    assert list(entries) == list(study_indexer.ENTRIES) and "recalled" not in entries["indexer, new"]
+    assert entries["indexer, alone"]["mass"] >= entries["indexer, new"]["mass"]
+    assert all(entries[name]["perplexity"] > 1 for name in entries if name != "indexer, new")
+    # windows of so short a text hold nearly the same
+    assert entries["dense"]["perplexity"] == pytest.approx(entries["indexer, all"]["perplexity"], rel=0.05)

@@ -22,7 +22,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sparse_hf.models.derived.entry import WORKED
-from tests.zoo.trial import answer, be_quiet
+from tests.zoo.trial import OF_ITS_TEXT, answer, be_quiet
 
 ROOT = Path(__file__).parents[2]
 JSON, OLDEST, TEXT = (ROOT / "docs" / name for name in ("zoo.json", "zoo-oldest.json", "zoo.md"))
@@ -47,7 +47,8 @@ HEAD = """\
 
 Every model type of Transformers {version}, tried with a tiny random model by `make zoo`, which
 writes this page and `zoo.json`. {works} of {all} work: {verified} are **verified** (an entry of the
-table, and tests of their own), {derived} are **derived** when they are first met. {refused} are
+table, and tests of their own), {derived} are **derived** when they are first met; {composed} of
+these are models of text and images or sounds around a text that is listed too. {refused} are
 refused; the last table says why.{oldest}
 
 A derived type is compared with its dense class when it is made sparse, on a tiny copy of its
@@ -56,7 +57,8 @@ class takes one (`mask`), and for tokens that reach further than the pattern. Th
 what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
 tokens with a `cache` equal to those without, a folder `saved` and loaded, `exported` back to the
 dense class, and gradient `checkpointing`. `-` is what a class does not have, or does not do with
-text alone.
+text alone. Of models around a text (positions `of its text`) `sparsify` makes the text sparse; they
+are tried with text alone, and no folder of theirs is converted or exported.
 
 ## Verified
 
@@ -132,6 +134,7 @@ def _page(found: dict[str, Any]) -> str:
         all=len(found),
         verified=len(by["verified"]),
         derived=len(by["derived"]),
+        composed=sum(entry["positions"] == OF_ITS_TEXT for entry in by["derived"].values()),
         refused=len(by["refused"]),
         oldest=_of_oldest(),
         names=textwrap.fill(", ".join(by["verified"]), 100, break_on_hyphens=False),

@@ -20,22 +20,28 @@ import sparse_hf
 from sparse_hf.conversion import convert
 from sparse_hf.conversion.export import export
 from sparse_hf.models.dense_families import DENSE_FAMILIES, INDEXED_FAMILIES, OTHER_FAMILIES
-from sparse_hf.models.derived.check import FULL, NARROW, check, tensors_of
+from sparse_hf.models.derived.check import FULL, NARROW, check, check_composed, tensors_of
 from sparse_hf.models.derived.entry import dense_config_class, find_entry
 from sparse_hf.models.derived.positions import find_positions
+from sparse_hf.models.derived.samples import fresh
 from sparse_hf.models.derived.tiny_model import FAILURES, apart, tiny_with_inputs
-from sparse_hf.models.hf.register import Family, dense_class, family_of
+from sparse_hf.models.hf.register import Family, dense_class, family_of, find_composed
 
 VERIFIED = {entry.dense_type for entry in (*DENSE_FAMILIES, *OTHER_FAMILIES, *INDEXED_FAMILIES)}
 # fields without which a configuration describes no model, or none with an attention layer
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "informer": {"prediction_length": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "step3p5": {"sliding_window": 128},
+    "xmod": {"default_language": "en_XX"},
     "time_series_transformer": {"prediction_length": 8},
 }
 # rotary angles of several axes, of which a configuration must say how long they are
@@ -43,7 +49,12 @@ AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 
 NEEDED |= {
     name: {"rope_parameters": AXES} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text")
 }
+NEEDED |= {name: {"text_config": {"rope_parameters": AXES}} for name in ("glm4v", "glm4v_moe", "glm_ocr", "glm_image")}
+for _name in ("glm4v_moe_text", "glm_ocr_text"):
+    NEEDED[_name] |= {"head_dim": 128}
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+# where a model of several has its positions
+OF_ITS_TEXT = "of its text"
 TOLERANCE, GENERATED, PADDING = 5e-4, 6, 3
 
 
@@ -51,6 +62,9 @@ def trial(model_type: str) -> dict[str, Any]:
     """What became of a model type: its status, the class, and either the reason of a refusal or what works."""
     if model_type in VERIFIED:
         return {"status": "verified"}
+    composed = find_composed(model_type)
+    if composed is not None:
+        return _composed(composed)
     try:
         entry = find_entry(model_type)
         family = family_of(model_type)
@@ -81,6 +95,23 @@ def trial(model_type: str) -> dict[str, Any]:
     return {"status": "refused", "reason": refusal}
 
 
+def _composed(family: Family) -> dict[str, Any]:
+    """A model of several, of which the text is made sparse: what works with text alone."""
+    config_class = family.dense_config_class
+    refusal = "it has no class that is known"
+    for dense_kind in [dense_class(c) for c in family.classes if issubclass(c, GenerationMixin)]:
+        try:
+            config = config_class(**NEEDED.get(family.dense_type, {}))
+            check_composed(dense_kind, config)
+        except FAILURES as error:
+            refusal = _reason(error)
+            continue
+        tests = {name: TESTS[name] for name in ("gradients", "padding", "cache", "saved", "checkpointing")}
+        works = _works(dense_kind, config, tests)
+        return {"status": "derived", "class": dense_kind.__name__, "positions": OF_ITS_TEXT, "mask": None, **works}
+    return {"status": "refused", "reason": refusal}
+
+
 def be_quiet() -> None:
     """Have a process say nothing of tiny configurations, and use one thread."""
     logging.disable(logging.WARNING)
@@ -106,10 +137,12 @@ def _classes(family: Family) -> list[type[PreTrainedModel]]:
     return list(dict.fromkeys([*heads[:1], *known]))[:4]
 
 
-def _works(dense_class: type[PreTrainedModel], config: Any) -> dict[str, Any]:
+def _works(
+    dense_class: type[PreTrainedModel], config: Any, tests: dict[str, Callable[..., bool | None]] | None = None
+) -> dict[str, Any]:
     """What works beyond the answers: None where a class does not have it."""
-    found = {}
-    for name, test in TESTS.items():
+    found: dict[str, Any] = dict.fromkeys(TESTS)
+    for name, test in (TESTS if tests is None else tests).items():
         with apart(), torch.enable_grad():
             try:
                 dense, inputs, _ = tiny_with_inputs(dense_class, config)
@@ -132,7 +165,7 @@ def _gradients(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 def _gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
     torch.manual_seed(1)
-    answers = [t for t in tensors_of(model(**inputs)) if t.requires_grad]
+    answers = [t for t in tensors_of(model(**fresh(inputs))) if t.requires_grad]
     loss = torch.stack([(t * torch.randn_like(t)).sum() for t in answers]).sum()
     weights = [p for p in model.parameters() if p.requires_grad]
     return [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
@@ -147,7 +180,9 @@ def _padding(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:
     for real in (places >= PADDING, places < ids.shape[1] - PADDING):
         mask = real.long().expand(len(ids), -1)
         # as the dense class has it on the eager implementation
-        found, wanted = (_of_real(tensors_of(m(**inputs, attention_mask=mask))[0], real) for m in (sparse, dense))
+        found, wanted = (
+            _of_real(tensors_of(m(**fresh(inputs), attention_mask=mask))[0], real) for m in (sparse, dense)
+        )
         if not _alike([found], [wanted]):
             return False
     return True
@@ -194,17 +229,17 @@ def _with_weights_of(dense: PreTrainedModel, config: Any) -> PreTrainedModel:
 def _saved(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Does a saved folder load as the sparse class, with the same answers, and back as the dense one?"""
     sparse = sparse_hf.sparsify(dense, NARROW)
-    wanted = tensors_of(sparse(**inputs))
+    wanted = tensors_of(sparse(**fresh(inputs)))
     with tempfile.TemporaryDirectory() as folder:
         sparse.save_pretrained(Path(folder, "sparse"))
         assert type(AutoConfig.from_pretrained(Path(folder, "sparse"))) is type(sparse.config)
         loaded = type(sparse).from_pretrained(Path(folder, "sparse")).eval()
-        return _alike(tensors_of(loaded(**inputs)), wanted)
+        return _alike(tensors_of(loaded(**fresh(inputs))), wanted)
 
 
 def _exported(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Does a converted folder go back to one of the dense class, with the same answers?"""
-    wanted = tensors_of(dense(**inputs))
+    wanted = tensors_of(dense(**fresh(inputs)))
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(Path(folder, "dense"))
         convert(Path(folder, "dense"), Path(folder, "sparse"), NARROW, progress=False)
@@ -212,7 +247,7 @@ def _exported(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         loaded = type(dense).from_pretrained(
             Path(folder, "back"), attn_implementation=dense.config._attn_implementation
         )
-        return _alike(tensors_of(loaded.eval()(**inputs)), wanted)
+        return _alike(tensors_of(loaded.eval()(**fresh(inputs))), wanted)
 
 
 def _checkpointed(dense: PreTrainedModel, inputs: dict[str, Any]) -> bool | None:

@@ -2,6 +2,7 @@
 
 from .api import attend_chosen
 from .best_keys import Limits, Scorer, choose
+from .latent import Latents, attend_latent
 from .scores import DotScores, IndexerScores
 
-__all__ = ["DotScores", "IndexerScores", "Limits", "Scorer", "attend_chosen", "choose"]
+__all__ = ["DotScores", "IndexerScores", "Latents", "Limits", "Scorer", "attend_chosen", "attend_latent", "choose"]

@@ -6,13 +6,14 @@ Legend: B batch, C heads of the choice, Q queries, K keys, N chosen keys of a qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...pattern.base import whole
+from . import selection
 
 # numbers that exist at once while scores are made and compared, and keys of a piece
 MAX_SCORES, KEYS = 1 << 21, 2048
@@ -61,13 +62,18 @@ class Limits:
     q_offset: int | None = None
     allows: Allows | None = None
 
+    @property
+    def beside_causality(self) -> Limits:
+        """What limits a choice beside `q_offset`."""
+        return self if self.q_offset is None else replace(self, q_offset=None)
+
     def last_key(self, queries: slice, num_keys: int) -> int:
         """How many of the first keys have any that one of the queries may choose, at most."""
         return num_keys if self.q_offset is None else max(0, min(num_keys, queries.stop + self.q_offset))
 
     def seen(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """Bool that broadcasts to `[B, C, m, n]`; None for all."""
-        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        query = torch.arange(queries.start, queries.stop, queries.step or 1, device=device)[:, None]
         key = torch.arange(keys.start, keys.stop, device=device)
         parts = []
         if self.q_offset is not None and keys.stop > queries.start + self.q_offset + 1:
@@ -115,7 +121,9 @@ def choose(scorer: Scorer, count: int, limits: Limits = NO_LIMITS) -> Tensor:
     batch, heads, queries, keys = scorer.shape
     count = min(count, keys)
     found = torch.full((batch, heads, queries, count), -1, dtype=torch.int32, device=scorer.device)
-    if count:
+    if count and selection.is_able(scorer.device):
+        selection.choose_into(found, scorer, limits)
+    elif count:
         for some in _query_pieces(scorer, count):
             found[:, :, some] = _best(scorer, some, count, limits)
     return found

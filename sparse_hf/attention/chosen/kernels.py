@@ -26,7 +26,20 @@ def _row(P: tl.constexpr, H: tl.constexpr, heads: tl.constexpr, row):
 
 
 @triton.jit
-def _gather(ptr, token, exists, stride, D: tl.constexpr, BD: tl.constexpr):
+def _program(
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """The query of a program, its batch row, key head and head of the choice, its heads, and which of them there are."""
+    tiles: tl.constexpr = (R + BR - 1) // BR
+    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
+    b, g = _row(P, H, G, row)
+    _, c = _row(P, H, C, row)
+    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
+    return query, b, g, c, row % P * R + r, r < R
+
+
+@triton.jit
+def gather(ptr, token, exists, stride, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)[None, :]
     return tl.load(ptr + token[:, None] * stride + d, mask=exists[:, None] & (d < D), other=0.0)
 
@@ -50,6 +63,16 @@ def _capped(product, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def absorbed(scores, top, total):
+    """Weights of some more keys by the largest score so far, what shrinks the sums before, and the new largest score and total."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # a row that has seen nothing yet: subtracting -inf would give NaN
+    finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+    weights, shrink = tl.exp2(scores - finite[:, None]), tl.exp2(top - finite)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def _slope(scores, cap, HAS_CAP: tl.constexpr):
     """How much a score changes by its product, given the capped one."""
     if HAS_CAP:
@@ -67,31 +90,20 @@ def forward(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one query, for `BR` of the heads that read the same keys."""
-    tiles: tl.constexpr = (R + BR - 1) // BR
-    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
-    b, g = _row(P, H, G, row)
-    _, c = _row(P, H, C, row)
-    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
-    h, real = row % P * R + r, r < R
-    q = _gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
+    query, b, g, c, h, real = _program(H, G, C, P, R, BR)
+    q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
     index = index_ptr + b * i_b + (c * Q + query) * N
     out = tl.zeros((BR, BE), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     for start in range(0, N, BN):
         key, there = _keys(index, start, N, K, BN)
-        k = _gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
-        v = _gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
+        k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
+        v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # a row that has seen nothing yet: subtracting -inf would give NaN
-        finite = tl.where(new_top > float("-inf"), new_top, 0.0)
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, top, total = absorbed(scores, top, total)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
     safe = tl.where(total > 0, total, 1.0)
     e = tl.arange(0, BE)[None, :]
     at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + e
@@ -110,15 +122,10 @@ def gradients_of_queries(
     HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one query, for `BR` of the heads that read the same keys, and delta, which that of keys reads."""
-    tiles: tl.constexpr = (R + BR - 1) // BR
-    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
-    b, g = _row(P, H, G, row)
-    _, c = _row(P, H, C, row)
-    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
-    h, real = row % P * R + r, r < R
-    q = _gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
-    do = _gather(do_ptr + b * do_b + query * do_n, h, real, do_h, E, BE)
-    out = _gather(out_ptr + b * o_b + query * o_n, h, real, o_h, E, BE)
+    query, b, g, c, h, real = _program(H, G, C, P, R, BR)
+    q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
+    do = gather(do_ptr + b * do_b + query * do_n, h, real, do_h, E, BE)
+    out = gather(out_ptr + b * o_b + query * o_n, h, real, o_h, E, BE)
     at = (b * H + h) * Q + query
     lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
     lse = tl.where(lse > float("-inf"), lse, float("inf"))
@@ -130,8 +137,8 @@ def gradients_of_queries(
     total = tl.zeros((BR, BD), tl.float32)
     for start in range(0, N, BN):
         key, there = _keys(index, start, N, K, BN)
-        k = _gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
-        v = _gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
+        k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
+        v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
         weights = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - lse[:, None] * LOG2_E)
         change = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -173,8 +180,8 @@ def gradients_of_keys(
         for first in range(0, R, BR):
             r = first + m % BR
             h, real = row % P * R + r, (pair < end) & (r < R)
-            q = _gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD).to(tl.float32)
-            do = _gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE).to(tl.float32)
+            q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD).to(tl.float32)
+            do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE).to(tl.float32)
             at = (b * H + h) * Q + query
             lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
             lse = tl.where(lse > float("-inf"), lse, float("inf"))

@@ -68,8 +68,10 @@ class IndexerScores:
 
     def scores(self, queries: slice, keys: slice) -> Tensor:
         """Differentiable."""
-        query, key = _wide(self.query[:, queries]), _wide(self.key[:, None, keys])
-        products = (query @ key.mT * self.scale).relu()  # [B, m, I, n]
+        query, key = _wide(self.query[:, queries]), _wide(self.key[:, keys])
+        # one product of matrices a row
+        products = query.flatten(1, 2) @ key.mT  # [B, m * I, n]
+        products = (products * self.scale).relu().unflatten(1, query.shape[1:3])  # [B, m, I, n]
         return (_wide(self.weights[:, queries, None]) @ products).transpose(1, 2)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
 from ...pattern.forms import CutContent, read_content
 from ...plan import BlockPlan, find_plan
 from ..autograd import AutogradBackend
@@ -31,6 +31,11 @@ class ContentPlan:
 
     positions: BlockPlan
     chosen: Any
+
+    @property
+    def joined(self) -> BlockPlan | None:
+        """One plan of both kinds of pairs, where there is one."""
+        return None
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
         """The pairs of queries `[m]` that are chosen, `[B, H, m, K]` bool."""
@@ -71,20 +76,24 @@ class ContentPairs(Backend):
         return self.kind.why_not(call)
 
     def forward(self, call: AttentionCall) -> Results:
-        positions, chosen = self._calls(call)
-        return merge([self.pick(positions).forward(positions), self.kind.backend.forward(chosen)])
+        found = [backend.forward(part) for backend, part in self._parts(call)]
+        return merge(found) if len(found) > 1 else found[0]
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        positions, chosen = self._calls(call)
-        one = self.pick(positions).backward(positions, given)
-        other = self.kind.backend.backward(chosen, given)
-        return one[0] + other[0], one[1] + other[1], one[2] + other[2], None
+        found = [backend.backward(part, given)[:3] for backend, part in self._parts(call)]
+        q, k, v = (reduce(torch.add, grads) for grads in zip(*found, strict=True))
+        return q, k, v, None
 
-    def _calls(self, call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
-        """The calls over pairs of positions and over those that are chosen."""
+    def _parts(self, call: AttentionCall) -> list[tuple[Backend, AttentionCall]]:
+        """The calls over pairs of positions and over those that are chosen, or over both, and what computes them."""
         plan = planned(call, self.kind)
-        positions = call.part(call.q, call.k, call.v, plan.positions, call.dropout)
-        return positions, call.part(call.q, call.k, call.v, plan.chosen, call.dropout)
+        if plan.joined is not None:
+            joined = call.part(call.q, call.k, call.v, plan.joined, call.dropout)
+            return [(self.pick(joined), joined)]
+        positions, chosen = (
+            call.part(call.q, call.k, call.v, one, call.dropout) for one in (plan.positions, plan.chosen)
+        )
+        return [(self.pick(positions), positions), (self.kind.backend, chosen)]
 
 
 class DenseContentPairs(AutogradBackend, ContentPairs):
@@ -112,11 +121,11 @@ def planned(call: AttentionCall, kind: Kind) -> ContentPlan:
     """The plan of a call, which its backward pass finds again."""
     if call.chosen_plan is None:
         assert call.pattern is not None
-        call.chosen_plan = kind.make_plan(call, read_content(str(call.pattern)).chosen, positions_plan(call))
+        call.chosen_plan = kind.make_plan(call, read_content(call.pattern).chosen, positions_plan(call))
     return call.chosen_plan
 
 
 def positions_plan(call: AttentionCall) -> BlockPlan:
     """The plan of what positions say."""
-    form = read_content(str(call.pattern))
-    return find_plan(replace(call.plan_key, pattern=Pattern.parse(form.positions)), call.batch)
+    assert call.pattern is not None
+    return find_plan(replace(call.plan_key, pattern=read_content(call.pattern).positions), call.batch)

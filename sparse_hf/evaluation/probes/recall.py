@@ -38,17 +38,17 @@ class Recall:
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
-        for i, (where, question) in enumerate(questions_of(setup)):
-            what = {**where, "prompt": question.prompt, "answers": question.answers, "wanted": question.wanted}
-            yield from of_contenders(self.name, setup, _asked, question, what, (3, i))
+        for i, batch in enumerate(_together(setup)):
+            what = {"asked": [{**where, "question": question.digest} for where, question in batch]}
+            yield from of_contenders(self.name, setup, _asked, [question for _, question in batch], what, (3, i))
 
     def summary(self, setup: Setup, finished: Sequence[Finished]) -> Found:
         cells: dict[str, _Cells] = defaultdict(lambda: defaultdict(list))
         for piece in finished:
-            where = piece.what["task"], piece.what["length"], piece.what["depth"]
-            cells[piece.candidate][where].append(piece.found)
+            for asked, found in zip(piece.what["asked"], piece.found["answered"], strict=True):
+                cells[piece.candidate][asked["task"], asked["length"], asked["depth"]].append(found)
         return {
-            "lengths": sorted({piece.what["length"] for piece in finished}),
+            "lengths": sorted({length for of_one in cells.values() for _, length, _ in of_one}),
             "depths": list(setup.settings.depths),
             "left_out": tasks_of(setup)[1],
             "candidates": {name: _summed(of_candidate) for name, of_candidate in cells.items()},
@@ -65,6 +65,18 @@ def questions_of(setup: Setup) -> list[tuple[dict, Question]]:
     if "questions" not in setup.memo:
         setup.memo["questions"] = list(_drawn(setup))
     return setup.memo["questions"]
+
+
+def _together(setup: Setup) -> Iterator[list[tuple[dict, Question]]]:
+    """The questions that are asked together: of one length, and with replies as long where that can be."""
+    of_lengths: dict[int, list[tuple[dict, Question]]] = defaultdict(list)
+    for where, question in questions_of(setup):
+        of_lengths[where["length"]].append((where, question))
+    # a table may have no row for what stands behind an answer that is over
+    count = setup.settings.batch if setup.subject.limit is None else 1
+    for found in of_lengths.values():
+        found.sort(key=lambda entry: reply_length(setup.subject.tokenizer, entry[1]))
+        yield from (found[at : at + count] for at in range(0, len(found), count))
 
 
 def _drawn(setup: Setup) -> Iterator[tuple[dict, Question]]:
@@ -88,12 +100,12 @@ def _asked_within(task: Task, filler: Filler, length: int, depth: float, seed: s
     return question if over <= 0 else task.ask(filler, length - over, depth, random.Random(seed))
 
 
-def _asked(setup: Setup, contender: Contender, question: Question) -> Found:
+def _asked(setup: Setup, contender: Contender, questions: Sequence[Question]) -> Found:
     setup.passes.forget()
     # what answers behind the prompt
-    answering = setup.subject.dense.model if contender.config.decode == DENSE else contender.model
-    share, loss = ask(contender.model, setup.subject.tokenizer, question, answering)
-    return {"recalled": share, "loss": loss}
+    answering = setup.subject.dense.model if contender.config.decode == DENSE else None
+    found = ask(contender.model, setup.subject.tokenizer, questions, answering)
+    return {"answered": [{"recalled": share, "loss": loss} for share, loss in found]}
 
 
 def _summed(cells: _Cells) -> Found:

@@ -7,6 +7,7 @@ of a list. Words and numbers are drawn. RULER's thirteen with its own numbers ar
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ class Question:
         """The answer as it stands behind the prompt."""
         said = self.answers[:1] if self.any_of else self.answers
         return f" {', '.join(said)}" if self.wording is None else self.wording
+
+    @property
+    def digest(self) -> str:
+        """A hash of the text, the answers and how many tokens a reply may take."""
+        said = f"{self.prompt}\n{self.answers}\n{self.wanted}\n{self.reply} {self.any_of}"
+        return hashlib.sha256(said.encode()).hexdigest()[:20]
 
     def share(self, reply: str) -> float:
         """The share of the answers that a reply holds, whatever their case."""

@@ -209,8 +209,8 @@ def _recall(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
         "facts recalled, by task",
         "Mean over lengths and depths. What the dense model does not recall either says nothing of a pattern.",
         heat_map(
-            Grid([letters.letter(name) for name in names], tasks,
-                 [[mean(found["candidates"][name]["tasks"][task]) for task in tasks] for name in names], cell=(66, 24)),
+            Grid(tasks, [letters.letter(name) for name in names],
+                 [[mean(found["candidates"][name]["tasks"][task]) for name in names] for task in tasks], cell=(40, 22)),
             "facts recalled by each candidate in each task",
         ),
     )  # fmt: skip

@@ -12,13 +12,18 @@ from .figures import Figure, Letters, figures
 from .svg import swatch
 from .table import rows
 
-MEANINGS = (
-    "KL: of the dense answers from the candidate's, in nats. same: the first answer is that of dense attention. error: how far the last "
-    "states are from the dense ones, as a share of their length. kept: the dense model's attention weights on pairs that the pattern "
-    "holds. LongPPL: perplexity of tokens that need the far past. recall: facts said when asked for. answer loss: on their tokens. "
-    "named: hidden tokens named. found: "
-    "passages whose text comes first."
-)
+# of columns of the table
+MEANINGS = {
+    "LongPPL": "perplexity of tokens that need the far past",
+    "named": "hidden tokens named",
+    "found": "passages whose text comes first",
+    "KL": "of the dense answers from the candidate's, in nats",
+    "same": "the first answer is that of dense attention",
+    "error": "how far the last states are from the dense ones, as a share of their length",
+    "kept": "the dense model's attention weights on pairs that the pattern holds",
+    "recall": "facts said when asked for",
+    "answer loss": "on the tokens of these facts",
+}
 STYLE = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -68,10 +73,10 @@ def page(result: Found) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{_about(result)}</p>",
         '<h2 id="table">In one table</h2>',
-        f"<p>Figures at {length:,} tokens; costs at {max(result['settings']['lengths']):,}. What was measured on this machine and "
-        "on these texts holds for texts like these.</p>",
+        f"<p>Figures at {length:,} tokens{_asked_at(result)}. What was measured on this machine and on these texts holds for texts like "
+        "these.</p>",
         _table(headings, written, letters),
-        f"<p><small>{escape(MEANINGS)}</small></p>",
+        f"<p><small>{escape(' '.join(f'{name}: {MEANINGS[name]}.' for name in headings if name in MEANINGS))}</small></p>",
         '<h2 id="verdicts">Verdicts</h2>',
         f'<div class="verdicts">{"".join(map(_verdict, result["verdicts"]))}</div>',
         '<h2 id="pictures">Pictures</h2>',
@@ -86,6 +91,13 @@ def page(result: Found) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
     )
+
+
+def _asked_at(result: Found) -> str:
+    """At which lengths the probes were that have lengths of their own."""
+    lengths, probes = [f"{length:,}" for length in result["settings"]["lengths"]], result["probes"]
+    recall = f"; recall at {', '.join(lengths)}" if "recall" in probes else ""
+    return recall + (f"; costs at {lengths[-1]}" if "cost" in probes else "")
 
 
 def _about(result: Found) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+# what attention to another text or image is called in families whose class of attention is one for both
+CROSSES = re.compile(
+    r"(^|\.)(encoder_attn|encoder_decoder_attention|cross_?attn|cross_?attention)(\.|$)", re.IGNORECASE
+)
 
 
 @cache
@@ -32,6 +38,8 @@ def number_attention(model: PreTrainedModel) -> None:
             own["layer_idx"] = _number(name, module, model, set(stacks.values()))
         if not isinstance(own.get("config"), type(model.config)):
             own["config"] = model.config
+        if CROSSES.search(name):
+            own["is_cross_attention"] = True
         if "" not in stacks and "is_decoder" not in own:
             own["is_decoder"] = "decoder" in name
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from ...pattern import Pattern
 from ..hf.attention_interface import sparse_attention_forward, sparse_mask
 from ..hf.mask_request import MaskRequest
+from .samples import fresh
 from .tiny_config import tiny_config
 from .tiny_model import FAILURES, apart, quiet, tiny_with_inputs
 
@@ -53,6 +55,12 @@ _ARRIVALS: ContextVar[Arrivals | None] = ContextVar("arrivals", default=None)
 
 def _seen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
     arrivals = _ARRIVALS.get()
+    given = (*args, kwargs.get("attention_mask"), kwargs.get("position_bias"))
+    if any(isinstance(t, Tensor) and t.ndim == 4 and t.is_floating_point() and min(t.shape[:2]) > 1 for t in given):
+        raise RefusedError(
+            f"{type(module).__name__} adds a bias to each pair of tokens that depends on what is in them, not on their distance "
+            "alone, so that it is as large as all pairs"
+        )
     out, weights = sparse_attention_forward(module, query, key, value, *args, backend="reference", **kwargs)
     if arrivals is not None:
         arrivals.modules[id(module)] = module
@@ -121,6 +129,37 @@ def _digest(config: PreTrainedConfig) -> str:
         return ""
 
 
+def check_composed(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Compare a tiny model around a text with the dense one, on text alone; remembered as long as the process lives.
+
+    Raises:
+        RefusedError: its text is not what it is in the dense class, or does not keep to a pattern.
+    """
+    # by name, because it asks for this check itself
+    sparsify = import_module("..hf.sparsify", __package__).sparsify
+    passed = _PASSED.setdefault((type(config), _digest(config)), {})
+    if _WITHIN.get() or dense_class in passed:
+        return
+    name, token = dense_class.__name__, _WITHIN.set(True)
+    try:
+        with apart():
+            dense, inputs, answer = tiny_with_inputs(dense_class, config)
+            full, narrow = (tensors_of(sparsify(dense, pattern)(**fresh(inputs))) for pattern in (FULL, NARROW))
+            wanted = tensors_of(answer)
+    except FAILURES as error:
+        raise RefusedError(f"a tiny copy of {name} cannot be made sparse in its text: {_line(error)}") from error
+    finally:
+        _WITHIN.reset(token)
+    off = _difference(full, wanted)
+    if not off <= TOLERANCE:
+        raise RefusedError(
+            f"{name} around a text under a pattern of all pairs is not what the dense class is: answers differ by {off:.1e}"
+        )
+    if _difference(narrow, wanted) <= TOLERANCE:
+        raise RefusedError(f"the text of {name} does not go by a pattern")
+    passed[dense_class] = Seen(0, (), False)
+
+
 def check(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> Seen:
     """Compare a tiny sparse model with the dense one.
 
@@ -161,6 +200,11 @@ class _Trial:
         if not arrivals.modules:
             raise RefusedError(f"no attention of {self.name} asked Transformers' attention interface for its function")
         off = _difference(found, self.wanted)
+        if not off <= TOLERANCE and self.dense._supports_sdpa:
+            # some classes look back only under sdpa, where a mask is not what says so
+            self.dense.config._attn_implementation = "sdpa"
+            self.wanted = tensors_of(self.dense(**fresh(self.inputs)))
+            off = min(off, _difference(found, self.wanted))
         if not off <= TOLERANCE:
             raise RefusedError(
                 f"{self.name} under a pattern of all pairs is not what the dense class is: answers differ by {off:.1e}"
@@ -186,7 +230,9 @@ class _Trial:
     def answers(self, model: PreTrainedModel, arrivals: Arrivals) -> list[Tensor]:
         token = _ARRIVALS.set(arrivals)
         try:
-            return tensors_of(model(**self.inputs))
+            return tensors_of(model(**fresh(self.inputs)))
+        except RefusedError:
+            raise
         except FAILURES as error:
             reason = f"the attention of {self.name} does not fit ours: {_line(error)}"
             if MaskRequest.__name__ in str(error):
@@ -208,7 +254,7 @@ class _Trial:
             held = held & (place[:, None] >= place)
         mask = torch.where(held, 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
         try:
-            wanted = tensors_of(self.dense(**self.inputs, attention_mask=mask))
+            wanted = tensors_of(self.dense(**fresh(self.inputs), attention_mask=mask))
         except FAILURES:
             return False
         if _difference(wanted, self.wanted) <= TOLERANCE:

@@ -38,7 +38,7 @@ def derive(entry: DerivedFamily) -> Family:
     mixin = DerivedEncoderDecoderConfigMixin if has_two else DerivedConfigMixin
     doc = f"[`{dense_config.__name__}`] with a pattern for each layer."
     config_class = subclass(entry.module, (mixin, dense_config), model_type=entry.sparse_type, __doc__=doc)
-    heads = _other_heads(dense_config)
+    heads = models_of(dense_config)
     parts = biased_parts(modeling_module(dense_config), entry.module)
     if has_two:
         # encoders find marks by themselves; other stacks are made as the heads around them are
@@ -90,7 +90,7 @@ def _own_masks(main: type[PreTrainedModel], config: PreTrainedConfig) -> OwnMask
         return find_own_masks(model, inputs)
 
 
-def _other_heads(dense_config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+def models_of(dense_config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
     """The models of a configuration's modelling file that take it, whether or not an Auto class knows them."""
     module = modeling_module(dense_config)
     return [

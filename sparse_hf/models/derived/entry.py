@@ -23,6 +23,8 @@ INTERFACE = ".get_interface("
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks", "encoder_layers", "layers")
 # and lists with the kind of each
 KINDS = ("layer_types", "layers_block_type", "block_types")
+# the configuration of the text within a model of several
+TEXT = "text_config"
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class DerivedFamily(Entry):
 
     Attributes:
         prefix: the name of its configuration class, without `Config`.
+        is_composed: has it no layers of its own, and a text among the models within it?
     """
 
     dense_type: str
     prefix: str
+    is_composed: bool = False
     module: str = "sparse_hf.models.derived_families"
 
     @property
@@ -44,7 +48,10 @@ class DerivedFamily(Entry):
         return sparse_type(self.dense_type)
 
     def derive(self) -> None:
-        import_module(".derive", __package__).derive(self)
+        if self.is_composed:
+            import_module(".composed", __package__).derive_composed(self)
+        else:
+            import_module(".derive", __package__).derive(self)
 
 
 def sparse_type(dense_type: str) -> str:
@@ -56,9 +63,12 @@ def find_entry(model_type: str) -> DerivedFamily | None:
     """The family of a dense or sparse model type that Transformers routes through its attention interface; None if it does not."""
     dense_type = dense_types().get(model_type, model_type)
     names = configurations()
-    if dense_type not in names or not calls_interface(dense_type) or not has_layers(dense_type):
+    if dense_type not in names:
         return None
-    return DerivedFamily(dense_type, names[dense_type].removesuffix("Config"))
+    is_composed = not has_layers(dense_type)
+    if TEXT not in dense_config_class(dense_type).sub_configs if is_composed else not calls_interface(dense_type):
+        return None
+    return DerivedFamily(dense_type, names[dense_type].removesuffix("Config"), is_composed)
 
 
 def derived_types() -> list[str]:

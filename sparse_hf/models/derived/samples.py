@@ -28,13 +28,18 @@ def sample_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     for inputs in _candidates(model):
         try:
             with torch.no_grad():
-                return inputs, model(**inputs)
+                return inputs, model(**fresh(inputs))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError) as error:
             # the first candidates are the likeliest, but for those that lack an argument
             if problem is None or "missing" in problem and "missing" not in str(error):
                 problem = f"{type(error).__name__}: {error}"
     problem = problem or "its forward has no input that is known"
     raise ValueError(f"no sample fits {type(model).__name__} ({' '.join(problem.split())[:200]})")
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, copied: some classes add to what they are given."""
+    return {name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()}
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:

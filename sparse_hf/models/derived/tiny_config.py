@@ -115,7 +115,9 @@ def tiny_config(
 
 def head_dim_of(config: Any) -> int | None:
     """The head dim of a configuration, by its field or by its width; None where neither says it."""
-    found = getattr(config, "head_dim", None)
+    # of layers that differ in it, the configuration says none
+    varies = any("head_dim" in of for of in (config.to_dict().get("per_layer_config") or {}).values())
+    found = None if varies else getattr(config, "head_dim", None)
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(found, int) or not isinstance(width, int) or not isinstance(heads, int):
         return found if isinstance(found, int) else None
@@ -187,10 +189,11 @@ class _Shrink:
 
     def inside(self, name: str, value: dict[Any, Any]) -> dict[Any, Any]:
         if name == "per_layer_config":
+            of_layer = {int(layer): of for layer, of in value.items()}
             return {
-                i: of
+                i: {key: self(key, number) for key, number in of_layer[layer].items()}
                 for i, layer in enumerate(self.kept)
-                if (of := value.get(layer, value.get(str(layer)))) is not None
+                if layer in of_layer
             }
         if {"hidden_size", "num_hidden_layers", "model_type"} & set(value):
             return _shrunk({k: v for k, v in value.items() if k not in LEFT_OUT[1:]}, {}, self.sizes)

@@ -81,5 +81,5 @@ def tiny_model(
         for weight in model.parameters():
             if weight.ndim > 1:
                 # attention is far from uniform then, and answers stay near 1
-                weight.normal_(0, weight[0].numel() ** -0.5)
+                weight.normal_(0, max(1, weight[0].numel()) ** -0.5)
     return model

@@ -27,10 +27,13 @@ from ...attention.merge import with_sink
 from ...attention.scoring import Scoring
 from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
+from ...pattern.base import as_pattern
 from ...plan import NOTHING, BlockPlan, build_plan
 from .cache import LAYERS_SEE
-from .chosen_keys import choice_of, chosen_attention, tell_learning
+from .chosen_keys import choice_of, chosen_attention, learning, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
+from .documents import warn_of_mixing
+from .indexer import INDEXED
 from .inner_padding import CHECKED, PaddingFirst, counts_positions
 from .input_checks import refuse_tracing
 from .layer_call import LayerCall, Part, tokens_first
@@ -102,6 +105,7 @@ def sparse_attention_forward(
     if chosen is not None:
         tell_learning(module, query, key, scoring.scale)
         return chosen_attention(query, key, value, chosen, scoring, dropout, sinks, wants_weights)
+    key, value = made_of_latents(key, value)
     request = MaskRequest.of(attention_mask, query, key, module.config)
     kwargs = _with_what_was_said(request, kwargs)
     stack, bias = request.stack(module), _bias_of(kwargs)
@@ -110,7 +114,7 @@ def sparse_attention_forward(
         return _cross_attention(query, key, value, _with_bias(attention_mask, bias), scaling, dropout, wants_weights)
     is_causal, opaque = request.reading(kwargs.get("is_causal", getattr(module, "is_causal", False)))
     bounds, streaming = kwargs.get("page_bounds"), kwargs.get("streaming_cache")
-    pattern = layer_pattern(module, stack, is_causal or bounds is not None)
+    pattern = layer_pattern(module, stack, is_causal or bounds is not None, opaque)
     if kwargs.get(LAYERS_SEE) is not None:
         pattern = kwargs[LAYERS_SEE][module.layer_idx]
     scoring = scoring if bias is None else replace(scoring, bias=bias)
@@ -149,14 +153,25 @@ def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple
     # packed documents begin anew, and with them their positions
     if documents is None:
         part = with_turned_sinks(layer, part, real, order)
+    elif not torch.compiler.is_compiling():
+        warn_of_mixing(layer.module.config)
     part = with_sloped_sinks(layer, part, real)
     if documents is None and layer.goes_by_slots:
         filled = Filled(torch.as_tensor(layer.request.q_offset).reshape(()), real, marks)
         return layer.over_slots(filled, part), None
     call = AttentionCall(
         *layer.tensors, layer.pattern, int(layer.request.q_offset), _of_place(layer), layer.dropout, batch.info,
-        wants_lse=layer.wants_lse(part),
+        wants_lse=layer.wants_lse(part), indexed=layer.kwargs.get(INDEXED),
     )  # fmt: skip
+    if call.indexed is not None and order is not None:
+        raise NotImplementedError(
+            "attention_mask has padding inside a row, around which no indexer scores; pad on the left or on the right"
+        )
+    learns = learning()
+    if learns is not None:
+        is_causal, _ = layer.request.reading(True)
+        own = as_pattern(layer_pattern(layer.module, layer.stack, is_causal))
+        learns.layer(layer.module, replace(call, pattern=own, chosen_plan=None))
     computed_by, opaque = layer.kwargs.get("computed_by"), layer.opaque
     reorders = (layer.scoring.bias is None and computed_by is None) or skips
     if order is not None and reorders:

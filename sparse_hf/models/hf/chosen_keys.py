@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ...attention import with_weights
 from ...attention.backend import AttentionCall
-from ...attention.chosen import Limits, attend_chosen
+from ...attention.chosen import Latents, Limits, attend_chosen, attend_latent
 from ...attention.chosen.backend import ChosenKeys
 from ...attention.dropout import Dropout
 from ...attention.merge import with_sink
@@ -32,7 +32,13 @@ from .mask_request import MaskRequest, TokenData, layer_pattern
 
 
 class Learning(Protocol):
-    """Who is told, within a context, what indexers scored and what attention would have weighed."""
+    """Who is told, within a context, what indexers scored and what attention would have weighed.
+
+    Attributes:
+        needs_gradient: is it told nothing where no gradient is asked for?
+    """
+
+    needs_gradient: ClassVar[bool] = True
 
     def scores(self, indexer: Any, scores: Any, limits: Limits) -> None:
         """An indexer's scores, with a gradient for its parameters, and the pairs that it may choose among."""
@@ -42,9 +48,16 @@ class Learning(Protocol):
         """The tensors of the attention of the layer that has this indexer."""
         ...
 
+    def layer(self, module: Any, call: AttentionCall) -> None:
+        """The call of a layer whose pattern chooses by the scores of an indexer, with this pattern and these scores."""
+        ...
+
 
 # of the context that goes on
 LEARNING: ContextVar[Learning | None] = ContextVar("learning", default=None)
+
+# what the keys and values of the layer that is computed are made of, where it has not made them
+LATENTS: ContextVar[Latents | None] = ContextVar("latents", default=None)
 
 
 def refuse_graphs() -> None:
@@ -56,8 +69,9 @@ def refuse_graphs() -> None:
 
 
 def learning() -> Learning | None:
-    """Who is told now; None if nobody is, as where no gradient is asked for."""
-    return LEARNING.get() if torch.is_grad_enabled() else None
+    """Who is told now; None if nobody is."""
+    found = LEARNING.get()
+    return found if found is not None and (torch.is_grad_enabled() or not found.needs_gradient) else None
 
 
 def tell_learning(module: Any, query: Tensor, key: Tensor, scale: float) -> None:
@@ -180,6 +194,10 @@ def chosen_attention(
     wants_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention `[B, Q, H, D]` to the keys that were chosen, `[B, C, Q, N]`, and the weights `[B, H, Q, K]` if they are wanted."""
+    latents = LATENTS.get()
+    if latents is not None and not wants_weights and sinks is None and scoring.softcap is None and not dropout:
+        return tokens_first(attend_latent(query, latents, chosen, scale=scoring.scale)), None
+    key, value = made_of_latents(key, value)
     if not wants_weights:
         out, _ = attend_chosen(
             query, key, value, chosen, scale=scoring.scale, sinks=sinks, soft_cap=scoring.softcap, dropout=dropout
@@ -192,6 +210,12 @@ def chosen_attention(
     if sinks is not None:
         out, weights = with_sink(out, lse, sinks), with_sink(weights, lse, sinks)
     return tokens_first(out), weights
+
+
+def made_of_latents(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are, or made of the latents of a layer that has not made them."""
+    latents = LATENTS.get()
+    return (key, value) if latents is None else latents.keys_and_values()
 
 
 def refuse_bounds(kwargs: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...pattern import First, Marked, Pattern, Window, causal, full
+from ...pattern.forms import uses_indexer
 from ...pattern.like import PatternLike
 from ..names import IMPLEMENTATIONS, Implementation
 from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
@@ -29,7 +30,9 @@ logger = logging.get_logger(__name__)
 
 # what stock names stand for on a sparse model: never silently dense
 STOCK_NAMES: dict[str, Implementation] = {"eager": "sparse_reference", "sdpa": "sparse"}
-KEYS = ("patterns", "layers", "global_token_ids", "decode")
+KEYS = ("patterns", "layers", "global_token_ids", "decode", "indexer")
+# of an indexer that a configuration says nothing of: heads, and the width of one
+INDEXER = {"heads": 8, "width": 64}
 # what tokens behind a prompt see in `generate`: what the pattern holds, or all that the dense model's would
 DECODES = ("sparse", "dense")
 # arguments of a sparse configuration that are written into `sparse_attention`
@@ -183,6 +186,11 @@ class SparseConfigMixin(_Config):
             check_weights(self._attn_implementation)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # kinds of layers are called as in the dense family, whose code reads them
+        return False
+
+    @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing to do: `save_pretrained` names every class in `auto_map`, and no source file is copied."""
 
@@ -253,6 +261,7 @@ class SparseConfigMixin(_Config):
         layers: LayersLike = None,
         global_token_ids: Sequence[int] = (),
         decode: str | None = None,
+        indexer: Mapping[str, int] | None = None,
     ) -> AnySparseConfig:
         """The counterpart of a configuration of Transformers.
 
@@ -265,11 +274,13 @@ class SparseConfigMixin(_Config):
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
             decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
+            indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by; by default 8 heads of 64.
 
         Raises:
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
         """
-        values = dense_values(dense if isinstance(dense, Mapping) else dense.to_dict())
+        given = dense if isinstance(dense, Mapping) else dense.to_dict()
+        values = dense_values(given)
         if values.pop("output_attentions", None):
             logger.warning_once(
                 "output_attentions of the dense configuration is left out: attention weights are n x n, and only "
@@ -277,6 +288,10 @@ class SparseConfigMixin(_Config):
             )
         plain = cls(**values)
         spec = plain.describe(pattern, layers, global_token_ids)
+        if indexer is not None or any(map(uses_indexer, spec["patterns"].values())):
+            # one that is there keeps its size, and its weights
+            own = (given.get("sparse_attention") or {}).get("indexer")
+            spec["indexer"] = {**INDEXER, **(own or {}), **(indexer or {})}
         return cls(**values, sparse_attention=spec if decode is None else {**spec, "decode": decode})
 
     def describe(
@@ -328,8 +343,8 @@ class SparseConfigMixin(_Config):
         if not isinstance(spec, dict) or set(spec) - set(KEYS) or not {"patterns", "layers"} <= set(spec):
             found = list(spec) if isinstance(spec, dict) else spec
             raise ValueError(
-                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids' and "
-                "'decode'. A newer sparse_hf may have written it"
+                f"sparse_attention holds {found}; it needs the keys 'patterns' and 'layers' and may have 'global_token_ids', "
+                "'decode' and 'indexer'. A newer sparse_hf may have written it"
             )
         if not isinstance(spec["patterns"], dict):
             raise ValueError("sparse_attention.patterns must be an object (name -> pattern)")
@@ -341,8 +356,24 @@ class SparseConfigMixin(_Config):
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"sparse_attention.global_token_ids is {ids}; it must be a list of token ids")
         self.check_decode(self.decode)
+        self._validate_indexer(patterns.values())
         if ids and not self.uses_marks:
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
+
+    def _validate_indexer(self, patterns: Iterable[Pattern]) -> None:
+        said, asking = self.indexer, [pattern for pattern in patterns if uses_indexer(pattern)]
+        if not asking:
+            if "indexer" in (self.sparse_attention or {}):
+                raise ValueError(f"indexer is {said}, and no pattern has topk(..., 'indexer'), which would use it")
+            return
+        if set(self.stacks) != {""} or self.implies_pattern:
+            raise ValueError(
+                f"{asking[0]} gives layers an indexer, and {self.model_type} is no dense decoder of one stack; use topk(...) without it"
+            )
+        if set(said) != set(INDEXER) or not all(type(value) is int and value > 0 for value in said.values()):
+            raise ValueError(
+                f"indexer is {said}; it needs {' and '.join(INDEXER)}, whole numbers from 1, like {INDEXER}"
+            )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
         where = f"sparse_attention.layers[{stack!r}]" if stack else "sparse_attention.layers"
@@ -386,6 +417,11 @@ class SparseConfigMixin(_Config):
     def decode(self) -> str:
         """What tokens behind a prompt see in `generate`: "sparse" or "dense"."""
         return (self.sparse_attention or {}).get("decode") or DECODES[0]
+
+    @property
+    def indexer(self) -> dict[str, int]:
+        """Heads of the indexers that layers with `topk(..., 'indexer')` have, and the width of a head."""
+        return dict((self.sparse_attention or {}).get("indexer") or INDEXER)
 
     def check_decode(self, decode: str) -> None:
         """Raise ValueError if a model cannot decode so."""

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.utils import logging
 
 from ...attention.written_out import running_max, running_min
+
+logger = logging.get_logger(__name__)
 
 
 def number_documents(position_ids: Tensor, real: Tensor | None) -> Tensor:
@@ -73,6 +76,18 @@ def check_bounds(config: Any, given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"cu_seq_lens were given without position_ids, so that the positions of {config.model_type} would run on from document to "
             "document; pass position_ids too, which begin anew with each"
+        )
+
+
+def warn_of_mixing(config: Any) -> None:
+    """Say once that documents of a row reach each other through layers that are no attention, as they do in Transformers."""
+    convolves = isinstance(size := getattr(config, "conv_kernel_size", 0), int) and size > 0
+    attending, layers = getattr(config, "attention_layers", None), sum(config.stacks.values())
+    if convolves or attending is not None and len(attending) < layers:
+        what = "a convolution" if convolves else "layers of another kind than attention"
+        logger.warning_once(
+            f"documents that share a row are kept apart by attention, and {config.model_type} mixes them by {what}, as its dense "
+            "class does; give each document a row of its own"
         )
 
 

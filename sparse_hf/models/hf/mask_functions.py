@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+SLIDING = "sliding_window_overlay.<locals>.inner_mask"
 PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 # those whose pairs are known in another way: documents by number, a sliding window of the family from its pattern
 KNOWN = {
     "causal_mask_function",
     "bidirectional_mask_function",
     PACKED,
-    "sliding_window_overlay.<locals>.inner_mask",
+    SLIDING,
     "sliding_window_bidirectional_overlay.<locals>.inner_mask",
 }
 # from Python 3.11 on
 CODE_HAS_NAME = hasattr(causal_mask_function.__code__, "co_qualname")
+EITHER = "or_masks.<locals>.or_mask"
 COMBINATORS = ("and_masks.<locals>.and_mask", "remap_positions_for_packed_sequence.<locals>.inner_mask")
 
 
@@ -117,13 +119,18 @@ def name_of(mask_function: Callable) -> str:
     return getattr(mask_function, "__qualname__", "")
 
 
-def leaves(mask_function: Callable) -> Iterator[Callable]:
-    """The mask functions that Transformers joined into this one."""
-    if name_of(mask_function) not in COMBINATORS:
+def slides(mask_function: Callable) -> bool:
+    """Does a mask function hold a window of the family's own, beside pairs of the tokens of an image perhaps?"""
+    return any(name_of(leaf) == SLIDING for leaf in leaves(mask_function, (*COMBINATORS, EITHER)))
+
+
+def leaves(mask_function: Callable, joined: tuple[str, ...] = COMBINATORS) -> Iterator[Callable]:
+    """The mask functions that Transformers joined into this one, by functions of these names."""
+    if name_of(mask_function) not in joined:
         yield mask_function
         return
     for cell in mask_function.__closure__ or ():
         inner = cell.cell_contents
         for part in inner if isinstance(inner, tuple) else (inner,):
             if callable(part):
-                yield from leaves(part)
+                yield from leaves(part, joined)

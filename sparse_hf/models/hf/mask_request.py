@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...attention.operator import has_no_content
 from ...attention.written_out import in_onnx_export
+from ...pattern import full
 from ...plan import BatchInfo, of_batch
 from .config import SparseConfigMixin, past
 from .documents import documents_of_bounds, number_documents
 from .inner_padding import PaddingFirst, has_inner_padding, without_inner_padding
-from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function
+from .mask_functions import as_allowed, explicit_mask, packed_documents, read_mask_function, slides
 from .streaming_cache import StreamingCache
 
 
@@ -73,6 +74,7 @@ class TokenData:
         return self.positions, self.bounds, self.marks
 
 
+EVERYTHING = str(full())
 # arguments of a pass that layers read, beside what Transformers hands them
 NOTHING_SAID: Mapping[str, Any] = {}
 # among them: layers will be computed again when nobody says this any more
@@ -158,12 +160,23 @@ class MaskRequest:
         real = self.attention_mask
         return torch.ones(rows, end, dtype=torch.bool, device=device) if real is None else real[:, :end].to(device)
 
-    def to(self, target: Any) -> MaskRequest:
+    def to(self, target: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> MaskRequest:
         """The request on another device. Of another dtype, which dense classes want of masks, it is what it is."""
-        if isinstance(target, torch.dtype):
+        target = device if target is None else target
+        if target is None or isinstance(target, torch.dtype):
             return self
         mask = None if self.attention_mask is None else self.attention_mask.to(target)
         return replace(self, attention_mask=mask, memo={})
+
+    def repeat(self, *sizes: int) -> Tensor:
+        """Which keys are real, `[B, 1, 1, K]`, repeated: heads that pool an image read all of its patches by torch's own attention.
+
+        Raises:
+            NotImplementedError: a mask that says more than that, or nothing.
+        """
+        if self.attention_mask is None or self.reading(False) != (False, None):
+            raise NotImplementedError("a mask of all pairs was to be repeated, which sparse attention never makes")
+        return self.attention_mask[:, None, None].repeat(*sizes)
 
     def stack(self, module: Any) -> StackFacts:
         """The stack of an attention module. A configuration is slow to answer, so it is asked once a pass."""
@@ -275,10 +288,21 @@ class TensorLikeRequest(MaskRequest):
         return choice
 
 
-def layer_pattern(module: Any, stack: StackFacts, is_causal: bool) -> str:
-    """The text of a layer's pattern, cut to the past if the model is causal."""
+def layer_pattern(module: Any, stack: StackFacts, is_causal: bool, opaque: Callable | None = None) -> str:
+    """The text of a layer's pattern, cut to the past if the model is causal.
+
+    Args:
+        opaque: the mask function that is evaluated pair by pair. One that holds the family's own window, and lets tokens of an image
+            see those behind them, has the last word on a layer whose pattern is that window and no more.
+    """
     # layers that share their weights do not know which they are
     layer = module.__dict__.get("layer_idx") or 0
+    if (
+        opaque is not None
+        and slides(opaque)
+        and stack.patterns[layer] == module.config.implied_pattern(stack.name, layer)
+    ):
+        return EVERYTHING
     if layer >= len(stack.patterns):
         return module.config.layer_pattern(layer, is_causal, stack.name)
     return past(stack.patterns[layer]) if is_causal else stack.patterns[layer]

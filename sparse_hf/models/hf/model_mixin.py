@@ -33,6 +33,7 @@ from .compiled import draft_on, lean_config
 from .config import SparseConfigMixin, check_weights, own_implementation
 from .counterparts import adopt
 from .documents import check_bounds
+from .indexer import fit_indexers
 from .inner_padding import CHECKED, counts_positions, has_padding_in_the_way
 from .input_checks import Limits, check_no_positions, refuse_tracing
 from .layers import layer_numbers
@@ -108,6 +109,8 @@ class SparseMixin(SavedByOthers, _Model):
             cls._parent_scales_loss = issubclass(cls, GenerationMixin) and "loss_function" in code.co_names
 
     def post_init(self):
+        # before weights are initialized
+        fit_indexers(self, self.config)
         super().post_init()
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
@@ -351,7 +354,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     # what `inspect.signature` gives
-    forward.__dict__["__signature__"] = signature if has_marks else _with_marks_signature(signature)
+    forward.__dict__["__signature__"] = signature if has_marks else with_marks_signature(signature)
     forward.__doc__ = (parent.__doc__ or "") + GLOBAL_MASK_DOC * (not has_marks)
     return forward
 
@@ -388,7 +391,7 @@ def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> Abstra
     return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
 
 
-def _with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
+def with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
     """The signature with `global_attention_mask` before `**kwargs`."""
     extra = inspect.Parameter("global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
     parameters = list(signature.parameters.values())

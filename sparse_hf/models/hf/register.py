@@ -26,6 +26,7 @@ from .model_mixin import SparseGenerationMixin, SparseMixin
 from .name_tables import enter_names
 from .positions import Positions
 from .remote_code import RemoteCode
+from .saving import ReadsParts
 
 # heads whose labels are not one class per token or per row, so that Trainer cannot count them: it averages their loss
 UNCOUNTED = ("ForQuestionAnswering", "ForPreTraining")
@@ -56,6 +57,11 @@ class Family:
     def implies_pattern(self) -> bool:
         """Is the family of Transformers sparse by itself, so that no pattern need be given?"""
         return self.config_class.implies_pattern
+
+    @property
+    def is_composed(self) -> bool:
+        """Has it no layers of its own, and a text among the models within it?"""
+        return not issubclass(self.config_class, SparseConfigMixin)
 
     @property
     def dense_config_class(self) -> type[PreTrainedConfig]:
@@ -218,7 +224,18 @@ def find_family(model_type: str) -> Family | None:
     """The family of a dense or sparse model type; None if it has no sparse counterpart."""
     if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], SparseConfigMixin):
         model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
-    return FAMILIES.get(model_type)
+    found = FAMILIES.get(model_type)
+    return None if found is None or found.is_composed else found
+
+
+def find_composed(model_type: str) -> Family | None:
+    """The family of a dense or sparse model type of several models, one of which writes text; None if it is none."""
+    if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], ReadsParts):
+        # a sparse one
+        model_type = CONFIG_MAPPING[model_type].__bases__[1].model_type
+    found = FAMILIES.get(model_type)
+    writes = found is not None and any(issubclass(c, GenerationMixin) for c in found.classes)
+    return found if writes and found.is_composed else None
 
 
 def family_of(model_type: str) -> Family:
@@ -244,7 +261,10 @@ def _reason(model_type: str) -> str:
     if model_type not in CONFIG_MAPPING:
         return "Transformers does not know it either"
     if not has_layers(model_type):
-        return "it has no layers of its own, and the models within it have: make each of these sparse by itself"
+        made = "make each of these sparse by itself"
+        if find_composed(model_type) is not None:
+            made = "sparse_hf.sparsify makes the text of a loaded one sparse, which save_pretrained keeps"
+        return f"it has no layers of its own, and the models within it have: {made}"
     config = CONFIG_MAPPING[model_type].__module__
     spec = importlib.util.find_spec(config.replace(".configuration_", ".modeling_"))
     if spec is None:

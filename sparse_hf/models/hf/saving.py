@@ -19,6 +19,10 @@ from .config import SparseConfigMixin
 logger = logging.get_logger(__name__)
 
 
+class ReadsParts:
+    """Of a configuration: it reads those within it as what they were saved as."""
+
+
 class SavedByOthers:
     """Of a sparse model: it warns where another one that holds it is saved without its pattern."""
 
@@ -56,7 +60,9 @@ def _warn_of_lost_pattern(model: Any, name: str, saved: PreTrainedModel) -> None
     dense_type = type(model.config).__bases__[1].model_type
     alike = [key for key, value in vars(saved.config).items() if getattr(value, "model_type", None) == dense_type]
     remedy = f"save {name!r} by itself, or apply sparse_hf.sparsify again after loading"
-    if alike:
+    if any(config is model.config for config in _configurations(saved.config, read_as_sparse=False)):
+        remedy = f"its configuration reads that part as a dense one; make {type(saved).__name__} sparse, sparse_hf.sparsify(model, pattern)"
+    elif alike:
         part = name if name in alike else alike[0]
         remedy = f"set model.config.{part} = model.{name}.config before saving"
     logger.warning(
@@ -65,12 +71,23 @@ def _warn_of_lost_pattern(model: Any, name: str, saved: PreTrainedModel) -> None
     )
 
 
-def _configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration, and those within it."""
+def _configurations(config: PreTrainedConfig, read_as_sparse: bool = True) -> Iterator[PreTrainedConfig]:
+    """A configuration, and those within it.
+
+    Args:
+        read_as_sparse: leave those out that are read as a dense class's whatever they say.
+    """
     yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _configurations(value)
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) and not (read_as_sparse and _reads_as_dense(config, name, value)):
+            yield from _configurations(value, read_as_sparse)
+
+
+def _reads_as_dense(config: PreTrainedConfig, name: str, part: PreTrainedConfig) -> bool:
+    """Does a configuration have one class for a part, and not the one that the part has now?"""
+    known = config.sub_configs.get(name)
+    is_one = isinstance(known, type) and issubclass(known, PreTrainedConfig)
+    return is_one and not isinstance(config, ReadsParts) and type(part) is not known
 
 
 def _names(config: PreTrainedConfig, sparse: PreTrainedConfig) -> bool:

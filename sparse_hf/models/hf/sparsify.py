@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from typing import Any, TypeVar
@@ -15,8 +15,10 @@ from transformers.utils import logging
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
+from .indexer import fit_indexers
 from .layer_spec import LayersLike
-from .register import Family, dense_class, family_of, find_family
+from .register import Family, dense_class, family_of, find_composed, find_family
+from .saving import ReadsParts
 
 logger = logging.get_logger(__name__)
 
@@ -32,15 +34,19 @@ def sparsify(
     layers: LayersLike = None,
     global_token_ids: Sequence[int] = (),
     decode: str | None = None,
+    indexer: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """A sparse model that shares every parameter and buffer with `model`, which stays as it is.
 
     Args:
-        model: a model of a supported family, dense or already sparse.
+        model: a model of a supported family, dense or already sparse. Of a model of text and images or sounds it is the text
+            that gets the pattern, and `marked()` may speak of an image's tokens there.
         pattern: a `Pattern` or its text; families that are sparse by themselves (Longformer, LED, BigBird, Perceiver) need none.
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
+            and random until `sparse_hf.train.train_indexer` trains them.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
@@ -58,6 +64,9 @@ def sparsify(
         )
     family = find_family(model.config.model_type)
     if family is None or type(model) not in COUNTERPARTS and type(model) not in family.classes:
+        composed = find_composed(model.config.model_type)
+        if composed is not None:
+            return _around_text(model, composed, (pattern, layers, global_token_ids, decode))
         _refuse_around(model)
     family = family_of(model.config.model_type)
     if type(model) not in COUNTERPARTS and type(model) not in family.classes:
@@ -70,7 +79,7 @@ def sparsify(
             "dispatching, or accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
         )
     _check_derived(family, model)
-    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode)
+    config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode, indexer)
     for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
@@ -103,6 +112,27 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
         config._experts_implementation = experts
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
+    fit_indexers(sparse, config)
+    return sparse
+
+
+def _around_text(model: PreTrainedModel, family: Family, asked: tuple[Any, ...]) -> PreTrainedModel:
+    """A model of several around its text, which is made sparse."""
+    dense: Any = model.config.get_text_config()
+    texts = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model and m.config is dense)
+    text = next(texts, None)
+    if text is None:
+        raise ValueError(
+            f"{type(model).__name__} holds no model with its text_config, so that there is nothing to make sparse"
+        )
+    if not isinstance(model.config, ReadsParts):
+        import_module("..derived.check", __package__).check_composed(type(model), model.config)
+    made = sparsify(text, *asked)
+    config: Any = family.config_class
+    config = config.around(model.config, made.config)
+    own = {dense_class(c): c for c in family.classes}
+    sparse = _shared_copy(model, _Configs(model.config, config), {id(text): made}, own)
+    _name_no_folder(sparse)
     return sparse
 
 
@@ -161,21 +191,37 @@ class _Configs:
         return self.known[id(found)]
 
 
-def _shared_copy(module: AnyModule, configs: _Configs, done: dict[int, Any]) -> AnyModule:
-    """A copy of the module tree around the same parameters and buffers."""
+def forget_preparation(module: nn.Module) -> None:
+    """Take from a model what accelerate has left there when it prepared it for training.
+
+    That is, for mixed precision, a forward of this very model, which a copy would run in place of its own; and the word that the model
+    is prepared, by which a second Trainer would do without mixed precision. `unwrap_model` of accelerate takes the sparse forward too.
+    """
+    own = vars(module)
+    own.pop("_is_accelerate_prepared", None)
+    if own.pop("_original_forward", None) is not None:
+        del own["forward"]
+
+
+def _shared_copy(
+    module: AnyModule, configs: _Configs, done: dict[int, Any], classes: Mapping[type, type] = COUNTERPARTS
+) -> AnyModule:
+    """A copy of the module tree around the same parameters and buffers, of modules that are not done yet."""
     if id(module) in done:
         return done[id(module)]
     # some classes refuse to be copied, those of weights that are computed of others among them
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     done[id(module)] = twin
+    forget_preparation(twin)
     for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         twin.__dict__[name] = module.__dict__[name].copy()
     twin._modules = {
-        name: None if child is None else _shared_copy(child, configs, done) for name, child in module._modules.items()
+        name: None if child is None else _shared_copy(child, configs, done, classes)
+        for name, child in module._modules.items()
     }
     for name, value in module.__dict__.items():
         if type(value) is type(configs.dense):
             twin.__dict__[name] = configs(value)
-    twin.__class__ = COUNTERPARTS.get(type(module), type(module))
+    twin.__class__ = classes.get(type(module), type(module))
     return twin

@@ -123,7 +123,7 @@ def poison() -> None:
 
 
 def run(kernels: str, *args, **kwargs) -> None:
-    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, 64, device="cuda"))
     if reason:
         pytest.skip(reason)
     poison()
@@ -151,9 +151,34 @@ def test_fa_is_exact_in_float16_at_every_head_dim(pattern, head_dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 48, 80, 96, 112])
+def test_fa_is_exact_at_every_head_dim_on_whatever_kernels_it_takes(head_dim):
+    poison()
+    compare(
+        "fa",
+        "window(40, 0) | first(4) & window(None, 0)",
+        500,
+        "packed",
+        (4, 2, head_dim),
+        torch.bfloat16,
+        device="cuda",
+    )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "is_taken"), [(8, False), (16, False), (32, True), (80, False), (96, True), (128, True)]
+)
+def test_flash_attn_4_is_left_where_its_gradients_are_wrong(head_dim, is_taken, monkeypatch):
+    monkeypatch.setattr(flash, "_fa4_broken", lambda: None)
+    monkeypatch.setattr(flash, "generation", lambda device: 9)
+    reason = flash.FA4.refuses(torch.empty(0, head_dim))
+    assert reason is None if is_taken else "no multiple of 32" in reason
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["fa2", "fa4"])
 def test_expanded_and_interleaved_tensors_are_read_right(kernels):
-    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, 64, device="cuda"))
     if reason:
         pytest.skip(reason)
     q, k, v = tensors((4, 2, 64), 257, 257, torch.bfloat16, "cuda")
@@ -189,7 +214,7 @@ def repeated(kernels: str, pattern: str):
 @pytest.mark.parametrize("kernels", ["fa2", "fa4"])
 @pytest.mark.parametrize("pattern", ["window(100, 0) | first(4) & window(None, 0)", "window(64, 64) | first(2)"])
 def test_twenty_runs_are_bitwise_equal_if_torch_is_told_so(kernels, pattern):
-    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, 64, device="cuda"))
     if reason:
         pytest.skip(reason)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -206,7 +231,7 @@ def test_twenty_runs_are_bitwise_equal_if_torch_is_told_so(kernels, pattern):
 @pytest.mark.parametrize("kernels", ["fa2", "fa4"])
 def test_twenty_runs_differ_by_roundings_at_most(kernels):
     # gradients of queries are added up in no fixed order; outputs and lse are the same each time
-    reason = flash.KERNELS[kernels].refuses(torch.empty(1, device="cuda"))
+    reason = flash.KERNELS[kernels].refuses(torch.empty(1, 64, device="cuda"))
     if reason:
         pytest.skip(reason)
     runs = repeated(kernels, "window(64, 64) | first(2)")

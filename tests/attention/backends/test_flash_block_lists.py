@@ -216,7 +216,7 @@ GPU_CASES = ["plain", "last_queries", "left_padding", "right_padding", "packed",
 
 @pytest.fixture
 def flash_attn_4():
-    reason = flash.FA4.refuses(torch.empty(1, device="cuda"))
+    reason = flash.FA4.refuses(torch.empty(1, 64, device="cuda"))
     if reason or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip(reason or "lists of blocks are for compute capability 9")
 

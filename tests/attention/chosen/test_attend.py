@@ -85,6 +85,26 @@ def test_kernels_in_16_bits():
     compare(SHAPES[1], (3, 40, 35), torch.float16, DEVICE, batch=1)
 
 
+ON_A_GPU = [
+    ((16, 16, 1, 128, 128), torch.bfloat16), ((8, 2, 2, 128, 128), torch.bfloat16), ((12, 4, 12, 80, 40), torch.bfloat16),
+    ((32, 1, 1, 64, 64), torch.float16), ((8, 2, 1, 32, 32), torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "dtype"), ON_A_GPU, ids=str)
+def test_kernels_on_a_gpu(shape, dtype):
+    compare(shape, (150, 300, 70), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "how"), [((16, 16, 1, 192, 128), {}), ((128, 1, 1, 256, 256), {"soft_cap": 2.0})], ids=str
+)
+def test_wide_heads_on_a_gpu(shape, how):
+    compare(shape, (60, 300, 70), torch.bfloat16, "cuda", **how)
+
+
 def test_gradient_of_sinks():
     tensors, index = drawn((4, 2, 1, 16, 16), (20, 30, 8))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf.attention.chosen import DotScores, IndexerScores, Limits, choose
+from sparse_hf.attention.chosen import DotScores, IndexerScores, Limits, choose, selection
 from sparse_hf.testing import AllocationInterceptor
+from tests.attention.exactness import DEVICE
 
 
 def brute_force(scores, allowed, count):
@@ -69,6 +70,65 @@ def test_zeros_of_either_sign_are_equal():
     scores = torch.tensor([0.0, -0.0, 0.0, -1.0]).expand(1, 1, 1, 4)
     assert choose(Table(-scores), 2)[0, 0, 0].tolist() == [0, 3]
     assert choose(Table(scores), 2)[0, 0, 0].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("count", [1, 7, 60])
+@pytest.mark.parametrize("kind", ["normal", "ties", "below zero", "two keys"])
+def test_kernels_equal_brute_force(kind, count, monkeypatch):
+    monkeypatch.setattr(selection, "BLOCK", 16)
+    monkeypatch.setattr(selection, "MAX_SCORES", 600)
+    scores = torch.randn(2, 2, 4, 60)
+    scores = scores.round() * 0.5 if kind == "ties" else -scores.abs() if kind == "below zero" else scores
+    if kind == "two keys":
+        scores[..., 2:] = -torch.inf
+    query, key = torch.arange(4)[:, None], torch.arange(60)
+    for limits, allowed in (
+        (Limits(), torch.ones(4, 60, dtype=torch.bool)),
+        (Limits(q_offset=20), key <= query + 20),
+        (Limits(q_offset=-1, allows=lambda q, k: (q + k) % 3 > 0), (key < query) & ((query + key) % 3 > 0)),
+    ):
+        wanted = brute_force(scores, allowed.expand_as(scores) & (scores > -torch.inf), count)
+        assert torch.equal(choose(Table(scores.to(DEVICE)), count, limits).cpu(), wanted)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_of_an_indexer(dtype, monkeypatch):
+    for name, value in (("TILE_QUERIES", 16), ("TILE_KEYS", 16), ("MAX_SCORES", 2 * 20 * 37)):
+        monkeypatch.setattr(selection, name, value)
+    query, key = torch.randn(2, 35, 3, 24).to(dtype), torch.randn(2, 37, 24).to(dtype)
+    weights = torch.randn(2, 35, 3)
+    scorer = IndexerScores(*(t.to(DEVICE) for t in (query, key, weights)), 0.5)
+    exact = IndexerScores(query.double(), key.double(), weights.double(), 0.5).scores(slice(0, 35), slice(0, 37))
+    found = selection.indexer_scores(scorer, slice(0, 35), None).cpu()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    for limits, allowed in (
+        (Limits(q_offset=2), torch.ones(35, 37, dtype=torch.bool).tril(2)),
+        (Limits(), torch.ones(35, 37, dtype=torch.bool)),
+    ):
+        wanted = brute_force(found, allowed.expand_as(found), 5)
+        assert torch.equal(choose(scorer, 5, limits).cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_selects_on_a_gpu_what_a_cpu_does(kind):
+    scores = torch.randn(2, 1, 300, 9000)
+    scores = (scores * 4).round() if kind == "ties" else scores
+    for limits in (Limits(), Limits(q_offset=8700), Limits(q_offset=-3)):
+        wanted = choose(Table(scores), 2048, limits)
+        assert torch.equal(choose(Table(scores.cuda()), 2048, limits).cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scores_of_an_indexer_on_a_gpu(dtype):
+    query, key = torch.randn(2, 300, 64, 128).to(dtype), torch.randn(2, 700, 128).to(dtype)
+    weights = torch.randn(2, 300, 64)
+    exact = IndexerScores(query.double(), key.double(), weights.double(), 0.1).scores(slice(0, 300), slice(0, 700))
+    found = selection.indexer_scores(IndexerScores(query.cuda(), key.cuda(), weights.cuda(), 0.1), slice(0, 300), None)
+    assert float((found.cpu().double() - exact).norm() / exact.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0])

@@ -7,6 +7,8 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
+from sparse_hf.attention.chosen import best_keys
+from sparse_hf.attention.composite import chosen_scores
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention import choices
@@ -16,6 +18,7 @@ from tests.table import SCENARIOS
 
 BLOCKS = "window(6, 0) | topk_blocks(3, 8)"
 TOKENS = "window(6, 0) | first(2) | topk(8)"
+IN_TILES = "window(6, 0) | topk_blocks(2, 16, 'bounds', 16)"
 
 
 @pytest.mark.parametrize("case", SCENARIOS)
@@ -63,8 +66,14 @@ def test_compiled_gradients(text):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')"])
-def test_no_tensor_has_two_lengths(text):
+SHARED = "topk_blocks(3, 64, 'antidiagonal', 64)"
+
+
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')", SHARED, "vertical_slash(5, 3, 16)"])
+def test_no_tensor_has_two_lengths(text, monkeypatch):
+    # as few scores at once as a longer text has
+    monkeypatch.setattr(best_keys, "MAX_SCORES", 1 << 16)
+    monkeypatch.setattr(chosen_scores, "MAX_NUMBERS", 1 << 16)
     length = 8_256
     q, k, v = leaves(*[(1, 1, length, 8)] * 3)
     with AllocationInterceptor(length) as seen:
@@ -99,7 +108,9 @@ def test_generates_the_same_with_every_cache_and_padded(head, text):
     assert torch.equal(ours.generate(padded, attention_mask=(padded > 0).long(), **options)[:, 11:], found)
 
 
-@pytest.mark.parametrize(("head", "text"), [("LlamaForCausalLM", TOKENS), ("BertForMaskedLM", BLOCKS)])
+@pytest.mark.parametrize(
+    ("head", "text"), [("LlamaForCausalLM", TOKENS), ("BertForMaskedLM", BLOCKS), ("LlamaForCausalLM", IN_TILES)]
+)
 def test_in_a_model(head, text, tmp_path):
     ours = sparse_hf.sparsify(dense_model(head), text)
     ids = torch.randint(3, 97, (2, 70), generator=torch.Generator().manual_seed(1))
@@ -112,7 +123,7 @@ def test_in_a_model(head, text, tmp_path):
     assert outputs.attentions[0].shape == (2, 4, 70, 70)
 
 
-@pytest.mark.parametrize("text", [TOKENS, BLOCKS])
+@pytest.mark.parametrize("text", [TOKENS, BLOCKS, IN_TILES])
 def test_packed_equals_separate(text):
     ours = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), text)
     one, two = (torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (50, 37))
@@ -129,12 +140,16 @@ def _attend(text: str, **options):
     ("call", "message"),
     [
         (lambda: Pattern.parse("topk(0)"), "topk: count is 0; it must be a whole number of at least 1"),
-        (lambda: Pattern.parse("topk_blocks(4, 8, 'most')"), "the known ones are 'mean', 'bounds'"),
+        (lambda: Pattern.parse("topk_blocks(4, 8, 'most')"), "the known ones are 'mean', 'bounds', 'antidiagonal'"),
+        (lambda: Pattern.parse("topk_blocks(4, 8, 'mean', 12)"), "12 queries choose blocks of 8 keys together"),
+        (lambda: Pattern.parse("topk_blocks(4, 16, 'antidiagonal', 8)"), "both are multiples of 16"),
+        (lambda: Pattern.parse("vertical_slash(4, 0)"), "diagonals is 0; it must be a whole number of at least 1"),
         (lambda: Pattern.parse("per_head(topk(8), topk(8))"), "use it alone"),
         (lambda: Pattern.parse("outside(topk(8))"), "give a pattern of positions"),
         (lambda: sparse_hf.build_plan("topk(8)", 40), "pass the pattern itself"),
         (_attend("topk(8) & topk(4)"), "two hashes or choices cannot be intersected"),
         (_attend("topk(8) | lsh(4)"), "has both"),
+        (_attend("topk_blocks(3, 8, 'mean', 8)", backend="flex"), r"'flex' cannot run topk_blocks\(...\), .* 'triton' can"),
         (_attend("topk(8)", relative_bias=torch.zeros(4, 79)), "does not go with relative_bias"),
         (lambda: sparse_hf.sparsify(dense_model("LlamaForCausalLM"), TOKENS)(
             torch.full((1, 40), 5), attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool)), "2-D attention mask"),

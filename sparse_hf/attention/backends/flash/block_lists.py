@@ -39,9 +39,8 @@ def why_not(q: Tensor, plan: BlockPlan) -> str | None:
         return reason or "lists of blocks need the kernels 'fa4'"
     if generation(q.device) != 9:
         return f"lists of blocks are for compute capability 9, and {torch.cuda.get_device_name(q.device)} has another"
-    if q.shape[-1] > 128 or q.shape[-1] % 32:
-        # at 80 its gradients are wrong
-        return f"lists of blocks are for head dims of 32, 64, 96 and 128, and that of q is {q.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"lists of blocks are for head dims up to 128, and that of q is {q.shape[-1]}"
     if torch.are_deterministic_algorithms_enabled():
         return "flash-attn-4 adds up the gradients of blocks in no fixed order on this GPU"
     if not plan.q_len or not plan.kv_len:

@@ -1,0 +1,99 @@
+"""The best keys of each query by the kernels of `selection_kernels.py`, a piece of queries at a time.
+
+Legend: B batch, C heads of the choice, I heads of an indexer, Q queries, K keys, D head dim, N chosen keys of a query; a piece has m
+queries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..backends.triton import walk
+from ..launch import launch, power_of_two
+from ..strides import readable
+from .scores import IndexerScores
+
+if TYPE_CHECKING:
+    from .best_keys import Limits, Scorer
+
+# scores that exist at once, in float32, whatever makes them
+MAX_SCORES = 1 << 27
+# keys that a program compares at once, and sides of a tile of an indexer's scores: the fastest on an H200
+BLOCK, TILE_QUERIES, TILE_KEYS = 4096, 64, 128
+# warps of a program
+WARPS_OF_SCORES, WARPS_OF_CHOICE = 4, 8
+# head dims of an indexer
+MAX_HEAD_DIM = 256
+
+
+def is_able(device: torch.device) -> bool:
+    """Can the kernels choose on a device?"""
+    return device.type in walk.DEVICES and walk.IS_INSTALLED
+
+
+def fused(scorer: Scorer) -> IndexerScores | None:
+    """A scorer whose scores a kernel makes, without those of its heads; else None."""
+    if not isinstance(scorer, IndexerScores) or scorer.scale <= 0 or scorer.key.shape[-1] > MAX_HEAD_DIM:
+        return None
+    return scorer if scorer.query.dtype == scorer.key.dtype and scorer.query.dtype in walk.DTYPES else None
+
+
+def choose_into(found: Tensor, scorer: Scorer, limits: Limits) -> None:
+    """Write the best keys of all queries to `found` `[B, C, Q, N]` int32."""
+    batch, heads, queries, keys = scorer.shape
+    of_score = batch * heads if fused(scorer) else max(batch * heads, scorer.numbers_per_score)
+    step = max(1, MAX_SCORES // max(1, keys * of_score))
+    for first in range(0, queries, step):
+        some = slice(first, min(first + step, queries))
+        offset = None if limits.q_offset is None else limits.q_offset + first
+        _select(_scores(scorer, some, limits), found[:, :, some], offset)
+
+
+def _scores(scorer: Scorer, queries: slice, limits: Limits) -> Tensor:
+    """`[B, C, m, K]` float32, -inf where a query may not choose; behind all queries anything."""
+    keys = slice(0, scorer.shape[3])
+    indexer = fused(scorer)
+    if indexer is None:
+        scores = scorer.scores(queries, keys).float()
+        seen = limits.seen(queries, keys, scorer.device)
+        return (scores if seen is None else scores.masked_fill_(~seen, -torch.inf)).contiguous()
+    offset = None if limits.q_offset is None else limits.q_offset + queries.start
+    scores = indexer_scores(indexer, queries, offset)
+    seen = limits.beside_causality.seen(queries, keys, scorer.device)
+    return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
+
+
+def indexer_scores(scorer: IndexerScores, queries: slice, offset: int | None) -> Tensor:
+    """`[B, 1, m, K]` float32. With `offset`, the key of the first of the queries, a key behind a query has -inf, or anything in tiles
+    that are behind all their queries."""
+    from . import selection_kernels
+
+    query, key = readable(scorer.query[:, queries]), readable(scorer.key)
+    weights = (scorer.weights[:, queries].float() * scorer.scale).contiguous()
+    batch, some, heads, dim = query.shape
+    keys = key.shape[1]
+    found = torch.empty(batch, 1, some, keys, dtype=torch.float32, device=query.device)
+    if found.numel():
+        launch(
+            selection_kernels.indexer_scores, (-(-some // TILE_QUERIES), batch * -(-keys // TILE_KEYS)), (query, key, weights, found),
+            (*query.stride()[:3], *key.stride()[:2], *weights.stride()[:2], found.stride(0)), (offset or 0, some, keys),
+            {"IS_CAUSAL": offset is not None, "HEADS": heads, "D": dim, "BD": max(16, power_of_two(dim)), "BM": TILE_QUERIES,
+             "BN": TILE_KEYS, "PRECISION": "ieee"}, num_warps=WARPS_OF_SCORES,
+        )  # fmt: skip
+    return found
+
+
+def _select(scores: Tensor, found: Tensor, offset: int | None) -> None:
+    """Write the best keys by scores `[B, C, m, K]`, contiguous, to `found` `[B, C, m, N]`, a part of a contiguous tensor."""
+    from . import selection_kernels
+
+    batch, heads, some, keys = scores.shape
+    if found.numel():
+        launch(
+            selection_kernels.select, (some, batch * heads), (scores, found), (found.stride(1), found.stride(2)),
+            (offset or 0, some, keys, found.shape[3]),
+            {"IS_CAUSAL": offset is not None, "BN": min(BLOCK, max(16, power_of_two(keys)))}, num_warps=WARPS_OF_CHOICE,
+        )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Triton kernels that score keys and keep the best: products of an indexer's heads in one tile, and a choice by the digits of a threshold.
+
+Legend: B batch, C heads of the choice, I heads of an indexer, Q queries of a piece, K keys, D head dim, N chosen keys of a query; `BM`
+queries and `BN` keys of a tile.
+"""
+
+# Triton's types say that a kernel's helper never returns
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# digits of a score's 32 bits, from the highest
+DIGITS, DIGIT_BITS, DIGIT_VALUES = tl.constexpr(4), tl.constexpr(8), tl.constexpr(256)
+
+
+@triton.jit(do_not_specialize=["offset", "Q", "K"])
+def indexer_scores(
+    q_ptr, k_ptr, w_ptr, out_ptr, q_b, q_n, q_i, k_b, k_n, w_b, w_n, out_b, offset, Q, K,
+    IS_CAUSAL: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum over heads of `weight * relu(q @ k)`, of a tile; tiles of no query's past are left as they are."""
+    tiles = tl.cdiv(K, BN)
+    b = (tl.program_id(1) // tiles).to(tl.int64)
+    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) % tiles * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    last = tl.program_id(0) * BM + BM - 1 + offset
+    if IS_CAUSAL and tl.program_id(1) % tiles * BN > last:
+        return
+    box = (n[:, None] < K) & (d[None, :] < D)
+    k = tl.load(k_ptr + b * k_b + n[:, None].to(tl.int64) * k_n + d[None, :], mask=box, other=0.0)
+    q_ptr += b * q_b + m[:, None].to(tl.int64) * q_n + d[None, :]
+    w_ptr += b * w_b + m.to(tl.int64) * w_n
+    box = (m[:, None] < Q) & (d[None, :] < D)
+    found = tl.zeros((BM, BN), tl.float32)
+    for i in range(HEADS):
+        q = tl.load(q_ptr + i * q_i, mask=box, other=0.0)
+        weight = tl.load(w_ptr + i, mask=m < Q, other=0.0)
+        found += tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0) * weight[:, None]
+    if IS_CAUSAL:
+        found = tl.where(n[None, :] <= m[:, None] + offset, found, float("-inf"))
+    at = out_ptr + b * out_b + m[:, None].to(tl.int64) * K + n[None, :]
+    tl.store(at, found, mask=(m[:, None] < Q) & (n[None, :] < K))
+
+
+@triton.jit
+def _ordered(scores_ptr, n, end):
+    """Scores as whole numbers in their order, and which of them may be chosen."""
+    x = tl.load(scores_ptr + n, mask=n < end, other=float("-inf"))
+    # minus zero is zero
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    # floats below zero are in the opposite order of their bits
+    order = bits ^ ((bits >> 31) | -2147483648)
+    return order.to(tl.uint32, bitcast=True), (n < end) & (x != float("-inf"))
+
+
+@triton.jit(do_not_specialize=["offset", "Q", "K", "count"])
+def select(
+    scores_ptr, index_ptr, index_r, index_n, offset, Q, K, count, IS_CAUSAL: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The keys of one query with the highest scores, in ascending order; of equal scores the lower key."""
+    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    scores_ptr += (row * Q + query) * K
+    index_ptr += row * index_r + query.to(tl.int64) * index_n
+    end = K
+    if IS_CAUSAL:
+        end = tl.maximum(tl.minimum(K, query + offset + 1), 0)
+    threshold = tl.full((), 0, tl.uint32)
+    missing = count
+    value = tl.arange(0, DIGIT_VALUES)
+    for step in tl.static_range(DIGITS):
+        shift = (DIGITS - 1 - step) * DIGIT_BITS
+        found = tl.zeros((DIGIT_VALUES,), tl.int32)
+        for start in range(0, end, BN):
+            order, may = _ordered(scores_ptr, start + tl.arange(0, BN), end)
+            if step > 0:
+                may = may & (((order ^ threshold) >> (shift + DIGIT_BITS)) == 0)
+            digits = ((order >> shift) & (DIGIT_VALUES - 1)).to(tl.int32)
+            found += tl.histogram(digits, DIGIT_VALUES, mask=may)
+        if step == 0:
+            missing = tl.minimum(missing, tl.sum(found))
+        # the highest digit with enough scores from it upwards
+        digit = tl.max(tl.where(tl.cumsum(found, 0, reverse=True) >= missing, value, 0))
+        missing -= tl.sum(tl.where(value > digit, found, 0))
+        threshold = threshold | (digit.to(tl.uint32) << shift)
+    taken = 0
+    equal = 0
+    for start in range(0, end, BN):
+        n = start + tl.arange(0, BN)
+        order, may = _ordered(scores_ptr, n, end)
+        same = (may & (order == threshold)).to(tl.int32)
+        chosen = (may & (order > threshold)) | ((same > 0) & (equal + tl.cumsum(same, 0) <= missing))
+        place = taken + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(index_ptr + place, n, mask=chosen)
+        taken += tl.sum(chosen.to(tl.int32))
+        equal += tl.sum(same)
+    for start in range(0, count, BN):
+        n = start + tl.arange(0, BN)
+        tl.store(index_ptr + n, -1, mask=(n >= taken) & (n < count))

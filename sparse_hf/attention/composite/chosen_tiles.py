@@ -1,0 +1,156 @@
+"""Blocks that groups of queries choose, as a plan in tiles: pairs of positions and chosen ones in one table for each head.
+
+Backends of tables of blocks run it like any other plan whose heads have patterns of their own.
+
+Legend: B batch, H query heads, Q queries, K keys; Nq and Nk tiles of queries and of keys, T groups of queries, c blocks of each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...pattern import EMPTY, FULL, Pattern
+from ...pattern.base import Marks, joint
+from ...plan import BlockPlan
+from ...plan.cache import kept, remembered
+from ..backend import AttentionCall
+from .chosen_blocks import Groups
+
+# tokens of a tile: those that kernels take, and the least that tables are worth it for
+LARGEST_TILE = {"cuda": 64, "cpu": 128}
+LEAST_TILE = 16
+
+
+@dataclass(frozen=True)
+class _Listed(Pattern, has_word=False):
+    """Stands where a plan says its patterns: no form in positions is read of it, and `ChosenTiles` says its pairs."""
+
+    parts: tuple[Pattern, ...]
+
+    def allows(self, q, k, marks=None):
+        raise AssertionError("a plan of chosen tiles says its pairs itself")
+
+    def blocks(self, q0, q1, k0, k1, marks=None):
+        return torch.ones_like(q0 + k0, dtype=torch.int8)
+
+    def reachable(self, k, q):
+        return joint(q, k)
+
+    def on(self, device):
+        return _Listed(tuple(part.on(device) for part in self.parts))
+
+    def signature(self, q0: Tensor, k0: Tensor, side: int, marks: Marks | None = None) -> list[Tensor] | None:
+        found = [part.signature(q0, k0, side, marks) for part in self.parts]
+        known = [numbers for numbers in found if numbers is not None]
+        return [number for numbers in known for number in numbers] if len(known) == len(found) else None
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenTiles(BlockPlan):
+    """Tiles of positions, the same for all heads, and tiles of a head's own that it chose, whose pairs are those of the cut.
+
+    Attributes:
+        beside: the plan of positions.
+        cut: the plan of the pairs that may be chosen.
+        codes: of chosen tiles, `((b * H + h) * Nq + i) * Nk + j`, ascending.
+    """
+
+    beside: BlockPlan | None = None
+    cut: BlockPlan | None = None
+    codes: Tensor | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        return False
+
+    def _is_chosen(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Is a tile, by its row of tables (without i) and its place, a chosen one?"""
+        assert self.codes is not None
+        code = (row * self.q_blocks + i) * self.kv_blocks + j
+        if not len(self.codes):
+            return torch.zeros_like(code, dtype=torch.bool)
+        at = torch.searchsorted(self.codes, code.contiguous()).clamp(max=len(self.codes) - 1)
+        return self.codes[at] == code
+
+    def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
+        """Did query q of head h choose key k?"""
+        assert self.cut is not None
+        row, i, j = torch.broadcast_tensors(b * len(self.patterns) + h, q // self.block_size, k // self.block_size)
+        return self._is_chosen(row, i, j) & self.cut.allows(b, 0, q, k)
+
+    def allows(self, b: Tensor, p: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
+        assert self.beside is not None
+        return self.beside.allows(b, 0, q, k) | self.chosen(b, p, q, k)
+
+    def tile_numbers(self, group: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
+        return [self._is_chosen(group, i, j).long()]
+
+    @kept
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.beside is not None and self.cut is not None and self.codes is not None
+        lines, columns = self.q_blocks, self.kv_blocks
+        rows = self.batch_rows * len(self.patterns)
+        counts = self.beside.row_offsets.diff()
+        line = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
+        held = (line * columns + self.beside.columns) * 2 + self.beside.full
+        held = (torch.arange(rows, device=self.device)[:, None] * (lines * columns * 2) + held).flatten()
+        code = torch.cat([held, self.codes * 2 + self._is_full(self.codes)]).unique()
+        # of a tile that is listed as partial and as full the last is the full one
+        code = code[(code >> 1).diff(append=code.new_full((1,), -1)) != 0]
+        offsets = torch.searchsorted(code, torch.arange(rows * lines + 1, device=self.device) * (2 * columns))
+        return offsets, (code // 2 % columns).int(), (code & 1).bool()
+
+    def _is_full(self, codes: Tensor) -> Tensor:
+        assert self.cut is not None
+        return self.state_of(codes, self.cut.patterns[0]) == FULL
+
+    def state_of(self, codes: Tensor, pattern: Pattern) -> Tensor:
+        """What a pattern of positions says of tiles."""
+        size, columns = self.block_size, self.kv_blocks
+        q, k = codes // columns % self.q_blocks * size, codes % columns * size
+        q1, k1 = (q + size).clamp(max=self.q_len) - 1, (k + size).clamp(max=self.kv_len) - 1
+        offset = self.q_offset
+        return pattern.blocks(q + offset, q1 + offset, k, k1, Marks(length=self.kv_len))
+
+
+@remembered
+def in_tiles(plan: BlockPlan, tile: int) -> BlockPlan:
+    """The plan in blocks of another size, whose tables are made once."""
+    return replace(plan, block_size=tile)
+
+
+def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
+    """The plan of a choice; None where blocks or groups do not begin where tiles do."""
+    positions, content = groups.rest.positions, groups.content
+    tile = math.gcd(content.size, content.queries, LARGEST_TILE.get(call.q.device.type, LARGEST_TILE["cpu"]))
+    if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
+        return None
+    batch, heads = call.q.shape[:2]
+    beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
+    pattern = _Listed((beside.patterns[0], cut.patterns[0]))
+    empty = torch.zeros(0, dtype=torch.int64, device=positions.device)
+    plan = ChosenTiles(
+        patterns=(pattern,) * heads, heads=tuple(range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
+        q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
+        device=positions.device, beside=beside, cut=cut, codes=empty,
+    )  # fmt: skip
+    codes = _codes(plan, groups.choose(call.q, call.k), groups)
+    return replace(plan, codes=codes[plan.state_of(codes, cut.patterns[0]) != EMPTY])
+
+
+def _codes(plan: ChosenTiles, found: Tensor, groups: Groups) -> Tensor:
+    """The codes of the tiles of blocks `[B, H, T, c]`, ascending."""
+    tile, content = plan.block_size, groups.content
+    i = torch.arange(plan.q_blocks, device=plan.device)
+    # a tile of queries lies in one group
+    of_tile = groups.of_query[0, i * tile]  # [Nq]
+    block = found[:, :, of_tile]  # [B, H, Nq, c]
+    j = (block * (content.size // tile))[..., None] + torch.arange(content.size // tile, device=plan.device)
+    there = (block >= 0)[..., None] & (j < plan.kv_blocks)
+    row = torch.arange(plan.batch_rows * len(plan.patterns), device=plan.device).view(found.shape[0], -1, 1, 1, 1)
+    codes = (row * plan.q_blocks + i[:, None, None]) * plan.kv_blocks + j
+    return codes[there].unique()
