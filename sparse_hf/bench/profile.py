@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .clock import SETTLING, Clock
@@ -78,8 +77,8 @@ class ProfilingClock(Clock):
         """
         averages = [entry for entry in self.profiler.key_averages() if not _is_note(entry)]
         on_gpu = self.device.type == "cuda"
-        device = [e for e in averages if (e.device_type == DeviceType.CUDA) == on_gpu]
-        host = [e for e in averages if e.device_type == DeviceType.CPU]
+        device = [e for e in averages if (e.device_type.name == "CUDA") == on_gpu]
+        host = [e for e in averages if e.device_type.name == "CPU"]
         kernels = _entries(device, "self_device_time_total" if on_gpu else "self_cpu_time_total", self.seen)
         calls = _entries(host, "self_cpu_time_total", self.seen)
         groups: dict[str, float] = {}

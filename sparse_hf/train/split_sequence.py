@@ -36,7 +36,7 @@ IGNORED = -100
 # arguments that say where documents begin in the whole row; layers of a part are told otherwise
 OF_DOCUMENTS = (*BOUNDS, "max_length_q", "max_length_k", "seq_idx")
 # arguments of decoding
-OF_DECODING = ("past_key_values", "cache_position", "read_index")
+OF_DECODING = ("cache", "past_key_values", "cache_position", "read_index")
 
 
 @dataclass

@@ -6,6 +6,7 @@ That one is of Transformers, with a dense mask, in float64.
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -118,3 +119,9 @@ def test_without_processes():
     with pytest.raises(ValueError, match="there is no process group"):
         split_sequence(model)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_caches_of_any_name_are_refused(name):
+    with pytest.raises(NotImplementedError, match=f"{name} was given, and decoding takes a whole model"):
+        import_module("sparse_hf.train.split_sequence")._check_arguments(None, {name: object()})
