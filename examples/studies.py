@@ -7,10 +7,11 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, logging
 
 from sparse_hf.bench import environment, result_path, write_json
 
@@ -39,6 +40,17 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     made.add_argument("--plot-only", action="store_true", help="draw what --out holds")
     made.add_argument("--tiny", action="store_true", help="a tiny model and tiny texts, which show nothing")
     return made
+
+
+def only_drawn(options: argparse.Namespace, plot: Callable[[dict, Path], object]) -> dict | None:
+    """What a study has written, drawn, if nothing else was asked for. Else None, and Transformers is quiet from here on."""
+    if options.plot_only:
+        content = read(options.out)
+        plot(content, options.plot)
+        return content
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return None
 
 
 def newest(name: str) -> Path | None:

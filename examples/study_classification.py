@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from sklearn.dummy import DummyClassifier
@@ -314,12 +313,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
-    if options.plot_only:
-        content = studies.read(options.out)
-        plot(content, options.plot)
+    if (content := studies.only_drawn(options, plot)) is not None:
         return content
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     case, seeds = TINY if options.tiny else REAL, range(options.seeds)
     with tempfile.TemporaryDirectory() as scratch:
         dense = case.folder(Path(scratch))

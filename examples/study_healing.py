@@ -31,7 +31,6 @@ if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -303,12 +302,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
-    if options.plot_only:
-        content = studies.read(options.out)
-        plot(content, options.plot)
+    if (content := studies.only_drawn(options, plot)) is not None:
         return content
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     case = TINY if options.tiny else REAL
     tokenizer = case.tokenizer()
     # books are cut here, so that a longer one is no reason to warn

@@ -29,7 +29,6 @@ if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
@@ -304,12 +303,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
-    if options.plot_only:
-        content = studies.read(options.out)
-        plot(content, options.plot)
+    if (content := studies.only_drawn(options, plot)) is not None:
         return content
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     set_seed(options.seed)
     case = TINY if options.tiny else REAL
     study = Study(case, options)

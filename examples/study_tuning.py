@@ -23,7 +23,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -199,12 +198,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parsed(arguments)
-    if options.plot_only:
-        content = studies.read(options.out)
-        plot(content, options.plot)
+    if (content := studies.only_drawn(options, plot)) is not None:
         return content
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if options.tiny:
         tiny.write(options.work)
     options.model = str(options.work / "my-llama" if options.tiny else checkpoint("smollm2"))

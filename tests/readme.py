@@ -15,6 +15,7 @@ STEPS = (
     ("", "h200/2026-11-27-models", "bert", 65536, "step_s"),
     ("Longformer, Transformers' -> ours", "h200/2026-11-27-models-longformer", "longformer", 16384, "step_s"),
     ("BigBird, Transformers' -> ours", "h200/2026-11-27-models", "big_bird", 16384, "step_s"),
+    ("Whisper's encoder, 300 s of sound, dense -> a window of 10 s", "h200/2026-11-30-models-whisper", "whisper", 15000, "step_s"),
     ("a decoder of 1B, dense -> a window of 1,024, 4 sinks", "h200/2026-11-25-models-decoder-1b", "llama_1b", 65536, "step_s"),
     ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate",
      None, 262144, "token_s"),
@@ -22,15 +23,12 @@ STEPS = (
 )  # fmt: skip
 # of caches, those that are compared: the dense model's best one, and ours that does not grow; a file of models names none
 CASES = {None, "dense-static", "streaming"}
-# what the row calls it, the checkpoint in the file, its measure
-CONVERTED = (("rxnfp (BERT), a classifier of 512 tokens", "rxnfp-classifier"),)
 # of answers that stand in the text: the file, what the row calls it, what the file calls it
-TUNED = "cpu-2-cores/2026-11-30-evaluate-tuned-smollm2"
-RECALLED = (
-    ("cpu-2-cores/2026-11-30-evaluate-smollm2", "SmolLM2-135M asked for what stands in 512 tokens", "window and sinks"),
-    (TUNED, "other such questions", "no layer dense"),
-    (TUNED, "the same, a fifth of the layers dense, chosen by `sparse-hf tune`", "layers by answers, 1/5"),
-)
+TUNED, RECALLED = "h200/2026-11-30-evaluate-tuned-smollm2-8k", (
+    ("SmolLM2-135M asked for what stands in 8,192 tokens", "no layer dense"),
+    ("the same, a quarter of the layers dense, chosen by `sparse-hf tune`", "tuned"),
+)  # fmt: skip
+STREAMED = "h200/2026-11-30-study-streaming"
 
 
 def read(name: str) -> dict:
@@ -67,11 +65,7 @@ def speed() -> str:
 
 
 def quality() -> str:
-    demo, healing, real = (
-        "cpu-2-cores/2026-11-24-demo",
-        "h200/2026-11-25-study-healing",
-        "cpu-2-cores/2026-11-25-real-weights",
-    )
+    demo, healing = "cpu-2-cores/2026-11-24-demo", "h200/2026-11-25-study-healing"
     books = {name: f"{row['perplexity']:.2f}" for name, row in read(healing)["entries"].items()}
     novel = [f"{read(demo)[f'decoder {kind}']['quality']:.2f}" for kind in ("dense", "sparse")]
     dense, sparse = (read(demo)[f"encoder {kind}"]["embedding"] for kind in ("dense", "sparse"))
@@ -84,18 +78,18 @@ def quality() -> str:
         f"{books['sparse, trained']} | {link(healing)} |",
         rf"| all-MiniLM-L6-v2, grown to 4,096 tokens | `window(128, 128) \| first(1)` | cosine of embeddings {cosine:.3f} | {link(demo)} |",
     ]
-    for name, label, candidate in RECALLED:
-        answers = [read(name)["probes"]["recall"]["candidates"][one] for one in ("dense", candidate)]
+    for label, candidate in RECALLED:
+        answers = [read(TUNED)["probes"]["recall"]["candidates"][one] for one in ("dense", candidate)]
         lost = " -> ".join(f"{one['loss']:.2f}" for one in answers)
         said = " -> ".join(f"{one['recalled']:.0%}" for one in answers)
-        lines.append(f"| {label} | {RECALLING} | loss of the answer {lost}, said word for word {said} | {link(name)} |")
-    for label, checkpoint in CONVERTED:
-        measure = next(m for m in read(real)["checkpoints"][checkpoint]["measures"] if m["name"] == "narrow")
-        pattern = measure["pattern"].replace("|", r"\|")
-        same = f"the dense answer at {measure['same']:.1%}"
-        if "dense_perplexity" in measure:
-            same = f"perplexity {measure['dense_perplexity']:.2f} -> {measure['sparse_perplexity']:.2f}, {same}"
-        lines.append(f"| {label} | `{pattern}` | {same} | {link(real)} |")
+        lines.append(f"| {label} | {SINKS} | loss of the answer {lost}, said word for word {said} | {link(TUNED)} |")
+    # the last words of a book
+    ways = read(STREAMED)["entries"]
+    last = [list(ways[way]["by_position"].values())[-1] for way in ("dense", "sinks, in the cache")]
+    lines.append(
+        '| SmolLM2-135M, made for 8,192 tokens, at the end of 65,536, `positions="cache"` | `window(1019, 0) \\| first(4)` | '
+        f"perplexity {last[0]:,.0f} -> {last[1]:.2f} | {link(STREAMED)} |"
+    )
     return "\n".join(lines)
 
 
