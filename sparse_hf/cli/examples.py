@@ -31,6 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "bench attention": (
         'sparse-hf bench attention --pattern "window(1023, 0)" --lengths 4096,16384 --out docs/results',
     ),
+    "bench chosen": ("sparse-hf bench chosen --lengths 2048,8192,32768 --out docs/results",),
     "bench models": ("sparse-hf bench models --models longformer,bert --lengths 4096,16384 --plot models.png",),
     "bench plan": ('sparse-hf bench plan "longformer()" "bigbird()" --lengths 65536,262144',),
     "bench generate": (

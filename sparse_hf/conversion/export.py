@@ -144,6 +144,8 @@ def _write(source: Source, family: Family, values: dict, target: Path, *, is_nat
         computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
         check_fits((tensor for shard in shards for tensor in shard.tensors), model, computed, source.folder)
     of_indexers = frozenset(tensor.name for shard in shards for tensor in shard.tensors if is_of_indexer(tensor))
+    if family.config_class.chooses_keys:
+        of_indexers = frozenset()
     if of_indexers:
         logger.warning("%d tensors of indexers are left out, of which Transformers knows nothing", len(of_indexers))
     work, carried = Work(shards, {}, of_indexers), source.carried

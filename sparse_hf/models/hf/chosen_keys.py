@@ -69,7 +69,9 @@ def refuse_graphs() -> None:
 
 
 def learning() -> Learning | None:
-    """Who is told now; None if nobody is."""
+    """Who is told now; None if nobody is. Compiled code, which knows no contexts, tells nobody."""
+    if torch.compiler.is_compiling():
+        return None
     found = LEARNING.get()
     return found if found is not None and (torch.is_grad_enabled() or not found.needs_gradient) else None
 
