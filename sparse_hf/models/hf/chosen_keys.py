@@ -68,11 +68,14 @@ def refuse_graphs() -> None:
         )
 
 
+def _said(context: ContextVar[Any]) -> Any:
+    """What a context says; None in compiled code, which knows none and chooses no keys."""
+    return None if torch.compiler.is_compiling() else context.get()
+
+
 def learning() -> Learning | None:
-    """Who is told now; None if nobody is. Compiled code, which knows no contexts, tells nobody."""
-    if torch.compiler.is_compiling():
-        return None
-    found = LEARNING.get()
+    """Who is told now; None if nobody is."""
+    found = _said(LEARNING)
     return found if found is not None and (torch.is_grad_enabled() or not found.needs_gradient) else None
 
 
@@ -196,7 +199,7 @@ def chosen_attention(
     wants_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention `[B, Q, H, D]` to the keys that were chosen, `[B, C, Q, N]`, and the weights `[B, H, Q, K]` if they are wanted."""
-    latents = LATENTS.get()
+    latents = _said(LATENTS)
     if latents is not None and not wants_weights and sinks is None and scoring.softcap is None and not dropout:
         return tokens_first(attend_latent(query, latents, chosen, scale=scoring.scale)), None
     key, value = made_of_latents(key, value)
@@ -216,7 +219,7 @@ def chosen_attention(
 
 def made_of_latents(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as they are, or made of the latents of a layer that has not made them."""
-    latents = LATENTS.get()
+    latents = _said(LATENTS)
     return (key, value) if latents is None else latents.keys_and_values()
 
 
