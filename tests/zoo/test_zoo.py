@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 import sparse_hf
-from tests.zoo.__main__ import FILES, JSON, TEXT, worse
+from tests.zoo.__main__ import FILES, JSON, OLDEST, TEXT, worse
 from tests.zoo.trial import answer
 
 TYPES = json.loads(JSON.read_text(encoding="utf-8"))["types"]
@@ -24,6 +24,11 @@ def test_its_files_agree():
     assert derived == sparse_hf.derived_types()
     page = TEXT.read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name, entry in TYPES.items() if entry["status"] != "verified")
+
+
+def test_its_files_name_no_place_of_a_machine():
+    for path in (JSON, OLDEST, TEXT):
+        assert "site-packages" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not HERE, reason="written with other versions of Transformers")

@@ -130,7 +130,7 @@ def answer(model_type: str) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             return trial(model_type)
     except Exception as error:  # noqa: BLE001 - whatever a class of others does, it shall be in the table
-        return {"status": "refused", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"status": "refused", "reason": f"{type(error).__name__}: {_line(error)[:200]}"}
 
 
 def _classes(family: Family) -> list[type[PreTrainedModel]]:
@@ -292,7 +292,10 @@ def _alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 def _reason(error: BaseException) -> str:
     """The message of a refusal in one line, without the list of what is supported and without the places of files."""
-    text = " ".join(str(error).split()).split("; supported are")[0]
-    text = re.sub(r"<module '([\w.]+)' from '[^']*'>", r"\1", text)
-    text = text.split("has no sparse counterpart: ")[-1]
+    text = _line(error).split("; supported are")[0].split("has no sparse counterpart: ")[-1]
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:240]
+
+
+def _line(error: BaseException) -> str:
+    """A message in one line, without the places of files."""
+    return re.sub(r"<module '([\w.]+)' from '[^']*'>", r"\1", " ".join(str(error).split()))
