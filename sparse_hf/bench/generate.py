@@ -31,7 +31,7 @@ from .measure import (
     used_bytes,
     why_not_run,
 )
-from .plot import Line, Panel, draw
+from .plot import Line, Panel, draw, draw_beside
 from .profile import ProfilingClock, prepare_profiler
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .text import Figures, joined
@@ -161,11 +161,7 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
             console.print("the GPU answers no more, so that nothing else is run", highlight=False)
             break
     _table(result).print(Console())
-    if path is not None and any(not row.get("failed") for row in rows):
-        try:
-            plot_generate(result, path.with_suffix(".png"))
-        except ImportError as error:
-            console.print(f"no picture: {error}", highlight=False, markup=False)
+    draw_beside(path, result, plot_generate, console)
     return result
 
 

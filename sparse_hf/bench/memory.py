@@ -24,7 +24,7 @@ from .measure import (
     synchronize,
     used_bytes,
 )
-from .plot import Line, Panel, draw
+from .plot import Line, Panel, draw, draw_beside
 from .results import Result, Row, environment, result_path, write_json
 from .text import Figures
 from .training import (
@@ -137,11 +137,7 @@ def run_memory(asked: LongSteps, device: str | None = None, out: str | Path | No
                 # what is measured stays, whatever happens to the next row
                 write_json(result, path)
     _table(result).print(Console())
-    if path is not None and any(not row.get("failed") for row in rows):
-        try:
-            plot_memory(result, path.with_suffix(".png"))
-        except ImportError as error:
-            console.print(f"no picture: {error}", highlight=False, markup=False)
+    draw_beside(path, result, plot_memory, console)
     return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import Any
+
+from rich.console import Console
 
 from .results import Result, Row
 
@@ -40,6 +42,16 @@ class Panel:
     values: str
     lines: Sequence[Line]
     across: str = "tokens"
+
+
+def draw_beside(path: Path | None, result: Result, plot: Callable[[Result, Path], Any], console: Console) -> None:
+    """Draw a benchmark beside its file of figures, if there is one, a row of it ran, and matplotlib is installed."""
+    if path is None or all(row.get("failed") for row in result["rows"]):
+        return
+    try:
+        plot(result, path.with_suffix(".png"))
+    except ImportError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False)
 
 
 def plot_result(result: Result, title: str, path: str | Path, time: tuple[str, str] | None = None) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from ..pattern import Pattern
 from ..units import duration, size, times
 from .measure import check_dtype, chosen_device, print_row
-from .plot import Line, Panel, draw
+from .plot import Line, Panel, draw, draw_beside
 from .results import Result, Row, environment, result_path, write_json
 from .text import Figures
 from .training import DECODER_PATTERN, check_shape
@@ -131,11 +131,7 @@ def run_sequence(asked: SharedTexts, device: str | None = None, out: str | Path 
     for case in _ring_later(asked, rows):
         launcher.run([{**common, "dtype": dtype, "shape": asked.shape, **case}])
     _table(result).print(Console())
-    if path is not None and any(not row.get("failed") for row in rows):
-        try:
-            plot_sequence(result, path.with_suffix(".png"))
-        except ImportError as error:
-            console.print(f"no picture: {error}", highlight=False, markup=False)
+    draw_beside(path, result, plot_sequence, console)
     return result
 
 

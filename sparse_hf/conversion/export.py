@@ -22,7 +22,7 @@ from .dropping import COUNTED, measured_cost, share_of_pairs, without
 from .folder import check_target, keep_apart, whole_folder
 from .generation import forget_streaming
 from .hub import Place
-from .indexers import is_of_indexer
+from .indexers import of_indexers
 from .processors import declare_classes, tokenizer_class
 from .progress import progress_bar
 from .shards import Shard
@@ -143,12 +143,10 @@ def _write(source: Source, family: Family, values: dict, target: Path, *, is_nat
     if not source.config.get("quantization_config"):
         computed = family.positions.tables if family.positions.scheme == "sinusoidal" else ()
         check_fits((tensor for shard in shards for tensor in shard.tensors), model, computed, source.folder)
-    of_indexers = frozenset(tensor.name for shard in shards for tensor in shard.tensors if is_of_indexer(tensor))
-    if family.config_class.chooses_keys:
-        of_indexers = frozenset()
-    if of_indexers:
-        logger.warning("%d tensors of indexers are left out, of which Transformers knows nothing", len(of_indexers))
-    work, carried = Work(shards, {}, of_indexers), source.carried
+    left_out = frozenset(of_indexers((tensor for shard in shards for tensor in shard.tensors), family.config_class))
+    if left_out:
+        logger.warning("%d tensors of indexers are left out, of which Transformers knows nothing", len(left_out))
+    work, carried = Work(shards, {}, left_out), source.carried
     tokenizer = tokenizer_class(source.folder, source.name, carried)
     extra = sum(path.stat().st_size for path in carried) + (1 << 20)
     with (

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from ..models.hf.config import SparseConfigMixin
 from ..models.hf.indexer import NAME, Indexer
 from ..models.hf.register import Family
-from ..pattern.forms import uses_indexer
+from ..pattern.base import as_pattern
 from .shards import DTYPES, Stored
 
 # of new weights, which are the same whenever a checkpoint is converted
@@ -28,7 +28,7 @@ def find_indexers(family: Family, config: SparseConfigMixin) -> dict[str, Indexe
     Raises:
         ValueError: a family that can have none.
     """
-    if set(config.stacks) != {""} or not any(map(uses_indexer, config.layer_patterns())):
+    if set(config.stacks) != {""} or not any(as_pattern(text).uses_indexer for text in config.layer_patterns()):
         return {}
     named = (config.architectures or [""])[0]
     kind: Any = next((one for one in family.classes if one.__name__ == named), family.classes[0])
@@ -37,18 +37,23 @@ def find_indexers(family: Family, config: SparseConfigMixin) -> dict[str, Indexe
     return {name: module for name, module in model.named_modules() if isinstance(module, Indexer)}
 
 
-def is_of_indexer(tensor: Stored) -> bool:
-    return tensor.name.endswith(_PARAMETERS)
+def of_indexers(
+    tensors: Iterable[Stored], config: SparseConfigMixin | type[SparseConfigMixin]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what belongs to indexers that a pattern has given a model; those that a family brings are its own weights."""
+    if config.chooses_keys:
+        return {}
+    return {tensor.name: tensor.shape for tensor in tensors if tensor.name.endswith(_PARAMETERS)}
 
 
 def split_indexers(
-    tensors: Iterable[Stored], indexers: dict[str, Indexer]
+    tensors: Iterable[Stored], indexers: dict[str, Indexer], config: SparseConfigMixin
 ) -> tuple[dict[str, Indexer], frozenset[str]]:
     """Those of the indexers that a checkpoint has no weights of, and its tensors that belong to none.
 
     Weights of an indexer are taken as a whole, if they all have its shapes.
     """
-    stored = {tensor.name: tensor.shape for tensor in tensors if is_of_indexer(tensor)}
+    stored = of_indexers(tensors, config)
     shapes = {
         name: {f"{name}.{parameter}": tuple(value.shape) for parameter, value in found.named_parameters()}
         for name, found in indexers.items()

@@ -107,10 +107,7 @@ def prepare(source: Source, choice: Choice) -> Prepared:
     scale_rope(config, family, choice.rope, *lengths)
     grown = changes(source.tensors, family.positions, *lengths, choice.positions)
     carried, causal = tuple(source.carried), is_causal(model)
-    # what a family chooses keys by itself with is as much of it as its other weights
-    new, others = {}, frozenset()
-    if not config.chooses_keys:
-        new, others = split_indexers(source.tensors, find_indexers(family, config))
+    new, others = split_indexers(source.tensors, find_indexers(family, config), config)
     return Prepared(
         source=source,
         choice=choice,

@@ -194,6 +194,11 @@ class Pattern:
         return False
 
     @property
+    def uses_indexer(self) -> bool:
+        """Are pairs chosen by scores that an indexer of the layer makes?"""
+        return False
+
+    @property
     def most_keys(self) -> int:
         """How many keys a query may get that are chosen at run time."""
         return 0
@@ -319,6 +324,10 @@ class _Joined(Pattern, has_word=False):
     @property
     def uses_content(self) -> bool:
         return any(part.uses_content for part in self.parts)
+
+    @property
+    def uses_indexer(self) -> bool:
+        return any(part.uses_indexer for part in self.parts)
 
     def without_content(self) -> Pattern | None:
         return self._rejoined([part.without_content() for part in self.parts])

@@ -17,11 +17,6 @@ class Content(Pattern, has_word=False):
     def uses_content(self) -> bool:
         return True
 
-    @property
-    def uses_indexer(self) -> bool:
-        """Are its pairs chosen by scores that an indexer of the layer makes?"""
-        return False
-
     def allows(self, q, k, marks=None):
         raise ValueError(f"{self} chooses its pairs from queries and keys; no plan can be made of positions alone")
 

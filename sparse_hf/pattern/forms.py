@@ -263,15 +263,6 @@ def _read_content(pattern: Pattern) -> ContentForm:
     return ContentForm(positions, chosen)
 
 
-def uses_indexer(pattern: Pattern | str) -> bool:
-    """Does a pattern choose by what an indexer of the layer scores?"""
-    pattern = as_pattern(pattern)
-    if isinstance(pattern, Content):
-        return pattern.uses_indexer
-    parts = (*getattr(pattern, "parts", ()), *(pattern.heads or ()))
-    return pattern.uses_content and any(map(uses_indexer, parts))
-
-
 def content_terms(pattern: Pattern) -> list[ContentTerm]:
     """A pattern as the union of terms.
 

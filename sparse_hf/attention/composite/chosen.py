@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...pattern import Pattern, TopK, TopKBlocks, VerticalSlash
-from ...pattern.forms import EVERYTHING, CutContent, uses_indexer
+from ...pattern.base import as_pattern
+from ...pattern.forms import EVERYTHING, CutContent
 from ...plan import BlockPlan
 from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
@@ -115,7 +116,7 @@ def _once(index: Tensor) -> Tensor:
 def _why_not(call: AttentionCall) -> str | None:
     if call.scoring.bias is not None:
         return "topk(...) does not go with relative_bias; use patterns of positions in such models"
-    if call.indexed is None and uses_indexer(str(call.pattern)):
+    if call.indexed is None and call.pattern is not None and as_pattern(call.pattern).uses_indexer:
         return (
             f"{call.pattern} chooses by the scores of an indexer, and none were handed over: give a model one with sparse_hf.sparsify "
             "or convert, or say topk(...) without it"

@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...pattern import First, Marked, Pattern, Window, causal, full
-from ...pattern.forms import uses_indexer
 from ...pattern.like import PatternLike
 from ..names import IMPLEMENTATIONS, Implementation
 from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
@@ -288,7 +287,7 @@ class SparseConfigMixin(_Config):
             )
         plain = cls(**values)
         spec = plain.describe(pattern, layers, global_token_ids)
-        if indexer is not None or any(map(uses_indexer, spec["patterns"].values())):
+        if indexer is not None or any(Pattern.parse(text).uses_indexer for text in spec["patterns"].values()):
             # one that is there keeps its size, and its weights
             own = (given.get("sparse_attention") or {}).get("indexer")
             spec["indexer"] = {**INDEXER, **(own or {}), **(indexer or {})}
@@ -361,7 +360,7 @@ class SparseConfigMixin(_Config):
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
 
     def _validate_indexer(self, patterns: Iterable[Pattern]) -> None:
-        said, asking = self.indexer, [pattern for pattern in patterns if uses_indexer(pattern)]
+        said, asking = self.indexer, [pattern for pattern in patterns if pattern.uses_indexer]
         if not asking:
             if "indexer" in (self.sparse_attention or {}):
                 raise ValueError(f"indexer is {said}, and no pattern has topk(..., 'indexer'), which would use it")

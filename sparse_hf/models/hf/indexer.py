@@ -21,7 +21,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ...attention.chosen import IndexerScores
-from ...pattern.forms import uses_indexer
+from ...pattern.base import as_pattern
 from ..derived.attention_modules import attention_modules
 from .chosen_keys import learning, refuse_graphs
 
@@ -100,7 +100,7 @@ def fit_indexers(model: nn.Module, config: Any) -> None:
         ValueError: a family without attention modules that an indexer can stand before, or whose layers see what comes.
     """
     patterns, wanted = config.layer_patterns() if set(config.stacks) == {""} else [], 0
-    layers = [number for number, pattern in enumerate(patterns) if uses_indexer(pattern)]
+    layers = [number for number, pattern in enumerate(patterns) if as_pattern(pattern).uses_indexer]
     for _, module in attention_modules(model):
         number = vars(module).get("layer_idx")
         if number not in layers:
