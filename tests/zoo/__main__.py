@@ -57,8 +57,9 @@ class takes one (`mask`), and for tokens that reach further than the pattern. Th
 what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
 tokens with a `cache` equal to those without, a folder `saved` and loaded by an Auto class in a
 process that has not met the type, `exported` back to the dense class, and gradient `checkpointing`.
-`-` is what a class does not have, or does not do with text alone. Of models around a text (positions `of its text`) `sparsify` makes the text sparse; they
-are tried with text alone, and no folder of theirs is converted or exported.
+`-` is what a class does not have, or does not do with text alone. Of models around a text
+(positions `of its text`) `sparsify` makes the text sparse; they are tried with text alone, and no
+folder of theirs is converted or exported.
 
 ## Verified
 
@@ -78,7 +79,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; by default all of them")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--resume", type=Path, help="file of answers so far, a line for each type; more are added to it")
+    parser.add_argument(
+        "--resume", type=Path, help="file of answers so far, a line for each type; more are added to it"
+    )
     given = parser.parse_args()
     file = FILES.get(transformers.__version__, JSON)
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["types"] if file.exists() else {}

@@ -209,6 +209,9 @@ def _shared_copy(
     """A copy of the module tree around the same parameters and buffers, of modules that are not done yet."""
     if id(module) in done:
         return done[id(module)]
+    if isinstance(module, PreTrainedModel) and type(module.config) is not type(configs.dense):
+        # a model inside that has a configuration of its own stays what it is, and so does all that is in it
+        classes = {}
     # some classes refuse to be copied, those of weights that are computed of others among them
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
