@@ -125,6 +125,7 @@ def _shard(model: Any, mesh: DeviceMesh) -> None:
 def _timed(work: Callable[[], torch.Tensor], case: Row, device: torch.device) -> Row:
     """Seconds of the slowest process, of the median step; what the fullest holds at most."""
     taken, peaks, losses = [], [], []
+    retries = _allocation_retries(device)
     for _ in range(case["steps"]):
         synchronize(device)
         dist.barrier()
@@ -135,7 +136,15 @@ def _timed(work: Callable[[], torch.Tensor], case: Row, device: torch.device) ->
     seconds = statistics.median(taken)
     tokens = case["n"] * case.get("data", 1)
     peak = int(_worst(max(peaks), device))
-    return {"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak, "loss": losses[-1]}
+    row = {"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak, "loss": losses[-1]}
+    if retries is not None:
+        row["allocation_retries"] = int(_worst((_allocation_retries(device) or 0) - retries, device))
+    return row
+
+
+def _allocation_retries(device: torch.device) -> int | None:
+    """How often torch gave back all memory that it kept and asked again, which takes seconds; None on a CPU."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else None
 
 
 def _worst(value: float, device: torch.device) -> float:
