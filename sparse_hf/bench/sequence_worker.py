@@ -70,7 +70,7 @@ def step(case: Row, device: torch.device) -> Row:
     texts = case["gpus"] // case["data"]
     mesh = init_device_mesh(device.type, (case["data"], texts), mesh_dim_names=("data", "text"))
     model = sparse_model(case["shape"], case["n"], case["dtype"], device, case["pattern"])
-    long_text(model)
+    long_text(model, offload=case["offload"])
     if case["fsdp"]:
         _shard(model, init_device_mesh(device.type, (case["gpus"],)))
     handle = split_sequence(model, mesh["text"]) if texts > 1 else None
@@ -87,6 +87,7 @@ def step(case: Row, device: torch.device) -> Row:
     sent = (handle.bytes_exchanged - before if handle else 0) / case["steps"]
     if case["data"] == 1:
         how = {"gpus": texts, "split": texts > 1, "fsdp": case["fsdp"], "optimizer": "none"}
+        how["way"] = "offload" if case["offload"] else "long_text"
         row["planned_bytes"] = plan_memory(model, case["n"], dtype=DTYPES[case["dtype"]], **how).peak
     row["bytes_a_layer"] = round(_worst(sent, device) / model.config.num_hidden_layers)
     return row
