@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoBackbone, AutoConfig
 
 from sparse_hf.models.derived.check import tensors_of
 from sparse_hf.models.hf.auto_classes import auto_classes
@@ -77,7 +77,8 @@ def _load_and_run(folder: Path) -> list[Tensor]:
     config = AutoConfig.from_pretrained(folder)
     assert not {type(config).__bases__[1].model_type} & before
     name: str = config.architectures[0]
-    autos = (auto for auto in auto_classes() if name in _known(auto, type(config)))
+    # that of backbones loads what is on the hub, and no folder
+    autos = (auto for auto in auto_classes() if auto is not AutoBackbone and name in _known(auto, type(config)))
     loads: Any = next(autos, None) or getattr(sys.modules[type(config).__module__], name)
     model = loads.from_pretrained(folder).eval()
     assert type(model).__name__ == name, f"{loads.__name__} makes a {type(model).__name__} of it"
