@@ -104,7 +104,7 @@ def evaluate(
     candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
     with _interruptible(folder):
-        found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
+        found = evaluate(model, candidates, _given(text), probes=words(probes) or None, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
 
 
@@ -163,8 +163,14 @@ def tune(
     spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
-        found = tune(model, pattern, text or (), budget=spent, out=folder, settings=settings)
+        found = tune(model, pattern, _given(text), budget=spent, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
+
+
+def _given(texts: list[Path] | None) -> list[Path]:
+    if not texts:
+        raise ValueError("--text is missing; give a file of the kind that the model will read")
+    return texts
 
 
 def token_ids(text: str, model: str) -> tuple[int, ...]:
