@@ -93,7 +93,6 @@ def evaluate(
     """
     from ..evaluation import Candidate, evaluate
 
-    texts = _given(text)
     read_folder(model, tokenizer=True)
     for one in pattern or ():
         if Path(one).is_dir():
@@ -105,7 +104,7 @@ def evaluate(
     candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
     with _interruptible(folder):
-        found = evaluate(model, candidates, texts, probes=words(probes) or None, out=folder, settings=settings)
+        found = evaluate(model, candidates, _given(text), probes=words(probes) or None, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
 
 
@@ -156,7 +155,6 @@ def tune(
     """
     from ..evaluation import Budget, tune
 
-    texts = _given(text)
     read_folder(model, tokenizer=True)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
@@ -165,7 +163,7 @@ def tune(
     spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
-        found = tune(model, pattern, texts, budget=spent, out=folder, settings=settings)
+        found = tune(model, pattern, _given(text), budget=spent, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
 
 
