@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 import sparse_hf
 from sparse_hf.analysis import describe, save_png
 from sparse_hf.cli import app, main
+from sparse_hf.models.dense_families import DENSE_FAMILIES, INDEXED_FAMILIES
+from sparse_hf.models.hf.auto_classes import head_names
 from tests.models.families import dense_model
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
@@ -118,6 +120,11 @@ def test_list_names_every_family():
     assert {name for name, row in rows.items() if row["kind"] == "derived"} == set(
         sparse_hf.derived_types()
     ) and "SparseT5EncoderModel" in rows["t5"]["heads"]
+    # families of the table are listed by the names that Transformers has for their classes, unless they were derived before
+    for entry in (*DENSE_FAMILIES, *INDEXED_FAMILIES):
+        family = sparse_hf.FAMILIES[entry.dense_type]
+        assert head_names(entry.dense_type, entry.prefix) == [c.__name__ for c in family.classes]
+        assert entry.sparse_type == family.sparse_type and entry.positions == family.positions
     assert rows["bart"]["positions"] == "learned" and rows["llama"]["conversion"] == "limit raised; scaled with --rope"
 
 

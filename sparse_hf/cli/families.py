@@ -26,24 +26,36 @@ def list_families(
     """
     from .. import FAMILIES, derived_types
 
-    verified = {name: _row(name, one) for name, one in sorted(FAMILIES.items()) if one.verified}
+    # an entry of the table is verified, and what was made of one says so
+    verified = [name for name, known in sorted(FAMILIES.data.items()) if getattr(known, "verified", True)]
     derived = [name for name in derived_types() if name not in verified]
     if family is not None:
         _tell(_find(family, verified, derived), as_json)
     elif as_json:
-        typer.echo(json.dumps([*verified.values(), *map(_derived_row, derived)], indent=2))
+        typer.echo(json.dumps([*map(_row, verified), *map(_derived_row, derived)], indent=2))
     else:
-        _list(list(verified.values()), derived)
+        _list([_row(name) for name in verified], derived)
 
 
-def _row(name: str, family: Any) -> dict[str, Any]:
+def _row(name: str) -> dict[str, Any]:
+    from .. import FAMILIES
+    from ..models.hf.auto_classes import head_names
+    from ..models.hf.dense_family import DenseFamily
+
+    known = FAMILIES.data[name]
+    if isinstance(known, DenseFamily):
+        # Transformers' tables of names say it, and importing all modelling files takes seconds
+        model_type, heads, positions = known.sparse_type, head_names(name, known.prefix), known.positions
+    else:
+        family = FAMILIES[name]
+        model_type, heads, positions = family.sparse_type, [c.__name__ for c in family.classes], family.positions
     return {
         "family": name,
         "kind": "verified",
-        "model_type": family.sparse_type,
-        "heads": [c.__name__ for c in family.classes],
-        "positions": family.positions.scheme,
-        "conversion": family.positions.conversion,
+        "model_type": model_type,
+        "heads": heads,
+        "positions": positions.scheme,
+        "conversion": positions.conversion,
     }
 
 
@@ -51,10 +63,10 @@ def _derived_row(name: str) -> dict[str, Any]:
     return {"family": name, "kind": "derived"}
 
 
-def _find(asked: str, verified: dict[str, dict[str, Any]], derived: list[str]) -> dict[str, Any]:
+def _find(asked: str, verified: list[str], derived: list[str]) -> dict[str, Any]:
     name = asked.removeprefix("sparse_")
     if name in verified:
-        return verified[name]
+        return _row(name)
     if name in derived:
         return {**_derived_row(name), "model_type": f"sparse_{name}"}
     close = difflib.get_close_matches(name, [*verified, *derived], 3)

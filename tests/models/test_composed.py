@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 import sparse_hf
+from sparse_hf.models.derived import check as checks
 from tests.processes import printed
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -52,9 +53,15 @@ MODELS = {
          "pad_token_id": 0},
         4, (1, 1, 3, 28, 28),
     ),
+    # which makes the mask of its text itself
+    "PaliGemmaForConditionalGeneration": (
+        {"text_config": {**TEXT, "model_type": "gemma"}, "vision_config": {**TOWER, "model_type": "siglip_vision_model"},
+         "image_token_id": IMAGE, "projection_dim": 64},
+        16, (1, 3, 28, 28),
+    ),
 }  # fmt: skip
-# with which the text of Gemma 3 says whether an image's tokens see each other
-TYPES = {"Gemma3ForConditionalGeneration": "token_type_ids"}
+# with which the texts of Gemma 3 and PaliGemma say which tokens see each other
+TYPES = {"Gemma3ForConditionalGeneration": "token_type_ids", "PaliGemmaForConditionalGeneration": "token_type_ids"}
 NEAR = "window(3, 0) | marked()"
 
 
@@ -152,15 +159,15 @@ def test_a_text_that_was_replaced_in_a_dense_model_is_said_to_load_as_dense(tmp_
     assert not caplog.text
 
 
-def test_a_class_that_hands_its_mask_on_for_a_tensor_is_refused():
-    config = transformers.PaliGemmaConfig(
-        text_config={**TEXT, "model_type": "gemma"}, vision_config={**TOWER, "model_type": "siglip_vision_model"},
-        image_token_id=IMAGE, projection_dim=64,
-    )  # fmt: skip
+def test_a_class_that_computes_with_the_mask_of_its_text_is_refused(monkeypatch):
+    module = transformers.models.paligemma.modeling_paligemma
+    made_mask = module.create_causal_mask
+    monkeypatch.setattr(module, "create_causal_mask", lambda **given: made_mask(**given) * 2)
+    monkeypatch.setattr(checks, "_PASSED", {})
     with pytest.raises(
         ValueError, match="a tiny copy of PaliGemmaForConditionalGeneration cannot be made sparse in its text"
     ):
-        sparse_hf.sparsify(transformers.PaliGemmaForConditionalGeneration(config), "window(3, 0)")
+        sparse_hf.sparsify(made("PaliGemmaForConditionalGeneration")[0], "window(3, 0)")
 
 
 def test_a_model_that_only_compares_is_not_taken_for_one_that_writes():

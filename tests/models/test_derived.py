@@ -247,6 +247,38 @@ def test_a_check_is_remembered_and_draws_nothing(monkeypatch):
     assert torch.equal(torch.rand(1), wanted)
 
 
+def test_a_model_inside_with_a_configuration_of_its_own_stays_dense():
+    """Whether or not its family was met before: CSM's decoder of codebooks has a sparse class too."""
+    sizes = {k: v for k, v in COMMON.items() if k != "pad_token_id"}
+    codec = {
+        "model_type": "mimi", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 32, "num_filters": 4, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "codebook_size": 16,
+        "upsample_groups": 32,
+    }  # fmt: skip
+    depth = {**sizes, "backbone_hidden_size": 64}
+    config = transformers.CsmConfig(**sizes, text_vocab_size=97, depth_decoder_config=depth, codec_config=codec)
+    dense = transformers.CsmForConditionalGeneration(config).eval()
+    assert "SparseCsmDepthDecoderForCausalLM" in sparse_hf.family_of("csm_depth_decoder_model").names
+    sparse = sparse_hf.sparsify(dense, "window(6, 0)")
+    assert type(sparse.depth_decoder) is transformers.CsmDepthDecoderForCausalLM
+    attention = sparse.depth_decoder.model.layers[0].self_attn
+    assert type(attention.config) is type(dense.depth_decoder.config)
+    assert sparse.backbone_model.layers[0].self_attn.config is sparse.config
+
+
+def test_layers_that_differ_are_told_of_their_windows_without_a_warning(caplog):
+    config = transformers.NeoMMEConfig(
+        vocab_size=97, embedding_dim=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], pad_token_id=0
+    )  # fmt: skip
+    logger = transformers.utils.logging.get_logger("sparse_hf.models.hf.config")
+    logger.addHandler(caplog.handler)
+    sparse = sparse_hf.sparsify(transformers.NeoMMEForMaskedLM(config), "window(None, None)")
+    logger.removeHandler(caplog.handler)
+    assert "changes no pattern" not in caplog.text
+    assert sparse.config.layer_patterns()[1] == "window(None, None)" != sparse.config.layer_patterns()[0]
+
+
 @pytest.mark.parametrize("name", ["GlmForCausalLM", "GptOssForCausalLM", "Lfm2ForCausalLM"])
 def test_tokens_from_a_cache_are_those_without(name):
     sparse = sparse_hf.sparsify(dense_model(name), "window(6, 0) | first(2)")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 
 import pytest
+from transformers import BartForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sparse_hf import build_plan, sparsify
 from sparse_hf.conversion import describe_conversion
 from sparse_hf.models.hf.hearing import hearing, hearing_warnings
+from sparse_hf.models.hf.layers import stacks_of
 from sparse_hf.plan.heard import heard
 from tests.models.families import dense_model
 
@@ -76,6 +78,15 @@ def test_of_an_encoder_decoder_each_stack_is_looked_at():
     found = said("BartModel", "window(20, 20)", "decoder=window(400, 0)")
     assert [text for text in found if "the encoder's 2 layers" in text]
     assert [text for text in found if "global in 2 of the decoder's 2 layers" in text]
+
+
+def test_of_one_stack_by_itself_nothing_is_said_of_the_other():
+    whole = dense_model("BartModel")
+    for side, dense in (("encoder", whole.get_encoder()), ("decoder", BartForCausalLM(whole.config))):
+        alone = sparsify(dense, "window(20, 20)")
+        assert stacks_of(alone) == [side]
+        warnings = hearing_warnings(alone.config, side == "decoder", 512, stacks_of(alone))
+        assert warnings and all(f"the {side}'s" in text for text in warnings)
 
 
 def test_windows_of_the_family_are_as_they_were_trained():

@@ -55,10 +55,11 @@ A derived type is compared with its dense class when it is made sparse, on a tin
 configuration: under a pattern of all pairs, under a narrow pattern as an explicit mask where the
 class takes one (`mask`), and for tokens that reach further than the pattern. The other columns are
 what was tried beside: `gradients` equal to the dense class's, `padding` on either side, greedy
-tokens with a `cache` equal to those without, a folder `saved` and loaded, `exported` back to the
-dense class, and gradient `checkpointing`. `-` is what a class does not have, or does not do with
-text alone. Of models around a text (positions `of its text`) `sparsify` makes the text sparse; they
-are tried with text alone, and no folder of theirs is converted or exported.
+tokens with a `cache` equal to those without, a folder `saved` and loaded by an Auto class in a
+process that has not met the type, `exported` back to the dense class, and gradient `checkpointing`.
+`-` is what a class does not have, or does not do with text alone. Of models around a text
+(positions `of its text`) `sparsify` makes the text sparse; they are tried with text alone, and no
+folder of theirs is converted or exported.
 
 ## Verified
 
@@ -78,10 +79,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; by default all of them")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--resume", type=Path, help="file of answers so far, a line for each type; more are added to it"
+    )
     given = parser.parse_args()
     file = FILES.get(transformers.__version__, JSON)
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["types"] if file.exists() else {}
-    found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes)
+    found = _tried(given.types or sorted(CONFIG_MAPPING_NAMES), given.processes, given.resume)
     lost = [line for name, entry in found.items() for line in worse(name, known.get(name, {}), entry)]
     counts = Counter(entry["status"] for entry in found.values())
     print(
@@ -102,12 +106,22 @@ def main() -> int:
     return 0
 
 
-def _tried(types: list[str], processes: int) -> dict[str, Any]:
+def _tried(types: list[str], processes: int, answers: Path | None) -> dict[str, Any]:
+    """What became of each type; of those in a file of answers, what it says."""
+    found: dict[str, Any] = {}
+    if answers is not None and answers.exists():
+        found = dict(json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines())
     # libraries read these when a process imports them
     os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+    left = [name for name in types if name not in found]
     # a process of its own is fresh in what it has derived, and ends before memory grows
     with get_context("spawn").Pool(processes, be_quiet, maxtasksperchild=60) as pool:
-        return dict(zip(types, pool.imap(answer, types, chunksize=2), strict=True))
+        for name, entry in zip(left, pool.imap(answer, left, chunksize=2), strict=True):
+            found[name] = entry
+            if answers is not None:
+                with answers.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, entry]) + "\n")
+    return {name: found[name] for name in types}
 
 
 def worse(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

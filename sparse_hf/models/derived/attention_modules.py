@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..hf.counterparts import own_modules
+
 # what attention to another text or image is called in families whose class of attention is one for both
 CROSSES = re.compile(
     r"(^|\.)(encoder_attn|encoder_decoder_attention|cross_?attn|cross_?attention)(\.|$)", re.IGNORECASE
@@ -25,8 +27,8 @@ def calls_interface(kind: type[nn.Module]) -> bool:
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model that call the attention interface, by name."""
-    return ((name, module) for name, module in model.named_modules() if calls_interface(type(module)))
+    """The modules of a sparse model that call the attention interface, by name."""
+    return ((name, module) for name, module in own_modules(model) if calls_interface(type(module)))
 
 
 def number_attention(model: PreTrainedModel) -> None:

@@ -67,6 +67,8 @@ _SMALL: tuple[tuple[str, int | str], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
     (r"(.*_)?(sliding_window(_size)?|local_attention|attention_chunk_size|local_window_size)", WINDOW),
     (r"num_frames", 4),
+    # which the layers of a codec of sounds double again and again
+    (r"num_filters", 8),
 )
 SMALL = tuple((re.compile(name), most) for name, most in _SMALL)
 KEY_HEADS = re.compile(r"(.*_)?(key_value_heads|kv_heads|n_head_kv|multi_query_group_num)")

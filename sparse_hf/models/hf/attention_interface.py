@@ -59,6 +59,11 @@ def sparse_mask(
     """What Transformers calls once per forward pass, with keywords."""
     if config is not None and not isinstance(config, SparseConfigMixin):
         raise ValueError(why_dense(config))
+    # kept with the mask, which layers have whenever they are computed
+    said = {name: value for name, value in said_of(config).items() if name != FLEETING}
+    if isinstance(attention_mask, MaskRequest):
+        # the model around a text has asked already, with what it alone knows of the tokens
+        return replace(attention_mask, said=said, memo={})
     drops = not isinstance(kv_offset, int) or kv_offset
     if drops and (config is None or not config.own_caches):
         raise NotImplementedError(
@@ -75,10 +80,8 @@ def sparse_mask(
         # a static cache gives its own counter, which it moves on before the attention function looks
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     own = frozenset() if config is None else config.own_mask_functions
-    # kept with the mask, which layers have whenever they are computed
-    said = {name: value for name, value in said_of(config).items() if name != FLEETING}
     kind = TensorLikeRequest if config is not None and config.chooses_keys else MaskRequest
-    return kind(attention_mask, mask_function, q_offset, own=own, said=said)
+    return kind(attention_mask, mask_function, q_offset, own=own, said=said, shape=(batch_size, kv_length))
 
 
 def sparse_attention_forward(
@@ -321,7 +324,8 @@ def _crosses(module, stack: str) -> bool:
     kind = type(module)
     if kind.__name__.endswith("CrossAttention") or module.__dict__.get("is_cross_attention", False):
         return True
-    return stack == "decoder" and not module.is_causal
+    # a bias by distances is within one text, of which some classes of older versions do not say that they read it causally
+    return stack == "decoder" and not module.is_causal and not getattr(module, "has_relative_attention_bias", False)
 
 
 # where a graph breaks before such a plan, nothing of its making is traced either

@@ -21,3 +21,13 @@ def known_names(auto: type[_BaseAutoModelClass], dense_type: str) -> tuple[str, 
     names: dict[str, str | tuple[str, ...]] = getattr(auto._model_mapping, "_model_mapping", {})
     found = names.get(dense_type, ())
     return (found,) if isinstance(found, str) else tuple(found)
+
+
+def head_names(dense_type: str, prefix: str) -> list[str]:
+    """Names of the sparse classes of a family, in the order in which they are registered.
+
+    Args:
+        prefix: what its dense classes begin with; a family of another module may borrow the configuration.
+    """
+    names = (name for auto in auto_classes() for name in known_names(auto, dense_type) if name.startswith(prefix))
+    return [f"Sparse{name}" for name in dict.fromkeys(names)]

@@ -45,6 +45,8 @@ SOURCES_OF_PATTERNS = (
     "local_attn_chunk_length", "lsh_num_chunks_before", "lsh_num_chunks_after", "local_num_chunks_before",
     "local_num_chunks_after",
 )  # fmt: skip
+# what only the copy of a configuration for one layer has
+OF_ONE_LAYER = "skip"
 # kinds of layers of which Transformers' caches drop keys
 SLIDING_KINDS = ("sliding_attention", "chunked_attention")
 # the word of all patterns that speak of marked tokens
@@ -152,7 +154,9 @@ class SparseConfigMixin(_Config):
         self.validate_sparse_attention()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in SOURCES_OF_PATTERNS and vars(self).get("sparse_attention") is not None:
+        own = vars(self)
+        # a copy for one layer, which Transformers makes where layers differ, is given what that layer has
+        if name in SOURCES_OF_PATTERNS and own.get("sparse_attention") is not None and OF_ONE_LAYER not in own:
             before = getattr(self, name, None)
             if value != before:
                 # what is set in vain is said each time

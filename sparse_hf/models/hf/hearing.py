@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,14 +52,19 @@ def hearing(config: SparseConfigMixin, is_causal: bool, stack: str = "") -> Hear
     return Hearing(left, right)
 
 
-def hearing_warnings(config: SparseConfigMixin, causal_model: bool, length: int | None) -> list[str]:
+def hearing_warnings(
+    config: SparseConfigMixin, causal_model: bool, length: int | None, stacks: Iterable[str] | None = None
+) -> list[str]:
     """What to say of a pattern for texts of `length` tokens, one sentence each: what is not heard, and that nothing is global.
 
     Layers that have what their family implies, a sliding window of its own for instance, are as they were trained.
+
+    Args:
+        stacks: those that there are; by default all of the configuration.
     """
     return [
         text
-        for stack in config.stacks
+        for stack in (config.stacks if stacks is None else stacks)
         for text in _of_stack(config, stack == "decoder" if stack else causal_model, length, stack)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,19 @@ def layer_numbers(model: nn.Module, stacks: Iterable[str]) -> dict[str, list[int
             if None not in numbers:
                 found.setdefault(stack, [number for number in numbers if number is not None])
     return found
+
+
+def stacks_of(model: Any) -> list[str]:
+    """The stacks of its configuration that a sparse model has layers of: an encoder by itself has no decoder's."""
+    stacks = list(model.config.stacks)
+    # attention knows which it belongs to
+    sides = {
+        bool(side)
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and (side := vars(module).get("is_decoder")) is not None
+    }
+    named = {"decoder" if is_decoder else "encoder" for is_decoder in sides}
+    return [stack for stack in stacks if stack in named] or stacks
 
 
 def number_layers(model: nn.Module) -> None:

@@ -128,6 +128,8 @@ class MaskRequest:
     # arguments of the pass, which some dense classes keep from their layers
     said: Mapping[str, Any] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
+    # rows and keys; where a model around a text makes the request, the text's own class asks for them
+    shape: tuple[int, int] = (0, 0)
 
     # dense classes ask masks for it; 4 would be a mask of pairs
     ndim = 2
@@ -286,6 +288,15 @@ class TensorLikeRequest(MaskRequest):
     def __and__(self, choice: Any) -> Any:
         """The choice, which was made among the pairs of the mask."""
         return choice
+
+
+def padding_in(given: Any) -> Tensor | None:
+    """Which tokens are real, `[B, K]`, of what a text gets for its mask.
+
+    A model around it may hand it a request that it has made itself, or one for each kind of layer.
+    """
+    given = next(iter(given.values()), None) if isinstance(given, Mapping) else given
+    return given.attention_mask if isinstance(given, MaskRequest) else given
 
 
 def layer_pattern(module: Any, stack: StackFacts, is_causal: bool, opaque: Callable | None = None) -> str:

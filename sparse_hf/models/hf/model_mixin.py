@@ -47,7 +47,7 @@ from .marks import (
     step_marks,
     whole_marks,
 )
-from .mask_request import FLEETING, said_in_pass, said_of
+from .mask_request import FLEETING, padding_in, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
@@ -335,6 +335,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.pop(CHECKED, None)
         # the first argument is the text, whatever the dense class calls it
         given = {"input_ids": args[0] if args else None, **dict(zip(names, args, strict=False)), **kwargs}
+        given["attention_mask"] = padding_in(given.get("attention_mask"))
         if given.get("position_ids") is not None:
             if "position_ids" not in names:
                 check_no_positions(self.config, type(self).__name__)

@@ -17,6 +17,7 @@ from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
 from .indexer import fit_indexers
 from .layer_spec import LayersLike
+from .layers import stacks_of
 from .register import Family, dense_class, family_of, find_composed, find_family
 from .saving import ReadsParts
 
@@ -80,10 +81,10 @@ def sparsify(
         )
     _check_derived(family, model)
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode, indexer)
-    for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config)):
+    sparse = _around_weights(model, config)
+    for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config), stacks_of(sparse)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
-    sparse = _around_weights(model, config)
     _name_no_folder(sparse)
     return sparse
 
@@ -209,6 +210,9 @@ def _shared_copy(
     """A copy of the module tree around the same parameters and buffers, of modules that are not done yet."""
     if id(module) in done:
         return done[id(module)]
+    if isinstance(module, PreTrainedModel) and type(module.config) is not type(configs.dense):
+        # a model inside that has a configuration of its own stays what it is, and so does all that is in it
+        classes = {}
     # some classes refuse to be copied, those of weights that are computed of others among them
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
