@@ -7,11 +7,12 @@ are chosen, of S keys each.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern, TopK, TopKBlocks, VerticalSlash
+from ...pattern import Pattern, Threshold, TopK, TopKBlocks, VerticalSlash
 from ...pattern.base import as_pattern
 from ...pattern.forms import EVERYTHING, CutContent
 from ...plan import BlockPlan
@@ -23,6 +24,7 @@ from ..chosen.scores import DotScores
 from .chosen_blocks import Groups, block_choice
 from .chosen_rest import Rest
 from .chosen_scores import slash_worth
+from .chosen_threshold import weighty_tiles
 from .chosen_tiles import ChosenTiles, chosen_tiles
 from .content import ContentPlan, Kind
 
@@ -51,6 +53,17 @@ class TilePlan(ContentPlan):
         b, h = (torch.arange(n, device=queries.device) for n in call.q.shape[:2])
         keys = torch.arange(call.k.shape[2], device=queries.device)
         return self.chosen.chosen(b[:, None, None, None], h[:, None, None], queries[:, None], keys)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightyPlan(TilePlan):
+    """The same, of tiles that a threshold keeps, and what share of weights it leaves out."""
+
+    lost: Tensor
+
+    @property
+    def left_out(self) -> Tensor:
+        return self.lost
 
 
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
@@ -100,6 +113,16 @@ def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positio
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
+def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> WeightyPlan:
+    (content, cut), *others = chosen
+    if others:
+        raise ValueError(f"{call.pattern} has {len(chosen)} thresholds; one pattern takes one")
+    assert isinstance(content, Threshold)
+    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        plan, lost = weighty_tiles(call, content, rest_of(call, cut, positions))
+    return WeightyPlan(positions, plan, lost)
+
+
 def choose_in_tiles(chosen: tuple[CutContent, ...]) -> bool:
     """Do groups of queries choose blocks, and nothing else is chosen?"""
     contents = [content for content, _ in chosen]
@@ -113,9 +136,9 @@ def _once(index: Tensor) -> Tensor:
     return index.masked_fill(again, -1)
 
 
-def _why_not(call: AttentionCall) -> str | None:
+def _why_not(call: AttentionCall, word: str = "topk") -> str | None:
     if call.scoring.bias is not None:
-        return "topk(...) does not go with relative_bias; use patterns of positions in such models"
+        return f"{word}(...) does not go with relative_bias; use patterns of positions in such models"
     if call.indexed is None and call.pattern is not None and as_pattern(call.pattern).uses_indexer:
         return (
             f"{call.pattern} chooses by the scores of an indexer, and none were handed over: give a model one with sparse_hf.sparsify "
@@ -124,9 +147,17 @@ def _why_not(call: AttentionCall) -> str | None:
     return None
 
 
-ALL_BACKENDS = ("auto", "reference", "blockwise", "flex", "fa", "triton")
-CHOICES = Kind("topk", ALL_BACKENDS, _make_plan, GatheredKeys(), _why_not)
 # tables of tiles are for these
-BLOCK_CHOICES = Kind(
-    "topk_blocks", ("auto", "reference", "blockwise", "triton"), _make_tile_plan, GatheredKeys(), _why_not
+OF_TILES = ("auto", "reference", "blockwise", "triton")
+CHOICES = Kind("topk", ("auto", "reference", "blockwise", "flex", "fa", "triton"), _make_plan, GatheredKeys(), _why_not)
+BLOCK_CHOICES = Kind("topk_blocks", OF_TILES, _make_tile_plan, GatheredKeys(), _why_not, in_tiles=True)
+THRESHOLDS = Kind(
+    "threshold", OF_TILES, _make_weighty_plan, GatheredKeys(), partial(_why_not, word="threshold"), in_tiles=True
 )
+
+
+def kind_of_choice(chosen: tuple[CutContent, ...]) -> Kind:
+    """How keys are chosen, of patterns other than `lsh(...)`."""
+    if any(isinstance(content, Threshold) for content, _ in chosen):
+        return THRESHOLDS
+    return BLOCK_CHOICES if choose_in_tiles(chosen) else CHOICES
