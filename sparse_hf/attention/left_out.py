@@ -54,9 +54,10 @@ def mass_left_out() -> Iterator[LeftOut]:
     checkpointing does, counts again.
 
     Examples:
-        >>> q = k = v = torch.randn(1, 4, 300, 32)
+        >>> from sparse_hf import sparse_attention
+        >>> q, k, v = (torch.randn(1, 4, 300, 32) for _ in range(3))
         >>> with mass_left_out() as left:
-        ...     out = sparse_attention(q, k, v, "window(20, 0) | threshold(0.5) & window(None, 0)")
+        ...     out = sparse_attention(q, k, v, "window(20, 0) | threshold(0.9, 16, 16) & window(None, 0)")
         >>> left.each[0].shape, 0 < left.mean < left.most < 1
         (torch.Size([1, 4, 300]), True)
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...pattern import Pattern, Threshold, TopK, TopKBlocks, VerticalSlash
 from ...pattern.base import as_pattern
 from ...pattern.forms import EVERYTHING, CutContent
-from ...plan import BlockPlan
+from ...plan import BlockPlan, remembered
 from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
@@ -68,8 +69,18 @@ class WeightyPlan(TilePlan):
 
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
     """`[B, H, Q, N]`, or `[B, 1, Q, N]` by an indexer."""
-    scores = call.indexed if content.uses_indexer else DotScores(call.q, call.k)
-    return choose(scores, content.count, rest.limits)
+    if content.uses_indexer:
+        return _indexed_choice(
+            call.indexed, content.count, rest.positions, rest.cut.patterns[0], rest.is_causal, rest.batch
+        )
+    return choose(DotScores(call.q, call.k), content.count, rest.limits)
+
+
+# layers that share an indexer and a pattern choose once
+@remembered
+def _indexed_choice(scores: Any, count: int, positions: BlockPlan, cut: Pattern, is_causal: bool, batch: int) -> Tensor:
+    rest = Rest(positions, replace(positions, patterns=(cut,)), is_causal, batch)
+    return choose(scores, count, rest.limits)
 
 
 def _slash_choice(call: AttentionCall, content: VerticalSlash, rest: Rest) -> list[Tensor]:
