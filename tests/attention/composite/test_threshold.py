@@ -16,7 +16,7 @@ from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
-from tests.attention.exactness import DEVICE, call_of, check, compare, leaves, tensors
+from tests.attention.exactness import call_of, compare, compare_choice, leaves, tensors
 from tests.models.families import dense_model
 from tests.table import SCENARIOS
 
@@ -140,12 +140,8 @@ def test_tables_hold_what_is_kept():
 def test_kernels(text):
     given = tensors((2, 1, 16), 70, 70, torch.float32)
     mask, lost = defined(text, *given[:2], NOTHING_SAID)
-    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in given))
-    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *given)
-    on_device = [t.to(DEVICE) for t in given]
     with mass_left_out() as left:
-        ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True, backend="triton"), *on_device)
-    check(right, plain, ours, torch.float32)
+        compare_choice(text, given, mask, torch.float32, backend="triton")
     # told by the forward pass alone
     (told,) = left.each
     torch.testing.assert_close(told.cpu().double(), lost, rtol=1e-4, atol=1e-5)
@@ -158,11 +154,7 @@ def test_kernels_on_a_gpu(dtype):
     given = tensors((8, 2, 64), 1500, 1500, dtype, "cuda")
     call = call_of(*given, text)
     mask = held_by(content_plan(call), call, torch.arange(1500, device="cuda")).cpu()
-    of_cpu = [t.cpu() for t in given]
-    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in of_cpu))
-    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *of_cpu)
-    ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True), *given)
-    check(right, plain, ours, dtype)
+    compare_choice(text, given, mask, dtype)
 
 
 def test_compiled_gradients_and_what_they_tell():
