@@ -6,8 +6,9 @@ are chosen, of S keys each.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from .chosen_scores import slash_worth
 from .chosen_threshold import weighty_tiles
 from .chosen_tiles import ChosenTiles, chosen_tiles
 from .content import ContentPlan, Kind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,8 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
             rest = rest_of(call, cut, positions)
+            if content.most_keys >= call.k.shape[2]:
+                _say_whole(str(content), content.most_keys)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
             elif isinstance(content, VerticalSlash):
@@ -107,6 +112,15 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
         found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
         return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
     return ChoicePlan(positions, ChosenKeys(found[0]))
+
+
+@lru_cache
+def _say_whole(content: str, most: int) -> None:
+    logger.info(
+        "texts of up to %s tokens are shorter than what %s may choose: queries get all that it leaves them",
+        f"{most:,}",
+        content,
+    )
 
 
 def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:

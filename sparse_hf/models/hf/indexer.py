@@ -103,8 +103,8 @@ class SharedIndexer(nn.Module):
             )
         if scores.device == states.device:
             return scores
-        moved = (t.to(states.device) for t in (scores.query, scores.key, scores.weights))
-        return IndexerScores(*moved, scores.scale)
+        query, key, weights = (t.to(states.device) for t in (scores.query, scores.key, scores.weights))
+        return IndexerScores(query, key, weights, scores.scale)
 
 
 def turned(t: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -218,7 +218,7 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
         )
         scores = own(given["hidden_states"].detach(), angles, cache)
     if own.leads and isinstance(request, MaskRequest):
-        request.handed_on[module.layer_idx] = scores
+        request.handed_on[vars(module)["layer_idx"]] = scores
     return args, {**kwargs, INDEXED: scores}
 
 
