@@ -53,7 +53,7 @@ def test_a_choice_larger_than_the_text_is_told_once(caplog):
         for text in ("topk(61)", "topk(61)", "topk(59)", "topk_blocks(8, 8)"):
             sparse_attention(*given, text)
     told = [record.message for record in caplog.records if "shorter than what" in record.message]
-    assert [one.split("what ")[1].split(" may")[0] for one in told] == ["topk(61)", "topk_blocks(8, 8)"]
+    assert [one.split("what ")[1].split(" may")[0] for one in told] == ["topk(61)", "topk_blocks(8, 8, 'mean', 1)"]
 
 
 @pytest.mark.parametrize("text", [f"({BLOCKS}) & window(None, 0)", "topk(8)"])
