@@ -136,7 +136,11 @@ def of_demo(spec: dict) -> dict:
 def of_evaluation(candidate: str, note: str) -> dict:
     """What an evaluation says, beside other figures with a note of theirs."""
     found = Evaluation(json.loads((ROOT / EVALUATION).read_text())).card_results(candidate)
-    told = {"perplexity": "perplexity", "recall": "facts recalled, of 46 questions", "answer loss": "loss on the answers"}
+    told = {
+        "perplexity": "perplexity",
+        "recall": "facts recalled, of 46 questions",
+        "answer loss": "loss on the answers",
+    }
     figures = {title: found[name] for name, title in told.items()}
     said = f"{note} Perplexity and recall: {found['note']} In `{EVALUATION}`."
     return {"note": said, "dataset": found["dataset"], **figures}

@@ -118,6 +118,11 @@ def _losses(name: str, results: dict[str, Found]):
         text = f"recalls {own:.0%} of the facts, dense {dense:.0%}" + (f"; worst in {worst}" if worst else "")
         if dense > 0:
             yield _Loss(text, own < LEAST_RECALL * dense)
+    if of("harness") and of("harness")["score"] is not None:
+        dense, own = of("harness", "dense")["score"], of("harness")["score"]
+        yield _Loss(
+            f"scores {own:.1%} in tasks of lm-evaluation-harness, dense {dense:.1%}", own < LEAST_RECALL * dense
+        )
     if of("divergence") and "same" in of("divergence"):
         same, kl = of("divergence")["same"], of("divergence")["kl"]
         yield _Loss(f"first answer the same for {same:.1%} of tokens, KL {kl:.3f}", same < LEAST_SAME)
