@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_hf
 from examples.checkpoints import checkpoint
 from examples.remember import cache_name, opened
-from examples.studies import canvas, save
-from sparse_hf.bench import environment, write_json
+from examples.studies import canvas, keep, save
+from sparse_hf.bench import environment
 
 # shorter signatures say too little
 SHORTEST, PIECE = 16, 1024
@@ -176,11 +176,7 @@ def main(arguments: list[str] | None = None) -> dict:
     print(f"{found['tokens']:,} tokens of {found['files']} files of {args.package}, {questions} definitions")
     for name, way in found["ways"].items():
         print(f"  {name}: loss {way['loss']:.2f}, word for word {way['said']:.0%}")
-    if args.out:
-        write_json(found, args.out)
-    if args.plot:
-        plot(found, args.plot)
-    return found
+    return keep(found, args, plot)
 
 
 def plot(found: dict, path: Path) -> None:

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_hf
 from examples import tiny
 from examples.checkpoints import checkpoint
-from examples.studies import canvas, save
-from sparse_hf.bench import environment, write_json
+from examples.studies import canvas, keep, save
+from sparse_hf.bench import environment
 from sparse_hf.train import MarkHeaders
 
 GUIDES, HEADER = Path(__file__).resolve().parent.parent / "docs" / "how-to", r"^## .*$"
@@ -197,11 +197,7 @@ def main(arguments: list[str] | None = None) -> dict:
     print(f"{found['tokens']:,} tokens, {found['sections']} sections, {found['questions']} questions")
     for name, one in found["ways"].items():
         print(f"  {name}: first {one['first']:.0%}, mean of 1 / rank {one['mean_1_by_rank']:.2f}")
-    if args.out:
-        write_json(found, args.out)
-    if args.plot:
-        plot(found, args.plot)
-    return found
+    return keep(found, args, plot)
 
 
 def plot(found: dict, path: Path) -> None:

@@ -31,8 +31,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
-from examples.studies import DEVICE, canvas, save
-from sparse_hf.bench import environment, write_json
+from examples.studies import DEVICE, canvas, keep, save
+from sparse_hf.bench import environment
 
 # greys, and the token that stands before the first pixel
 GREYS, START = 256, 256
@@ -162,11 +162,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"{name}: {by_pixel.mean():.3f} bits per pixel", flush=True)
     found["png"] = png_bits(right)
     print(f"PNG: {found['png']:.3f}")
-    if args.out:
-        write_json(found, args.out)
-    if args.plot:
-        plot(found, args.plot)
-    return found
+    return keep(found, args, plot)
 
 
 def plot(found: dict, path: Path) -> None:

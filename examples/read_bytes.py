@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
 from examples import tiny
-from examples.studies import DEVICE, canvas, save
+from examples.studies import DEVICE, canvas, keep, save
 from examples.texts import book
-from sparse_hf.bench import environment, write_json
+from sparse_hf.bench import environment
 
 # the last book of each is asked about
 AUTHORS = {
@@ -167,11 +167,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "byte frequencies": by_frequency(learned, length, asked, args),
         }
         print(f"{length:,} bytes: {', '.join(f'{name} {share:.0%}' for name, share in one.items())}", flush=True)
-    if args.out:
-        write_json(found, args.out)
-    if args.plot:
-        plot(found, args.plot)
-    return found
+    return keep(found, args, plot)
 
 
 def plot(found: dict, path: Path) -> None:

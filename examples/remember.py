@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
 from examples import tiny
-from sparse_hf.bench import environment, write_json
+from examples.studies import keep
+from sparse_hf.bench import environment
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo", "Iris", "Jack", "Kate", "Liam", "Mona", "Nick")
 TALK = (
@@ -142,11 +143,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "layers": args.layers,
         "results": results,
     }
-    if args.out:
-        write_json(content, args.out)
-    if args.plot:
-        plot(content, args.plot)
-    return content
+    return keep(content, args, plot)
 
 
 def opened(name: str | None, is_tiny: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

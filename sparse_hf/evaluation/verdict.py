@@ -160,8 +160,13 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
     sparse = [i for i, text in enumerate(texts) if not _is_like_dense(setup, text, i)]
     if not sparse:
         return
-    worst = worst_layers(contender.name, results, sparse)
-    if worst:
+    # a layer that slides in the dense family was never trained to see more, and answers badly if it does
+    whole = [i for i in range(len(texts)) if contender.config.own_window(i) is None]
+    worst = worst_layers(contender.name, results, sparse) if len(whole) == len(texts) else []
+    if len(whole) < len(texts):
+        if set(whole) & set(sparse):
+            yield f"keep dense the layers that see everything in the dense model: layers={dense_layers(whole)!r}"
+    elif worst:
         dense = set(range(len(texts))) - set(sparse)
         more = ", too" if dense else ""
         yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}"
