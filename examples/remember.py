@@ -168,7 +168,7 @@ def plot(content: dict, path: Path) -> None:
     axes.set(
         xlabel="tokens since the fact was told", ylabel="loss of the answer", title=f"What {content['model']} remembers"
     )
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
