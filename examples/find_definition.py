@@ -191,7 +191,7 @@ def plot(found: dict, path: Path) -> None:
     axis.axvline(found["window"], color="grey", linestyle=":", label="the window")
     axis.set(xlabel="tokens between definition and question", ylabel="loss of the signature")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     save(figure, path)
 
 
