@@ -72,9 +72,9 @@ def digest(file: Path) -> str:
 
 @torch.inference_mode()
 def _asked(setup: Setup, contender: Contender, file: Path) -> Found:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     name, batch = task_name(file), setup.settings.batch
     model = HFLM(pretrained=contender.model, tokenizer=setup.subject.tokenizer, batch_size=batch)
