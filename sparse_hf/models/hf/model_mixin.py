@@ -17,7 +17,6 @@ from .cache import (
     LAYERS_SEE,
     begin_streaming,
     check_cache_name,
-    check_room,
     decoding_patterns,
     emptied_cache,
     given_cache,
@@ -53,6 +52,7 @@ from .saving import SavedByOthers
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 from .turning import begin_turning
+from .whole_pass import check_fits, whole_pass
 
 logger = logging.get_logger(__name__)
 
@@ -344,7 +344,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with _said(self, kwargs, given_cache(given) is not None):
+        with whole_pass(given), _said(self, kwargs, given_cache(given) is not None):
             output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
@@ -417,7 +417,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
-        check_room(given_cache(given), 0 if tokens is None else tokens.shape[1])
+        check_fits(model.config, given_cache(given), given, 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks

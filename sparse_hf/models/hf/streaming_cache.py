@@ -183,10 +183,11 @@ class StreamingCache(Cache):
     def _seen_by_all(self) -> int:
         """Tokens that each layer has seen."""
         seen = [layer.seen for layer in self.own_layers]
-        if len(set(seen)) > 1:
+        if len(set(seen)) > 1 or any(layer.is_torn for layer in self.own_layers):
+            of_each = ", ".join(map(str, seen))
             raise ValueError(
-                f"the StreamingCache's layers have seen different numbers of tokens ({', '.join(map(str, seen))}): a pass was interrupted "
-                "between them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
+                f"the StreamingCache's layers have seen different numbers of tokens ({of_each}): a pass was interrupted between or within "
+                "them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
             )
         return seen[0]
 
@@ -194,9 +195,23 @@ class StreamingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
-        return self.own_layers[layer_idx].update(
-            key_states, value_states, self.padding, self.in_place, self.marks, self._shared_on(key_states.device)
-        )
+        layer = self.own_layers[layer_idx]
+        given = key_states, value_states, self.padding, self.in_place, self.marks, self._shared_on(key_states.device)
+        if is_compiling() or self.in_place:
+            # a few tokens overwrite none that is still needed
+            return layer.update(*given)
+        layer.is_torn = True
+        found = layer.update(*given)
+        layer.is_torn = False
+        return found
+
+    def go_back(self, tokens: int) -> None:
+        """Have all layers hold so many tokens again, behind a pass that failed, if each of them can: otherwise `begin` says so."""
+        more = [layer.seen - tokens for layer in self.own_layers]
+        if any(layer.is_torn or n > layer.croppable() for layer, n in zip(self.own_layers, more, strict=True)):
+            return
+        for layer, n in zip(self.own_layers, more, strict=True):
+            layer.crop(-n)
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""
