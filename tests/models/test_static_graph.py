@@ -12,7 +12,9 @@ from transformers import CompileConfig, StaticCache
 import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf import compiled
+from sparse_hf.models.hf.streaming_cache import why_not_streamed
 from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, slow_but_for
+from tests.table import PATTERNS as TABLE
 
 pytestmark = pytest.mark.compiles
 # Transformers compiles none of these
@@ -109,6 +111,18 @@ def test_a_learned_bias_by_distance(name, graphs):
 def test_patterns(pattern, graphs):
     model = sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern, global_token_ids=(9,) if "marked" in pattern else ())
     compare(model, graphs, prompt())
+
+
+@pytest.mark.parametrize("kind", ["static", "streaming"])
+@pytest.mark.parametrize("pattern", slow_but_for(("summary(16, 3) | window(0, 0)", "chunk(50)"), TABLE))
+def test_patterns_of_the_table(pattern, kind, graphs):
+    """Behind a prompt that is longer than what most of them see; those without end, behind a static cache alone."""
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern, global_token_ids=(9,) if "mark" in pattern else ())
+    if kind == "streaming" and (reason := why_not_streamed(model.config)):
+        assert "StreamingCache drops" in reason
+        return
+    inputs = prompt(length=70)
+    compare(model, graphs, inputs, kind)
 
 
 @pytest.mark.parametrize("pattern", slow_but_for((STREAMED[3], STREAMED[6]), STREAMED))
