@@ -49,6 +49,7 @@ from .marks import (
 from .mask_request import FLEETING, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
+from .short_angles import hold_angles
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 from .turning import begin_turning
@@ -112,6 +113,7 @@ class SparseMixin(SavedByOthers, _Model):
         # before weights are initialized
         fit_indexers(self, self.config)
         super().post_init()
+        hold_angles(self, self.config)
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
             logger.warning_once(
@@ -284,7 +286,10 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = parent(self, input_ids, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        lost = lost_cache(self, given, inputs)
+        lost, cache = lost_cache(self, given, inputs), given_cache(given)
+        if lost is not None and isinstance(cache, StreamingCache) and cache.holds_angles:
+            # no angle changes, and nothing is computed again
+            inputs, lost = GenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs), None
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
