@@ -4,7 +4,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FAST := -q -n 2
+# each worker has files that stand together, so that what a file prepares once is prepared by one of them; who is done
+# first takes some of the other's
+FAST := -q -n 2 --dist worksteal
+# what is imported is compiled once, and not by each of the processes that tests start
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help docs demo test test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards dist
 

@@ -25,3 +25,18 @@ def _nothing_remembered():
     from sparse_hf.plan.lookup import forget_plans
 
     forget_plans()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels on the CPU too, in its interpreter."""
+    from sparse_hf.attention.backends.triton import walk
+
+    has_gpu = torch.cuda.is_available()
+    monkeypatch.setattr(walk, "DEVICES", {"cuda" if has_gpu else "cpu"})
+    if not has_gpu:
+        from triton.runtime import interpreter
+
+        from tests.interpreter import once_a_kernel
+
+        monkeypatch.setattr(interpreter, "_patch_lang", once_a_kernel(interpreter._patch_lang))

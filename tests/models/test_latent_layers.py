@@ -7,7 +7,6 @@ import torch
 from transformers import DynamicCache
 
 import sparse_hf
-from sparse_hf.attention.backends.triton import walk
 from sparse_hf.attention.chosen import selection
 from sparse_hf.models.indexed import latent
 from tests.attention.exactness import DEVICE
@@ -30,7 +29,7 @@ def counted(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_pass_over_latents_gives_the_same(head, monkeypatch):
+def test_a_pass_over_latents_gives_the_same(head, monkeypatch, request):
     ours = sparse_hf.sparsify(dense_model(head)).to(DEVICE, torch.float16)
     ids = torch.randint(3, 97, (1, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     calls = counted(monkeypatch)
@@ -39,7 +38,7 @@ def test_a_pass_over_latents_gives_the_same(head, monkeypatch):
             patched.setattr(latent, "why_not", lambda *_: "not now")
             wanted = ours(input_ids=ids, use_cache=False).logits
         assert not calls
-        monkeypatch.setattr(walk, "DEVICES", {DEVICE})
+        request.getfixturevalue("interpreted")
         # the interpreter takes long to choose
         monkeypatch.setattr(selection, "is_able", lambda device: False)
         found = ours(input_ids=ids, use_cache=False).logits

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.attention.backends.triton import walk
 from sparse_hf.testing import AllocationInterceptor
 from tests.models import families
 from tests.models.families import slow_but_for
@@ -114,9 +113,9 @@ def test_compiled_as_one_graph(head, checkpointing):
         torch.testing.assert_close(value, wanted[name.replace("_orig_mod.", "")], rtol=1e-7, atol=1e-9)
 
 
-def test_compiled_with_the_kernels_that_cuda_graphs_hold(monkeypatch):
+@pytest.mark.usefixtures("interpreted")
+def test_compiled_with_the_kernels_that_cuda_graphs_hold():
     torch._dynamo.reset()
-    monkeypatch.setattr(walk, "DEVICES", {"cpu"})
     found = []
 
     def look(graph, _):

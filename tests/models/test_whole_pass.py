@@ -210,7 +210,8 @@ def test_layers_that_cannot_go_back_say_so():
     hook.remove()
     with pytest.raises(ValueError, match="layers of its kind cannot give back what some of them have taken"):
         reads(model, ids, cache, 40, 41)
-    cache.reset()
+    # older versions do not empty one
+    cache = DynamicCache(config=model.config)
     torch.testing.assert_close(reads(model, ids, cache, 0, 40), model(ids[:, :40], use_cache=False).logits, **LIMIT)
 
 

@@ -15,7 +15,6 @@ from sparse_hf.attention import BACKENDS
 from sparse_hf.pattern import words
 from sparse_hf.pattern.base import joint, state
 from tests import oracle
-from tests.attention.conftest import interpreted  # noqa: F401 - a fixture
 from tests.attention.exactness import DEVICE, batch_of, call_of, compare, tensors, why_not
 from tests.models.families import LENGTH, additive, dense_model, explicit_mask, inputs
 from tests.pattern.drawn import BOXES, K, N, Q, states_and_truth

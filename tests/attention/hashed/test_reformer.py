@@ -18,6 +18,7 @@ from tests import oracle
 from tests.attention.exactness import DEVICE, tensors
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("trial", [*range(4), *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 12))])
 def test_chunks_in_hash_order_are_those_of_plain_torch(trial, monkeypatch):
     generator = torch.Generator().manual_seed(trial)
