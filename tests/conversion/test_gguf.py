@@ -292,5 +292,5 @@ def test_the_report_says_what_was_read(tmp_path):
 def test_a_package_that_is_not_there_is_named_before_anything_is_read(package, tmp_path, monkeypatch):
     file, find = write(tmp_path / "m.gguf", "llama"), importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(ImportError, match=f"reading GGUF files needs the package {package}: pip install \"{package}>="):
+    with pytest.raises(ImportError, match=f'reading GGUF files needs the package {package}: pip install "{package}>='):
         describe_conversion(file, WIDE)

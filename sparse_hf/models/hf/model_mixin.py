@@ -289,7 +289,8 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
         lost, cache = lost_cache(self, given, inputs), given_cache(given)
         if lost is not None and isinstance(cache, StreamingCache) and cache.holds_angles:
             # no angle changes, and nothing is computed again
-            inputs, lost = GenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs), None
+            plain: Any = GenerationMixin
+            inputs, lost = plain.prepare_inputs_for_generation(self, input_ids, *args, **kwargs), None
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})

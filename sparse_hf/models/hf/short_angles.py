@@ -62,7 +62,7 @@ def _short(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any
 
 
 # an error in the middle of a graph would have torch run this part without one, and the rest in graphs that ask no pass
-@torch.compiler.disable
+@torch.compiler.disable()
 def refuse_graphs_of_short_texts() -> None:
     """Raise NotImplementedError."""
     raise NotImplementedError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .cache import GrownStaticLayer, cached_tokens, empty, given_cache, parts_of, room_of
 from .streaming_cache import StreamingCache
@@ -66,8 +66,8 @@ def check_fits(config: Any, cache: Cache | None, kwargs: Mapping[str, Any], new:
 
 def _rows_of(cache: Cache) -> int | None:
     """Rows that a cache has keys of; None of one without any."""
-    layers = (layer for layer in parts_of(cache)[0].layers if type(layer) in KNOWN)
-    return next((layer.keys.shape[0] for layer in layers if layer.keys is not None and layer.keys.ndim == 4), None)
+    keys = (layer.keys for layer in parts_of(cache)[0].layers if isinstance(layer, (DynamicLayer, StaticLayer)))
+    return next((held.shape[0] for held in keys if held is not None and held.ndim == 4), None)
 
 
 def whole_pass(kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -105,7 +105,7 @@ def _go_back(cache: Cache, tokens: int) -> None:
 KNOWN = (DynamicLayer, StaticLayer, GrownStaticLayer)
 
 
-def _shorten(layer: CacheLayerMixin, tokens: int) -> None:
+def _shorten(layer: Any, tokens: int) -> None:
     if isinstance(layer, StaticLayer):
         if layer.is_initialized:
             # what stands behind is overwritten
