@@ -20,6 +20,7 @@ from .layer_spec import LayersLike
 from .layers import stacks_of
 from .register import Family, dense_class, family_of, find_composed, find_family
 from .saving import ReadsParts
+from .short_angles import hold_angles
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +116,7 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
     fit_indexers(sparse, config)
+    hold_angles(sparse, config)
     return sparse
 
 
