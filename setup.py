@@ -7,7 +7,8 @@ version = runpy.run_path("sparse_hf/version.py")["__version__"]
 
 train = ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18", "rouge-score>=0.1.2", "scikit-learn>=1.5"]
 evaluate = ["datasets>=4.0", "evaluate>=0.4.6", "scikit-learn>=1.5"]
-gguf = ["gguf>=0.19"]
+# Transformers reads such files by accelerate
+gguf = ["gguf>=0.19", "accelerate>=1.10"]
 
 setup(
     name="sparse-hf",

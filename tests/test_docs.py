@@ -93,6 +93,11 @@ def test_every_page_can_be_found_from_the_index():
     assert set(PAGES) <= found
 
 
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = re.findall(r"\S+\.md$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert {name_of(page) for page in PAGES} <= set(menu)
+
+
 def entries() -> Iterator[tuple[str, list[tuple[Path, list[str]]]]]:
     """What the index answers: each question, and the files and names that it tells to look at."""
     table = (DOCS / "index.md").read_text().split("| to change | look at |")[1].split("\n\n")[0]

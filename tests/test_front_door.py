@@ -19,7 +19,7 @@ from sparse_hf.bench.text import Figures
 from sparse_hf.cli import app
 from sparse_hf.cli.commands import BENCHES, COMMANDS
 from sparse_hf.cli.evaluate import token_ids
-from sparse_hf.cli.examples import EXAMPLES
+from sparse_hf.cli.examples import EXAMPLES, paragraphs
 from sparse_hf.cli.mistakes import flags, name_flags
 from sparse_hf.pattern import Pattern, full
 from sparse_hf.units import duration, size, times
@@ -37,6 +37,17 @@ def invoke(*arguments) -> str:
 def test_help_has_an_example(name):
     for flag in ("-h", "--help"):
         assert "Example" in invoke(*name.split(), flag)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_made_for_narrow_terminals(name, monkeypatch):
+    """Examples stand on one line each, and lines of prose end where the terminal does."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in invoke(*name.split(), "--help").splitlines()]
+    assert set(EXAMPLES[name]) <= set(lines)
+    prose = " ".join(lines[2 : next(i for i, line in enumerate(lines) if line.startswith("╭"))])
+    command = {**COMMANDS, **{f"bench {one}": made for one, made in BENCHES.items()}}[name]
+    assert paragraphs(command).replace("\n\n", "  ") in prose
 
 
 @pytest.mark.parametrize("example", [e for examples in EXAMPLES.values() for e in examples])

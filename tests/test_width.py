@@ -135,3 +135,7 @@ def test_the_table_of_plans_fits(width, monkeypatch):
 def test_an_evaluation_fits(width):
     result = json.loads((RESULTS / "cpu-2-cores" / "2026-11-30-evaluate-smollm2.json").read_text())
     assert max(map(len, printed(width, *summary_tables(result), *verdict_lines(result)))) <= width
+    # below a mark only what goes on is as far in as its text
+    marks = ("  - ", "    ", "not asked: ")
+    lines = [line for line in printed(width, *verdict_lines(result)) if line and not line.startswith(marks)]
+    assert lines == [f"{one['candidate']}: {one['verdict']}" for one in result["verdicts"]]

@@ -66,9 +66,9 @@ def machine_name(hardware: str) -> str:
 
 
 def result_path(out: str | Path, environment: dict[str, Any], suite: str) -> Path:
-    """`out`, or if that is a folder, `<machine>/<date>-<suite>.json` in it."""
+    """`out` if it ends in .json; else it is a folder, and the file `<machine>/<date>-<suite>.json` in it."""
     out = Path(out)
-    if not out.is_dir():
+    if out.suffix == ".json":
         return out
     return out / machine_name(environment["hardware"]) / f"{environment['date']}-{suite}.json"
 

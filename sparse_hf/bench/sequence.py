@@ -57,6 +57,7 @@ class SharedTexts:
         pattern: of every layer.
         dtype: "fp32", "bf16" or "fp16"; by default bf16 on GPUs and fp32 on CPUs.
         limit_s, budget_s: seconds of a case, and of all; what is left then is not run.
+        offload: keep the inputs of layers in the host's memory, for texts that do not fit otherwise.
     """
 
     processes: tuple[int, ...] = (1, 2, 4)
@@ -69,6 +70,7 @@ class SharedTexts:
     dtype: str | None = None
     limit_s: float = 120.0
     budget_s: float = 600.0
+    offload: bool = False
 
     def __post_init__(self):
         if self.dtype is not None:
@@ -115,6 +117,7 @@ def run_sequence(asked: SharedTexts, device: str | None = None, out: str | Path 
     result: Result = {"benchmark": "sequence", "environment": facts, **asdict(asked), "dtype": dtype, "rows": rows}
     path = None if out is None else result_path(out, facts, "sequence")
     common = {"device": target.type, "data": 1, "fsdp": False, "steps": 1, "pattern": asked.pattern}
+    common["offload"] = asked.offload
 
     def done(row: Row) -> None:
         rows.append(row)

@@ -70,7 +70,7 @@ def step(case: Row, device: torch.device) -> Row:
     texts = case["gpus"] // case["data"]
     mesh = init_device_mesh(device.type, (case["data"], texts), mesh_dim_names=("data", "text"))
     model = sparse_model(case["shape"], case["n"], case["dtype"], device, case["pattern"])
-    long_text(model)
+    long_text(model, offload=case["offload"])
     if case["fsdp"]:
         _shard(model, init_device_mesh(device.type, (case["gpus"],)))
     handle = split_sequence(model, mesh["text"]) if texts > 1 else None
@@ -87,6 +87,7 @@ def step(case: Row, device: torch.device) -> Row:
     sent = (handle.bytes_exchanged - before if handle else 0) / case["steps"]
     if case["data"] == 1:
         how = {"gpus": texts, "split": texts > 1, "fsdp": case["fsdp"], "optimizer": "none"}
+        how["way"] = "offload" if case["offload"] else "long_text"
         row["planned_bytes"] = plan_memory(model, case["n"], dtype=DTYPES[case["dtype"]], **how).peak
     row["bytes_a_layer"] = round(_worst(sent, device) / model.config.num_hidden_layers)
     return row
@@ -125,6 +126,7 @@ def _shard(model: Any, mesh: DeviceMesh) -> None:
 def _timed(work: Callable[[], torch.Tensor], case: Row, device: torch.device) -> Row:
     """Seconds of the slowest process, of the median step; what the fullest holds at most."""
     taken, peaks, losses = [], [], []
+    retries = _allocation_retries(device)
     for _ in range(case["steps"]):
         synchronize(device)
         dist.barrier()
@@ -135,7 +137,15 @@ def _timed(work: Callable[[], torch.Tensor], case: Row, device: torch.device) ->
     seconds = statistics.median(taken)
     tokens = case["n"] * case.get("data", 1)
     peak = int(_worst(max(peaks), device))
-    return {"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak, "loss": losses[-1]}
+    row = {"seconds": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak, "loss": losses[-1]}
+    if retries is not None:
+        row["allocation_retries"] = int(_worst((_allocation_retries(device) or 0) - retries, device))
+    return row
+
+
+def _allocation_retries(device: torch.device) -> int | None:
+    """How often torch gave back all memory that it kept and asked again, which takes seconds; None on a CPU."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else None
 
 
 def _worst(value: float, device: torch.device) -> float:

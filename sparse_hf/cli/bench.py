@@ -297,6 +297,7 @@ def sequence(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default GPUs if there are any.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds after which a case is given up.")] = 120,
     budget: Annotated[float, typer.Option(help="Seconds after which no further case begins.")] = 600,
+    offload: Annotated[bool, typer.Option(help="Keep the inputs of layers in the host's memory.")] = False,
     out: Annotated[Path | None, typer.Option(help=f"{OUT_HELP} A picture stands beside it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -309,7 +310,7 @@ def sequence(
 
     asked = SharedTexts(
         tuple(numbers(processes)), tokens, tokens_each or None, shape, large_shape, tuple(numbers(ring)), pattern, dtype,
-        limit, budget,
+        limit, budget, offload,
     )  # fmt: skip
     result = _print(partial(run_sequence, asked, device, out), as_json)
     if any(row.get("failed", "").startswith("wrong") for row in result["rows"]):

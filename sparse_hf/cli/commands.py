@@ -14,7 +14,7 @@ from . import talk
 from .bench import attention, chosen, generate, memory, models, plan, sequence
 from .checkpoints import card, convert, export
 from .evaluate import evaluate, tune
-from .examples import epilog
+from .examples import epilog, paragraphs
 from .families import list_families
 from .info import info
 from .mistakes import MISTAKES, by_flags, one_line
@@ -55,7 +55,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Is it fast? Peers beside ours in one run, correctness checked first.", no_args_is_help=True)
 for group, before, commands in ((app, "", COMMANDS), (bench, "bench ", BENCHES)):
     for name, command in commands.items():
-        group.command(name, epilog=epilog(before + name))(by_flags(command))
+        group.command(name, help=paragraphs(command), epilog=epilog(before + name))(by_flags(command))
 app.add_typer(bench, name="bench")
 
 

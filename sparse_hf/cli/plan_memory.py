@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,7 +46,8 @@ def plan_memory(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        print_lines(_lines(found, gpus))
+        told = f"{Path(model).name}: a training step, {rows} x {length:,} tokens, {dtype}, optimizer {optimizer}"
+        print_lines([told, *_lines(found, gpus)])
 
 
 def _plans(model: str, ways: list[str], dtype: str, **given: Any) -> Iterator[dict[str, Any]]:
@@ -67,7 +69,7 @@ def _lines(found: list[dict[str, Any]], gpus: int) -> Iterator[str]:
     yield f"{'':14}" + "".join(f"{column:>11}" for column in COLUMNS)
     for share in dict.fromkeys(plan["shares"] for plan in found):
         if gpus > 1:
-            yield f"{share}, each of {gpus} GPUs:"
+            yield f"{share}, on each of {gpus} GPUs:"
         for plan in (plan for plan in found if plan["shares"] == share):
             parts = plan["parts"]
             layers = sum(parts.get(name, 0) for name in ("inputs of layers", "a layer in work"))

@@ -9,6 +9,9 @@ from typing import Any
 
 from .source import Source
 
+# packages that Transformers reads such files with, and their oldest versions; the extra `gguf` has them
+NEEDED = {"gguf": "0.19", "accelerate": "1.10"}
+
 
 def is_gguf(source: str | Path) -> bool:
     return Path(source).suffix == ".gguf" and not Path(source).is_dir()
@@ -19,14 +22,15 @@ def read_gguf(file: Path) -> Source:
 
     Raises:
         FileNotFoundError: no such file.
-        ImportError: the package `gguf` is missing.
+        ImportError: a package that Transformers reads such files with is missing.
         ValueError: the file is no GGUF, or of an architecture that Transformers does not read, or says of the model what no
             configuration can say.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a .gguf file, a folder or a hub id")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('reading GGUF files needs the package gguf: pip install "gguf>=0.19"')
+    for package, least in NEEDED.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'reading GGUF files needs the package {package}: pip install "{package}>={least}"')
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ValueError(f"{file} does not begin as a GGUF file does; it is damaged or something else")

@@ -85,6 +85,7 @@ def test_a_result_in_a_folder_is_named_by_machine_and_date(tmp_path):
     here = {"hardware": "NVIDIA H200", "date": "2026-03-04"}
     assert result_path(tmp_path / "r.json", here, "plan") == tmp_path / "r.json"
     path = result_path(tmp_path, here, "plan")
+    assert result_path(tmp_path / "new", here, "plan") == tmp_path / "new" / path.relative_to(tmp_path)
     assert path == tmp_path / "h200" / "2026-03-04-plan.json" and latest_result(tmp_path, here, "plan") is None
     for date in ("2026-03-04", "2026-02-20"):
         write_json({"é": date}, result_path(tmp_path, {**here, "date": date}, "plan"))

@@ -17,11 +17,14 @@ def test_cases_run_and_one_that_fails_leaves_the_others(monkeypatch, tmp_path):
     # torch's ring has no attention for CPUs, so that it fails
     monkeypatch.setattr(sequence, "RINGS", (("flash", "allgather"),))
     asked = ["--processes", "2", "--tokens", "256", "--tokens-each", "0", "--shape", "tiny", "--ring", "128"]
+    asked.append("--offload")
     out = tmp_path / "r.json"
     given = ["bench", "sequence", *asked, "--pattern", "window(15, 0) | first(2)", "--device", "cpu", "--out", str(out)]
     done = CliRunner().invoke(app, given, catch_exceptions=False)
     assert done.exit_code == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stdout
-    compared, shared, ring, beside = json.loads(out.read_text())["rows"]
+    result = json.loads(out.read_text())
+    compared, shared, ring, beside = result["rows"]
+    assert result["offload"] and shared["offload"]
     assert compared["gradient_distance"] < 1e-5 and "failed" not in compared
     assert shared["seconds"] > 0 and shared["planned_bytes"] > 0
     # keys and values of a token: 2 heads of 32 in float32; 15 and 2 of them at most, forwards, again and backwards

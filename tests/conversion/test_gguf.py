@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -285,3 +286,11 @@ def test_the_report_says_what_was_read(tmp_path):
     report = json.loads((tmp_path / "sparse" / "conversion.json").read_text())
     assert report["family"] == "mistral" and report["rope_parameters"]["rope_type"] == "yarn"
     assert report["layers"][0]["pattern"] == f"window(255, 0) & window(15, 0) & {PAST}"
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_package_that_is_not_there_is_named_before_anything_is_read(package, tmp_path, monkeypatch):
+    file, find = write(tmp_path / "m.gguf", "llama"), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ImportError, match=f"reading GGUF files needs the package {package}: pip install \"{package}>="):
+        describe_conversion(file, WIDE)

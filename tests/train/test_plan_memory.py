@@ -114,7 +114,8 @@ def test_the_command(tmp_path):
     shape_config("tiny", 4096).save_pretrained(tmp_path)
     given = ["plan-memory", str(tmp_path), "--length", "4096", "--gpus", "4"]
     done = CliRunner().invoke(app, given, catch_exceptions=False)
-    assert done.exit_code == 0 and "one text, FSDP2, each of 4 GPUs" in done.stdout
+    assert done.exit_code == 0 and "one text, FSDP2, on each of 4 GPUs" in done.stdout
+    assert done.stdout.startswith(f"{tmp_path.name}: a training step, 1 x 4,096 tokens, bf16, optimizer adamw\n")
     assert max(map(len, done.stdout.splitlines())) <= 80
     plans = json.loads(CliRunner().invoke(app, [*given, "--json"], catch_exceptions=False).stdout)
     assert len(plans) == 12 and all(sum(plan["parts"].values()) == plan["peak"] for plan in plans)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -83,13 +84,21 @@ def summary_tables(result: Found) -> Iterator[Table]:
         yield table
 
 
-def verdict_lines(result: Found) -> Iterator[str]:
-    """The verdicts as lines of text."""
+def verdict_lines(result: Found) -> Iterator[RenderableType]:
+    """The verdicts as lines of text; what does not fit goes on below, indented."""
     for one in result["verdicts"]:
         yield escape(f"{one['candidate']}: {one['verdict']}")
         for line in (*one["reasons"], *([one["cannot_hear"]] if one["cannot_hear"] else []), *one["remedies"]):
-            yield escape(f"  - {line}")
+            yield _hanging("  - ", line)
     if result["left_out"]:
         yield ""
         for name, reason in result["left_out"].items():
-            yield escape(f"not asked: {name}, since {reason}")
+            yield _hanging("not asked: ", f"{name}, since {reason}")
+
+
+def _hanging(mark: str, text: str) -> Table:
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(mark, escape(text))
+    return grid
