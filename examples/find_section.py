@@ -6,7 +6,8 @@ section alone as far as 512 tokens. Sections are ranked by cosine to the questio
 
     python examples/find_section.py                     # this package's own guides, and questions about them
     python examples/find_section.py --model your/encoder --text manual.txt --header "^Chapter .*$" \
-        --questions questions.json --out found.json     # [{"question": ..., "section": the header's line}, ...]
+        --questions questions.json --out found.json --plot found.png
+        # questions: [{"question": ..., "section": the header's line}, ...]
     python examples/find_section.py --tiny              # seconds, with a random model
 
 It prints how often the right section comes first, and the mean of 1 / rank. Without --model it needs
@@ -20,6 +21,7 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_hf
 from examples import tiny
 from examples.checkpoints import checkpoint
-from sparse_hf.bench import environment, write_json
+from examples.studies import canvas, keep, save
+from sparse_hf.bench import environment
 from sparse_hf.train import MarkHeaders
 
 GUIDES, HEADER = Path(__file__).resolve().parent.parent / "docs" / "how-to", r"^## .*$"
@@ -163,8 +166,14 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--header", default=HEADER, help="A regular expression of headers; ^ and $ are ends of lines.")
     parser.add_argument("--questions", type=Path, help='JSON: [{"question": ..., "section": the header\'s line}, ...]')
     parser.add_argument("--out", type=Path, help="A file for what was found.")
+    parser.add_argument("--plot", type=Path, help="A picture of it.")
+    parser.add_argument("--plot-only", action="store_true", help="Draw what --out holds.")
     parser.add_argument("--tiny", action="store_true", help="A random model of two layers.")
     args = parser.parse_args(arguments)
+    if args.plot_only:
+        found = json.loads(args.out.read_text(encoding="utf-8"))
+        plot(found, args.plot)
+        return found
     if (args.text is None) != (args.questions is None):
         parser.error("give --text and --questions together, or neither")
     questions = QUESTIONS
@@ -188,9 +197,21 @@ def main(arguments: list[str] | None = None) -> dict:
     print(f"{found['tokens']:,} tokens, {found['sections']} sections, {found['questions']} questions")
     for name, one in found["ways"].items():
         print(f"  {name}: first {one['first']:.0%}, mean of 1 / rank {one['mean_1_by_rank']:.2f}")
-    if args.out:
-        write_json(found, args.out)
-    return found
+    return keep(found, args, plot)
+
+
+def plot(found: dict, path: Path) -> None:
+    """Bars of what each way finds, the best on top."""
+    title = f"{found['model']}: {found['questions']} questions about {found['sections']} sections, {found['tokens']:,} tokens"
+    figure, (axis,) = canvas(1, title)
+    ways = sorted(found["ways"].items(), key=lambda one: one[1]["mean_1_by_rank"])
+    for shift, key, label in ((0.2, "first", "right section first"), (-0.2, "mean_1_by_rank", "mean of 1 / rank")):
+        bars = axis.barh([i + shift for i in range(len(ways))], [way[key] for _, way in ways], 0.38, label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axis.set_yticks(range(len(ways)), [textwrap.fill(name, 24) for name, _ in ways], fontsize=8)
+    axis.set_xlim(0, 1)
+    axis.legend(fontsize=8, loc="lower right")
+    save(figure, path)
 
 
 if __name__ == "__main__":

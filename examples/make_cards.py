@@ -122,8 +122,10 @@ def of_demo(spec: dict) -> dict:
     figures = {
         "note": f"`make demo`, {spec['length']:,} tokens of Moby Dick, on the machine that wrote `{DEMO}`; "
         "the weights are the same.",
-        "seconds": {"sparse": sparse["seconds"], "dense": dense["seconds"]},
-        "tensors with two length dimensions": {"sparse": sparse["quadratic"], "dense": dense["quadratic"]},
+        # hubs list numbers alone, and these say nothing of answers
+        "seconds": {kind: f"{one['seconds']:.4g}" for kind, one in (("sparse", sparse), ("dense", dense))},
+        "tensors with two length dimensions": {"sparse": f"{sparse['quadratic']}", "dense": f"{dense['quadratic']}"},
+        "dataset": "Moby Dick",
     }
     if "quality" in sparse:
         return figures | {"perplexity": {"sparse": sparse["quality"], "dense": dense["quality"]}}
@@ -132,11 +134,16 @@ def of_demo(spec: dict) -> dict:
 
 
 def of_evaluation(candidate: str, note: str) -> dict:
-    """What an evaluation says of recall, beside other figures with a note of theirs."""
+    """What an evaluation says, beside other figures with a note of theirs."""
     found = Evaluation(json.loads((ROOT / EVALUATION).read_text())).card_results(candidate)
-    told = {"recall": "facts recalled, of 46 questions", "answer loss": "loss on the answers"}
+    told = {
+        "perplexity": "perplexity",
+        "recall": "facts recalled, of 46 questions",
+        "answer loss": "loss on the answers",
+    }
     figures = {title: found[name] for name, title in told.items()}
-    return {"note": f"{note} Recall: {found['note'][0].lower()}{found['note'][1:]} In `{EVALUATION}`.", **figures}
+    said = f"{note} Perplexity and recall: {found['note']} In `{EVALUATION}`."
+    return {"note": said, "dataset": found["dataset"], **figures}
 
 
 def of_real_weights(spec: dict) -> dict:
@@ -147,12 +154,13 @@ def of_real_weights(spec: dict) -> dict:
         "note": f"`python examples/real_weights.py`: {found['text']}, {found['rows']} x {found['longest']:,} tokens; in "
         f"`{REAL_WEIGHTS}`.",
         "same answer as the dense model": {"sparse": f"{found['same']:.1%}"},
+        "dataset": found["text"],
     }
     for key, name in (("perplexity", "perplexity"), ("top1", "right answers")):
         if f"sparse_{key}" in found:
             figures[name] = {kind: found[f"{kind}_{key}"] for kind in ("sparse", "dense")}
     alike = "largest difference of a logit to the dense model that is given the pattern as its mask"
-    return figures | {alike: {"sparse": found["masked_max_abs_diff"]}}
+    return figures | {alike: {"sparse": f"{found['masked_max_abs_diff']:.4g}"}}
 
 
 def main() -> None:

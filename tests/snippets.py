@@ -29,6 +29,7 @@ from subprocess import PIPE
 from types import ModuleType
 from unittest import mock
 
+from tests.garbage import keep_libraries
 from tests.processes import ROOT
 
 _BLOCK = re.compile(
@@ -68,6 +69,7 @@ def run_all(paths: list[str]) -> dict[str, str]:
 
 def _run(path: str, models: Path) -> str:
     """Run one in a folder of its own, which holds the tiny models; gives what went wrong, or nothing."""
+    keep_libraries()
     before, run = Path.cwd(), {".md": run_page, ".ipynb": run_notebook}.get(Path(path).suffix, run_docstring)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(models, folder, dirs_exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ SHAPES = [(4, 4, 32), (4, 2, 64), (4, 1, 80), (4, 2, 128), (4, 4, 64), (4, 1, 32
 CAUSAL = "window(None, 0)"
 
 
+@cache
 def causal_form(pattern: str) -> str:
     """The text of a pattern without its future."""
     from sparse_hf import Pattern, causal

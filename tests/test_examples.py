@@ -37,7 +37,7 @@ OF_EVALUATION = {
     f"sparse_hf.evaluation.{name}" for name in ("api", "budget", "pieces", "probes.recall", "search", "tune")
 }
 OTHERS = {
-    "make_cards": {"sparse_hf.conversion.card"}, "checkpoints": {"sparse_hf.conversion.gguf"},
+    "make_cards": {"sparse_hf.conversion.card"}, "export": {"sparse_hf.conversion.export"}, "checkpoints": {"sparse_hf.conversion.gguf"},
     "study_healing_long": OF_EVALUATION, "study_tuning": OF_EVALUATION,
 }  # fmt: skip
 

@@ -58,3 +58,11 @@ def test_bad_input(tmp_path):
         )
     with pytest.raises(SystemExit):
         find_section.main(["--tiny", "--text", "manual.txt"])
+
+
+def test_it_runs_in_small(tmp_path):
+    out, picture = tmp_path / "found.json", tmp_path / "found.png"
+    found = find_section.main(["--tiny", "--out", str(out)])
+    assert json.loads(out.read_text()) == found and len(found["ways"]) == 4
+    assert find_section.main(["--plot-only", "--out", str(out), "--plot", str(picture)]) == found
+    assert picture.stat().st_size > 5_000

@@ -88,6 +88,10 @@ def test_flags_are_named_in_what_a_command_raises(tmp_path):
     with pytest.raises(ValueError, match=r"^--length is 0; it must be at least 1 token"):
         invoke("show", "first(1)", "--length", "0")
     dense_model("LlamaForCausalLM").save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    for command in ("evaluate", "tune"):
+        with pytest.raises(ValueError, match="^--text is missing; give a file"):
+            invoke(command, tmp_path / "dense", "--pattern", "first(1)")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("")
     with pytest.raises(FileExistsError, match=r"give another folder, or --overwrite$"):

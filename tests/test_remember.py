@@ -41,6 +41,8 @@ def test_it_runs_in_small(tmp_path):
         "3",
         "--between",
         "2",
+        "--layers",
+        "1=dense",
         "--out",
         str(out),
         "--plot",
@@ -53,4 +55,5 @@ def test_it_runs_in_small(tmp_path):
         "dense",
         "last 64",
         "last 64, first 4",
+        "last 64, first 4, some layers dense",
     ]

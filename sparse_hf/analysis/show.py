@@ -166,7 +166,11 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
     parts.append(_numbers(facts))
     chosen = as_pattern(pattern).most_keys
     if chosen:
-        parts.append(Text(f"up to {chosen:,} keys per query are chosen from queries and keys; numbers count them all"))
+        parts.append(
+            Text(
+                f"up to {min(chosen, length):,} keys per query are chosen from queries and keys; numbers count them all"
+            )
+        )
     if any(one.uses_marks for one in plan.patterns) and not options.get("marked"):
         parts.append(Text("marked() comes from the batch, and nothing is marked here; give positions with --marked"))
     return Group(*parts)

@@ -4,6 +4,7 @@ from .api import attention, sparse_attention, uses_content
 from .autograd import attend
 from .backends.reference import with_weights
 from .dispatch import BACKENDS, content_weights, route
+from .left_out import mass_left_out
 from .merge import merge
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "attend",
     "attention",
     "content_weights",
+    "mass_left_out",
     "merge",
     "route",
     "sparse_attention",

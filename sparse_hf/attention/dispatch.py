@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..pattern import LSH, Pattern
+from ..pattern import LSH, Pattern, Threshold
 from ..pattern.forms import read_content
 from ..plan import find_strided_plan
 from .backend import AttentionCall, Backend
@@ -25,7 +25,7 @@ from .backends.sdpa.decode import MAX_QUERIES, Decode
 from .backends.sdpa.dense import Dense
 from .backends.sdpa.window import SlidingWindow
 from .backends.triton.backend import Triton
-from .composite.chosen import BLOCK_CHOICES, CHOICES, choose_in_tiles
+from .composite.chosen import kind_of_choice
 from .composite.content import (
     ContentPairs,
     ContentPlan,
@@ -131,7 +131,7 @@ def _for_content(call: AttentionCall, name: str) -> Backend:
             f"backend {name!r} cannot run {kind.name}(...), whose pairs are known at run time only; "
             f"{', '.join(map(repr, kind.backends))} can"
         )
-    if name == "auto" and kind is BLOCK_CHOICES:
+    if name == "auto" and kind.in_tiles:
         name = "blockwise" if BACKENDS["triton"].why_not(call) else "triton"
     pick = partial(_for_blocks, name)
     backend = DenseContentPairs(kind, pick) if name == "reference" else ContentPairs(kind, pick)
@@ -148,14 +148,16 @@ def kind_of(call: AttentionCall) -> Kind:
     """How a call's pattern chooses pairs by content.
 
     Raises:
-        ValueError: a pattern that hashes and chooses.
+        ValueError: a pattern that chooses in ways that do not go together.
     """
     assert call.pattern is not None
     chosen = read_content(call.pattern).chosen
-    hashes = {isinstance(content, LSH) for content, _ in chosen}
-    if len(hashes) > 1:
-        raise ValueError(f"{call.pattern} has both lsh(...) and topk...(...); use one of them")
-    return HASHES if True in hashes else BLOCK_CHOICES if choose_in_tiles(chosen) else CHOICES
+    # a pattern chooses in one way
+    ways = {type(content) if isinstance(content, (LSH, Threshold)) else None for content, _ in chosen}
+    if len(ways) > 1:
+        words = " and ".join(dict.fromkeys(f"{content.word}(...)" for content, _ in chosen))
+        raise ValueError(f"{call.pattern} has both {words}; use one of them")
+    return HASHES if LSH in ways else kind_of_choice(chosen)
 
 
 def content_plan(call: AttentionCall) -> ContentPlan:

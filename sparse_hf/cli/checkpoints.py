@@ -53,6 +53,9 @@ def convert(
         int | None, typer.Option(help="Heads of the indexers of topk(n, 'indexer'); by default 8.")
     ] = None,
     indexer_width: Annotated[int | None, typer.Option(help="Width of a head of these indexers; by default 64.")] = None,
+    indexer_share: Annotated[
+        int | None, typer.Option(help="Neighbouring layers that go by one indexer; by default each has its own.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds a checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the report; write nothing.")
@@ -77,7 +80,7 @@ def convert(
         "global_token_ids": read_tokens(global_token_ids),
         "cache": cache,
         "decode": decode,
-        "indexer": _sizes(heads=indexer_heads, width=indexer_width),
+        "indexer": _sizes(heads=indexer_heads, width=indexer_width, share=indexer_share),
         "revision": revision,
         "subfolder": subfolder,
         "token": token,

@@ -37,6 +37,10 @@ Questions = Annotated[
     list[Path] | None,
     typer.Option(help="A file of questions about documents, as SQuAD or HotpotQA has them, for qa_1 and qa_2."),
 ]
+Harness = Annotated[
+    list[Path] | None,
+    typer.Option(help="A task's YAML file for lm-evaluation-harness, which asks it if it is installed."),
+]
 Batch = Annotated[
     int, typer.Option(help="Questions that are asked together: more are faster on a GPU, and take memory.")
 ]
@@ -65,7 +69,7 @@ def evaluate(
     probes: Annotated[
         str,
         typer.Option(
-            help="Any of divergence, perplexity, longppl, masked, embedding, coverage, recall, cost, with commas; by default "
+            help="Any of divergence, perplexity, longppl, masked, embedding, coverage, recall, harness, cost, with commas; by default "
             "all that the model can be asked."
         ),
     ] = "",
@@ -76,6 +80,7 @@ def evaluate(
     repeats: Repeats = 1,
     tasks: Tasks = "",
     questions: Questions = None,
+    harness: Harness = None,
     batch: Batch = 1,
     dtype: DType = None,
     global_token_ids: Annotated[str, typer.Option(help=TOKENS_HELP)] = "",
@@ -99,12 +104,13 @@ def evaluate(
             read_folder(one)
     settings = _settings(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
-        questions=tuple(questions or ()), batch=batch, dtype=dtype, global_token_ids=token_ids(global_token_ids, model),
+        questions=tuple(questions or ()), harness=tuple(harness or ()), batch=batch, dtype=dtype,
+        global_token_ids=token_ids(global_token_ids, model),
     )  # fmt: skip
     candidates = [Candidate.read(one).with_layers(read_layers(layers)) for one in pattern or ()]
     folder = out or Path(f"{Path(model).name}-evaluation")
     with _interruptible(folder):
-        found = evaluate(model, candidates, text or (), probes=words(probes) or None, out=folder, settings=settings)
+        found = evaluate(model, candidates, _given(text), probes=words(probes) or None, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
 
 
@@ -163,8 +169,14 @@ def tune(
     spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
-        found = tune(model, pattern, text or (), budget=spent, out=folder, settings=settings)
+        found = tune(model, pattern, _given(text), budget=spent, out=folder, settings=settings)
     _tell(found, folder, as_json, opened)
+
+
+def _given(texts: list[Path] | None) -> list[Path]:
+    if not texts:
+        raise ValueError("--text is missing; give a file of the kind that the model will read")
+    return texts
 
 
 def token_ids(text: str, model: str) -> tuple[int, ...]:

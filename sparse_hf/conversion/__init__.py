@@ -73,8 +73,9 @@ def convert(
             memory), "dynamic", "static" or another of Transformers'. By default "streaming" where every layer's pattern lets it,
             else what the dense folder says.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does, with all keys kept.
-        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
-            and random until `sparse_hf.train.train_indexer` trains them, unless the source has some of this size.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64; with "share" so
+            many neighbours of the layers that have such a pattern go by the indexer of the first of them. Its weights are new, and random
+            until `sparse_hf.train.train_indexer` trains them, unless the source has some of this size.
         overwrite: replace `out` if it holds a checkpoint.
         progress: show a progress bar.
         revision: of a hub id, the branch, tag or commit; by default the main branch.

@@ -46,8 +46,8 @@ def evaluate(
         model: a decoder or encoder in memory, dense or sparse, or its folder or hub id. A sparse one is a candidate itself.
         patterns: patterns, their texts, `"NAME: PATTERN; LAYERS"`, folders of sparse checkpoints, or a mapping from names.
         texts: what the model will read: texts, or paths of files. Each must have `settings.length` tokens.
-        probes: any of divergence, perplexity, longppl, masked, embedding, coverage, recall and cost; by default all that the model can
-            be asked.
+        probes: any of divergence, perplexity, longppl, masked, embedding, coverage, recall, harness and cost; by default all that the
+            model can be asked.
         tokenizer: by default that of the model's folder.
         out: a folder for finished pieces, `report.json` and `report.html`. What is there already is not done again, so that an
             interrupted evaluation goes on with the same call.

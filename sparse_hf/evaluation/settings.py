@@ -23,6 +23,7 @@ class Settings:
         repeats: questions of `recall` for each task, length and depth.
         tasks: tasks of `recall`, or groups of them: "short", "ruler"; by default the short ones, and those of `questions`.
         questions: files of questions about documents, in the format of SQuAD or HotpotQA.
+        harness: files of tasks in the format of lm-evaluation-harness, which the probe `harness` asks through it.
         held_out: files that `tune` checks its choice on; by default the texts that it chose by.
         batch: questions that are asked together; more of them are faster on a GPU, and take memory.
             Models with a table of positions are asked one by one.
@@ -46,6 +47,7 @@ class Settings:
     repeats: int = 1
     tasks: tuple[str, ...] = ()
     questions: tuple[Path, ...] = ()
+    harness: tuple[Path, ...] = ()
     held_out: tuple[Path, ...] = ()
     batch: int = 1
     dtype: Dtype | None = None

@@ -118,6 +118,11 @@ def _losses(name: str, results: dict[str, Found]):
         text = f"recalls {own:.0%} of the facts, dense {dense:.0%}" + (f"; worst in {worst}" if worst else "")
         if dense > 0:
             yield _Loss(text, own < LEAST_RECALL * dense)
+    if of("harness") and of("harness")["score"] is not None:
+        dense, own = of("harness", "dense")["score"], of("harness")["score"]
+        yield _Loss(
+            f"scores {own:.1%} in tasks of lm-evaluation-harness, dense {dense:.1%}", own < LEAST_RECALL * dense
+        )
     if of("divergence") and "same" in of("divergence"):
         same, kl = of("divergence")["same"], of("divergence")["kl"]
         yield _Loss(f"first answer the same for {same:.1%} of tokens, KL {kl:.3f}", same < LEAST_SAME)
@@ -155,8 +160,13 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
     sparse = [i for i, text in enumerate(texts) if not _is_like_dense(setup, text, i)]
     if not sparse:
         return
-    worst = worst_layers(contender.name, results, sparse)
-    if worst:
+    # a layer that slides in the dense family was never trained to see more, and answers badly if it does
+    whole = [i for i in range(len(texts)) if contender.config.own_window(i) is None]
+    worst = worst_layers(contender.name, results, sparse) if len(whole) == len(texts) else []
+    if len(whole) < len(texts):
+        if set(whole) & set(sparse):
+            yield f"keep dense the layers that see everything in the dense model: layers={dense_layers(whole)!r}"
+    elif worst:
         dense = set(range(len(texts))) - set(sparse)
         more = ", too" if dense else ""
         yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}"

@@ -3,7 +3,7 @@
 from . import recipes
 from .base import EMPTY, FULL, PARTIAL, Pattern
 from .blocks import BlockTable, RandomBlocks
-from .chosen import TopK, TopKBlocks, VerticalSlash
+from .chosen import Threshold, TopK, TopKBlocks, VerticalSlash
 from .complement import Outside
 from .grid import Window2d
 from .lsh import LSH, LSHChunks
@@ -47,6 +47,7 @@ __all__ = [
     "Ring",
     "Stride",
     "Summary",
+    "Threshold",
     "TopK",
     "TopKBlocks",
     "VerticalSlash",

@@ -80,6 +80,7 @@ class Pattern:
       defined, so that a saved model is read once the module that defines its patterns is imported. The text form is
       `word(field, field, ...)`; fields are whole numbers, bools, text, None, tuples of these, or patterns.
     - `pattern_fields`: names of the fields that are patterns.
+    - `fraction_fields`: names of the fields that are numbers and need not be whole.
     - `class Base(Pattern, has_word=False)` is a base of others, and no pattern by itself.
 
     Equality and hash are those of the class and its fields. A subclass of another pattern is another pattern: what is known
@@ -93,6 +94,7 @@ class Pattern:
 
     word: ClassVar[str] = ""
     pattern_fields: ClassVar[tuple[str, ...]] = ()
+    fraction_fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, has_word: bool = True, **options):
         super().__init_subclass__(**options)

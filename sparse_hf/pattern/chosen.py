@@ -10,6 +10,8 @@ from .content import Content
 KEY_SCORES, BLOCK_SCORES = ("dot", "indexer"), ("mean", "bounds", "antidiagonal")
 # sides of the squares whose antidiagonals are summed
 ANTIDIAGONAL = 16
+# what sides of tiles are a multiple of, and more keys than any text has
+TILE_STEP, EVERY_KEY = 16, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,42 @@ class VerticalSlash(Content):
     @property
     def most_keys(self) -> int:
         return self.columns + self.diagonals
+
+
+@dataclass(frozen=True)
+class Threshold(Content):
+    """Tiles of `queries` x `size` pairs, without those that cannot matter: a tile is kept if one of its keys has at least `share`
+    of the weight that some query of the tile gives to its heaviest key (BLASST, arXiv:2512.12087).
+
+    The heaviest key is that of all which the pattern could hold, wherever it stands: a tile is judged by the final maximum of the
+    softmax, not by the one so far, so that the choice depends on no order in which a kernel goes over keys. Tiles are counted
+    from the first token of a sequence. Weights that are left out are told: `sparse_hf.mass_left_out`.
+
+    With `queries` 1 each query judges blocks of keys for itself, and decoding with a cache is exact. With more, what a query sees
+    depends on the queries of its tile, up to its end; a token that is decoded alone judges for itself.
+
+    Examples:
+        >>> str(Threshold(0.001))
+        'threshold(0.001, 64, 64)'
+    """
+
+    share: float
+    size: int = 64
+    queries: int = 64
+    word = "threshold"
+    fraction_fields = ("share",)
+
+    def __post_init__(self):
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise ValueError(f"{self.word}: share is {self.share!r}; it must be a number above 0, and 1 at most")
+        for name in ("size", "queries"):
+            whole(f"{self.word}: {name}", getattr(self, name), 1)
+        if self.size % TILE_STEP:
+            raise ValueError(f"{self.word}: size is {self.size}; it must be a multiple of {TILE_STEP}")
+
+    @property
+    def most_keys(self) -> int:
+        return EVERY_KEY
 
 
 def _known(word: str, scores: str, known: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from operator import and_, or_
 from typing import NamedTuple
 
 from .base import MAX_TERMS, Intersection, Pattern, Union, as_pattern, written_out
-from .chosen import TopK, TopKBlocks, VerticalSlash
+from .chosen import Threshold, TopK, TopKBlocks, VerticalSlash
 from .complement import Outside
 from .content import Content
 from .lsh import LSH
@@ -23,7 +23,7 @@ from .primitives import First, Marked, MarkedKeys, MarkedQueries, Stride, Window
 
 EVERYTHING = Window(None, None)
 # what chooses pairs by content, in any model
-CONTENT = (LSH, TopK, TopKBlocks, VerticalSlash)
+CONTENT = (LSH, TopK, TopKBlocks, VerticalSlash, Threshold)
 # longer than any text, for forms that must not depend on lengths
 ANY_LENGTH = 1 << 30
 # forms that are kept: backends ask for every plan, and each decoded token has one

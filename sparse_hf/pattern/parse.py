@@ -102,17 +102,18 @@ def _call(word: str, node: ast.Call, text: str) -> Any:
         raise _unknown(word, at, text)
     positional = _positional(word, len(node.args))
     # a class says which of its arguments are patterns; all others are values
-    of_patterns = getattr(WORDS[word], "pattern_fields", ())
-    values = [
-        _pattern(argument, text) if name in of_patterns else _value(argument, text)
-        for name, argument in zip(positional, node.args, strict=True)
-    ]
+    of_patterns, of_fractions = (getattr(WORDS[word], kind, ()) for kind in ("pattern_fields", "fraction_fields"))
+
+    def read(name: str, argument: ast.expr) -> Any:
+        return _pattern(argument, text) if name in of_patterns else _value(argument, text, name in of_fractions)
+
+    values = [read(name, argument) for name, argument in zip(positional, node.args, strict=True)]
     named = {}
     for argument in node.keywords:
         name = argument.arg
         if name is None:
             raise _error(text, at, f"** is not read; the form is {_usage(word)}")
-        named[name] = _pattern(argument.value, text) if name in of_patterns else _value(argument.value, text)
+        named[name] = read(name, argument.value)
     try:
         _signature(WORDS[word]).bind(*values, **named)
         return WORDS[word](*values, **named)
@@ -131,9 +132,10 @@ def _positional(word: str, count: int) -> list[str]:
     return [*names[:count], *[""] * (count - len(names))]
 
 
-def _value(node: ast.expr, text: str) -> Any:
-    """A whole number, True or False, None, text, or tuples of them."""
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (int, str))):
+def _value(node: ast.expr, text: str, may_be_fraction: bool = False) -> Any:
+    """A whole number, True or False, None, text, or tuples of them; where it may be, any number."""
+    known = (int, str, float) if may_be_fraction else (int, str)
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, known)):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         number = node.operand.value

@@ -197,3 +197,13 @@ def train_step(pattern: str, backend: str, length: int) -> None:
 def without_lse(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """As `oracle.gradients` wants it."""
     return lambda q, k, v: (function(q, k, v), q.new_zeros(1))
+
+
+def compare_choice(text: str, given: list[Tensor], mask: Tensor, dtype, **options) -> None:
+    """Compare a pattern that chooses by content with dense attention over the pairs `[B, H, Q, K]` of the very choice."""
+    of_cpu = [t.cpu() for t in given]
+    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in of_cpu))
+    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *of_cpu)
+    on_device = [t.to(DEVICE) for t in given]
+    ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True, **options), *on_device)
+    check(right, plain, ours, dtype)

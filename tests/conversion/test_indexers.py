@@ -105,3 +105,17 @@ def test_sizes_without_a_pattern_that_uses_them_are_refused(dense, tmp_path):
     with pytest.raises(ValueError, match="no pattern has topk"):
         sparse_hf.convert(dense, tmp_path / "out", "window(7, 0)", indexer=SIZES, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_neighbours_that_share_an_indexer_have_weights_of_one(dense, trained, tmp_path):
+    command = ["convert", str(dense), str(tmp_path / "out"), "--pattern", PATTERN]
+    done = CliRunner().invoke(app, [*command, "--indexer-heads", "3", "--indexer-share", "2"])
+    assert done.exit_code == 0, done.output
+    sparse, found = loaded(tmp_path / "out"), of_indexers(weights(tmp_path / "out"))
+    assert sparse.config.indexer == {"heads": 3, "width": 64, "share": 2}
+    wanted = {str(layer) for layer in range(0, sparse.config.num_hidden_layers, 2)}
+    assert {name.split(".")[2] for name in found} == wanted
+    # of indexers that are there, those of the first of each group are kept
+    sparse_hf.convert(trained, tmp_path / "fewer", PATTERN, indexer={"share": 2}, progress=False)
+    old, new = of_indexers(weights(trained)), of_indexers(weights(tmp_path / "fewer"))
+    assert {name.split(".")[2] for name in new} == wanted and all(torch.equal(new[name], old[name]) for name in new)

@@ -113,6 +113,17 @@ def test_one_value_alone_can_be_drawn():
     ElementTree.fromstring(heat_map(Grid(["r"], ["c", "d"], [[0.5, None]]), "about"))
 
 
+def width_of(columns: int) -> float:
+    names = [str(i) for i in range(columns)]
+    drawn = heat_map(Grid(["niah_multiquery"], names, [[1.0] * columns], cell=(40, 22)), "about")
+    return float(ElementTree.fromstring(drawn).get("viewBox").split()[2])
+
+
+def test_maps_of_many_columns_fit_beside_each_other():
+    # narrow ones keep their cells, and very many are scrolled
+    assert width_of(2) < 250 and width_of(12) <= 560 < width_of(60)
+
+
 def test_shades_grow_darker():
     brightness = [sum(int(shade(i / 20)[j : j + 2], 16) for j in (1, 3, 5)) for i in range(21)]
     assert brightness == sorted(brightness, reverse=True)

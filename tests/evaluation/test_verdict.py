@@ -93,6 +93,14 @@ def test_layers_that_lose_most_are_named():
     assert "keep dense the layers that lose most attention, too: layers='1-2=dense'" in found["remedies"]
 
 
+def test_layers_that_slide_by_themselves_are_not_named():
+    kept = {"coverage": {"layers": [0, 1, 2], "candidates": {"window(9, 0)": {"by_layer": [0.2, 0.1, 0.9]}}}}
+    types = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    found = judged(figures(perplexity=12.0) | kept, head="Gemma3ForCausalLM", **types)
+    assert "keep dense the layers that see everything in the dense model: layers='2=dense'" in found["remedies"]
+    assert not any("0" in remedy for remedy in found["remedies"] if remedy.startswith("keep"))
+
+
 def test_encoders_hear_from_their_first_token():
     found = judged({}, "window(9, 9)", "BertModel")
     assert found["cannot_hear"].startswith(

@@ -211,10 +211,94 @@ def test_refuses_positions_that_cannot_be_turned():
     gpt2 = sparse_hf.sparsify(dense_model("GPT2LMHeadModel"), SPARSE)
     with pytest.raises(ValueError, match="sparse_gpt2 has positions that are learned.*use positions='true'"):
         StreamingCache(gpt2.config, positions="cache")
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    changing = sparse_hf.sparsify(dense_model(LLAMA, rope_parameters=rope), SPARSE)
-    with pytest.raises(ValueError, match="rope_type is 'dynamic', whose angles change as a text gets longer"):
-        StreamingCache(changing.config, positions="cache")
-    assert StreamingCache(changing.config, positions="auto").turns_from is None
     with pytest.raises(ValueError, match="positions is 'relative'; it must be one of 'true', 'cache', 'auto'"):
-        StreamingCache(changing.config, positions="relative")
+        StreamingCache(sparse_hf.sparsify(dense_model(LLAMA), SPARSE).config, positions="relative")
+
+
+# short texts are of up to 32 tokens, or of as many as are read here
+CHANGING = {
+    "dynamic": lambda short: (
+        LLAMA, {"max_position_embeddings": short, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "longrope": lambda short: (
+        "Phi3ForCausalLM",
+        {
+            "max_position_embeddings": 512, "original_max_position_embeddings": short, "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": short, "attention_factor": 1.1,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+def changing(kind: str, short: int = 32, pattern: str = SPARSE, **more):
+    head, changes = CHANGING[kind](short)
+    dense = dense_model(head, **changes)
+    return dense, sparse_hf.sparsify(dense, pattern, **more)
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_angles_that_change_are_those_of_short_texts(kind):
+    """However long a stream is, as by the dense class at a length at which its angles have not changed."""
+    ids, (_, sparse) = text(), changing(kind)
+    wanted = reference(changing(kind, short=512)[0], ids)
+    for sizes in (PIECES, (90,), (30, *[1] * 60)):
+        found = in_pieces(sparse, ids, StreamingCache(sparse.config, positions="cache"), sizes)
+        torch.testing.assert_close(found, wanted, **LIMIT)
+    assert (in_pieces(sparse, ids, StreamingCache(sparse.config)) - wanted).abs().max() > 1e-3
+    # and passes without such a cache are those of the dense class, as before
+    dense, whole = changing(kind)[0], sparse_hf.sparsify(changing(kind)[0], "window(None, 0)")
+    with torch.no_grad():
+        in_pieces(sparse, ids, StreamingCache(sparse.config, positions="cache"))
+        torch.testing.assert_close(whole(ids).logits, dense(ids).logits, **LIMIT)
+        torch.testing.assert_close(whole(ids[:, :20]).logits, dense(ids[:, :20]).logits, **LIMIT)
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_generate_goes_on_where_angles_would_change(kind):
+    """Phi-3 would compute all tokens again there; new tokens alone are enough."""
+    ids, (_, sparse), (far, _) = text(2, 25), changing(kind), changing(kind, short=512)
+    wanted = ids
+    for _ in range(20):
+        wanted = torch.cat((wanted, reference(far, wanted)[:, -1:].argmax(-1)), 1)
+    cache, passes = StreamingCache(sparse.config, positions="cache"), []
+    hook = sparse.lm_head.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    assert torch.equal(sparse.generate(ids, **named_cache(sparse, cache), **GREEDY), wanted)
+    hook.remove()
+    # beside two passes of a token that show how layers turn their keys
+    assert passes[:2] == [1, 1] and passes[-19:] == [1] * 19 and len(passes) == 22
+
+
+def test_refuses_angles_that_change_within_the_cache():
+    """What a layer keeps is longer than a short text; by itself, nothing is turned."""
+    for kind in CHANGING:
+        for more, seen in (
+            ({"pattern": "window(30, 0) | first(3)"}, "34 tokens"),
+            ({"layers": {1: "dense"}}, "all tokens of a text"),
+        ):
+            config = changing(kind, **more)[1].config
+            with pytest.raises(
+                ValueError, match=f"rope_type '{kind}' do beyond 32 tokens of a text, while a layer keeps {seen}"
+            ):
+                StreamingCache(config, positions="cache")
+        assert StreamingCache(config, positions="auto").turns_from is None
+    model = sparse_hf.sparsify(dense_model(LLAMA), SPARSE)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="were changed to angles that change with .* make the model anew"):
+        in_pieces(model, text(), StreamingCache(model.config, positions="cache"))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("kind", CHANGING)
+def test_angles_that_change_are_not_compiled(kind):
+    ids, (_, sparse) = text(1), changing(kind)
+    given = named_cache(sparse, StreamingCache(sparse.config, positions="cache"))
+    assert (
+        not StreamingCache(sparse.config, positions="cache").is_compileable
+        and StreamingCache(sparse.config).is_compileable
+    )
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="of short texts, .*; run without torch.compile"):
+        torch.compile(sparse, backend="eager")(ids, **given)

@@ -58,6 +58,13 @@ def said(head: str, pattern: str, layers: str | None = None, length: int | None 
     return hearing_warnings(config, head.endswith("ForCausalLM"), length)
 
 
+def test_layers_that_slide_by_themselves_are_not_to_be_made_dense():
+    # the second of two layers sees everything in the dense family
+    assert any("(layers='1=dense')" in text for text in said("Gemma3ForCausalLM", "window(20, 0)"))
+    slides = [text for text in said("MistralForCausalLM", "window(5, 0)") if "hears at most" in text]
+    assert slides and "dense" not in slides[0] and "widen the windows" in slides[0]
+
+
 def test_what_is_not_heard_is_said():
     short, bare = said("LlamaForCausalLM", "window(20, 0)")
     assert "through the model's 2 layers a token hears at most 40 tokens back, and texts may have 512" in short

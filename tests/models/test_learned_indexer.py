@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import sparse_hf
 from sparse_hf.attention.chosen import IndexerScores
+from sparse_hf.attention.composite import chosen as composite
+from sparse_hf.models.hf import attention_interface as layer_attention
 from sparse_hf.models.hf import indexer as room
 from sparse_hf.models.hf.indexer import INDEXED, Indexer
 from sparse_hf.models.indexed import loss
@@ -371,3 +373,82 @@ def test_a_folder_without_their_weights_gets_new_ones(tmp_path):
     weights = [module.wq.weight for module in loaded.modules() if isinstance(module, Indexer)]
     assert len(weights) == dense.config.num_hidden_layers and all(0 < w.std().item() < 1 for w in weights)
     assert isinstance(AutoModelForCausalLM.from_config(config).model.layers[0].self_attn.indexer, Indexer)
+
+
+SHARED = {**SIZES, "share": 2}
+
+
+def shared_pair(head: str = "LlamaForCausalLM", layers: int = 5):
+    name = "n_layer" if head.startswith("GPT2") else "num_hidden_layers"
+    sparse = sparse_hf.sparsify(dense_model(head, **{name: layers}), PATTERN, indexer=SHARED)
+    for module in sparse.modules():
+        if isinstance(module, Indexer):
+            module.weights_proj.weight.data.mul_(10)
+    return sparse
+
+
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_layers_that_share_an_indexer_choose_by_the_scores_of_the_first(head, monkeypatch):
+    sparse, text = shared_pair(head), ids()
+    indexers = [module for module in sparse.modules() if isinstance(module, Indexer)]
+    assert len(indexers) == 3 and len([m for m in sparse.modules() if isinstance(m, room.SharedIndexer)]) == 2
+    calls, counted, choose = [], [], composite.choose
+    attend = layer_attention.AttentionCall
+    monkeypatch.setattr(layer_attention, "AttentionCall", lambda *a, **k: calls.append(attend(*a, **k)) or calls[-1])
+    monkeypatch.setattr(composite, "choose", lambda *a: counted.append(a) or choose(*a))
+    made = scores_of(sparse, text)
+    # five layers choose by three indexers, which choose once each
+    assert [call.indexed for call in calls] == [made[0], made[0], made[1], made[1], made[2]] and len(counted) == 3
+    masks = [call.chosen_plan.chosen_mask(call, torch.arange(LENGTH)) for call in calls]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("make", [lambda config: DynamicCache(config=config), lambda config: StaticCache(config, 60)])
+def test_shared_indexers_decode_as_they_read(make):
+    sparse, text = shared_pair(), ids(length=40)
+    settings = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = sparse.generate(text, use_cache=False, **settings)
+    cache = make(sparse.config)
+    assert torch.equal(sparse.generate(text, disable_compile=True, **named_cache(sparse, cache), **settings), wanted)
+    # keys of three indexers behind those of five layers
+    assert len(cache.layers) == 8
+
+
+def test_shared_indexers_are_saved_loaded_and_learn_from_all_their_layers(tmp_path):
+    sparse, text = shared_pair(), ids()
+    sparse.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.indexer == SHARED and torch.equal(again(text).logits, sparse(text).logits)
+    with sparse_hf.indexer_losses(sparse) as losses:
+        sparse(text, decode="dense", use_cache=False)
+    assert len(losses.each) == 5
+    parameters = [sparse.model.layers[0].self_attn.indexer.wq.weight]
+    both = [torch.autograd.grad(one, parameters, retain_graph=True)[0] for one in losses.each[:2]]
+    (found,) = torch.autograd.grad(losses.each[0] + losses.each[1], parameters, retain_graph=True)
+    assert all(one.any() for one in both)
+    torch.testing.assert_close(found, both[0] + both[1])
+    assert torch.autograd.grad(losses.each[2], parameters, allow_unused=True) == (None,)
+
+
+def test_checkpointing_changes_nothing_where_indexers_are_shared():
+    sparse = shared_pair().train()
+    text = ids()
+    wanted = torch.autograd.grad(sparse(text, labels=text).loss, sparse.model.embed_tokens.weight)
+    enable_checkpointing(sparse)
+    found = torch.autograd.grad(sparse(text, labels=text, use_cache=False).loss, sparse.model.embed_tokens.weight)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_how_many_share_may_change_and_has_limits():
+    alone = pair()[1]
+    weight = alone.model.layers[0].self_attn.indexer.wq.weight
+    shared = sparse_hf.sparsify(alone, PATTERN, indexer={"share": 2})
+    assert torch.equal(shared.model.layers[0].self_attn.indexer.wq.weight, weight)
+    assert not list(shared.model.layers[1].self_attn.indexer.parameters())
+    with pytest.raises(ValueError, match="share, whole numbers from 1"):
+        sparse_hf.sparsify(dense_model("LlamaForCausalLM"), PATTERN, indexer={"share": 0})
+    with pytest.raises(ValueError, match="are of several kinds: .*'share': 1"):
+        sparse_hf.sparsify(dense_model("Gemma2ForCausalLM"), PATTERN, indexer=SHARED)
+    follower = shared.model.layers[1].self_attn.indexer
+    with pytest.raises(NotImplementedError, match="made no scores for it in this pass"):
+        follower(torch.zeros(1, 4, 8), None)

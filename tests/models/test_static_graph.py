@@ -12,7 +12,10 @@ from transformers import CompileConfig, StaticCache
 import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf import compiled
+from sparse_hf.models.hf.kept import Kept, read_kept
 from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, slow_but_for
+from tests.table import PATTERNS as TABLE
+from tests.table import causal_form
 
 pytestmark = pytest.mark.compiles
 # Transformers compiles none of these
@@ -109,6 +112,27 @@ def test_a_learned_bias_by_distance(name, graphs):
 def test_patterns(pattern, graphs):
     model = sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern, global_token_ids=(9,) if "marked" in pattern else ())
     compare(model, graphs, prompt())
+
+
+def has_end(pattern: str) -> bool:
+    kept = read_kept(causal_form(pattern))
+    return isinstance(kept, Kept) and kept.left is not None
+
+
+FAST = (("summary(16, 3) | window(0, 0)", "static"), ("chunk(50)", "streaming"))
+OF_TABLE = [(p, kind) for p in TABLE for kind in ("static", "streaming") if kind == "static" or has_end(p)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"), [pytest.param(*one, marks=() if one in FAST else pytest.mark.slow) for one in OF_TABLE]
+)
+def test_patterns_of_the_table(pattern, kind, graphs):
+    """Behind a prompt that is longer than what most of them see; those without end, behind a static cache alone."""
+    model, inputs = sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern), prompt(length=70)
+    if model.config.uses_marks:
+        inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
+        inputs["global_attention_mask"][:, [9, 40]] = 1
+    compare(model, graphs, inputs, kind)
 
 
 @pytest.mark.parametrize("pattern", slow_but_for((STREAMED[3], STREAMED[6]), STREAMED))

@@ -149,3 +149,11 @@ def test_bad_input_is_refused(tmp_path):
         made = model()
         enable_checkpointing(made)
         train_indexer(made, rows(), arguments(tmp_path))
+
+
+def test_one_indexer_learns_for_several_layers(tmp_path):
+    made = sparse_hf.sparsify(dense(), f"{NEAR} | topk(6, 'indexer')", indexer={"heads": 2, "width": 8, "share": 2})
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    trained = train_indexer(made, rows(), arguments(tmp_path), eval_dataset=rows())
+    assert changed(made, before) == of_indexers(made) and of_indexers(made) < of_indexers(model())
+    assert trained.after["after_recall"] > trained.before["before_recall"] + 0.02

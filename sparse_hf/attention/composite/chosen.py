@@ -6,15 +6,18 @@ are chosen, of S keys each.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern, TopK, TopKBlocks, VerticalSlash
+from ...pattern import Pattern, Threshold, TopK, TopKBlocks, VerticalSlash
 from ...pattern.base import as_pattern
 from ...pattern.forms import EVERYTHING, CutContent
-from ...plan import BlockPlan
+from ...plan import BlockPlan, remembered
 from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
@@ -23,8 +26,11 @@ from ..chosen.scores import DotScores
 from .chosen_blocks import Groups, block_choice
 from .chosen_rest import Rest
 from .chosen_scores import slash_worth
+from .chosen_threshold import weighty_tiles
 from .chosen_tiles import ChosenTiles, chosen_tiles
 from .content import ContentPlan, Kind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +59,31 @@ class TilePlan(ContentPlan):
         return self.chosen.chosen(b[:, None, None, None], h[:, None, None], queries[:, None], keys)
 
 
+@dataclass(frozen=True, eq=False)
+class WeightyPlan(TilePlan):
+    """The same, of tiles that a threshold keeps, and what share of weights it leaves out."""
+
+    lost: Tensor
+
+    @property
+    def left_out(self) -> Tensor:
+        return self.lost
+
+
 def _token_choice(call: AttentionCall, content: TopK, rest: Rest) -> Tensor:
     """`[B, H, Q, N]`, or `[B, 1, Q, N]` by an indexer."""
-    scores = call.indexed if content.uses_indexer else DotScores(call.q, call.k)
-    return choose(scores, content.count, rest.limits)
+    if content.uses_indexer:
+        return _indexed_choice(
+            call.indexed, content.count, rest.positions, rest.cut.patterns[0], rest.is_causal, rest.batch
+        )
+    return choose(DotScores(call.q, call.k), content.count, rest.limits)
+
+
+# layers that share an indexer and a pattern choose once
+@remembered
+def _indexed_choice(scores: Any, count: int, positions: BlockPlan, cut: Pattern, is_causal: bool, batch: int) -> Tensor:
+    rest = Rest(positions, replace(positions, patterns=(cut,)), is_causal, batch)
+    return choose(scores, count, rest.limits)
 
 
 def _slash_choice(call: AttentionCall, content: VerticalSlash, rest: Rest) -> list[Tensor]:
@@ -71,6 +98,8 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
             rest = rest_of(call, cut, positions)
+            if content.most_keys >= call.k.shape[2]:
+                _say_whole(str(content), content.most_keys)
             if isinstance(content, TopK):
                 found.append(_token_choice(call, content, rest))
             elif isinstance(content, VerticalSlash):
@@ -83,6 +112,15 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
         found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
         return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
     return ChoicePlan(positions, ChosenKeys(found[0]))
+
+
+@lru_cache
+def _say_whole(content: str, most: int) -> None:
+    logger.info(
+        "texts of up to %s tokens are shorter than what %s may choose: queries get all that it leaves them",
+        f"{most:,}",
+        content,
+    )
 
 
 def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
@@ -100,6 +138,16 @@ def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positio
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
+def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> WeightyPlan:
+    (content, cut), *others = chosen
+    if others:
+        raise ValueError(f"{call.pattern} has {len(chosen)} thresholds; one pattern takes one")
+    assert isinstance(content, Threshold)
+    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        plan, lost = weighty_tiles(call, content, rest_of(call, cut, positions))
+    return WeightyPlan(positions, plan, lost)
+
+
 def choose_in_tiles(chosen: tuple[CutContent, ...]) -> bool:
     """Do groups of queries choose blocks, and nothing else is chosen?"""
     contents = [content for content, _ in chosen]
@@ -113,9 +161,9 @@ def _once(index: Tensor) -> Tensor:
     return index.masked_fill(again, -1)
 
 
-def _why_not(call: AttentionCall) -> str | None:
+def _why_not(call: AttentionCall, word: str = "topk") -> str | None:
     if call.scoring.bias is not None:
-        return "topk(...) does not go with relative_bias; use patterns of positions in such models"
+        return f"{word}(...) does not go with relative_bias; use patterns of positions in such models"
     if call.indexed is None and call.pattern is not None and as_pattern(call.pattern).uses_indexer:
         return (
             f"{call.pattern} chooses by the scores of an indexer, and none were handed over: give a model one with sparse_hf.sparsify "
@@ -124,9 +172,17 @@ def _why_not(call: AttentionCall) -> str | None:
     return None
 
 
-ALL_BACKENDS = ("auto", "reference", "blockwise", "flex", "fa", "triton")
-CHOICES = Kind("topk", ALL_BACKENDS, _make_plan, GatheredKeys(), _why_not)
 # tables of tiles are for these
-BLOCK_CHOICES = Kind(
-    "topk_blocks", ("auto", "reference", "blockwise", "triton"), _make_tile_plan, GatheredKeys(), _why_not
+OF_TILES = ("auto", "reference", "blockwise", "triton")
+CHOICES = Kind("topk", ("auto", "reference", "blockwise", "flex", "fa", "triton"), _make_plan, GatheredKeys(), _why_not)
+BLOCK_CHOICES = Kind("topk_blocks", OF_TILES, _make_tile_plan, GatheredKeys(), _why_not, in_tiles=True)
+THRESHOLDS = Kind(
+    "threshold", OF_TILES, _make_weighty_plan, GatheredKeys(), partial(_why_not, word="threshold"), in_tiles=True
 )
+
+
+def kind_of_choice(chosen: tuple[CutContent, ...]) -> Kind:
+    """How keys are chosen, of patterns other than `lsh(...)`."""
+    if any(isinstance(content, Threshold) for content, _ in chosen):
+        return THRESHOLDS
+    return BLOCK_CHOICES if choose_in_tiles(chosen) else CHOICES

@@ -26,10 +26,16 @@ LEAST_TILE = 16
 
 
 @dataclass(frozen=True)
-class _Listed(Pattern, has_word=False):
-    """Stands where a plan says its patterns: no form in positions is read of it, and `ChosenTiles` says its pairs."""
+class Listed(Pattern, has_word=False):
+    """Stands where a plan says its patterns: no form in positions is read of it, and `ChosenTiles` says its pairs.
+
+    Args:
+        parts: the patterns of positions, and of what may be chosen.
+        is_aligned: is each tile of the plan chosen as a whole or not at all?
+    """
 
     parts: tuple[Pattern, ...]
+    is_aligned: bool = True
 
     def allows(self, q, k, marks=None):
         raise AssertionError("a plan of chosen tiles says its pairs itself")
@@ -40,10 +46,17 @@ class _Listed(Pattern, has_word=False):
     def reachable(self, k, q):
         return joint(q, k)
 
+    @property
+    def marks_add(self) -> bool:
+        # without marks there would be other tables
+        return False
+
     def on(self, device):
-        return _Listed(tuple(part.on(device) for part in self.parts))
+        return Listed(tuple(part.on(device) for part in self.parts), self.is_aligned)
 
     def signature(self, q0: Tensor, k0: Tensor, side: int, marks: Marks | None = None) -> list[Tensor] | None:
+        if not self.is_aligned:
+            return None
         found = [part.signature(q0, k0, side, marks) for part in self.parts]
         known = [numbers for numbers in found if numbers is not None]
         return [number for numbers in known for number in numbers] if len(known) == len(found) else None
@@ -70,11 +83,7 @@ class ChosenTiles(BlockPlan):
     def _is_chosen(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Is a tile, by its row of tables (without i) and its place, a chosen one?"""
         assert self.codes is not None
-        code = (row * self.q_blocks + i) * self.kv_blocks + j
-        if not len(self.codes):
-            return torch.zeros_like(code, dtype=torch.bool)
-        at = torch.searchsorted(self.codes, code.contiguous()).clamp(max=len(self.codes) - 1)
-        return self.codes[at] == code
+        return is_among((row * self.q_blocks + i) * self.kv_blocks + j, self.codes)
 
     def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
         """Did query q of head h choose key k?"""
@@ -93,11 +102,13 @@ class ChosenTiles(BlockPlan):
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.beside is not None and self.cut is not None and self.codes is not None
         lines, columns = self.q_blocks, self.kv_blocks
-        rows = self.batch_rows * len(self.patterns)
+        heads, rows = len(self.patterns), self.batch_rows * len(self.patterns)
         counts = self.beside.row_offsets.diff()
         line = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
-        held = (line * columns + self.beside.columns) * 2 + self.beside.full
-        held = (torch.arange(rows, device=self.device)[:, None] * (lines * columns * 2) + held).flatten()
+        held = (line % lines * columns + self.beside.columns) * 2 + self.beside.full
+        # the rows of this table that a row of the other stands for: all, or the heads of a batch row
+        own = torch.arange(rows if self.beside.batch_rows == 1 else heads, device=self.device)
+        held = ((own[:, None] + line // lines * heads) * (lines * columns * 2) + held).flatten()
         code = torch.cat([held, self.codes * 2 + self._is_full(self.codes)]).unique()
         # of a tile that is listed as partial and as full the last is the full one
         code = code[(code >> 1).diff(append=code.new_full((1,), -1)) != 0]
@@ -117,6 +128,13 @@ class ChosenTiles(BlockPlan):
         return pattern.blocks(q + offset, q1 + offset, k, k1, Marks(length=self.kv_len))
 
 
+def is_among(codes: Tensor, known: Tensor) -> Tensor:
+    """Which of the codes are among `known`, which ascend?"""
+    if not len(known):
+        return torch.zeros_like(codes, dtype=torch.bool)
+    return known[torch.searchsorted(known, codes.contiguous()).clamp(max=len(known) - 1)] == codes
+
+
 @remembered
 def in_tiles(plan: BlockPlan, tile: int) -> BlockPlan:
     """The plan in blocks of another size, whose tables are made once."""
@@ -131,7 +149,7 @@ def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
         return None
     batch, heads = call.q.shape[:2]
     beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
-    pattern = _Listed((beside.patterns[0], cut.patterns[0]))
+    pattern = Listed((beside.patterns[0], cut.patterns[0]))
     empty = torch.zeros(0, dtype=torch.int64, device=positions.device)
     plan = ChosenTiles(
         patterns=(pattern,) * heads, heads=tuple(range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,

@@ -18,6 +18,7 @@ from ...plan import BlockPlan, find_plan
 from ..autograd import AutogradBackend
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
 from ..backends.reference import with_weights
+from ..left_out import tell
 from ..merge import merge
 
 
@@ -37,6 +38,11 @@ class ContentPlan:
         """One plan of both kinds of pairs, where there is one."""
         return None
 
+    @property
+    def left_out(self) -> Tensor | None:
+        """The share of the weights of each query that the choice leaves out, `[B, H, Q]`, where it is known and to be told."""
+        return None
+
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
         """The pairs of queries `[m]` that are chosen, `[B, H, m, K]` bool."""
         raise NotImplementedError
@@ -52,6 +58,7 @@ class Kind:
         make_plan: from a call, what chooses, and the plan of positions.
         backend: what computes the pairs that are chosen.
         why_not: why a call cannot be run, None if it can.
+        in_tiles: are its plans tables of tiles, which not every backend of "auto" takes?
     """
 
     name: str
@@ -59,6 +66,7 @@ class Kind:
     make_plan: Callable[[AttentionCall, tuple[CutContent, ...], BlockPlan], ContentPlan]
     backend: Backend
     why_not: Callable[[AttentionCall], str | None]
+    in_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class ContentPairs(Backend):
 
     def forward(self, call: AttentionCall) -> Results:
         found = [backend.forward(part) for backend, part in self._parts(call)]
+        _tell(planned(call, self.kind), call)
         return merge(found) if len(found) > 1 else found[0]
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
@@ -106,8 +115,14 @@ class DenseContentPairs(AutogradBackend, ContentPairs):
 
 def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and the weights `[B, H, Q, K]`, from one dense mask. O(n^2)."""
-    queries = torch.arange(call.q.shape[2], device=call.q.device)
-    return with_weights(call, held_by(planned(call, kind), call, queries))
+    queries, plan = torch.arange(call.q.shape[2], device=call.q.device), planned(call, kind)
+    _tell(plan, call)
+    return with_weights(call, held_by(plan, call, queries))
+
+
+def _tell(plan: ContentPlan, call: AttentionCall) -> None:
+    if plan.left_out is not None:
+        tell(str(call.pattern), plan.left_out)
 
 
 def held_by(plan: ContentPlan, call: AttentionCall, queries: Tensor) -> Tensor:

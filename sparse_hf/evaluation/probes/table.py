@@ -7,6 +7,7 @@ from .cost import Cost
 from .coverage import Coverage
 from .divergence import Divergence
 from .embedding import Embedding
+from .harness import Harness
 from .longppl import LongPPL
 from .masked import Masked
 from .perplexity import Perplexity
@@ -14,12 +15,13 @@ from .recall import Recall
 
 PROBES: dict[str, Probe] = {
     probe.name: probe
-    for probe in (Divergence(), Perplexity(), LongPPL(), Masked(), Embedding(), Coverage(), Recall(), Cost())
+    for probe in (Divergence(), Perplexity(), LongPPL(), Masked(), Embedding(), Coverage(), Recall(), Harness(), Cost())
 }
 
 
 def choose(names: list[str] | None, setup: Setup) -> tuple[list[Probe], dict[str, str]]:
-    """The probes that are run, and why others are not; without names all that the model can be asked.
+    """The probes that are run, and why others are not; without names all that the model can be asked,
+    and the harness if there are tasks for it.
 
     Raises:
         ValueError: an unknown name, or one that the model or the texts cannot be asked.
@@ -28,7 +30,9 @@ def choose(names: list[str] | None, setup: Setup) -> tuple[list[Probe], dict[str
     if unknown is not None:
         raise ValueError(f"there is no probe {unknown!r}; there are {', '.join(PROBES)}")
     chosen, left_out = [], {}
-    for name in names or PROBES:
+    # nobody misses a harness who named no task for it
+    of_all = [name for name in PROBES if name != Harness.name or setup.settings.harness]
+    for name in names or of_all:
         reason = PROBES[name].why_not(setup)
         if reason is None:
             chosen.append(PROBES[name])

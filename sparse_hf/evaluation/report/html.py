@@ -22,6 +22,7 @@ MEANINGS = {
     "error": "how far the last states are from the dense ones, as a share of their length",
     "kept": "the dense model's attention weights on pairs that the pattern holds",
     "recall": "facts said when asked for",
+    "harness": "tasks of lm-evaluation-harness",
     "answer loss": "on the tokens of these facts",
 }
 STYLE = """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 # Okabe and Ito's, dark enough on white; dashes tell apart what shares a colour
@@ -144,6 +144,10 @@ def points(series: Sequence[Series], x: Axis, y: Axis, about: str) -> str:
     return _picture(parts, WIDTH, HEIGHT, about)
 
 
+# a map of more is scrolled on a laptop, where two stand side by side; and cells are no narrower than this
+WIDEST_MAP, LEAST_CELL = 560, 13
+
+
 @dataclass(frozen=True)
 class Grid:
     """A heat map: values between `low` and `high` by row and column, written into the cells where there is room."""
@@ -161,8 +165,10 @@ class Grid:
 
 def heat_map(grid: Grid, about: str) -> str:
     """The values of a grid as shades, dark where there is much."""
-    width, height = grid.cell
     left = 8 + max((len(row) for row in grid.rows), default=0) * 7.5 + (20 if grid.row_title else 0)
+    room = int((WIDEST_MAP - left - 8) / max(1, len(grid.columns)))
+    width, height = min(grid.cell[0], max(LEAST_CELL, room)), grid.cell[1]
+    grid = replace(grid, cell=(width, height))
     top = 6
     total = left + width * len(grid.columns) + 8
     bottom = top + height * len(grid.rows)

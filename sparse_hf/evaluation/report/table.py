@@ -42,6 +42,7 @@ COLUMNS = (
     Column("kept", "coverage", lambda one: one["kept"], lambda x: f"{x:.1%}"),
     Column("recall", "recall", lambda one: one["recalled"], lambda x: f"{x:.0%}"),
     Column("answer loss", "recall", lambda one: one["loss"], lambda x: f"{x:.2f}"),
+    Column("harness", "harness", lambda one: one["score"], lambda x: f"{x:.1%}"),
     Column("s per pass", "cost", _cost("seconds"), lambda x: f"{x:.2f}"),
     Column("ms per token", "cost", _cost("seconds_per_token"), lambda x: f"{x * 1000:.1f}"),
     Column("cache", "cost", _cost("cache_bytes"), lambda x: size(x)),

@@ -186,18 +186,28 @@ def emptied_cache(model: Any, input_ids: Tensor, given: Mapping[str, Any], input
                 f"{type(model).__name__} computes all tokens again at this length, where its positions are scaled anew, and {held} of "
                 "them are only in the cache; pass the whole text to generate, not new tokens alone"
             )
-        _empty(cache)
+        empty(cache)
     return cache
 
 
-def _empty(cache: Cache) -> None:
+def empty(cache: Cache) -> None:
     """Have a cache begin anew, in its own objects."""
     cache.reset()
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer):
-            # older versions write zeros over the keys, and go on behind them
-            layer.keys = layer.values = None
-            layer.is_initialized = False
+    for part in parts_of(cache):
+        for layer in part.layers:
+            if isinstance(layer, DynamicLayer):
+                # older versions write zeros over the keys, and go on behind them
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+
+def parts_of(cache: Cache) -> tuple[Cache, ...]:
+    """The cache of a decoder, and beside it that of what it reads of its encoder, if there is one."""
+    return (
+        (cache.self_attention_cache, cache.cross_attention_cache)
+        if isinstance(cache, EncoderDecoderCache)
+        else (cache,)
+    )
 
 
 def text_length(input_ids: Tensor, kwargs: Mapping[str, Any]) -> int:
@@ -318,7 +328,7 @@ def prepare_cache(cache: Cache | None, length: int, mask: Tensor | None) -> None
             padding_of(mask, mask.shape[1])
         cache.make_room(length)
     keep_all(cache, 0, length)
-    most = _room(cache)
+    most = room_of(cache)
     if most is not None and length > most:
         raise ValueError(
             f"the static cache holds {most} tokens, and this call may come to {length}: give a lower max_new_tokens, or a cache with a "
@@ -326,17 +336,7 @@ def prepare_cache(cache: Cache | None, length: int, mask: Tensor | None) -> None
         )
 
 
-def check_room(cache: Cache | None, new: int) -> None:
-    """Raise ValueError if a static cache has no room for the `new` tokens of a pass; it is left as it is."""
-    most = _room(cache)
-    if cache is not None and most is not None and cached_tokens(cache) + new > most:
-        raise ValueError(
-            f"the static cache holds {most} tokens, and with this pass there would be {cached_tokens(cache) + new}; make one with a "
-            "greater max_cache_len, or begin anew with cache.reset()"
-        )
-
-
-def _room(cache: Cache | None) -> int | None:
+def room_of(cache: Cache | None) -> int | None:
     """The tokens that a static cache holds at most; None of others."""
     if cache is None or isinstance(cache, (StreamingCache, EncoderDecoderCache)) or not cache.layers:
         return None

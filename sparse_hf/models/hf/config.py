@@ -277,7 +277,8 @@ class SparseConfigMixin(_Config):
                 `"encoder 0-3=dense, decoder=window(255, 0)"`. A layer that is named gets exactly what is said.
             global_token_ids: token ids that `marked()` speaks of wherever they occur.
             decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
-            indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by; by default 8 heads of 64.
+            indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by; by default 8 heads of 64. With "share" so
+                many neighbours among the layers that have such a pattern go by one indexer, that of the first of them.
 
         Raises:
             ValueError: no pattern for a family that implies none, or one that does not fit the model.
@@ -373,9 +374,10 @@ class SparseConfigMixin(_Config):
             raise ValueError(
                 f"{asking[0]} gives layers an indexer, and {self.model_type} is no dense decoder of one stack; use topk(...) without it"
             )
-        if set(said) != set(INDEXER) or not all(type(value) is int and value > 0 for value in said.values()):
+        is_known = set(INDEXER) <= set(said) <= {*INDEXER, "share"}
+        if not is_known or not all(type(value) is int and value > 0 for value in said.values()):
             raise ValueError(
-                f"indexer is {said}; it needs {' and '.join(INDEXER)}, whole numbers from 1, like {INDEXER}"
+                f"indexer is {said}; it needs {' and '.join(INDEXER)} and may have share, whole numbers from 1, like {INDEXER}"
             )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
@@ -423,7 +425,7 @@ class SparseConfigMixin(_Config):
 
     @property
     def indexer(self) -> dict[str, int]:
-        """Heads of the indexers that layers with `topk(..., 'indexer')` have, and the width of a head."""
+        """Heads of the indexers that layers with `topk(..., 'indexer')` have, the width of a head, and how many layers share one."""
         return dict((self.sparse_attention or {}).get("indexer") or INDEXER)
 
     def check_decode(self, decode: str) -> None:

@@ -77,10 +77,11 @@ def _of_stack(config: SparseConfigMixin, is_causal: bool, length: int | None, st
     found, where = hearing(config, is_causal, stack), f"the {stack}'s" if stack else "the model's"
     if found is not None and found.is_short_of(length):
         side = f"{found.left:,} tokens back" if is_causal else f"{max(found.left or 0, found.right or 0):,} tokens away"
-        remedy = "layers='0-/4=dense'" if is_causal else "`| first(1)` or `| marked()`"
+        remedy = _dense_ones(config, count) if is_causal else "`| first(1)` or `| marked()`"
+        reach = f", or let some layers or tokens reach all ({remedy})" if remedy else ""
         yield (
             f"through {where} {count} layers a token hears at most {side}, and texts may have {length:,}: what stands farther cannot "
-            f"change an answer, whatever is trained; widen the windows, or let some layers or tokens reach all ({remedy})"
+            f"change an answer, whatever is trained; widen the windows{reach}"
         )
     forms = [_form(config, layer, is_causal, stack) for layer in changed]
     bare = [f for f in forms if f is not None and _is_short(f, length) and not f.first and not f.marked]
@@ -89,6 +90,18 @@ def _of_stack(config: SparseConfigMixin, is_causal: bool, length: int | None, st
             f"nothing is global in {len(bare)} of {where} {count} layers: dense models put weight that they have no use for on the first "
             "tokens, and answer badly once these are out of sight; add `| first(4)`"
         )
+
+
+def _dense_ones(config: SparseConfigMixin, count: int) -> str:
+    """What `layers` may say to let some reach all; "" where every layer of the dense family slides.
+
+    A layer that slides in the dense family was never trained to see more, and answers badly if it does.
+    """
+    whole = [layer for layer in range(count) if config.own_window(layer) is None]
+    if len(whole) == count:
+        return "layers='0-/4=dense'"
+    named = ", ".join(f"{layer}=dense" for layer in whole)
+    return f"layers='{named}'" if whole else ""
 
 
 def _is_short(form: WindowForm, length: int) -> bool:

@@ -4,7 +4,8 @@ As in DeepSeek V3.2 (arXiv:2512.02556) a score is the sum over the heads of the 
 them projections of the states that the layer's attention is given. Angles of positions are those of the model, where it has any.
 
 The module is `indexer` of the attention module, with the parameters `wq.weight`, `wk.weight`, `k_norm.weight`, `k_norm.bias` and
-`weights_proj.weight`. A hook before the attention module has it make scores, and hands them to the attention function.
+`weights_proj.weight`. A hook before the attention module has it make scores, and hands them to the attention function. Neighbouring
+layers may share an indexer, as in GLM-5: the first of them has it, and the others go by its scores.
 
 Legend: B batch, I heads of the indexer, Q queries, K keys, D width of a head of the indexer, R dims of the model's angles.
 """
@@ -24,6 +25,7 @@ from ...attention.chosen import IndexerScores
 from ...pattern.base import as_pattern
 from ..derived.attention_modules import attention_modules
 from .chosen_keys import learning, refuse_graphs
+from .mask_request import MaskRequest
 
 # the module of an attention module, and the argument by which its scores reach the attention function
 NAME, INDEXED = "indexer", "indexed"
@@ -42,6 +44,8 @@ class Indexer(nn.Module):
     def __init__(self, states: int, heads: int, width: int, slot: int):
         super().__init__()
         self.heads, self.width, self.slot = heads, width, slot
+        # do later layers go by its scores?
+        self.leads = False
         self.wq = nn.Linear(states, heads * width, bias=False)
         self.wk = nn.Linear(states, width, bias=False)
         self.k_norm = nn.LayerNorm(width)
@@ -78,6 +82,31 @@ class Indexer(nn.Module):
         return own.update(key[:, None], key[:, None, :, :0])[0][:, 0]
 
 
+class SharedIndexer(nn.Module):
+    """Stands in a layer that goes by the scores which an earlier layer's indexer made in the same pass; it has no weights.
+
+    Args:
+        leader: the number of that layer.
+    """
+
+    def __init__(self, leader: int):
+        super().__init__()
+        self.leader = leader
+
+    def forward(self, states: Tensor, request: Any) -> IndexerScores:
+        """The scores, on the device of the layer's states."""
+        scores = request.handed_on.get(self.leader) if isinstance(request, MaskRequest) else None
+        if scores is None:
+            raise NotImplementedError(
+                f"a layer goes by the indexer of layer {self.leader}, which made no scores for it in this pass; give each layer one of its "
+                "own, indexer={'share': 1}"
+            )
+        if scores.device == states.device:
+            return scores
+        query, key, weights = (t.to(states.device) for t in (scores.query, scores.key, scores.weights))
+        return IndexerScores(query, key, weights, scores.scale)
+
+
 def turned(t: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """`[B, Q, I, D]` turned by the model's angles, or by evenly many of them where they are more than a head holds."""
     cos, sin = angles
@@ -97,24 +126,46 @@ def fit_indexers(model: nn.Module, config: Any) -> None:
     """Give each layer whose pattern asks for it an indexer, with new weights, and take it from those whose pattern does not.
 
     Raises:
-        ValueError: a family without attention modules that an indexer can stand before, or whose layers see what comes.
+        ValueError: a family without attention modules that an indexer can stand before, or whose layers see what comes; layers of
+            different kinds that were to share one.
     """
     patterns, wanted = config.layer_patterns() if set(config.stacks) == {""} else [], 0
     layers = [number for number, pattern in enumerate(patterns) if as_pattern(pattern).uses_indexer]
+    share = config.indexer.get("share", 1)
+    leaders = layers[::share]
+    for number in leaders if share > 1 else ():
+        _check_kinds(config, layers[layers.index(number) :][:share])
+    sizes = {name: value for name, value in config.indexer.items() if name != "share"}
     for _, module in attention_modules(model):
         number = vars(module).get("layer_idx")
         if number not in layers:
             _take(module)
             continue
-        wanted, slot, own = wanted + 1, len(patterns) + layers.index(number), module._modules.get(NAME)
-        if isinstance(own, Indexer) and {"heads": own.heads, "width": own.width} == config.indexer:
-            own.slot = slot
+        place = layers.index(number) // share
+        wanted, slot, own = wanted + 1, len(patterns) + place, module._modules.get(NAME)
+        if isinstance(own, Indexer) and number in leaders and {"heads": own.heads, "width": own.width} == sizes:
+            own.slot, own.leads = slot, share > 1
             continue
         _take(module)
         _check(module, config)
-        _give(module, config, slot)
+        if number in leaders:
+            _give(module, config, slot, share > 1)
+        else:
+            module.add_module(NAME, SharedIndexer(leaders[place]))
+        module.register_forward_pre_hook(_score, with_kwargs=True)
     if wanted < len(layers):
         raise ValueError(f"{config.model_type} has no attention modules that an indexer could stand before{_INSTEAD}")
+
+
+def _check_kinds(config: Any, layers: list[int]) -> None:
+    """Raise ValueError where layers that are to share an indexer do not see by the same mask of the family."""
+    types = getattr(config, "layer_types", None)
+    kinds = dict.fromkeys(types[number] for number in layers) if types else ()
+    if len(kinds) > 1:
+        raise ValueError(
+            f"layers {', '.join(map(str, layers))} are to share an indexer, and are of several kinds: {', '.join(kinds)}; give each its "
+            "own, indexer={'share': 1}, or name with layers= which have one"
+        )
 
 
 _INSTEAD = "; use topk(...) without 'indexer', which needs none"
@@ -133,17 +184,17 @@ def _check(module: nn.Module, config: Any) -> None:
         )
 
 
-def _give(module: nn.Module, config: Any, slot: int) -> None:
+def _give(module: nn.Module, config: Any, slot: int, leads: bool) -> None:
     like = next(parameter for parameter in module.parameters())
     dtype = like.dtype if like.dtype.is_floating_point else torch.get_default_dtype()
     said = config.indexer
     made = Indexer(config.hidden_size, said["heads"], said["width"], slot).to(dtype)
+    made.leads = leads
     module.add_module(NAME, made if like.is_meta else made.to(like.device))
-    module.register_forward_pre_hook(_score, with_kwargs=True)
 
 
 def _take(module: nn.Module) -> None:
-    if isinstance(module._modules.get(NAME), Indexer):
+    if isinstance(module._modules.get(NAME), (Indexer, SharedIndexer)):
         del module._modules[NAME]
         for number, hook in list(module._forward_pre_hooks.items()):
             if hook is _score:
@@ -154,6 +205,9 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     """The arguments of an attention module with the scores of its indexer among them."""
     refuse_graphs()
     given = _signature(type(module)).bind_partial(module, *args, **kwargs).arguments
+    own, request = getattr(module, NAME), given.get("attention_mask")
+    if isinstance(own, SharedIndexer):
+        return args, {**kwargs, INDEXED: own(given["hidden_states"], request)}
     # families call it by several names
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     angles = given.get("position_embeddings")
@@ -162,7 +216,9 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
         angles = (
             None if angles is None else tuple(part.detach() if isinstance(part, Tensor) else part for part in angles)
         )
-        scores = getattr(module, NAME)(given["hidden_states"].detach(), angles, cache)
+        scores = own(given["hidden_states"].detach(), angles, cache)
+    if own.leads and isinstance(request, MaskRequest):
+        request.handed_on[vars(module)["layer_idx"]] = scores
     return args, {**kwargs, INDEXED: scores}
 
 

@@ -116,7 +116,8 @@ class Batch:
 
 @dataclass(eq=False)
 class MaskRequest:
-    """What the model asked its mask function for, and what its layers share, in `memo`."""
+    """What the model asked its mask function for, and what its layers share, in `memo`; what they hand on to later ones, by their
+    numbers, is in `handed_on`, on whatever device those are."""
 
     attention_mask: Tensor | None  # [B, K] bool, true on real tokens
     mask_function: Callable | None
@@ -130,6 +131,7 @@ class MaskRequest:
     memo: dict = field(default_factory=dict)
     # rows and keys; where a model around a text makes the request, the text's own class asks for them
     shape: tuple[int, int] = (0, 0)
+    handed_on: dict[int, Any] = field(default_factory=dict)
 
     # dense classes ask masks for it; 4 would be a mask of pairs
     ndim = 2

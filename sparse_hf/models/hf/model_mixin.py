@@ -17,7 +17,6 @@ from .cache import (
     LAYERS_SEE,
     begin_streaming,
     check_cache_name,
-    check_room,
     decoding_patterns,
     emptied_cache,
     given_cache,
@@ -50,9 +49,11 @@ from .marks import (
 from .mask_request import FLEETING, padding_in, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
+from .short_angles import hold_angles
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 from .turning import begin_turning
+from .whole_pass import check_fits, whole_pass
 
 logger = logging.get_logger(__name__)
 
@@ -112,6 +113,7 @@ class SparseMixin(SavedByOthers, _Model):
         # before weights are initialized
         fit_indexers(self, self.config)
         super().post_init()
+        hold_angles(self, self.config)
         adopt(self)
         if self.config.sparse_attention is None and not self.config.implies_pattern:
             logger.warning_once(
@@ -284,7 +286,11 @@ def _with_own_inputs(parent: Callable[..., dict[str, Any]]) -> Callable[..., dic
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = parent(self, input_ids, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        lost = lost_cache(self, given, inputs)
+        lost, cache = lost_cache(self, given, inputs), given_cache(given)
+        if lost is not None and isinstance(cache, StreamingCache) and cache.holds_angles:
+            # no angle changes, and nothing is computed again
+            plain: Any = GenerationMixin
+            inputs, lost = plain.prepare_inputs_for_generation(self, input_ids, *args, **kwargs), None
         if lost is not None and given.get("next_sequence_length") is not None:
             # older versions forget that all tokens are needed then
             inputs = parent(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
@@ -345,7 +351,7 @@ def _with_marks(parent: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= _own_arguments(self, given, global_attention_mask)
         if self._parent_scales_loss and num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with _said(self, kwargs, given_cache(given) is not None):
+        with whole_pass(given), _said(self, kwargs, given_cache(given) is not None):
             output = parent(self, *args, **kwargs)
         if kwargs.get("global_attention_mask") is not None and given_cache(given) is None:
             # one that the dense class has made
@@ -418,7 +424,7 @@ def _own_arguments(model: SparseMixin, given: dict[str, Any], marks: Tensor | No
         check_bounds(model.config, given)
         tokens = new_tokens(given)
         keep_all(given_cache(given), 0 if tokens is None else tokens.shape[1])
-        check_room(given_cache(given), 0 if tokens is None else tokens.shape[1])
+        check_fits(model.config, given_cache(given), given, 0 if tokens is None else tokens.shape[1])
     marks = forward_marks(model, given["input_ids"], marks, given)
     if marks is not None:
         own["global_attention_mask"] = marks

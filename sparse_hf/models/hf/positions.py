@@ -100,10 +100,16 @@ def why_not_turned(config: Any) -> str | None:
             f"positions='cache' turns rotary keys, and {config.model_type} has positions that are {scheme or 'of no known kind'}, which "
             "are in the states of a token for good; use positions='true', or a rotary model"
         )
-    changing = changing_angles(config)
-    if changing is None:
-        return None
-    return (
-        f"positions='cache' needs angles that are the same at any length, and rope_type is {changing!r}, whose angles change as a text "
-        "gets longer; use positions='true'"
-    )
+    return None
+
+
+def short_length(config: Any) -> int:
+    """Tokens of a text up to which angles that change are those of short texts."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    least = config.max_position_embeddings
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            known = kind.get("original_max_position_embeddings")
+            least = min(least, known or getattr(config, "original_max_position_embeddings", None) or least)
+    return least

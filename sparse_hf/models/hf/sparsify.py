@@ -20,6 +20,7 @@ from .layer_spec import LayersLike
 from .layers import stacks_of
 from .register import Family, dense_class, family_of, find_composed, find_family
 from .saving import ReadsParts
+from .short_angles import hold_angles
 
 logger = logging.get_logger(__name__)
 
@@ -46,8 +47,9 @@ def sparsify(
         layers: which layers get another pattern, see `sparse_hf.models.parse_layers`.
         global_token_ids: token ids that `marked()` speaks of wherever they occur.
         decode: "dense" has `generate` read a prompt by the pattern, and decode behind it as the dense model does.
-        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64. Its weights are new,
-            and random until `sparse_hf.train.train_indexer` trains them.
+        indexer: "heads" and "width" of what `topk(..., 'indexer')` scores keys by, by default 8 heads of 64; with "share" so
+            many neighbours of the layers that have such a pattern go by the indexer of the first of them. Its weights are new, and random
+            until `sparse_hf.train.train_indexer` trains them.
 
     Raises:
         ValueError: a family or a head without a sparse counterpart, a bad pattern, or hooks that move weights about.
@@ -114,6 +116,7 @@ def _around_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     sparse = _shared_copy(model, _Configs(model.config, config), {})
     adopt(sparse)
     fit_indexers(sparse, config)
+    hold_angles(sparse, config)
     return sparse
 
 

@@ -5,7 +5,6 @@ Legend: B batch, H query heads, G key heads, Q new tokens, K keys, S slots, D he
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...attention.merge import merge
@@ -13,6 +12,7 @@ from ...attention.scoring import Scoring
 from ...attention.slots.far_keys import FarKeys, far_attention
 from ...attention.slots.new_tokens import Filled, own_places
 from ...attention.slots.ring import held_places
+from ..distances import distances_of
 from .inner_padding import PaddingFirst
 from .layer_call import LayerCall, Part, tokens_first
 from .streaming_cache import StreamingCache
@@ -86,7 +86,7 @@ def with_sloped_sinks(layer: LayerCall, part: Part | None, real: Tensor | None) 
         own = _own_places(layer)
         first = far_attention(query, far, own, layer.pattern, layer.scoring, least=kept.left, slopes=slopes)
         layer.pattern = near_pattern(layer.pattern, False)
-    layer.scoring = _sloped(layer.scoring, slopes, layer.tensors[1].shape[2])
+    layer.scoring = _by_distance(layer.scoring, slopes, layer.new, layer.tensors[1].shape[2])
     if first is None or part is None:
         return first or part
     return merge([first, part])
@@ -120,7 +120,7 @@ def _over_sloped_slots(layer: LayerCall, filled: Filled) -> Part:
     return far_attention(query, far, own, layer.pattern, layer.scoring, slopes=_slopes(layer))
 
 
-def _sloped(scoring: Scoring, slopes: Tensor, keys: int) -> Scoring:
-    """The scoring of keys that come in order, the queries last: those behind the first tokens are as far away as they seem."""
-    bias = slopes[:, None].float() * torch.arange(1 - keys, keys, device=slopes.device)
-    return Scoring(scoring.scale, scoring.softcap, bias)
+def _by_distance(scoring: Scoring, slopes: Tensor, new: int, keys: int) -> Scoring:
+    """The scoring of keys that come in order, the `new` ones last: those behind the first tokens are as far away as they seem."""
+    distances = distances_of(new, keys, keys - new, slopes.device)
+    return Scoring(scoring.scale, scoring.softcap, slopes[:, None].float() * distances)

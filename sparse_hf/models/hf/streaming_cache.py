@@ -25,7 +25,7 @@ from ...attention.slots.new_tokens import Filled
 from .config import SparseConfigMixin
 from .kept import Kept, read_kept
 from .pinning_layer import PinningLayer
-from .positions import why_not_turned
+from .positions import changing_angles, short_length, why_not_turned
 from .streaming_layer import StreamingLayer
 
 Positioning = Literal["true", "cache", "auto"]
@@ -51,7 +51,8 @@ class StreamingCache(Cache):
         spare: tokens beside those that patterns ask for. So many can be taken back at any time.
         positions: "true", keys are as far away as they are; "cache", first tokens are as far away as among the keys that are kept, for
             streams longer than a model was trained on (StreamingLLM, arXiv:2309.17453, section 3.2), where positions are rotary; "auto",
-            that from where the trained reach ends, as `cache_implementation="streaming"` has it.
+            that from where the trained reach ends, as `cache_implementation="streaming"` has it. With "cache", angles that change with
+            the length of a text ("dynamic", "longrope") stay those of short texts.
 
     Raises:
         ValueError: a layer has a pattern that never leaves a key for good, or no layer has another; the message names it. Or positions
@@ -81,11 +82,18 @@ class StreamingCache(Cache):
         self.shared: dict[Any, Any] | None = None
         # what this pass says of first tokens that are too far away
         self.turned_sinks: Any = None
-        reason = why_not_turned(config) or self._why_not_turned()
+        # are angles those of short texts, whatever comes?
+        self.holds_angles = positions == "cache" and changing_angles(config) is not None
+        reason = why_not_turned(config) or self._why_not_turned(config)
         if positions == "cache" and reason:
             raise ValueError(reason)
         # the position from which on first tokens are seen as among what is kept: None if they never are
-        self.turns_from = None if positions == "true" or reason else 0
+        if self.holds_angles:
+            for layer in self.own_layers:
+                # a graph could not ask the pass
+                layer.is_compileable = False
+        never = positions == "true" or reason or positions == "auto" and changing_angles(config) is not None
+        self.turns_from = None if never else 0
         if positions == "auto" and self.turns_from is not None:
             self.turns_from = config.positions.reach_of(config)  # pyright: ignore
         # may a token of this text be at that position?
@@ -100,8 +108,16 @@ class StreamingCache(Cache):
         # all are of one kind, which Transformers' class does not say
         return cast(list[StreamingLayer], self.layers)
 
-    def _why_not_turned(self) -> str | None:
+    def _why_not_turned(self, config: Any) -> str | None:
         """Why first tokens cannot be seen as among what the layers keep; None if they can."""
+        longest = max((n.kept.sinks + n.kept.left for n in self.own_layers if n.kept.left is not None), default=0) + 1
+        drops_all = all(layer.kept.left is not None for layer in self.own_layers)
+        if self.holds_angles and (not drops_all or longest > short_length(config)):
+            seen = f"{longest} tokens" if drops_all else "all tokens of a text"
+            return (
+                f"positions='cache' needs angles that do not change, and those of rope_type {changing_angles(config)!r} do beyond "
+                f"{short_length(config)} tokens of a text, while a layer keeps {seen}; give narrower windows, or use positions='true'"
+            )
         pinning = next((number for number, layer in enumerate(self.layers) if isinstance(layer, PinningLayer)), None)
         if pinning is None:
             return None
@@ -183,10 +199,11 @@ class StreamingCache(Cache):
     def _seen_by_all(self) -> int:
         """Tokens that each layer has seen."""
         seen = [layer.seen for layer in self.own_layers]
-        if len(set(seen)) > 1:
+        if len(set(seen)) > 1 or any(layer.is_torn for layer in self.own_layers):
+            of_each = ", ".join(map(str, seen))
             raise ValueError(
-                f"the StreamingCache's layers have seen different numbers of tokens ({', '.join(map(str, seen))}): a pass was interrupted "
-                "between them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
+                f"the StreamingCache's layers have seen different numbers of tokens ({of_each}): a pass was interrupted between or within "
+                "them, and what it holds is of no use; begin anew with cache.reset(), or go on from a copy of an earlier time"
             )
         return seen[0]
 
@@ -194,9 +211,23 @@ class StreamingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a layer; see `StreamingLayer.update`."""
-        return self.own_layers[layer_idx].update(
-            key_states, value_states, self.padding, self.in_place, self.marks, self._shared_on(key_states.device)
-        )
+        layer = self.own_layers[layer_idx]
+        given = key_states, value_states, self.padding, self.in_place, self.marks, self._shared_on(key_states.device)
+        if is_compiling() or self.in_place:
+            # a few tokens overwrite none that is still needed
+            return layer.update(*given)
+        layer.is_torn = True
+        found = layer.update(*given)
+        layer.is_torn = False
+        return found
+
+    def go_back(self, tokens: int) -> None:
+        """Have all layers hold so many tokens again, behind a pass that failed, if each of them can: otherwise `begin` says so."""
+        more = [layer.seen - tokens for layer in self.own_layers]
+        if any(layer.is_torn or n > layer.croppable() for layer, n in zip(self.own_layers, more, strict=True)):
+            return
+        for layer, n in zip(self.own_layers, more, strict=True):
+            layer.crop(-n)
 
     def filled(self, layer_idx: int, new: int) -> Filled:
         """What stands in the slots of a layer, of which the `new` tokens have just filled some."""

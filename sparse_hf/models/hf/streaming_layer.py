@@ -48,6 +48,8 @@ class StreamingLayer(CacheLayerMixin):
         self.known: int | None = 0
         # the first token behind the sinks that was not written over, when that was last asked
         self.oldest = 0
+        # did a pass end while it was written to?
+        self.is_torn = False
 
     @property
     def keeps_all(self) -> bool:
@@ -242,7 +244,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.counter.zero_()
-        self.known, self.oldest = 0, 0
+        self.known, self.oldest, self.is_torn = 0, 0, False
 
     def forget(self) -> None:
         """Begin anew, with other tensors."""

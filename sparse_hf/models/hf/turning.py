@@ -32,7 +32,8 @@ from ...pattern.complement import Outside
 from ..names import STREAMING
 from .cache import cache_name, given_cache, new_tokens
 from .kept import Kept, read_kept
-from .positions import why_not_turned
+from .positions import changing_angles, why_not_turned
+from .short_angles import holds_angles, refuse_graphs_of_short_texts
 from .streaming_cache import StreamingCache
 
 logger = logging.get_logger(__name__)
@@ -94,11 +95,13 @@ class TurnedSinks:
         turns: of each layer; None where it turns nothing.
         start: queries at this position and behind it see them as if they were in a cache.
         jumps: do positions jump, so that even near queries may be far away by position?
+        holds_angles: are angles those of short texts, see `hold_angles`?
     """
 
     turns: tuple[Turn | None, ...]
     start: int
     jumps: bool = False
+    holds_angles: bool = False
 
     def of_layer(self, layer: int, pattern: str) -> FarSinks | None:
         """What a layer does with its first tokens; None if it has none, or turns nothing."""
@@ -210,7 +213,10 @@ def begin_turning(model: Any, kwargs: Mapping[str, Any]) -> dict[str, TurnedSink
         steps = places[:, 1:] - places[:, :-1]
         # padding repeats positions
         jumps = bool((steps > 1).any())
-    turned = TurnedSinks(find_turns(model), start, jumps)
+    holds = isinstance(cache, StreamingCache) and cache.holds_angles
+    if holds and torch.compiler.is_compiling():
+        refuse_graphs_of_short_texts()
+    turned = TurnedSinks(find_turns(model), start, jumps, holds)
     if isinstance(cache, StreamingCache):
         cache.turned_sinks = turned
     return {"turned_sinks": turned}
@@ -230,7 +236,7 @@ def _start_of_one_pass(model: Any, tokens: Tensor, places: Tensor | None) -> int
 def trained_reach(config: Any) -> int | None:
     """The position from which on first tokens are turned by themselves; None if they never are."""
     positions = config.positions
-    if positions is None or positions.scheme != "rotary" or set(config.stacks) != {""} or why_not_turned(config):
+    if positions is None or positions.scheme != "rotary" or set(config.stacks) != {""} or changing_angles(config):
         return None
     if not any(kept_with_sinks(config.layer_pattern(n, is_causal=True)) for n in range(config.num_hidden_layers)):
         return None
@@ -245,12 +251,17 @@ def find_turns(model: Any) -> tuple[Turn | None, ...]:
     """How each layer turns its keys.
 
     Raises:
-        ValueError: positions that are not rotary, angles that are others in a longer text, or keys that are turned in no known way.
+        ValueError: positions that are not rotary, or keys that are turned in no known way.
     """
     if model not in _KNOWN:
         reason = why_not_turned(model.config)
         if reason:
             raise ValueError(reason)
+        if changing_angles(model.config) is not None and not holds_angles(model):
+            raise ValueError(
+                "positions='cache': rope_parameters of this model's configuration were changed to angles that change with the length of "
+                "a text; make the model anew, from_pretrained(..., config=config)"
+            )
         _KNOWN[model] = tuple(_looked_at(model))
     return _KNOWN[model]
 
@@ -302,7 +313,8 @@ def _keys_of_one_token(model: Any, position: int) -> list[Tensor]:
 def _frequencies(model: Any) -> Iterator[Tensor]:
     """What angles of a model may go by: its buffers, and what they are by default where it has none."""
     found = [b for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name]
-    yield from (b.detach().float() for b in found if b.ndim == 1)
+    # some are written to in longer texts
+    yield from (b.detach().float().clone() for b in found if b.ndim == 1)
     if not found:
         config = model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
 from sparse_hf.attention.chosen import best_keys
+from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_scores
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
@@ -41,6 +44,16 @@ def test_a_choice_of_all_keys_is_dense_attention(text):
         out, lse = sparse_attention(q, k, v, whole, return_lse=True)
         for found, wanted in zip((out, lse), oracle.attention(q, k, v, mask), strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+def test_a_choice_larger_than_the_text_is_told_once(caplog):
+    composite._say_whole.cache_clear()
+    given = tensors((4, 2, 16), 60, 60, torch.float64)
+    with caplog.at_level(logging.INFO, logger="sparse_hf"):
+        for text in ("topk(61)", "topk(61)", "topk(59)", "topk_blocks(8, 8)"):
+            sparse_attention(*given, text)
+    told = [record.message for record in caplog.records if "shorter than what" in record.message]
+    assert [one.split("what ")[1].split(" may")[0] for one in told] == ["topk(61)", "topk_blocks(8, 8, 'mean', 1)"]
 
 
 @pytest.mark.parametrize("text", [f"({BLOCKS}) & window(None, 0)", "topk(8)"])

@@ -16,7 +16,7 @@ from sparse_hf.pattern.base import as_pattern
 from sparse_hf.plan import NOTHING
 from tests import oracle
 from tests.attention import choices
-from tests.attention.exactness import DEVICE, check, tensors
+from tests.attention.exactness import DEVICE, check, compare_choice, tensors
 
 CAUSAL = "(window(20, 0) | first(4) | topk_blocks(3, 32, 'bounds', 16)) & window(None, 0)"
 PATTERNS = {
@@ -74,11 +74,7 @@ def test_kernels(text):
     plan = content_plan(call_of(text, *(t.to(DEVICE) for t in given)))
     assert isinstance(plan.joined, ChosenTiles)
     mask = mask_of(text, *given[:2])
-    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in given))
-    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *given)
-    on_device = [t.to(DEVICE) for t in given]
-    ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True, backend="triton"), *on_device)
-    check(right, plain, ours, torch.float32)
+    compare_choice(text, given, mask, torch.float32, backend="triton")
 
 
 @pytest.mark.gpu
@@ -88,8 +84,4 @@ def test_tiles_on_a_gpu(dtype):
     given = tensors((8, 2, 64), 1500, 1500, dtype, "cuda")
     call = call_of(text, *given)
     mask = held_by(content_plan(call), call, torch.arange(1500, device="cuda")).cpu()
-    of_cpu = [t.cpu() for t in given]
-    right = oracle.gradients(lambda *t: oracle.attention(*t, mask), *(t.double() for t in of_cpu))
-    plain = oracle.gradients(lambda *t: oracle.attention(*t, mask), *of_cpu)
-    ours = oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True), *given)
-    check(right, plain, ours, dtype)
+    compare_choice(text, given, mask, dtype)
