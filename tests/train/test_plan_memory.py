@@ -18,25 +18,18 @@ from sparse_hf.train import plan_memory
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 # of what was measured
 TOLERANCE = 0.15
-# the file's own run had smaller pieces than those of today
-PIECES = {"2026-11-30-memory.json": {"logits": 1024, "feed_forward": 8192}}
-WAYS = {"checkpoint": "checkpointing"}
 
 
 def measured() -> list:
     """Rows of training steps without an optimizer, by tokens and way, and bytes that were held."""
     found = []
-    for path in sorted(RESULTS.glob("*/*-memory.json")):
+    for path in sorted(RESULTS.glob("*/*-memory*.json")):
         content = json.loads(path.read_text())
         for row in content["rows"] if content.get("benchmark") == "memory" else []:
-            peak = row.get("peak_bytes") or row.get("peak_GiB", 0) * 2**30
-            if peak:
-                shape = row.get("shape") or {"llama": "1b"}[row["model"]]
-                way = WAYS.get(row.get("way") or row["with"], row.get("way") or row["with"])
-                length = row.get("n") or row["tokens"]
-                dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[content["dtype"]]
-                how = {"way": way, "dtype": dtype, **PIECES.get(path.name, {})}
-                found.append(pytest.param(shape, length, how, peak, id=f"{path.parent.name}-{shape}-{length}-{way}"))
+            if row.get("peak_bytes"):
+                how = {"way": row["way"], "dtype": {"bf16": torch.bfloat16, "fp32": torch.float32}[content["dtype"]]}
+                name = f"{path.parent.name}-{row['name']}-{row['n']}"
+                found.append(pytest.param(row["shape"], row["n"], how, row["peak_bytes"], id=name))
     return found
 
 
