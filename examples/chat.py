@@ -27,15 +27,20 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dense = AutoModelForCausalLM.from_pretrained(args.model)
     model = sparse_hf.sparsify(dense, f"window({args.window - 1}, 0) | first(4)").eval()
-    cache, turns = sparse_hf.StreamingCache(model.config), []
+    cache, turns, read = sparse_hf.StreamingCache(model.config), [], []
     # what versions of Transformers before 5.24 call it
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for line in sys.stdin:
         turns.append({"role": "user", "content": line.strip()})
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        held = cache.get_seq_length()
+        if prompt["input_ids"][0, :held].tolist() != read[:held]:
+            # the template writes earlier turns in another way, or words of an answer are cut in other tokens
+            cache = sparse_hf.StreamingCache(model.config)
         tokens = model.generate(
             **prompt, **{name: cache}, max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=0
         )
+        read = tokens[0].tolist()
         answer = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         turns.append({"role": "assistant", "content": answer})
         print(answer, flush=True)

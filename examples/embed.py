@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> torch.Tensor:
     parser.add_argument("--folder", type=Path, default=Path("long-encoder"), help="Where the converted model goes.")
     parser.add_argument("--out", type=Path, help="A file for the vectors.")
     args = parser.parse_args(arguments)
-    if not args.folder.exists():
+    if args.folder.exists():
+        print(f"{args.folder} is taken as it is; give another --folder for another model, pattern or length")
+    else:
         sparse_hf.convert(args.model, args.folder, args.pattern, max_length=args.length, progress=False)
     tokenizer, model = AutoTokenizer.from_pretrained(args.folder), AutoModel.from_pretrained(args.folder).eval()
     texts = [path.read_text(encoding="utf-8") for path in args.files]

@@ -4,7 +4,7 @@ Facts are told in turns, and asked for many turns later: of the dense model with
 all, and of sparse ones whose cache keeps the last tokens and the first four.
 
     python examples/remember.py --model your/llama --window 512 --out remember.json --plot remember.png
-    python examples/remember.py --model your/llama --layers "0-/4=dense"      # a quarter of the layers keeps all keys
+    python examples/remember.py --model your/llama --layers "7-8=dense, 14-15=dense"      # these keep all keys
     python examples/remember.py --tiny        # seconds, with a random model
 
 It prints for each fact after how many tokens it was asked for, and how likely its answer was.

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, float]]:
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     if not AutoConfig.from_pretrained(args.model).model_type.startswith("sparse_"):
         model = sparse_hf.sparsify(model, args.pattern).eval()
-    limit = model.config.max_position_embeddings
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def vector(text: str) -> torch.Tensor:

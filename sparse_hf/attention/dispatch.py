@@ -134,7 +134,7 @@ def _for_content(call: AttentionCall, name: str) -> Backend:
     if name == "auto" and kind.in_tiles:
         name = "blockwise" if BACKENDS["triton"].why_not(call) else "triton"
     pick = partial(_for_blocks, name)
-    backend = DenseContentPairs(kind, pick) if name == "reference" else ContentPairs(kind, pick)
+    backend = DenseContentPairs(kind, pick) if name == "reference" and call.q.numel() else ContentPairs(kind, pick)
     reason = backend.why_not(call)
     if reason:
         raise NotImplementedError(reason)

@@ -40,7 +40,10 @@ class LeftOut:
         if not self.each:
             raise ValueError("no layer with threshold(...) was computed within mass_left_out()")
         found = torch.cat([one.flatten().to("cpu", torch.float64) for one in self.each])
-        return found[~found.isnan()]
+        found = found[~found.isnan()]
+        if not len(found):
+            raise ValueError("no query within mass_left_out() saw a key: all of them are padding")
+        return found
 
 
 _LISTENERS: ContextVar[tuple[LeftOut, ...]] = ContextVar("listeners", default=())

@@ -283,8 +283,11 @@ def sequence(
     ] = "1,2,4",
     tokens: Annotated[int, typer.Option(help="Tokens of the text that each number of processes shares.")] = 1 << 20,
     tokens_each: Annotated[
-        int, typer.Option(help="Tokens of a process where the text grows with them; 0 leaves that out.")
-    ] = 1 << 20,
+        int | None,
+        typer.Option(
+            help="Tokens of a process where the text grows with them, by default --tokens; 0 leaves that out."
+        ),
+    ] = None,
     shape: Annotated[str, typer.Option(help="1b, smollm2-135m, 8b or tiny: a Llama with random weights.")] = "1b",
     large_shape: Annotated[
         str | None, typer.Option(help="A larger one, trained by the most processes with FSDP2 beside, like 8b.")
@@ -308,8 +311,9 @@ def sequence(
     """
     from ..bench import SharedTexts, run_sequence
 
+    each = tokens if tokens_each is None else tokens_each
     asked = SharedTexts(
-        tuple(numbers(processes)), tokens, tokens_each or None, shape, large_shape, tuple(numbers(ring)), pattern, dtype,
+        tuple(numbers(processes)), tokens, each or None, shape, large_shape, tuple(numbers(ring)), pattern, dtype,
         limit, budget, offload,
     )  # fmt: skip
     result = _print(partial(run_sequence, asked, device, out), as_json)

@@ -50,11 +50,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bench memory": (
         "sparse-hf bench memory --cases 1b:65536,bert:262144 --out docs/results",
-        "sparse-hf bench memory --device cpu --cases smollm2-135m:16384 --steps 0",
+        "sparse-hf bench memory --device cpu --cases smollm2-135m:2048 --steps 0",
     ),
     "bench sequence": (
         "sparse-hf bench sequence --processes 1,2,4,8 --large-shape 8b --ring 131072",
-        "sparse-hf bench sequence --device cpu --processes 1,2 --shape tiny",
+        "sparse-hf bench sequence --device cpu --processes 1,2 --shape tiny --tokens 4096",
     ),
 }
 

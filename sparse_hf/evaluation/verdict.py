@@ -162,6 +162,10 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
         return
     # a layer that slides in the dense family was never trained to see more, and answers badly if it does
     whole = [i for i in range(len(texts)) if contender.config.own_window(i) is None]
+    by_answers = "; `sparse-hf tune` chooses those that answers need" if setup.subject.is_causal else ""
+    widened = [i for i in sparse if i not in whole and texts[i].startswith("window(None")]
+    if widened:
+        yield f"let layers {', '.join(map(str, widened))} slide as they do in the dense model, which never saw more there"
     worst = worst_layers(contender.name, results, sparse) if len(whole) == len(texts) else []
     if len(whole) < len(texts):
         if set(whole) & set(sparse):
@@ -169,9 +173,9 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
     elif worst:
         dense = set(range(len(texts))) - set(sparse)
         more = ", too" if dense else ""
-        yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}"
+        yield f"keep dense the layers that lose most attention{more}: layers={dense_layers({*worst, *dense})!r}{by_answers}"
     elif len(sparse) == len(texts):
-        yield "keep every fourth layer dense: layers='0-/4=dense'"
+        yield f"keep some layers dense{by_answers or ', every fourth to begin with'}"
     if not any(_has_global(text) for text in texts):
         yield "nothing is global: add first(4), on which models put the weight that they have no use for"
     if found is not None and not found.hears_neighbours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from .base import whole
 from .content import Content
@@ -168,8 +169,11 @@ class Threshold(Content):
     fraction_fields = ("share",)
 
     def __post_init__(self):
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+        if isinstance(self.share, bool) or not isinstance(self.share, Real) or not 0 < self.share <= 1:
             raise ValueError(f"{self.word}: share is {self.share!r}; it must be a number above 0, and 1 at most")
+        if not isinstance(self.share, int):
+            # numbers of other libraries are written in their own way
+            object.__setattr__(self, "share", float(self.share))
         for name in ("size", "queries"):
             whole(f"{self.word}: {name}", getattr(self, name), 1)
         if self.size % TILE_STEP:

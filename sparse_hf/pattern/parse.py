@@ -139,11 +139,12 @@ def _value(node: ast.expr, text: str, may_be_fraction: bool = False) -> Any:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         number = node.operand.value
-        if isinstance(number, int) and not isinstance(number, bool):
+        if isinstance(number, (int, float) if may_be_fraction else int) and not isinstance(number, bool):
             return -number
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
-    raise _error(text, node.col_offset, f"{ast.unparse(node)!r} is not a value; arguments are whole numbers or None")
+    kind = "numbers" if may_be_fraction else "whole numbers"
+    raise _error(text, node.col_offset, f"{ast.unparse(node)!r} is not a value; arguments are {kind} or None")
 
 
 def _usage(word: str) -> str:

@@ -74,7 +74,7 @@ def test_what_is_not_heard_and_what_brings_it_back():
     assert found["cannot_hear"].startswith("through all 2 layers the last token hears 19 of 96 tokens, at most 18 back")
     assert "to hear 96 tokens through 2 layers takes windows of 48 tokens, or dense layers between" in found["remedies"]
     assert any(remedy.startswith("nothing is global: add first(4)") for remedy in found["remedies"])
-    assert "keep every fourth layer dense: layers='0-/4=dense'" in found["remedies"]
+    assert "keep some layers dense; `sparse-hf tune` chooses those that answers need" in found["remedies"]
 
 
 def test_gaps_are_named_as_gaps():
@@ -90,7 +90,8 @@ def test_layers_that_lose_most_are_named():
         "coverage": {"layers": [0, 1, 2, 3], "candidates": {"three": {"by_layer": kept}}}
     }
     found = judged(results, name, num_hidden_layers=4)
-    assert "keep dense the layers that lose most attention, too: layers='1-2=dense'" in found["remedies"]
+    named = "keep dense the layers that lose most attention, too: layers='1-2=dense'"
+    assert f"{named}; `sparse-hf tune` chooses those that answers need" in found["remedies"]
 
 
 def test_layers_that_slide_by_themselves_are_not_named():
@@ -99,6 +100,8 @@ def test_layers_that_slide_by_themselves_are_not_named():
     found = judged(figures(perplexity=12.0) | kept, head="Gemma3ForCausalLM", **types)
     assert "keep dense the layers that see everything in the dense model: layers='2=dense'" in found["remedies"]
     assert not any("0" in remedy for remedy in found["remedies"] if remedy.startswith("keep"))
+    widened = judged(figures(perplexity=12.0, name="wide"), "wide: window(9, 0); 0=dense", "Gemma3ForCausalLM", **types)
+    assert "let layers 0 slide as they do in the dense model, which never saw more there" in widened["remedies"]
 
 
 def test_encoders_hear_from_their_first_token():

@@ -257,6 +257,18 @@ def test_angles_that_change_are_those_of_short_texts(kind):
 
 
 @pytest.mark.parametrize("kind", CHANGING)
+def test_what_versions_wrap_angles_with_changes_nothing(kind, monkeypatch):
+    """Some have `no_grad` around the change of angles, which some write in place."""
+    ids, (_, sparse) = text(), changing(kind)
+    rotary = sparse.model.rotary_emb
+    before = {name: value.clone() for name, value in vars(rotary).items() if isinstance(value, torch.Tensor)}
+    wanted = in_pieces(sparse, ids, StreamingCache(sparse.config, positions="cache"))
+    monkeypatch.setattr(type(rotary), "forward", torch.no_grad()(type(rotary).forward))
+    torch.testing.assert_close(in_pieces(sparse, ids, StreamingCache(sparse.config, positions="cache")), wanted)
+    assert all(torch.equal(getattr(rotary, name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", CHANGING)
 def test_generate_goes_on_where_angles_would_change(kind):
     """Phi-3 would compute all tokens again there; new tokens alone are enough."""
     ids, (_, sparse), (far, _) = text(2, 25), changing(kind), changing(kind, short=512)

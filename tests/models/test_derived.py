@@ -258,7 +258,7 @@ def test_a_model_inside_with_a_configuration_of_its_own_stays_dense():
     depth = {**sizes, "backbone_hidden_size": 64}
     config = transformers.CsmConfig(**sizes, text_vocab_size=97, depth_decoder_config=depth, codec_config=codec)
     dense = transformers.CsmForConditionalGeneration(config).eval()
-    assert "SparseCsmDepthDecoderForCausalLM" in sparse_hf.family_of("csm_depth_decoder_model").names
+    assert "SparseCsmDepthDecoderModel" in sparse_hf.family_of("csm_depth_decoder_model").names
     sparse = sparse_hf.sparsify(dense, "window(6, 0)")
     assert type(sparse.depth_decoder) is transformers.CsmDepthDecoderForCausalLM
     attention = sparse.depth_decoder.model.layers[0].self_attn

@@ -414,6 +414,18 @@ def test_shared_indexers_decode_as_they_read(make):
     assert len(cache.layers) == 8
 
 
+def test_scores_of_layers_that_are_done_are_not_kept():
+    sparse, kept = shared_pair(), []
+    attention = sparse.model.layers[-1].self_attn
+    hook = attention.register_forward_hook(
+        lambda _, __, given, ___: kept.append(list(given["attention_mask"].handed_on)), with_kwargs=True
+    )
+    with torch.no_grad():
+        sparse(ids())
+    hook.remove()
+    assert kept == [[4]]
+
+
 def test_shared_indexers_are_saved_loaded_and_learn_from_all_their_layers(tmp_path):
     sparse, text = shared_pair(), ids()
     sparse.save_pretrained(tmp_path)

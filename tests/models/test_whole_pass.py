@@ -6,11 +6,14 @@ a learned table. Transformers' caches ask none but the first layer where a text 
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import sparse_hf
 from sparse_hf import StreamingCache
@@ -190,6 +193,26 @@ def test_encoder_decoders(kind):
     assert torch.equal(model.generate(ids, **named_cache(model, cache), **GREEDY), wanted)
     with torch.no_grad(), pytest.raises(ValueError, match="of 2 rows, and this batch has 3"):
         model(text(3, 40), decoder_input_ids=text(3, 1), **named_cache(model, cache))
+
+
+class Own(DynamicLayer):
+    """Layers that nobody knows."""
+
+
+def test_layers_that_nobody_knows_and_nothing_happened_to_go_on():
+    model, ids, cache = sparse_model(), text(1), DynamicCache()
+    cache.layers = [Own() for _ in range(model.config.num_hidden_layers)]
+    reads(model, ids, cache, 0, 40)
+    for where, is_whole in ((0, True), (1, False)):
+        hook = model.model.layers[where].register_forward_pre_hook(stop)
+        with pytest.raises(Stopped):
+            reads(model, ids, cache, 40, 41)
+        hook.remove()
+        if is_whole:
+            wanted = model(ids[:, :41], use_cache=False).logits[:, 40:]
+            torch.testing.assert_close(reads(model, ids, copy.deepcopy(cache), 40, 41), wanted, **LIMIT)
+    with pytest.raises(ValueError, match="layers of its kind cannot give back"):
+        reads(model, ids, cache, 40, 41)
 
 
 def test_layers_that_cannot_go_back_say_so():

@@ -91,6 +91,8 @@ class Weighing:
 
 def _edges(groups: Tensor, most: int) -> list[int]:
     """Where pieces of at most `most` queries begin, or of one group that has more; none for no queries."""
+    if not len(groups):
+        return []
     starts = (torch.nn.functional.pad(groups.diff() != 0, (1, 0), value=True)).nonzero()[:, 0].tolist()
     found: list[int] = []
     for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):

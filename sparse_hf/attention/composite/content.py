@@ -85,7 +85,8 @@ class ContentPairs(Backend):
 
     def forward(self, call: AttentionCall) -> Results:
         found = [backend.forward(part) for backend, part in self._parts(call)]
-        _tell(planned(call, self.kind), call)
+        if call.q.numel():
+            _tell(planned(call, self.kind), call)
         return merge(found) if len(found) > 1 else found[0]
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
@@ -95,6 +96,10 @@ class ContentPairs(Backend):
 
     def _parts(self, call: AttentionCall) -> list[tuple[Backend, AttentionCall]]:
         """The calls over pairs of positions and over those that are chosen, or over both, and what computes them."""
+        if not call.q.numel():
+            # nobody chooses
+            positions = call.part(call.q, call.k, call.v, positions_plan(call), call.dropout)
+            return [(self.pick(positions), positions)]
         plan = planned(call, self.kind)
         if plan.joined is not None:
             joined = call.part(call.q, call.k, call.v, plan.joined, call.dropout)

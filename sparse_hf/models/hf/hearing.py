@@ -99,7 +99,7 @@ def _dense_ones(config: SparseConfigMixin, count: int) -> str:
     """
     whole = [layer for layer in range(count) if config.own_window(layer) is None]
     if len(whole) == count:
-        return "layers='0-/4=dense'"
+        return "`sparse-hf tune` chooses layers"
     named = ", ".join(f"{layer}=dense" for layer in whole)
     return f"layers='{named}'" if whole else ""
 

@@ -218,6 +218,9 @@ def _score(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
         )
         scores = own(given["hidden_states"].detach(), angles, cache)
     if own.leads and isinstance(request, MaskRequest):
+        if not torch.is_grad_enabled():
+            # the group before is done; a backward pass may come back to it
+            request.handed_on.clear()
         request.handed_on[vars(module)["layer_idx"]] = scores
     return args, {**kwargs, INDEXED: scores}
 

@@ -7,6 +7,7 @@ short texts at every token. Transformers goes by the position of the last token 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class _AsShort:
 
     def __init__(self, module: nn.Module, prefix: str):
         self.module = module
-        setattr(self, f"{prefix}inv_freq", getattr(module, f"{prefix}{ORIGINAL}"))
+        # some versions of Transformers write other angles into what they find
+        setattr(self, f"{prefix}inv_freq", getattr(module, f"{prefix}{ORIGINAL}").clone())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -56,8 +58,8 @@ def _short(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any
     kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
     if kind not in CHANGING:
         return None
-    # what Transformers has wrapped with the change of angles
-    forward = type(module).forward.__wrapped__
+    # what Transformers has wrapped with the change of angles, and some versions with more
+    forward = inspect.unwrap(type(module).forward)
     return forward(_AsShort(module, "" if layer_type is None else f"{layer_type}_"), *args, **kwargs)
 
 

@@ -78,17 +78,47 @@ def whole_pass(kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _whole_pass(cache: Cache) -> Iterator[None]:
-    before = cached_tokens(cache)
+    before, states = cached_tokens(cache), _states(cache)
     try:
         yield
     # KeyboardInterrupt is none of Exception
     except BaseException:
-        _go_back(cache, before)
+        _go_back(cache, before, states)
         raise
 
 
-def _go_back(cache: Cache, tokens: int) -> None:
-    """Have a cache hold so many tokens again, the first ones."""
+def _states(cache: Cache) -> list[Any]:
+    """What tells whether layers that cannot be made shorter have taken anything: their tensors, and how often each was written to."""
+    if isinstance(cache, StreamingCache):
+        return []
+    return [_tensors(vars(layer)) for layer in parts_of(cache)[0].layers if type(layer) not in KNOWN]
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        # those of `inference_mode` do not count
+        return value, value.shape, None if value.is_inference() else value._version
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return None
+    return [_tensors(one) for one in value]
+
+
+def _are_same(before: Any, now: Any) -> bool:
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_are_same, before, now))
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return before[0] is now[0] and before[1:] == now[1:] and before[2] is not None
+    return before is None and now is None
+
+
+def _go_back(cache: Cache, tokens: int, states: list[Any]) -> None:
+    """Have a cache hold so many tokens again, the first ones.
+
+    Args:
+        states: of layers of other kinds, before the pass.
+    """
     if not tokens:
         empty(cache)
     elif isinstance(cache, StreamingCache):
@@ -98,7 +128,7 @@ def _go_back(cache: Cache, tokens: int) -> None:
         for layer in layers:
             _shorten(layer, tokens)
         # states of another kind, compressed or quantized keys
-        setattr(cache, TORN, any(type(layer) not in KNOWN for layer in layers))
+        setattr(cache, TORN, not _are_same(states, _states(cache)))
 
 
 # layers that can be made shorter, whatever came between their keys and their values

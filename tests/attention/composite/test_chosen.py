@@ -46,6 +46,18 @@ def test_a_choice_of_all_keys_is_dense_attention(text):
             torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(1, 0, 40), (1, 0, 0), (0, 40, 40)])
+@pytest.mark.parametrize(
+    "text", ["topk(3)", "topk_blocks(2, 16)", "vertical_slash(2, 2)", "lsh(2, 8)", "threshold(0.5)"]
+)
+def test_where_nobody_asks_nothing_is_chosen(text, rows, queries, keys, backend):
+    q, k = torch.randn(rows, 2, queries, 16, requires_grad=True), torch.randn(rows, 2, keys, 16)
+    out = sparse_attention(q, k, k, f"{text} & window(None, 0)", backend=backend)
+    out.sum().backward()
+    assert out.shape == q.shape and q.grad is not None
+
+
 def test_a_choice_larger_than_the_text_is_told_once(caplog):
     composite._say_whole.cache_clear()
     given = tensors((4, 2, 16), 60, 60, torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,14 @@ def test_mass_of_padded_rows_is_that_of_their_queries():
         sparse_attention(q, k, v, CAUSAL, key_padding_mask=real)
     torch.testing.assert_close(left.each, [lost], equal_nan=True)
     assert lost[1, :, :23].isnan().all() and left.mean == pytest.approx(float(lost.nanmean()))
+
+
+def test_mass_of_nothing_but_padding_is_none():
+    padding = torch.zeros(2, 40, dtype=torch.bool)
+    with mass_left_out() as left:
+        sparse_attention(*tensors((4, 2, 16), 40, 40, torch.float32), "threshold(0.1)", key_padding_mask=padding)
+    with pytest.raises(ValueError, match="no query .* saw a key: all of them are padding"):
+        _ = left.most
 
 
 def test_soft_caps_count():
@@ -226,6 +235,8 @@ def test_who_does_not_listen_is_told_once(caplog):
 def test_text_and_numbers():
     for share in (0.001, 1e-5, 1):
         assert Pattern.parse(str(Threshold(share))) == Threshold(share)
+    for share in (np.float64(0.25), np.float32(0.25)):
+        assert str(Threshold(share)) == "threshold(0.25, 64, 64)"
     assert describe("window(9, 0) | threshold(0.1)", 100).density == 1
 
 
@@ -238,6 +249,7 @@ def _attend(text: str, **options):
     [
         (lambda: Pattern.parse("threshold(0)"), "share is 0; it must be a number above 0, and 1 at most"),
         (lambda: Pattern.parse("threshold(1.5)"), "share is 1.5"),
+        (lambda: Pattern.parse("threshold(-0.1)"), "share is -0.1"),
         (lambda: Pattern.parse("threshold('much')"), "share is 'much'"),
         (lambda: Pattern.parse("threshold(0.1, 20)"), "size is 20; it must be a multiple of 16"),
         (lambda: Pattern.parse("threshold(0.1, 16, 0)"), "queries is 0; it must be a whole number of at least 1"),
