@@ -54,7 +54,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bench sequence": (
         "sparse-hf bench sequence --processes 1,2,4,8 --large-shape 8b --ring 131072",
-        "sparse-hf bench sequence --device cpu --processes 1,2 --shape tiny --tokens 4096",
+        "sparse-hf bench sequence --device cpu --processes 2 --shape tiny --tokens 4096",
     ),
 }
 
