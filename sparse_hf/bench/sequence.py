@@ -116,8 +116,8 @@ def run_sequence(asked: SharedTexts, device: str | None = None, out: str | Path 
     rows: list[Row] = []
     result: Result = {"benchmark": "sequence", "environment": facts, **asdict(asked), "dtype": dtype, "rows": rows}
     path = None if out is None else result_path(out, facts, "sequence")
-    common = {"device": target.type, "data": 1, "fsdp": False, "steps": 1, "pattern": asked.pattern}
-    common["offload"] = asked.offload
+    common = {"device": target.type, "data": 1, "fsdp": False, "steps": 1}
+    common |= {"pattern": asked.pattern, "offload": asked.offload}
 
     def done(row: Row) -> None:
         rows.append(row)

@@ -7,6 +7,7 @@ a learned table. Transformers' caches ask none but the first layer where a text 
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -213,6 +214,17 @@ def test_layers_that_nobody_knows_and_nothing_happened_to_go_on():
             torch.testing.assert_close(reads(model, ids, copy.deepcopy(cache), 40, 41), wanted, **LIMIT)
     with pytest.raises(ValueError, match="layers of its kind cannot give back"):
         reads(model, ids, cache, 40, 41)
+
+
+def test_keys_that_a_pass_replaces_are_not_held():
+    model, ids, cache = sparse_model(), text(1), DynamicCache()
+    cache.layers = [Own() for _ in range(model.config.num_hidden_layers)]
+    reads(model, ids, cache, 0, 40)
+    before, alive = weakref.ref(cache.layers[0].keys), []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: alive.append(before() is not None))
+    reads(model, ids, cache, 40, 41)
+    hook.remove()
+    assert alive == [False]
 
 
 def test_layers_that_cannot_go_back_say_so():

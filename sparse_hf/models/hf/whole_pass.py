@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import Cache
@@ -48,15 +49,15 @@ def check_fits(config: Any, cache: Cache | None, kwargs: Mapping[str, Any], new:
     rows, given = _rows_of(cache), next((kwargs[name] for name in ROWS_OF if kwargs.get(name) is not None), None)
     # families of sounds may give each codebook a row of ids
     books = getattr(config, "num_codebooks", None) or 1
+    most = room_of(cache)
     if rows is not None and given is not None and given.shape[0] not in (rows, rows * books):
         remedy = "give another cache"
-        if room_of(cache) is None:
+        if most is None:
             remedy += ", or choose rows of this one with cache.batch_select_indices and cache.batch_repeat_interleave"
         raise ValueError(
             f"the {type(cache).__name__} holds {held} tokens of {rows} rows, and this batch has {given.shape[0]}, of which each beam and "
             f"each returned sequence is one: {remedy}"
         )
-    most = room_of(cache)
     if most is not None and held + new > most:
         raise ValueError(
             f"the static cache holds {most} tokens, and with this pass there would be {held + new}; make one with a greater "
@@ -88,7 +89,10 @@ def _whole_pass(cache: Cache) -> Iterator[None]:
 
 
 def _states(cache: Cache) -> list[Any]:
-    """What tells whether layers that cannot be made shorter have taken anything: their tensors, and how often each was written to."""
+    """What tells whether layers that cannot be made shorter have taken anything: which tensors, and how often each was written to.
+
+    No tensor is held, so that keys which a pass replaces are free while it goes on.
+    """
     if isinstance(cache, StreamingCache):
         return []
     return [_tensors(vars(layer)) for layer in parts_of(cache)[0].layers if type(layer) not in KNOWN]
@@ -97,7 +101,7 @@ def _states(cache: Cache) -> list[Any]:
 def _tensors(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         # those of `inference_mode` do not count
-        return value, value.shape, None if value.is_inference() else value._version
+        return ref(value), value.shape, None if value.is_inference() else value._version
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
@@ -109,7 +113,7 @@ def _are_same(before: Any, now: Any) -> bool:
     if isinstance(before, list) and isinstance(now, list):
         return len(before) == len(now) and all(map(_are_same, before, now))
     if isinstance(before, tuple) and isinstance(now, tuple):
-        return before[0] is now[0] and before[1:] == now[1:] and before[2] is not None
+        return before[0]() is now[0]() and before[1:] == now[1:] and before[2] is not None
     return before is None and now is None
 
 
