@@ -132,8 +132,9 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
     rows: list[Row] = []
     given: dict[Any, Tensor] = {}
     result: Result = {"benchmark": "generate", "environment": facts, **asdict(asked), "dtype": dtype}
-    # a file is named in a result, not where it lies
+    # files and folders are named in a result, not where they lie
     result["text"] = asked.text and Path(asked.text).name
+    result["model"] = Path(asked.model).name if Path(asked.model).is_dir() else asked.model
     result["pattern"] = str(Pattern.parse(asked.pattern))
     result["weights_bytes"] = sum(weight.nbytes for weight in models.dense.parameters())
     with console.status("comparing"):
