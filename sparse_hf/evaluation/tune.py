@@ -14,17 +14,18 @@ from ..bench import write_json
 from ..models.hf.layer_spec import as_pattern
 from ..pattern import Pattern
 from ..pattern.like import PatternLike
+from ..units import duration
 from .api import PIECES, evaluate, prepare
-from .budget import Budget, pairs_share, uniform
+from .budget import Budget, uniform
 from .candidates import Candidate
 from .evaluation import Evaluation, as_text
-from .heads import groups_of
 from .layers import dense_layers, layers_text
 from .pieces import Found
 from .probes.base import Setup
 from .probes.recall import Recall, questions_of
 from .search import Search, Unit
 from .settings import Settings
+from .spending import Spending
 from .texts import cut, read_texts
 
 TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
@@ -61,8 +62,23 @@ class Tuning:
             if named:
                 console.print(f"{title}: {named}", highlight=False)
         self.evaluation.print(console)
+        if (spent := self._spent()) is not None:
+            console.print(f"\n{spent}", highlight=False)
         console.print(f"\n{self.result['verdict']}", highlight=False)
         console.print(f"layers={self.layers!r}", highlight=False)
+
+    def _spent(self) -> str | None:
+        """What the choice takes of its budget, where that is no share of the layers."""
+        budget = self.result["budget"]
+        if budget["of"] == "layers":
+            return None
+        words = f"The choice takes {budget['spent']:.1%} of the {budget['of']} of the dense model, for a budget of {budget['share']:.1%}"
+        if budget["of"] != "time":
+            return f"{words}."
+        return (
+            f"{words}: {duration(budget['chosen_s'])} of {duration(budget['dense_s'])} to read {budget['length']:,} tokens "
+            f"({budget['machine']}); with no layer dense {duration(budget['local_s'])}."
+        )
 
 
 def tune(
@@ -87,7 +103,7 @@ def tune(
         model: a decoder, in memory or its folder or hub id.
         pattern: of what does not stay dense.
         texts: as in `evaluate`.
-        budget: the share of layers that stay dense, or a `Budget`: of layers, pairs or bytes of the cache; by layers or heads.
+        budget: the share of layers that stay dense, or a `Budget`: of layers, pairs, bytes of the cache or time; by layers or heads.
         tokenizer: by default that of the model's folder.
         out: a folder for finished pieces, `tuning.json`, `layers.json` (for `convert --layers`) and the report of the check; an
             interrupted run goes on from there.
@@ -97,7 +113,8 @@ def tune(
         A `Tuning`, whose `layers` are for `convert`.
 
     Raises:
-        ValueError: a model that says nothing, a budget outside 0 .. 1 or of more layers than can be dense, and as `evaluate`.
+        ValueError: a model that says nothing, a budget outside 0 .. 1, of more layers than can be dense, or of less than the pattern
+            alone takes, and as `evaluate`.
 
     Examples:
         >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
@@ -105,8 +122,6 @@ def tune(
     """
     settings, own = settings or Settings(), as_pattern(pattern)
     budget = budget if isinstance(budget, Budget) else Budget(share=budget)
-    length = max(settings.all_lengths)
-    share = budget.dense_share(own, length)
     setup = prepare(model, [Candidate("local", own)], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:
@@ -114,10 +129,10 @@ def tune(
     check = _check_of(setup)
     folder = None if out is None else Path(out)
     search = search_of(setup, own, folder)
-    count = dense_count(search, share)
-    chosen = choose(search, budget, count)
-    spaced = evenly_spaced(search, count)
-    wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
+    spending = Spending(search, budget, max(settings.all_lengths))
+    dense, chosen = choose(spending)
+    spaced = evenly_spaced(search, chosen["count"])
+    wider = uniform(own, spending.pairs(dense), spending.length)
     candidates = [
         Candidate(TUNED, own, chosen["layers"]),
         Candidate(EVERY, own, spaced),
@@ -132,7 +147,7 @@ def tune(
     beats, verdict = _verdict(held_out.result["probes"])
     result = {
         "pattern": str(own),
-        "budget": {**asdict(budget), "dense": share},
+        "budget": {**asdict(budget), **spending.told(dense)},
         **chosen,
         "every_nth": spaced,
         "uniform": None if wider is None else str(wider),
@@ -172,32 +187,24 @@ def search_of(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
     return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
 
 
-def dense_count(search: Search, share: float) -> int:
-    """How many layers stay dense, of a share of all.
-
-    Raises:
-        ValueError: more than can be dense.
-    """
-    count = max(1, round(share * search.local.config.stacks[""]))
-    if count > len(search.layers):
-        raise ValueError(
-            f"a budget of {share:.3g} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
-        )
-    return count
-
-
 def evenly_spaced(search: Search, count: int) -> str:
     """As many dense layers at equal distances, as `layers` takes them."""
     return dense_layers(search.layers[i * len(search.layers) // count] for i in range(count))
 
 
-def choose(search: Search, budget: Budget, count: int) -> Found:
-    """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less."""
+def choose(spending: Spending) -> tuple[list[Unit], Found]:
+    """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less.
+
+    Raises:
+        ValueError: a budget of more than can be dense, or of too little.
+    """
+    search, budget = spending.search, spending.budget
+    count, groups = spending.counts()
     units: dict[str, list[Unit]] = {}
     ranking: list[list] = []
     steps: list[list] = []
     needs_heads = budget.by != "layers" or budget.rank == "attention"
-    heads = search.copied() if needs_heads else {}
+    heads = search.copied if needs_heads else {}
     if budget.by != "heads":
         if budget.rank == "answers":
             ranking = [[layer, kl] for layer, kl in search.ranking.items()]
@@ -209,14 +216,13 @@ def choose(search: Search, budget: Budget, count: int) -> Found:
             }
             units["layers"] = [Unit(layer) for layer in sorted(sums, key=lambda layer: -sums[layer])[:count]]
     if budget.by != "layers":
-        # as many groups as so many layers have
-        groups = count * groups_of(search.local.config)
         units["heads"] = list(heads)[:groups]
     moved = dict(zip(units, search.losses(list(units.values())), strict=True)) if budget.by == "both" else {}
     by = min(moved, key=lambda name: moved[name]) if moved else next(iter(units))
-    return {
+    return units[by], {
         "layers": layers_text(search.patterns(units[by]), search.patterns([])),
         "by": by,
+        "count": count,
         "answers_moved": moved,
         "ranking": ranking,
         "steps": steps,
