@@ -132,7 +132,7 @@ class Spending:
     @cached_property
     def _machine(self) -> str:
         here = environment(self.search.setup.subject.device)
-        return f"{here['hardware']}, {here['threads']} threads, torch {here['versions']['torch']}"
+        return f"{here['hardware']}, torch {here['versions']['torch']}, threads: {here['threads']}"
 
     @cached_property
     def _dense_s(self) -> float:
