@@ -173,7 +173,8 @@ def plot(content: dict, path: Path) -> None:
             axis.axhline(
                 statistics.mean(found[name, None][key]), color="black", linestyle=style, linewidth=1, label=name
             )
-        axis.set(xlabel="share that stays dense", ylabel=KEYS[key][0])
+        shares = sorted({share for _, share in found if share is not None})
+        axis.set(xlabel="share that stays dense", ylabel=KEYS[key][0], xlim=(0, 1.3 * shares[-1]), xticks=shares)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     save(figure, path)

@@ -27,6 +27,7 @@ from .search import Search, Unit
 from .settings import Settings
 from .spending import Spending
 from .texts import cut, read_texts
+from .verdict import by_depth
 
 TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
 FILE, LAYERS_FILE = "tuning.json", "layers.json"
@@ -144,7 +145,8 @@ def tune(
         model, candidates, settings.held_out or texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
         settings=check,
     )  # fmt: skip
-    beats, verdict = _verdict(held_out.result["probes"])
+    probes = held_out.result["probes"]
+    beats, verdict = _verdict(probes, _count(probes["recall"], check.repeats))
     result = {
         "pattern": str(own),
         "budget": {**asdict(budget), **spending.told(dense)},
@@ -230,24 +232,40 @@ def choose(spending: Spending) -> tuple[list[Unit], Found]:
     }
 
 
-def _verdict(probes: Found) -> tuple[dict[str, bool], str]:
-    """Does the choice beat the others? By recall, and where that is equal by the loss on the answers."""
+def _verdict(probes: Found, questions: int) -> tuple[dict[str, bool], str]:
+    """Does the choice beat the others? By recall, and where that differs by no more than chance by the loss on the answers."""
     recall, perplexity = probes["recall"]["candidates"], probes["perplexity"]["candidates"]
     names = [name for name in (TUNED, EVERY, UNIFORM, NONE, "dense") if name in recall]
     figures = "; ".join(
-        f"{name} recalls {recall[name]['recalled']:.0%} with loss {recall[name]['loss']:.3f}, perplexity "
+        f"{name} recalls {recall[name]['recalled']:.0%}{_at_depths(recall[name])} with loss {recall[name]['loss']:.3f}, perplexity "
         f"{perplexity[name]['perplexity']:.2f}"
         for name in names
     )
 
-    def rank(name: str) -> tuple[float, float]:
-        return recall[name]["recalled"], -recall[name]["loss"]
+    def is_better(than: str) -> bool:
+        own, other = recall[TUNED], recall[than]
+        p, q = own["recalled"], other["recalled"]
+        # one standard error of the difference
+        chance = ((p * (1 - p) + q * (1 - q)) / questions) ** 0.5
+        return p > q if abs(p - q) > chance else own["loss"] < other["loss"]
 
-    beats = {name: rank(TUNED) > rank(name) for name in names if name in (EVERY, UNIFORM)}
+    beats = {name: is_better(name) for name in names if name in (EVERY, UNIFORM)}
     words = {
         EVERY: "as many layers that are evenly spaced",
         UNIFORM: "a wider window in every layer with as many pairs",
     }
     parts = [f"the choice {'beats' if won else 'does not beat'} {words[name]}" for name, won in beats.items()]
     advice = "" if all(beats.values()) else ": take what is best, or give more questions (repeats, tasks, lengths)"
-    return beats, f"On other questions {' and '.join(parts)}{advice}. {figures[0].upper()}{figures[1:]}."
+    return beats, f"On {questions} other questions {' and '.join(parts)}{advice}. {figures[0].upper()}{figures[1:]}."
+
+
+def _at_depths(recall: Found) -> str:
+    """What is recalled by depth: a window recalls what stands in it, at the end of a text, and nothing else."""
+    found = by_depth(recall)
+    return (
+        f" ({', '.join(f'{recalled:.0%} at {depth:g}' for depth, recalled in found.items())})" if len(found) > 1 else ""
+    )
+
+
+def _count(recall: Found, repeats: int) -> int:
+    return repeats * sum(map(len, recall["candidates"][TUNED]["tasks"].values()))
