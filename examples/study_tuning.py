@@ -35,9 +35,9 @@ from examples.texts import book
 from sparse_hf.evaluation import Budget, Candidate, Settings, evaluate
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.budget import uniform
+from sparse_hf.evaluation.choice import choose, evenly_spaced, search_of
 from sparse_hf.evaluation.search import Search
 from sparse_hf.evaluation.spending import Spending
-from sparse_hf.evaluation.tune import choose, evenly_spaced, search_of
 from sparse_hf.pattern import Pattern
 
 # books that the choice is made by, and others that it is checked on, behind their front matter

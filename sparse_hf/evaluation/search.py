@@ -158,9 +158,12 @@ class Search:
             kl.append((wanted.exp() * (wanted - given)).sum(-1).mean())
         return {"kl": float(torch.stack(kl).mean())}
 
-    @cached_property
+    @property
     def _dense_answers(self) -> list[Tensor]:
-        return [found.cpu() for found in self._answers(self.setup.subject.dense)]
+        memo = self.setup.memo
+        if "dense answers" not in memo:
+            memo["dense answers"] = [found.cpu() for found in self._answers(self.setup.subject.dense)]
+        return memo["dense answers"]
 
     def _answers(self, contender: Contender) -> Iterator[Tensor]:
         """The answers to all questions, of which some are read together."""

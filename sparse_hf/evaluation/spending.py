@@ -25,6 +25,10 @@ PASSES, TIMED_S = 3, 60.0
 ROUNDING = 1e-9
 
 
+class TooLittleError(ValueError):
+    """A budget that a pattern takes alone."""
+
+
 @dataclass(frozen=True, eq=False)
 class Spending:
     """What each layout takes, as a share of what the dense model takes.
@@ -50,7 +54,8 @@ class Spending:
         """How many layers can stay dense, and how many groups of heads in place of layers.
 
         Raises:
-            ValueError: none, or more than there are.
+            TooLittleError: none.
+            ValueError: more than there are.
         """
         of, by, layers = self.budget.of, self.budget.by, self.search.layers
         if of == "layers":
@@ -63,7 +68,7 @@ class Spending:
         by_layers = self._most([Unit(layer) for layer in layers])
         by_heads = self._most(list(self.search.copied)) if by != "layers" else 0
         if not (by_layers if by == "layers" else by_heads):
-            raise ValueError(self._too_little())
+            raise TooLittleError(self._too_little())
         # where heads alone fit, one layer stands beside them
         return max(1, by_layers), by_heads
 

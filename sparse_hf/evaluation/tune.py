@@ -15,17 +15,15 @@ from ..models.hf.layer_spec import as_pattern
 from ..pattern import Pattern
 from ..pattern.like import PatternLike
 from ..units import duration
-from .api import PIECES, evaluate, prepare
+from .api import evaluate, prepare
 from .budget import Budget, uniform
 from .candidates import Candidate
+from .choice import best_choice, evenly_spaced
 from .evaluation import Evaluation, as_text
-from .layers import dense_layers, layers_text
 from .pieces import Found
 from .probes.base import Setup
-from .probes.recall import Recall, questions_of
-from .search import Search, Unit
+from .probes.recall import Recall
 from .settings import Settings
-from .spending import Spending
 from .texts import cut, read_texts
 from .verdict import by_depth
 
@@ -37,12 +35,13 @@ NAMED = 8
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """What `tune` found: `layers` is what `convert` and `sparsify` take, `beats_every_nth` whether it is worth it.
+    """What `tune` found: `pattern` and `layers` are what `convert` and `sparsify` take, `beats_every_nth` whether it is worth it.
 
     `beats_uniform` says the same of the pattern with wider windows in every layer, None where there is no such pattern. `result`
     holds rankings, steps and the figures of the held-out check, `evaluation` its report.
     """
 
+    pattern: str
     layers: str
     beats_every_nth: bool
     beats_uniform: bool | None
@@ -62,11 +61,14 @@ class Tuning:
             named = ", ".join(f"{what} ({value:.4f})" for what, value in ranking[:NAMED])
             if named:
                 console.print(f"{title}: {named}", highlight=False)
+        for one in self.result.get("patterns", ()):
+            words = one.get("refused") or f"answers move by {one['answers_moved']:.4f} (KL) with {one['layers']!r}"
+            console.print(f"{one['pattern']}: {words}", highlight=False)
         self.evaluation.print(console)
         if (spent := self._spent()) is not None:
             console.print(f"\n{spent}", highlight=False)
         console.print(f"\n{self.result['verdict']}", highlight=False)
-        console.print(f"layers={self.layers!r}", highlight=False)
+        console.print(f"pattern={self.pattern!r}, layers={self.layers!r}", highlight=False)
 
     def _spent(self) -> str | None:
         """What the choice takes of its budget, where that is no share of the layers."""
@@ -84,7 +86,7 @@ class Tuning:
 
 def tune(
     model: PreTrainedModel | str | PathLike[str],
-    pattern: PatternLike,
+    pattern: PatternLike | Sequence[PatternLike],
     texts: str | Path | Sequence[str | Path],
     *,
     budget: float | Budget = 0.25,
@@ -102,7 +104,8 @@ def tune(
 
     Args:
         model: a decoder, in memory or its folder or hub id.
-        pattern: of what does not stay dense.
+        pattern: of what does not stay dense. Of several, each with what the budget leaves beside it, that is taken by which answers
+            move least.
         texts: as in `evaluate`.
         budget: the share of layers that stay dense, or a `Budget`: of layers, pairs, bytes of the cache or time; by layers or heads.
         tokenizer: by default that of the model's folder.
@@ -115,25 +118,29 @@ def tune(
 
     Raises:
         ValueError: a model that says nothing, a budget outside 0 .. 1, of more layers than can be dense, or of less than the pattern
-            alone takes, and as `evaluate`.
+            alone takes, several patterns for a budget of layers, and as `evaluate`.
 
     Examples:
         >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
         >>> convert("my-llama", "out", "window(1023, 0) | first(4)", layers=found.layers)  # doctest: +SKIP
     """
-    settings, own = settings or Settings(), as_pattern(pattern)
-    budget = budget if isinstance(budget, Budget) else Budget(share=budget)
-    setup = prepare(model, [Candidate("local", own)], texts, tokenizer, settings)
+    settings, budget = settings or Settings(), budget if isinstance(budget, Budget) else Budget(share=budget)
+    patterns = [as_pattern(one) for one in ([pattern] if isinstance(pattern, (str, Pattern)) else pattern)]
+    if not patterns or (len(patterns) > 1 and budget.of == "layers"):
+        raise ValueError(
+            f"{len(patterns)} patterns are given; give one, or several with a budget that counts what they take: of pairs, cache or time "
+            "(--of)"
+        )
+    setup = prepare(model, [Candidate(str(one), one) for one in patterns], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
     check = _check_of(setup)
     folder = None if out is None else Path(out)
-    search = search_of(setup, own, folder)
-    spending = Spending(search, budget, max(settings.all_lengths))
-    dense, chosen = choose(spending)
-    spaced = evenly_spaced(search, chosen["count"])
-    wider = uniform(own, spending.pairs(dense), spending.length)
+    choice = best_choice(setup, patterns, budget, folder)
+    own, spending, chosen = choice.pattern, choice.spending, choice.found
+    spaced = evenly_spaced(spending.search, chosen["count"])
+    wider = uniform(own, spending.pairs(choice.dense), spending.length)
     candidates = [
         Candidate(TUNED, own, chosen["layers"]),
         Candidate(EVERY, own, spaced),
@@ -149,7 +156,7 @@ def tune(
     beats, verdict = _verdict(probes, _count(probes["recall"], check.repeats))
     result = {
         "pattern": str(own),
-        "budget": {**asdict(budget), **spending.told(dense)},
+        "budget": {**asdict(budget), **spending.told(choice.dense)},
         **chosen,
         "every_nth": spaced,
         "uniform": None if wider is None else str(wider),
@@ -161,7 +168,7 @@ def tune(
     if folder is not None:
         write_json(result, folder / FILE)
         write_json({"pattern": str(own), "layers": chosen["layers"]}, folder / LAYERS_FILE)
-    return Tuning(chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
+    return Tuning(str(own), chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
 
 
 def _check_of(setup: Setup) -> Settings:
@@ -181,55 +188,6 @@ def _check_of(setup: Setup) -> Settings:
         if reason is not None:
             raise ValueError(f"tune asks questions of recall about held-out texts: {reason}")
     return settings
-
-
-def search_of(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
-    """A search by the questions of `setup`, whose last candidate has `pattern` in every layer; pieces are kept in `folder`."""
-    questions = [question for _, question in questions_of(setup)]
-    return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
-
-
-def evenly_spaced(search: Search, count: int) -> str:
-    """As many dense layers at equal distances, as `layers` takes them."""
-    return dense_layers(search.layers[i * len(search.layers) // count] for i in range(count))
-
-
-def choose(spending: Spending) -> tuple[list[Unit], Found]:
-    """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less.
-
-    Raises:
-        ValueError: a budget of more than can be dense, or of too little.
-    """
-    search, budget = spending.search, spending.budget
-    count, groups = spending.counts()
-    units: dict[str, list[Unit]] = {}
-    ranking: list[list] = []
-    steps: list[list] = []
-    needs_heads = budget.by != "layers" or budget.rank == "attention"
-    heads = search.copied if needs_heads else {}
-    if budget.by != "heads":
-        if budget.rank == "answers":
-            ranking = [[layer, kl] for layer, kl in search.ranking.items()]
-            steps = [[layer, kl] for layer, kl in search.choose(count)]
-            units["layers"] = [Unit(layer) for layer, _ in steps]
-        else:
-            sums = {
-                layer: sum(weight for unit, weight in heads.items() if unit.layer == layer) for layer in search.layers
-            }
-            units["layers"] = [Unit(layer) for layer in sorted(sums, key=lambda layer: -sums[layer])[:count]]
-    if budget.by != "layers":
-        units["heads"] = list(heads)[:groups]
-    moved = dict(zip(units, search.losses(list(units.values())), strict=True)) if budget.by == "both" else {}
-    by = min(moved, key=lambda name: moved[name]) if moved else next(iter(units))
-    return units[by], {
-        "layers": layers_text(search.patterns(units[by]), search.patterns([])),
-        "by": by,
-        "count": count,
-        "answers_moved": moved,
-        "ranking": ranking,
-        "steps": steps,
-        "heads": [[f"{unit.layer}.{unit.group}", weight] for unit, weight in heads.items()],
-    }
 
 
 def _verdict(probes: Found, questions: int) -> tuple[dict[str, bool], str]:

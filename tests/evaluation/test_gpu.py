@@ -10,9 +10,9 @@ import torch
 from sparse_hf import Pattern, evaluate, tune
 from sparse_hf.evaluation import Budget, Candidate
 from sparse_hf.evaluation.api import prepare
+from sparse_hf.evaluation.choice import search_of
 from sparse_hf.evaluation.search import Unit
 from sparse_hf.evaluation.spending import Spending
-from sparse_hf.evaluation.tune import search_of
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

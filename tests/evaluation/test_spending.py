@@ -13,10 +13,10 @@ from sparse_hf import Pattern, parse_layers, tune
 from sparse_hf.evaluation import Budget, spending
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.candidates import Candidate
+from sparse_hf.evaluation.choice import search_of
 from sparse_hf.evaluation.heads import groups_of
 from sparse_hf.evaluation.search import Unit
 from sparse_hf.evaluation.spending import Spending
-from sparse_hf.evaluation.tune import search_of
 from sparse_hf.pattern import full
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
 from tests.test_cli import run as run_command
@@ -197,3 +197,46 @@ def test_the_command_takes_time(tmp_path):
         "--lengths", "260", "--tasks", "passkey", "--budget", "0.000001", "--of", "time", "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode and "a budget of 1e-06 of the time leaves nothing for dense layers" in done.stderr
+
+
+def test_of_several_patterns_the_one_whose_answers_move_least():
+    """Windows and sinks are chosen, too: each pattern gets the dense layers that the budget leaves beside it."""
+    patterns, budget = (
+        ["window(9, 0) | first(2)", "window(63, 0) | first(2)", "window(150, 0)"],
+        Budget(share=0.6, of="pairs"),
+    )
+    found = tune(
+        tiny_model(num_hidden_layers=LAYERS), patterns, TEXT, budget=budget, tokenizer=tokenizer(), settings=QUICK
+    )
+    refused, *fitting = found.result["patterns"]
+    assert refused["pattern"] == "window(150, 0)" and "leaves nothing for dense layers" in refused["refused"]
+    assert [one["pattern"] for one in fitting] == patterns[:2]
+    # what is narrower leaves room for more
+    counts = [sum(1 for one in parse_layers(f["layers"], LAYERS, f["pattern"]) if one == full()) for f in fitting]
+    assert counts == [2, 1]
+    best = min(fitting, key=lambda one: one["answers_moved"])
+    assert (found.pattern, found.layers) == (best["pattern"], best["layers"])
+    assert found.result["pattern"] == best["pattern"] and f"pattern={best['pattern']!r}" in str(found)
+    alone = tune(
+        tiny_model(num_hidden_layers=LAYERS),
+        best["pattern"],
+        TEXT,
+        budget=budget,
+        tokenizer=tokenizer(),
+        settings=QUICK,
+    )
+    assert alone.layers == found.layers and "patterns" not in alone.result
+
+
+@pytest.mark.parametrize(("patterns", "budget"), [([PATTERN, "window(3, 0)"], 0.5), ([], Budget(of="time"))])
+def test_several_patterns_need_a_budget_that_counts_them(patterns, budget):
+    with pytest.raises(
+        ValueError, match=f"{len(patterns)} patterns are given; give one, or several with a budget that counts"
+    ):
+        tune(tiny_model(), patterns, TEXT, budget=budget, tokenizer=tokenizer(), settings=QUICK)
+
+
+def test_where_no_pattern_fits_the_last_is_named():
+    with pytest.raises(ValueError, match=r"leaves nothing for dense layers: window\(150, 0\) alone"):
+        tune(tiny_model(), ["window(120, 0)", "window(150, 0)"], TEXT, budget=Budget(share=0.1, of="pairs"),
+             tokenizer=tokenizer(), settings=QUICK)  # fmt: skip
