@@ -140,6 +140,10 @@ class BlockPlan:
         """What tells apart tiles whose pairs the patterns' signatures do not, `[T]` each, by their row of tables and place."""
         return []
 
+    def own_lists(self, size: int) -> Any:
+        """The `TileLists` of a plan that has them without its tables, in tiles of `size`; None: they are made of the tables."""
+        return None
+
     def query_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""
         return torch.arange(first, last, device=self.device)

@@ -166,7 +166,9 @@ def weighty_tiles(call: AttentionCall, content: Threshold, rest: Rest) -> tuple[
         mask_function=positions.mask_function, device=positions.device, beside=beside, cut=cut, weighty=weighty,
         of_query=of_query, of_key=of_key, shape=shape, is_aligned=is_aligned,
     )  # fmt: skip
-    return replace(plan, codes=_reached(plan, weighing.blocks)), left_out
+    # what is kept on a plan is found by whoever asks for it
+    plan.__dict__["codes"] = _reached(plan, weighing.blocks)
+    return plan, left_out
 
 
 def _reached(plan: WeightyTiles, blocks: Blocks) -> Tensor:
