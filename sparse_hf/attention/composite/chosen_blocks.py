@@ -8,23 +8,28 @@ of queries in a call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...pattern import FULL, TopKBlocks
 from ...pattern.chosen import ANTIDIAGONAL
+from ...plan.cache import kept
 from ..backend import AttentionCall
 from ..chosen.best_keys import Limits, choose
 from ..chosen.scores import DotScores
+from ..chosen.selection import is_able
 from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
 # keys of blocks that are looked at at once, and numbers that are pooled at once
 MAX_KEYS, MAX_POOLED = 1 << 20, 1 << 26
+# pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
+MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +42,17 @@ class Blocks:
     rest: Rest
     size: int
 
-    @cached_property
+    @kept
     def of_token(self) -> Tensor:
         """The block of each token, `[B, K]`."""
         return (self._begins.cumsum(-1) - 1).clamp(min=0)
 
-    @cached_property
+    @kept
     def _begins(self) -> Tensor:
         start, _, real = self.rest.bounds
         return real & ((torch.arange(real.shape[1], device=real.device) - start) % self.size == 0)
 
-    @cached_property
+    @kept
     def first(self) -> Tensor:
         """The first token of each block, `[B, M]`; K where a row has fewer."""
         begins, keys = self._begins, self._begins.shape[1]
@@ -57,7 +62,7 @@ class Blocks:
         found[row, self.of_token[row, key]] = key
         return found
 
-    @cached_property
+    @kept
     def last(self) -> Tensor:
         """The last token of each block, `[B, M]`; -1 where a row has fewer."""
         _, end, _ = self.rest.bounds
@@ -137,17 +142,17 @@ class Groups:
     content: TopKBlocks
     queries: int
 
-    @cached_property
+    @kept
     def keys(self) -> Blocks:
         """The blocks of keys."""
         return Blocks(self.rest, self.content.size)
 
-    @cached_property
+    @kept
     def of_tokens(self) -> Blocks:
         """The groups of all tokens."""
         return Blocks(self.rest, self.content.queries)
 
-    @cached_property
+    @kept
     def of_query(self) -> Tensor:
         """The group of each query, counted from the first of a call, `[B or 1, Q]`."""
         if self.content.queries == 1:
@@ -155,7 +160,7 @@ class Groups:
         own = self.of_tokens.of_token[:, self.rest.positions.q_offset :][:, : self.queries]
         return own - own[:, :1]
 
-    @cached_property
+    @kept
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """The first and the last token of each group, `[B or 1, T]`."""
         if self.content.queries == 1:
@@ -169,7 +174,7 @@ class Groups:
         most = self.of_tokens.of_token.shape[1] - 1
         return first.clamp(max=most), last.clamp(0, most)
 
-    @property
+    @kept
     def own(self) -> Tensor:
         """The blocks that each group reaches into, `[B or 1, T, most of a group]`, -1 for none."""
         first, last = (self.keys.of_token.gather(1, token) for token in self._tokens)
@@ -178,6 +183,19 @@ class Groups:
 
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
+        return self._allows(group, block) if self._allowed is None else self._allowed[:, :, group, block]
+
+    @kept
+    def _allowed(self) -> Tensor | None:
+        """All of it, where few of those steps are made that a GPU waits for."""
+        blocks = self.keys.first.shape[1]
+        shape = self.rest.bounds[0].shape[0], 1, self.own.shape[1], blocks
+        if self.content.queries == 1 or not is_able(self.rest.positions.device) or math.prod(shape) > MAX_ALLOWED:
+            return None
+        group, block = (torch.arange(n, device=self.rest.positions.device) for n in shape[2:])
+        return self._allows(group[:, None], block).expand(shape)
+
+    def _allows(self, group: Tensor, block: Tensor) -> Tensor:
         start, _, real = self.rest.bounds
         row = torch.arange(start.shape[0], device=group.device).view(-1, 1, 1, 1)
         x, end = (token[row, group] for token in self._tokens)
@@ -214,7 +232,7 @@ class Groups:
         present = present.expand(len(row), -1, -1)[row[:, None], number]
         return AntidiagonalScores(query, present, key, q.shape[-1] ** -0.5 / side, self.may_choose)
 
-    @property
+    @kept
     def _numbers(self) -> Tensor:
         """The groups of a call among all of a text, `[B or 1, T]`."""
         number = self.of_tokens.of_token[:, self.rest.positions.q_offset, None]
@@ -233,9 +251,15 @@ class Groups:
         return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]], key
 
 
+@lru_cache(maxsize=GROUPS_KEPT)
+def find_groups(rest: Rest, content: TopKBlocks) -> Groups:
+    """The groups of a call, whose numbers are found once where batch rows are alike."""
+    return Groups(rest, content, rest.positions.q_len)
+
+
 def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
     """The keys of each query, `[B, H, Q, c * S]` int32, -1 for none."""
-    groups = Groups(rest, content, call.q.shape[2])
+    groups = find_groups(rest, content)
     return torch.cat(list(_keys_of_blocks(groups.choose(call.q, call.k), groups)), 2)
 
 

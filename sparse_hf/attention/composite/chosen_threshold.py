@@ -19,7 +19,7 @@ from ...pattern import Threshold
 from ..backend import AttentionCall
 from .chosen_blocks import Blocks
 from .chosen_rest import Rest
-from .chosen_tiles import LARGEST_TILE, ChosenTiles, Listed, in_tiles, is_among
+from .chosen_tiles import ChosenTiles, Listed, in_tiles, is_among, largest_tile
 
 # scores that exist at once, on the CPU and elsewhere, where the host would wait for many small pieces
 MAX_SCORES, MAX_SCORES_ELSEWHERE = 1 << 22, 1 << 26
@@ -154,7 +154,7 @@ def weighty_tiles(call: AttentionCall, content: Threshold, rest: Rest) -> tuple[
     of_query, of_key = of_query.expand(rows, -1), of_key.expand(rows, -1)
     shape = (int(of_query.max()) + 1 if of_query.numel() else 1), weighing.blocks.first.shape[1]
     weighty, left_out = weigh(weighing, of_query, shape)
-    tile = math.gcd(content.size, LARGEST_TILE.get(call.q.device.type, LARGEST_TILE["cpu"]))
+    tile = math.gcd(content.size, largest_tile(call.q.device))
     # tiles of the plan begin where the sequence does
     is_bare = positions.is_bare and positions.sequences.marks is None
     is_aligned = is_bare and not positions.q_offset % tile and not content.queries % tile

@@ -22,9 +22,8 @@ from ..backend import AttentionCall
 from .chosen_blocks import Groups
 from .chosen_lists import Flags, Kinds, find_kinds, flags_of, may_list
 
-# tokens of a tile: those that kernels take, and the least that tables are worth it for
-LARGEST_TILE = {"cuda": 64, "cpu": 128}
-LEAST_TILE = 16
+# tokens of a tile: the most where kernels run and elsewhere, and the least that tables are worth it for
+KERNEL_TILE, PLAIN_TILE, LEAST_TILE = 64, 128, 16
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,14 @@ def in_tiles(plan: BlockPlan, tile: int) -> BlockPlan:
     return replace(plan, block_size=tile)
 
 
+def largest_tile(device: torch.device) -> int:
+    return KERNEL_TILE if may_list(device) else PLAIN_TILE
+
+
 def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     """The plan of a choice; None where blocks or groups do not begin where tiles do."""
     positions, content = groups.rest.positions, groups.content
-    tile = math.gcd(content.size, content.queries, LARGEST_TILE.get(call.q.device.type, LARGEST_TILE["cpu"]))
+    tile = math.gcd(content.size, content.queries, largest_tile(call.q.device))
     if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
         return None
     batch, heads = call.q.shape[:2]
