@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["flag_row", "flag_line", "lines", "columns", "per_line", "shift_line", "per_other", "shift_other"])
+@triton.jit(
+    do_not_specialize=[
+        "flag_row",
+        "flag_line",
+        "lines",
+        "columns",
+        "per_line",
+        "shift_line",
+        "per_other",
+        "shift_other",
+    ]
+)
 def list_tiles(
     flags, joint, beside, ends, offsets, masked, others, masks,
     flag_row, flag_line, lines, columns, per_line, shift_line, per_other, shift_other,
