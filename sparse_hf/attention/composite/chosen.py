@@ -62,10 +62,14 @@ class TilePlan(ContentPlan):
 class WeightyPlan(TilePlan):
     """The same, of tiles that a threshold keeps, and what share of weights it leaves out."""
 
-    lost: Tensor
+    lost: Tensor | None
 
     @property
-    def left_out(self) -> Tensor:
+    def is_told(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Tensor | None:
         return self.lost
 
 

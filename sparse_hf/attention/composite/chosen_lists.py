@@ -67,6 +67,11 @@ class Kinds:
         return Plane(self.by_query.joint.T.contiguous(), self.by_query.beside.T.contiguous())
 
     @kept
+    def alone(self) -> Plane:
+        """The plane by query of what is chosen, without positions."""
+        return Plane(self.by_query.joint, torch.full_like(self.by_query.beside, -1))
+
+    @kept
     def masks_by_key(self) -> Tensor:
         return self.masks.transpose(1, 2).contiguous()
 
@@ -160,8 +165,8 @@ class Flags:
     """
 
     flags: Tensor
-    tiles: tuple[int, int]
-    shift: int
+    tiles: tuple[int, int] = (1, 1)
+    shift: int = 0
 
     def lists(self, kinds: Kinds, most: int | None) -> TileLists:
         """The lists of a plan whose heads have these flags.
@@ -171,18 +176,18 @@ class Flags:
         """
         rows = self.flags.shape[0] * self.flags.shape[1]
         cut = None if most is None else known_cut(kinds, most, rows)
-        by_query = self._listed(kinds.by_query, self.flags, (self.tiles[0], self.shift, self.tiles[1], 0), cut)
+        by_query = self.listed(kinds.by_query, self.flags, (self.tiles[0], self.shift, self.tiles[1], 0), cut)
 
         def by_key() -> Lists:
             flags, sides = self.flags.transpose(2, 3).contiguous(), (self.tiles[1], 0, self.tiles[0], self.shift)
             entries = len(by_query.others)
             is_short = by_query.lines <= MAX_WHOLE_LINE
-            return self._listed(kinds.by_key, flags, sides, _whole(entries, flags.device) if is_short else None)
+            return self.listed(kinds.by_key, flags, sides, _whole(entries, flags.device) if is_short else None)
 
         of_rows = torch.arange(rows, dtype=torch.int32, device=self.flags.device)
         return TileLists(kinds.masks.shape[1], of_rows, by_query, by_key, kinds.masks, kinds.masks_by_key)
 
-    def _listed(self, plane: Plane, flags: Tensor, sides: tuple[int, int, int, int], cut: Cut | None) -> Lists:
+    def listed(self, plane: Plane, flags: Tensor, sides: tuple[int, int, int, int], cut: Cut | None) -> Lists:
         """Lists by the lines of a plane; without `cut`, entries are counted first, and the host waits."""
         from . import chosen_list_kernels as kernels
 

@@ -39,8 +39,13 @@ class ContentPlan:
         return None
 
     @property
+    def is_told(self) -> bool:
+        """Is what the choice leaves out to be told?"""
+        return False
+
+    @property
     def left_out(self) -> Tensor | None:
-        """The share of the weights of each query that the choice leaves out, `[B, H, Q]`, where it is known and to be told."""
+        """The share of the weights of each query that the choice leaves out, `[B, H, Q]`, where it is known."""
         return None
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tens
 
 
 def _tell(plan: ContentPlan, call: AttentionCall) -> None:
-    if plan.left_out is not None:
+    if plan.is_told:
         tell(str(call.pattern), plan.left_out)
 
 

@@ -12,13 +12,15 @@ import sparse_hf
 from sparse_hf import Pattern, Threshold, mass_left_out, sparse_attention
 from sparse_hf.analysis import describe
 from sparse_hf.attention import left_out
-from sparse_hf.attention.composite import chosen_threshold
+from sparse_hf.attention.composite import chosen_judging, chosen_threshold
 from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
+from sparse_hf.attention.scoring import Scoring
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
-from tests.attention.exactness import call_of, compare, compare_choice, leaves, tensors
+from tests.attention.exactness import DEVICE, call_of, compare, compare_choice, leaves, tensors
 from tests.models.families import dense_model
+from tests.plan.test_tile_lists import drawn_out
 from tests.table import SCENARIOS
 
 # pattern -> its part of positions, share, keys and queries of a tile, what cuts it
@@ -142,6 +144,51 @@ def test_tables_hold_what_is_kept():
     assert torch.equal(plan.to_dense(), defined(CAUSAL, *given[:2], NOTHING_SAID)[0])
     # tiles that the choice leaves out are in no table
     assert len(plan.columns) < plan.q_blocks * (plan.q_blocks + 1) // 2 * 8 and plan.full.any()
+
+
+JUDGED = {
+    CAUSAL: (120, 120, 1.0, 2.0),
+    HIGH: (54, 150, 3.0, None),
+    "threshold(0.95, 16, 16)": (70, 70, 0.3, None),
+    "(chunk(16) | last(1, 32) | threshold(0.6, 16, 16)) & window(60, 60)": (100, 100, 1.0, None),
+    "threshold(1, 32, 32) & window(40, 0)": (70, 70, 1.0, None),
+}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("text", "sizes"), JUDGED.items())
+def test_kernels_judge_as_the_definition_does(text, sizes, monkeypatch):
+    queries, keys, factor, softcap = sizes
+    q, k, v = (t.to(DEVICE) for t in tensors((2, 1, 16), queries, keys, torch.float32))
+
+    def judged():
+        with mass_left_out():
+            call = call_of(factor * q, k, v, text, scoring=Scoring(0.25, softcap))
+            plan = content_plan(call)
+        return plan.joined, plan.left_out
+
+    plan, lost = judged()
+    assert isinstance(plan, chosen_threshold.FlaggedTiles)
+    monkeypatch.setattr(chosen_judging, "why_not", lambda call: "for this test")
+    wanted, wanted_lost = judged()
+    assert isinstance(wanted, chosen_threshold.WeightyTiles) and len(wanted.codes)
+    assert torch.equal(plan.codes, wanted.codes)
+    torch.testing.assert_close(lost, wanted_lost, rtol=1e-4, atol=1e-6)
+    # those that kernels walk
+    tiles, mask = plan.own_lists(plan.block_size), wanted.to_dense().cpu()
+    for group, one in enumerate(mask.flatten(0, 1)):
+        assert torch.equal(drawn_out(tiles.by_query, tiles.masks, group, one.shape), one)
+        assert torch.equal(drawn_out(tiles.by_key, tiles.masks_by_key, group, one.T.shape), one.T)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_nothing_is_added_up_where_nobody_listens():
+    given = [t.to(DEVICE) for t in tensors((2, 1, 16), 50, 50, torch.float32)]
+    plans = [content_plan(call_of(*given, CAUSAL))]
+    with mass_left_out():
+        plans.append(content_plan(call_of(*given, CAUSAL)))
+    assert plans[0].left_out is None and plans[1].left_out is not None
+    assert torch.equal(plans[0].joined.codes, plans[1].joined.codes)
 
 
 @pytest.mark.usefixtures("interpreted")
