@@ -23,6 +23,7 @@ from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import choose
 from ..chosen.scores import DotScores
 from .chosen_blocks import block_choice, find_groups
+from .chosen_few import few_weighty, is_few
 from .chosen_rest import Rest, find_rest
 from .chosen_scores import slash_worth
 from .chosen_threshold import weighty_tiles
@@ -135,12 +136,14 @@ def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positio
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
-def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> WeightyPlan:
+def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
     (content, cut), *others = chosen
     if others:
         raise ValueError(f"{call.pattern} has {len(chosen)} thresholds; one pattern takes one")
     assert isinstance(content, Threshold)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        if is_few(call):
+            return few_weighty(call, content, find_rest(positions, cut, call.q.shape[0]))
         plan, lost = weighty_tiles(call, content, find_rest(positions, cut, call.q.shape[0]))
     return WeightyPlan(positions, plan, lost)
 

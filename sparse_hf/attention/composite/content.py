@@ -39,6 +39,11 @@ class ContentPlan:
         return None
 
     @property
+    def backend(self) -> Backend | None:
+        """What computes all pairs of this plan, where it is no plan in blocks."""
+        return None
+
+    @property
     def is_told(self) -> bool:
         """Is what the choice leaves out to be told?"""
         return False
@@ -106,6 +111,8 @@ class ContentPairs(Backend):
             positions = call.part(call.q, call.k, call.v, positions_plan(call), call.dropout)
             return [(self.pick(positions), positions)]
         plan = planned(call, self.kind)
+        if plan.backend is not None:
+            return [(plan.backend, call.part(call.q, call.k, call.v, plan, call.dropout))]
         if plan.joined is not None:
             joined = call.part(call.q, call.k, call.v, plan.joined, call.dropout)
             return [(self.pick(joined), joined)]

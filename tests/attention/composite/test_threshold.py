@@ -12,7 +12,7 @@ import sparse_hf
 from sparse_hf import Pattern, Threshold, mass_left_out, sparse_attention
 from sparse_hf.analysis import describe
 from sparse_hf.attention import left_out
-from sparse_hf.attention.composite import chosen_judging, chosen_threshold
+from sparse_hf.attention.composite import chosen_few, chosen_judging, chosen_threshold
 from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.scoring import Scoring
@@ -84,11 +84,11 @@ NOTHING_SAID = {"real": None, "documents": None, "marks": None}
 
 
 @pytest.mark.parametrize("text", [text for text in PATTERNS if "marked" not in text])
-@pytest.mark.parametrize("queries", [150, 54])
+@pytest.mark.parametrize("queries", [150, 54, 13, 1])
 def test_mass_is_that_of_all_weights_that_are_left_out(text, queries):
     q, k, v = tensors((4, 2, 16), queries, 150, torch.float64)
     mask, lost = defined(text, q, k, NOTHING_SAID)
-    assert not mask.all() and lost.max() > 0
+    assert not mask.all() and (lost.max() > 0 or queries < 54)
     for backend in ("reference", "blockwise"):
         with mass_left_out() as left:
             sparse_attention(q, k, v, text, backend=backend)
@@ -112,6 +112,37 @@ def test_mass_of_nothing_but_padding_is_none():
         sparse_attention(*tensors((4, 2, 16), 40, 40, torch.float32), "threshold(0.1)", key_padding_mask=padding)
     with pytest.raises(ValueError, match="no query .* saw a key: all of them are padding"):
         _ = left.most
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("text", [CAUSAL, "window(4, 4) | threshold(0.6, 32, 1)"])
+def test_a_few_queries_as_many_do(text, softcap):
+    given = tensors((4, 2, 16), 13, 100, torch.float64)
+    real = torch.arange(100) >= torch.tensor([[0], [92]])
+    seen = []
+    for few in (13, 0):
+        with pytest.MonkeyPatch.context() as patch, mass_left_out() as left:
+            patch.setattr(chosen_few, "MAX_QUERIES", few)
+            seen.append(
+                oracle.gradients(
+                    lambda *t: sparse_attention(*t, text, return_lse=True, softcap=softcap, key_padding_mask=real),
+                    *given,
+                )
+            )
+        seen[-1] += tuple(left.each[:1])
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_a_token_takes_some_dozens_of_steps():
+    counts = []
+    for heads in (4, 16):
+        given = tensors((heads, heads // 2, 16), 1, 1000, torch.float32)
+        with AllocationInterceptor(1000) as seen:
+            sparse_attention(*given, CAUSAL)
+        counts.append(seen.calls)
+    # views are among them
+    assert counts[1] <= counts[0] < 150
 
 
 def test_soft_caps_count():
