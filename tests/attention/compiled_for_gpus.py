@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_hf import sparse_attention
+from sparse_hf import mass_left_out, sparse_attention
 from sparse_hf.attention import launch
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.backends.triton import walk
@@ -77,6 +77,13 @@ def attend(pattern: str, dims=(32, 32), heads=(4, 2), **more) -> None:
     torch.autograd.grad(out.float().sum() + lse.sum(), (q, k, v))
 
 
+def judge(pattern: str) -> None:
+    """With and without somebody who listens to what is left out."""
+    with mass_left_out():
+        attend(pattern)
+    attend(pattern, (128, 128), softcap=2.0)
+
+
 def decode() -> None:
     q, k, v = (torch.randn(1, h, n, 32).to(torch.bfloat16) for h, n in ((4, 1), (2, 150), (2, 150)))
     slots_attention(q, k, v, Filled(torch.tensor(99)), "window(20, 0)", Scoring(0.125))
@@ -104,6 +111,8 @@ def add_marked_keys() -> None:
 CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("window(20, 0) | first(4)", softcap=2.0, dropout=0.1),
     lambda: attend("topk(8) & window(None, 0)", (32, 16)),
+    lambda: attend("(window(70, 0) | topk_blocks(2, 64, 'bounds', 64)) & window(None, 0)"),
+    lambda: judge("(window(70, 0) | threshold(0.1)) & window(None, 0)"),
     choose_latents,
     decode,
     add_marked_keys,

@@ -26,8 +26,8 @@ from ..chosen.selection import is_able
 from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
-# keys of blocks that are looked at at once, and numbers that are pooled at once
-MAX_KEYS, MAX_POOLED = 1 << 20, 1 << 26
+# keys of blocks that are looked at at once, on the CPU and elsewhere, and numbers that are pooled at once
+MAX_KEYS, MAX_KEYS_ELSEWHERE, MAX_POOLED = 1 << 20, 1 << 23, 1 << 26
 # pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
 MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
@@ -270,8 +270,9 @@ def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
     row = torch.arange(blocks.first.shape[0], device=found.device).view(-1, 1, 1, 1)
     b, h = (torch.arange(n, device=found.device) for n in (batch, heads))
     of_query = groups.of_query.expand(batch, -1)
+    most = MAX_KEYS if found.device.type == "cpu" else MAX_KEYS_ELSEWHERE
     for q in torch.arange(groups.queries, device=found.device).split(
-        max(1, MAX_KEYS // (batch * heads * count * blocks.size))
+        max(1, most // (batch * heads * count * blocks.size))
     ):
         block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, H, m, c]
         first, last = (t[row, block.clamp(min=0)][..., None] for t in (blocks.first, blocks.last))

@@ -61,5 +61,3 @@ def list_tiles(
     if not WRITE:
         tl.store(masked + at, with_mask)
         tl.store(offsets + at + 1, with_mask + whole)
-        if at == 0:
-            tl.store(offsets, 0)

@@ -193,7 +193,7 @@ class Flags:
 
         (lines, columns), rows = plane.joint.shape, flags.shape[0] * flags.shape[1]
         sizes = flags.stride(1), flags.stride(2), lines, columns, *sides
-        counts = torch.empty(rows * lines + 1, dtype=torch.int32, device=flags.device)
+        counts = torch.zeros(rows * lines + 1, dtype=torch.int32, device=flags.device)
         masked = counts.new_empty(rows * lines)
 
         def run(offsets: Tensor, others: Tensor, masks: Tensor, **flag: bool) -> None:

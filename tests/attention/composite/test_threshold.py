@@ -258,9 +258,9 @@ def test_compiled_gradients_and_what_they_tell():
     assert len(left.each) == 1
 
 
-def test_no_tensor_has_two_lengths(monkeypatch):
+@pytest.mark.parametrize("length", [4_160, pytest.param(16_411, marks=pytest.mark.slow)])
+def test_no_tensor_has_two_lengths(length, monkeypatch):
     monkeypatch.setattr(chosen_threshold, "MAX_SCORES", 1 << 17)
-    length = 4_160
     given = leaves(*[(1, 1, length, 8)] * 3)
     with AllocationInterceptor(length) as seen:
         sparse_attention(*given, "(window(99, 0) | threshold(0.9)) & window(None, 0)").sum().backward()
