@@ -85,7 +85,7 @@ class Blocks:
             total = some.sum(3, dtype=wide) / count
             if not sides:
                 return total
-            size = some.abs().sum(3, dtype=wide) / count
+            size = torch.linalg.vector_norm(some, 1, 3, dtype=wide) / count
             return torch.cat([size + total, total - size], -1) / 2
 
         return self._pooled(t, offset, pool)
@@ -94,10 +94,12 @@ class Blocks:
         """The largest and the smallest number of each dimension in each block, `[B, heads, M, 2 D]`."""
 
         def pool(some: Tensor, there: Tensor | None) -> Tensor:
-            low, high = (some, some) if there is None else (some.where(there, edge) for edge in (torch.inf, -torch.inf))
-            found = torch.cat([high.amax(3), low.amin(3)], -1).to(torch.promote_types(some.dtype, torch.float32))
+            wide = torch.promote_types(some.dtype, torch.float32)
+            if there is None:
+                return torch.cat(some.aminmax(dim=3)[::-1], -1).to(wide)
+            low, high = (some.where(there, edge) for edge in (torch.inf, -torch.inf))
             # rows with fewer blocks: no block may be infinite
-            return found.nan_to_num(0, 0, 0)
+            return torch.cat([high.amax(3), low.amin(3)], -1).to(wide).nan_to_num(0, 0, 0)
 
         return self._pooled(t, 0, pool)
 
