@@ -64,7 +64,9 @@ class BlockPlan:
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
-        object.__setattr__(self, "patterns", tuple(p.on(self.device) for p in self.patterns))
+        # heads may share one
+        moved = {key: p.on(self.device) for key, p in {id(p): p for p in self.patterns}.items()}
+        object.__setattr__(self, "patterns", tuple([moved[id(p)] for p in self.patterns]))
 
     @property
     def q_blocks(self) -> int:

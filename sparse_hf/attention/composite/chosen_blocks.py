@@ -20,14 +20,19 @@ from ...pattern import FULL, TopKBlocks
 from ...pattern.chosen import ANTIDIAGONAL
 from ...plan.cache import kept
 from ..backend import AttentionCall
+from ..backends.triton.walk import why_unfit
 from ..chosen.best_keys import Limits, choose
 from ..chosen.scores import DotScores
 from ..chosen.selection import is_able
+from ..launch import launch, power_of_two, strides_of
+from ..strides import readable
 from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
 # keys of blocks that are looked at at once, on the CPU and elsewhere, and numbers that are pooled at once
 MAX_KEYS, MAX_KEYS_ELSEWHERE, MAX_POOLED = 1 << 20, 1 << 23, 1 << 26
+# tokens that a kernel pools at once
+MAX_POOLED_TOKENS = 64
 # pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
 MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
@@ -78,6 +83,9 @@ class Blocks:
             sides: the mean of what is above zero, then that of what is below, `[B, heads, M, 2 D]`.
         """
 
+        if self._are_pooled_by_kernel(t, offset):
+            return self._by_kernel(t, "SIDES" if sides else "MEAN")
+
         def pool(some: Tensor, there: Tensor | None) -> Tensor:
             wide = torch.promote_types(some.dtype, torch.float32)
             some = some if there is None else some.where(there, 0)
@@ -85,21 +93,21 @@ class Blocks:
             total = some.sum(3, dtype=wide) / count
             if not sides:
                 return total
-            size = torch.linalg.vector_norm(some, 1, 3, dtype=wide) / count
+            size = some.abs().sum(3, dtype=wide) / count
             return torch.cat([size + total, total - size], -1) / 2
 
         return self._pooled(t, offset, pool)
 
     def bounds(self, t: Tensor) -> Tensor:
         """The largest and the smallest number of each dimension in each block, `[B, heads, M, 2 D]`."""
+        if self._are_pooled_by_kernel(t, 0):
+            return self._by_kernel(t, "BOUNDS")
 
         def pool(some: Tensor, there: Tensor | None) -> Tensor:
-            wide = torch.promote_types(some.dtype, torch.float32)
-            if there is None:
-                return torch.cat(some.aminmax(dim=3)[::-1], -1).to(wide)
-            low, high = (some.where(there, edge) for edge in (torch.inf, -torch.inf))
+            low, high = (some, some) if there is None else (some.where(there, edge) for edge in (torch.inf, -torch.inf))
+            found = torch.cat([high.amax(3), low.amin(3)], -1).to(torch.promote_types(some.dtype, torch.float32))
             # rows with fewer blocks: no block may be infinite
-            return torch.cat([high.amax(3), low.amin(3)], -1).to(wide).nan_to_num(0, 0, 0)
+            return found.nan_to_num(0, 0, 0)
 
         return self._pooled(t, 0, pool)
 
@@ -116,6 +124,30 @@ class Blocks:
 
         return self._pooled(t, offset, pool), self._inside(t, offset)[1].unflatten(2, (-1, side)).any(-1)
 
+    def _are_side_by_side(self, t: Tensor, offset: int) -> bool:
+        """Are these all tokens, whose blocks follow one another from the first?"""
+        return self.rest.positions.is_bare and not offset and t.shape[2] == self.rest.positions.kv_len
+
+    def _are_pooled_by_kernel(self, t: Tensor, offset: int) -> bool:
+        return self._are_side_by_side(t, offset) and why_unfit(t, t) is None and t.numel() > 0
+
+    def _by_kernel(self, t: Tensor, what: str) -> Tensor:
+        """One of the `chosen_block_kernels`, in float32."""
+        from . import chosen_block_kernels as kernels
+
+        t = readable(t)
+        batch, heads, length, dim = t.shape
+        blocks = -(-length // self.size)
+        found = torch.empty(
+            batch, heads, blocks, dim if what == "MEAN" else 2 * dim, dtype=torch.float32, device=t.device
+        )
+        constants = {
+            "H": heads, "WHAT": getattr(kernels, what).value, "D": dim, "BD": max(16, power_of_two(dim)),
+            "BN": min(MAX_POOLED_TOKENS, max(16, power_of_two(self.size))),
+        }  # fmt: skip
+        launch(kernels.pool, (blocks, batch * heads), (t, found), strides_of(t), (length, self.size), constants)
+        return found
+
     def _inside(self, t: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """The tokens of each block, counted from `offset`, and which of them there are: `[B, M, S]`."""
         inside = self.first[..., None] + torch.arange(self.size, device=t.device) - offset
@@ -123,7 +155,7 @@ class Blocks:
 
     def _pooled(self, t: Tensor, offset: int, pool: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """What `pool` makes of the tokens of blocks, `[B, some heads, M, S, D]`, and of which of them there are; None: all."""
-        if self.rest.positions.is_bare and not offset and t.shape[2] == self.rest.positions.kv_len:
+        if self._are_side_by_side(t, offset):
             # blocks stand side by side, and the last may be shorter
             whole = t.shape[2] // self.size * self.size
             parts = [t[:, :, :whole].unflatten(2, (-1, self.size)), t[:, :, None, whole:]]
@@ -185,7 +217,10 @@ class Groups:
 
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
-        return self._allows(group, block) if self._allowed is None else self._allowed[:, :, group, block]
+        known = self._allowed
+        if known is None:
+            return self._allows(group, block)
+        return known if known.shape[2:] == (len(group), len(block)) else known[:, :, group, block]
 
     @kept
     def _allowed(self) -> Tensor | None:
@@ -249,6 +284,8 @@ class Groups:
             # the largest product with numbers between two bounds
             return (torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q), key
         pooled = self.of_tokens.mean(q, self.rest.positions.q_offset, of_bounds)  # of all groups of a text
+        if pooled.shape[2] == self._numbers.shape[1] and self.rest.positions.is_bare:
+            return pooled, key
         row = torch.arange(len(q), device=q.device)[:, None, None]
         return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]], key
 

@@ -9,13 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_hf import sparse_attention
 from sparse_hf.attention.backend import AttentionCall
 from sparse_hf.attention.composite import chosen_lists
+from sparse_hf.attention.composite.chosen_blocks import Blocks
+from sparse_hf.attention.composite.chosen_rest import find_rest
 from sparse_hf.attention.composite.chosen_tiles import ChosenTiles
 from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.dropout import NO_DROPOUT
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.pattern.base import as_pattern
-from sparse_hf.plan import NOTHING, tile_lists
+from sparse_hf.plan import NOTHING, PlanKey, find_plan, tile_lists
 from tests import oracle
 from tests.attention import choices
 from tests.attention.exactness import DEVICE, check, compare_choice, tensors
@@ -97,8 +99,21 @@ def test_lists_are_those_of_tables(text, length):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("size", [16, 100])
+def test_blocks_are_pooled_as_they_are_without_kernels(size, monkeypatch):
+    (t, _, _), found = tensors((3, 1, 20), 150, 150, torch.float32, DEVICE), []
+    positions = find_plan(PlanKey(as_pattern("window(9, 0)"), 150, 150, 0, t.device), NOTHING)
+    blocks = Blocks(find_rest(positions, None, 2), size)
+    for able in (True, False):
+        monkeypatch.setattr(Blocks, "_are_pooled_by_kernel", lambda *_, able=able: able)
+        found.append([blocks.mean(t), blocks.mean(t, sides=True), blocks.bounds(t)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_long_lines_of_keys_are_cut(monkeypatch):
-    given = [t.to(DEVICE) for t in tensors((2, 1, 16), 400, 400, torch.float32)]
+    given = [t.to(DEVICE) for t in tensors((2, 1, 16), 200, 200, torch.float32)]
     plan = content_plan(call_of(CAUSAL, *given)).joined
     assert plan is not None
     monkeypatch.setattr(tile_lists, "HOST_BOUND_TILES", 0)
