@@ -183,3 +183,38 @@ def test_tiles_on_a_gpu(dtype):
     call = call_of(text, *given)
     mask = held_by(content_plan(call), call, torch.arange(1500, device="cuda")).cpu()
     compare_choice(text, given, mask, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1500, 20_000])
+def test_a_gpu_lists_what_its_tables_say(length):
+    text = "(window(127, 0) | topk_blocks(4, 128, 'bounds', 128)) & window(None, 0)"
+    given = tensors((4, 2, 64), length, length, torch.bfloat16, "cuda")
+    found = []
+    for able in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not able:
+                patch.setattr(chosen_lists, "MAX_TILES", 0)
+                chosen_lists.find_kinds.cache_clear()
+            found.append(oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True), *given))
+    chosen_lists.find_kinds.cache_clear()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_no_host_waits_for_a_choice():
+    given = tensors((4, 2, 64), 1500, 1500, torch.bfloat16, "cuda")
+    text = "(window(127, 0) | topk_blocks(4, 128, 'bounds', 128)) & window(None, 0)"
+    results = [torch.zeros_like(given[0])]
+
+    def step():
+        leaves = [t.clone().requires_grad_() for t in given]
+        torch.autograd.grad(sparse_attention(*leaves, text), leaves, results[0])
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

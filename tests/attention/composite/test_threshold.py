@@ -244,6 +244,27 @@ def test_kernels_on_a_gpu(dtype):
     compare_choice(text, given, mask, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpu_judges_as_the_definition_does(dtype, monkeypatch):
+    (q, k, v), generator = tensors((8, 2, 64), 3000, 3000, dtype), torch.Generator().manual_seed(1)
+    # each 100 tokens have a direction of eight, and weigh keys of their own most
+    centre = torch.nn.functional.normalize(torch.randn(8, 64, generator=generator), dim=-1)
+    direction = centre[torch.randint(8, (30,), generator=generator)].repeat_interleave(100, 0).to(dtype)
+    q, k, v = (t.cuda() for t in (q + 24 * direction, k + 3 * direction, v))
+    text, found = "(window(127, 0) | first(4) | threshold(0.1)) & window(None, 0)", []
+    for able in (True, False):
+        if not able:
+            monkeypatch.setattr(chosen_judging, "why_not", lambda call: "for this test")
+        with mass_left_out():
+            plan = content_plan(call_of(q, k, v, text))
+        found.append((set(plan.joined.codes.tolist()), plan.left_out))
+    (codes, lost), (wanted, wanted_lost) = found
+    # rounding decides a tile that is at the share
+    assert 0.02 < len(wanted) / (16 * 47 * 48 / 2) < 0.5 and len(codes ^ wanted) <= 2
+    torch.testing.assert_close(lost, wanted_lost, rtol=1e-2, atol=1e-2)
+
+
 def test_compiled_gradients_and_what_they_tell():
     torch._dynamo.reset()
 
