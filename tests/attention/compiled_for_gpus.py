@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -14,15 +15,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_hf import mass_left_out, sparse_attention
+from sparse_hf import Pattern, mass_left_out, sparse_attention
 from sparse_hf.attention import launch
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.backends.triton import walk
 from sparse_hf.attention.chosen import IndexerScores, Latents, Limits, attend_latent, choose
 from sparse_hf.attention.composite.global_token_kernels import absorb, add_gradients
 from sparse_hf.attention.composite.global_tokens import find
+from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.attention.slots.new_tokens import Filled, slots_attention
+from sparse_hf.bench.exactness import plain_call
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -79,9 +82,10 @@ def attend(pattern: str, dims=(32, 32), heads=(4, 2), **more) -> None:
 
 def judge(pattern: str) -> None:
     """With and without somebody who listens to what is left out."""
-    with mass_left_out():
-        attend(pattern)
-    attend(pattern, (128, 128), softcap=2.0)
+    q, k, v = (torch.randn(1, h, 256, 128).to(torch.bfloat16) for h in (4, 2, 2))
+    for context in (mass_left_out(), nullcontext()):
+        with context:
+            content_plan(plain_call(q, k, v, Pattern.parse(pattern)))
 
 
 def decode() -> None:
