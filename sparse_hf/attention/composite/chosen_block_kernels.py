@@ -44,8 +44,7 @@ def pool(
                 one += tl.sum(some, 0)
     if WHAT != BOUNDS:
         one, two = one / (end - first), two / (end - first)
-    parts: tl.constexpr = 1 if WHAT == MEAN else 2
-    out_ptr += (row * tl.num_programs(0) + block) * (parts * D) + d
+    out_ptr += (row * tl.num_programs(0) + block) * (D if WHAT == MEAN else 2 * D) + d
     tl.store(out_ptr, one, mask=d < D)
     if WHAT != MEAN:
         tl.store(out_ptr + D, two, mask=d < D)
