@@ -2,7 +2,8 @@
 
 Backends of tables of blocks run it like any other plan whose heads have patterns of their own.
 
-Legend: B batch, H query heads, Q queries, K keys; Nq and Nk tiles of queries and of keys, T groups of queries, c blocks of each.
+Legend: B batch, H query heads, C heads of the choice, each with a table, Q queries, K keys; Nq and Nk tiles of queries and of keys, T
+groups of queries, c blocks of each.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class Listed(Pattern, has_word=False):
 
 @dataclass(frozen=True, eq=False)
 class ChosenTiles(BlockPlan):
-    """Tiles of positions, the same for all heads, and tiles of a head's own that it chose, whose pairs are those of the cut.
+    """Tiles of positions, the same for all heads, and tiles that a head or a group of heads chose, whose pairs are those of the cut.
 
     Attributes:
         beside: the plan of positions.
         cut: the plan of the pairs that may be chosen.
-        codes: of chosen tiles, `((b * H + h) * Nq + i) * Nk + j`, ascending.
+        codes: of chosen tiles, `((b * C + c) * Nq + i) * Nk + j`, ascending.
     """
 
     beside: BlockPlan | None = None
@@ -86,7 +87,7 @@ class ChosenTiles(BlockPlan):
         return is_among((row * self.q_blocks + i) * self.kv_blocks + j, self.codes)
 
     def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
-        """Did query q of head h choose key k?"""
+        """Did query q choose key k, by the table h?"""
         assert self.cut is not None
         row, i, j = torch.broadcast_tensors(b * len(self.patterns) + h, q // self.block_size, k // self.block_size)
         return self._is_chosen(row, i, j) & self.cut.allows(b, 0, q, k)
@@ -148,12 +149,13 @@ def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
         return None
     batch, heads = call.q.shape[:2]
+    tables = call.k.shape[1] if content.shares_heads else heads
     beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
     pattern = Listed((beside.patterns[0], cut.patterns[0]))
     empty = torch.zeros(0, dtype=torch.int64, device=positions.device)
     plan = ChosenTiles(
-        patterns=(pattern,) * heads, heads=tuple(range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
-        q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
+        patterns=(pattern,) * tables, heads=tuple(h * tables // heads for h in range(heads)), q_len=positions.q_len,
+        kv_len=positions.kv_len, q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
         device=positions.device, beside=beside, cut=cut, codes=empty,
     )  # fmt: skip
     codes = _codes(plan, groups.choose(call.q, call.k), groups)
@@ -161,12 +163,12 @@ def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
 
 
 def _codes(plan: ChosenTiles, found: Tensor, groups: Groups) -> Tensor:
-    """The codes of the tiles of blocks `[B, H, T, c]`, ascending."""
+    """The codes of the tiles of blocks `[B, C, T, c]`, ascending."""
     tile, content = plan.block_size, groups.content
     i = torch.arange(plan.q_blocks, device=plan.device)
     # a tile of queries lies in one group
     of_tile = groups.of_query[0, i * tile]  # [Nq]
-    block = found[:, :, of_tile]  # [B, H, Nq, c]
+    block = found[:, :, of_tile]  # [B, C, Nq, c]
     j = (block * (content.size // tile))[..., None] + torch.arange(content.size // tile, device=plan.device)
     there = (block >= 0)[..., None] & (j < plan.kv_blocks)
     row = torch.arange(plan.batch_rows * len(plan.patterns), device=plan.device).view(found.shape[0], -1, 1, 1, 1)

@@ -166,6 +166,7 @@ def _attend(text: str, **options):
     [
         (lambda: Pattern.parse("topk(0)"), "topk: count is 0; it must be a whole number of at least 1"),
         (lambda: Pattern.parse("topk_blocks(4, 8, 'most')"), "the known ones are 'mean', 'bounds', 'antidiagonal'"),
+        (lambda: Pattern.parse("topk_blocks(4, 8, per='all')"), "per is 'all'; the known ones are 'head', 'group'"),
         (lambda: Pattern.parse("topk_blocks(4, 8, 'mean', 12)"), "12 queries choose blocks of 8 keys together"),
         (lambda: Pattern.parse("topk_blocks(4, 16, 'antidiagonal', 8)"), "both are multiples of 16"),
         (lambda: Pattern.parse("vertical_slash(4, 0)"), "diagonals is 0; it must be a whole number of at least 1"),
