@@ -2,6 +2,9 @@
 
 Legend: B batch, H heads, Q queries, K keys, N chosen keys of a query, L numbers of a latent, P numbers of a key that say its
 position; `BR` heads and `BN` chosen keys of a tile.
+
+A product whose result another one reads is given to all warps by rows, of which a tile of heads has too few, so that they would do the
+same twice. Branches that are always taken, `if start < N`, stand between them, across which Triton does not look.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -59,13 +62,17 @@ def forward(
     out = tl.zeros((BR, BL), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
+    shrink, scores, weights = total, tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), q.dtype)
     for start in range(0, _end(index_ptr, N), BN):
         latent, place, there = _chosen(index_ptr, k_ptr, p_ptr, start, N, K, k_n, p_n, BN, L, BL, P, BP)
-        scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-        scores = tl.dot(turned, tl.trans(place), scores, input_precision=PRECISION) * (scale * LOG2_E)
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        weights, shrink, top, total = absorbed(scores, top, total)
-        out = tl.dot(weights.to(latent.dtype), latent, out * shrink[:, None], input_precision=PRECISION)
+        if start < N:
+            scores = tl.dot(turned, tl.trans(place), input_precision=PRECISION)
+        if start < K + N:
+            scores = tl.dot(q, tl.trans(latent), scores, input_precision=PRECISION) * (scale * LOG2_E)
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            new, shrink, top, total = absorbed(scores, top, total)
+            weights = new.to(latent.dtype)
+        out = tl.dot(weights, latent, out * shrink[:, None], input_precision=PRECISION)
     c = tl.arange(0, BL)[None, :]
     safe = tl.where(total > 0, total, 1.0)
     at = out_ptr + b * o_b + h[:, None] * o_h + query * o_n + c
@@ -76,7 +83,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["K", "N", "scale"])
 def gradients(
-    given_ptr, k_ptr, p_ptr, index_ptr, out_ptr, lse_ptr, share_ptr, grad_ptr, k_n, p_n, o_h, o_n, l_h, l_n, scale, K, N,
+    given_ptr, k_ptr, p_ptr, index_ptr, lse_ptr, delta_ptr, share_ptr, grad_ptr, k_n, p_n, l_h, l_n, d_h, d_n, s_h, scale, K, N,
     BN: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, L: tl.constexpr, BL: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,25 +99,28 @@ def gradients(
     do = gather(given_ptr, h, real, L + P, L, BL)
     q = gather(given_ptr, H + h, real, L + P, L, BL)
     turned = gather(given_ptr + L, H + h, real, L + P, P, BP)
-    out = gather(out_ptr + query * o_n, h, real, o_h, L, BL)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.load(delta_ptr + h * d_h + query * d_n, mask=real, other=0.0)
     lse = tl.load(lse_ptr + h * l_h + query * l_n, mask=real, other=float("inf"))
     lse = tl.where(lse > float("-inf"), lse, float("inf"))
     index_ptr += query * N
-    share_ptr += query * (2 * H * N) + h[:, None] * N
+    share_ptr += query * (2 * H * s_h) + h[:, None] * s_h
     total = tl.zeros((BR, BL), tl.float32)
     total_turned = tl.zeros((BR, BP), tl.float32)
+    scores, weights = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), q.dtype)
+    change = weights
     for start in range(0, _end(index_ptr, N), BN):
         latent, place, there = _chosen(index_ptr, k_ptr, p_ptr, start, N, K, k_n, p_n, BN, L, BL, P, BP)
-        scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-        scores = tl.dot(turned, tl.trans(place), scores, input_precision=PRECISION) * (scale * LOG2_E)
-        weights = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - lse[:, None] * LOG2_E)
-        change = weights * (tl.dot(do, tl.trans(latent), input_precision=PRECISION) - delta[:, None]) * scale
-        change = change.to(latent.dtype)
+        if start < N:
+            scores = tl.dot(turned, tl.trans(place), input_precision=PRECISION)
+        if start < K + N:
+            scores = tl.dot(q, tl.trans(latent), scores, input_precision=PRECISION) * (scale * LOG2_E)
+            new = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - lse[:, None] * LOG2_E)
+            slope = new * (tl.dot(do, tl.trans(latent), input_precision=PRECISION) - delta[:, None]) * scale
+            weights, change = new.to(latent.dtype), slope.to(latent.dtype)
         n = start + tl.arange(0, BN)[None, :]
-        exists = real[:, None] & (n < N)
-        tl.store(share_ptr + n, weights.to(latent.dtype), mask=exists)
-        tl.store(share_ptr + H * N + n, change, mask=exists)
+        exists = real[:, None] & (n < s_h)
+        tl.store(share_ptr + n, weights, mask=exists)
+        tl.store(share_ptr + H * s_h + n, change, mask=exists)
         total = tl.dot(change, latent, total, input_precision=PRECISION)
         total_turned = tl.dot(change, place, total_turned, input_precision=PRECISION)
     grad_ptr += query * (H * (L + P)) + h[:, None] * (L + P)

@@ -97,23 +97,24 @@ class LatentAttention(torch.autograd.Function):
         for some, found, of_found in _projected(query, latents, chosen, scale):
             out[:, :, some] = found @ latents.up_value.mT
             sums[:, :, some], lse[:, :, some] = found, of_found
-        ctx.save_for_backward(query, chosen, sums, lse, *parts)
+        ctx.save_for_backward(query, chosen, out, sums, lse, *parts)
         ctx.scale, ctx.kind = scale, type(latents)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, chosen, sums, lse, *parts = ctx.saved_tensors
-        grad_query, *grads = _Gradients(query, ctx.kind(*parts), chosen, sums, lse, ctx.scale).of(grad_out)
+        query, chosen, out, sums, lse, *parts = ctx.saved_tensors
+        grad_query, *grads = _Gradients(query, ctx.kind(*parts), chosen, (out, sums, lse), ctx.scale).of(grad_out)
         return grad_query, None, None, None, *grads
 
 
 class _Gradients:
     """The gradients of a call, a piece of the queries of a batch row at a time."""
 
-    def __init__(self, query: Tensor, latents: Latents, chosen: Tensor, sums: Tensor, lse: Tensor, scale: float):
-        self.query, self.latents, self.sums, self.lse, self.scale = query, latents, sums, lse, scale
+    def __init__(self, query: Tensor, latents: Latents, chosen: Tensor, found: tuple[Tensor, ...], scale: float):
+        self.query, self.latents, self.scale = query, latents, scale
+        self.out, self.sums, self.lse = found
         self.latent, self.turned = readable(latents.latent), readable(latents.turned)
         self.index = chosen[:, 0].int().contiguous()
         self.grad_query = like(query)
@@ -139,7 +140,8 @@ class _Gradients:
         plain, turned = self.query[b, :, some].split((dim, self.turned.shape[2]), -1)  # [H, m, D], [H, m, P]
         index = self.index[b if len(self.index) > 1 else 0, some]  # [m, N]
         given = self._side_by_side(grad_out @ latents.up_value, plain @ latents.up_key, turned)
-        shares, grads = self._shares(b, some, given, index)
+        delta = (grad_out.float() * self.out[b, :, some].float()).sum(-1)  # [H, m]
+        shares, grads = self._shares(given, index, b, (self.lse[b, :, some], delta))
         self._add_to_latents(shares.mT @ given, index, self.grad_latent[b])
         projected, grad_turned = grads.transpose(0, 1).split((self.latent.shape[2], self.turned.shape[2]), -1)
         self.grad_query[b, :, some, :dim] = projected @ latents.up_key.mT
@@ -159,26 +161,28 @@ class _Gradients:
         found[:, heads:, wide:] = turned.transpose(0, 1)
         return found
 
-    def _shares(self, b: int, some: slice, given: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, given: Tensor, index: Tensor, b: int, of_rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What weighs the rows of `given` in the gradients of chosen keys, `[m, 2 H, N]`: weights, and gradients of products.
 
-        And the gradients of projected queries, `[m, H, L + P]`.
+        And the gradients of projected queries, `[m, H, L + P]`. `of_rows` are lse, and by how much the gradients of weights are less than
+        their products, `[H, m]`.
         """
         from . import latent_kernels
 
         queries, heads = index.shape[0], self.query.shape[1]
-        shares = given.new_empty(queries, 2 * heads, index.shape[1])
+        # as wide as what is written at once
+        shares = given.new_empty(queries, 2 * heads, -(-index.shape[1] // 16) * 16)
         grads = given.new_empty(queries, heads, given.shape[2])
-        sums, lse, latent, turned = self.sums[b, :, some], self.lse[b, :, some], self.latent[b], self.turned[b]
+        latent, turned = self.latent[b], self.turned[b]
         constants = _constants(heads, latent[None], turned[None])
         launch(
             latent_kernels.gradients, (queries * -(-heads // constants["BR"]), 1),
-            (given, latent, turned, index, sums, lse, shares, grads),
-            (latent.stride(0), turned.stride(0), *sums.stride()[:2], *lse.stride()),
+            (given, latent, turned, index, *of_rows, shares, grads),
+            (latent.stride(0), turned.stride(0), *of_rows[0].stride(), *of_rows[1].stride(), shares.stride(1)),
             (self.scale, latent.shape[0], index.shape[1]),
             {"BN": GRADIENT_KEYS, **constants}, num_warps=WARPS, num_stages=GRADIENT_STAGES,
         )  # fmt: skip
-        return shares, grads
+        return shares[..., : index.shape[1]], grads
 
     def _add_to_latents(self, added: Tensor, index: Tensor, total: Tensor) -> None:
         """Add `[m, N, L + P]` to the keys of `index` `[m, N]`, in `[K, L + P]`."""
