@@ -112,7 +112,10 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
         # a choice that heads share beside one of each
         found = [_by_heads(index, max(one.shape[1] for one in found)) for index in found]
         return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
-    return ChoicePlan(positions, ChosenKeys(found[0]))
+    content = chosen[0].content
+    # blocks of texts that begin elsewhere do so too
+    size = content.size if isinstance(content, TopKBlocks) and positions.is_bare else 1
+    return ChoicePlan(positions, ChosenKeys(found[0], size))
 
 
 def _by_heads(t: Tensor, heads: int) -> Tensor:
