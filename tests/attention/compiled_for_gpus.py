@@ -100,7 +100,7 @@ def choose_latents() -> None:
     chosen = choose(scores, 16, Limits(q_offset=0))
     shapes = (1, 128, 40, 192), (1, 40, 512), (1, 40, 64), (128, 128, 512), (128, 128, 512)
     query, *parts = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
-    attend_latent(query, Latents(*parts), chosen, scale=0.1)
+    attend_latent(query.requires_grad_(), Latents(*parts), chosen, scale=0.1).sum().backward()
 
 
 def add_marked_keys() -> None:

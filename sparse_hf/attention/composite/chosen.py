@@ -40,7 +40,7 @@ class ChoicePlan(ContentPlan):
     chosen: ChosenKeys
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        return ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2])
+        return _by_heads(ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2]), call.q.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class TilePlan(ContentPlan):
         return self.chosen
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        b, h = (torch.arange(n, device=queries.device) for n in call.q.shape[:2])
+        b = torch.arange(call.q.shape[0], device=queries.device)
+        h = torch.tensor(self.chosen.heads, device=queries.device)
         keys = torch.arange(call.k.shape[2], device=queries.device)
         return self.chosen.chosen(b[:, None, None, None], h[:, None, None], queries[:, None], keys)
 
@@ -112,10 +113,18 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))
     if len(found) > 1:
-        # a choice that all heads share beside one of each
-        found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
+        # a choice that heads share beside one of each
+        found = [_by_heads(index, max(one.shape[1] for one in found)) for index in found]
         return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
-    return ChoicePlan(positions, ChosenKeys(found[0]))
+    content = chosen[0].content
+    # blocks of texts that begin elsewhere do so too
+    size = content.size if isinstance(content, TopKBlocks) and positions.is_bare else 1
+    return ChoicePlan(positions, ChosenKeys(found[0], size))
+
+
+def _by_heads(t: Tensor, heads: int) -> Tensor:
+    """What neighbouring heads share, `[B, C, ...]`, for each of `heads`."""
+    return t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(heads // t.shape[1], 1)
 
 
 @lru_cache

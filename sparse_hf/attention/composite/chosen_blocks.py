@@ -1,9 +1,10 @@
 """The blocks of keys that queries choose, `topk_blocks(...)`: what they are, what they are scored by, and which are chosen.
 
-Queries of a group choose together, by the mean of what each of them scores; a group is one query unless the pattern says more.
+Queries of a group choose together, by the mean of what each of them scores; a group is one query unless the pattern says more. So do
+the query heads of a key head, where the pattern says so.
 
-Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; M blocks, of S keys each, of which c are chosen; T groups
-of queries in a call.
+Legend: B batch, H query heads, G key heads, C heads of the choice (G or H), Q queries, K keys, D head dim; M blocks, of S keys each,
+of which c are chosen; T groups of queries in a call.
 """
 
 from __future__ import annotations
@@ -249,8 +250,9 @@ class Groups:
         return allowed & (held != FULL)
 
     def choose(self, q: Tensor, k: Tensor) -> Tensor:
-        """The blocks of each group, its own last, `[B, H, T, c]`, -1 for none."""
-        own = self.own[:, None].expand(q.shape[0], q.shape[1], -1, -1)
+        """The blocks of each group, its own last, `[B, C, T, c]`, -1 for none."""
+        heads = (k if self.content.shares_heads else q).shape[1]
+        own = self.own[:, None].expand(q.shape[0], heads, -1, -1)
         others = self.content.count - own.shape[-1]
         if others < 1:
             return own
@@ -267,7 +269,8 @@ class Groups:
         row, head = (torch.arange(n, device=q.device) for n in q.shape[:2])
         query = query[row[:, None, None], head[:, None], number[:, None]].unflatten(-1, (side, -1)).flip(-2).flatten(-2)
         present = present.expand(len(row), -1, -1)[row[:, None], number]
-        return AntidiagonalScores(query, present, key, q.shape[-1] ** -0.5 / side, self.may_choose)
+        scale = q.shape[-1] ** -0.5 / side
+        return AntidiagonalScores(query, present, key, scale, self.may_choose, self.content.shares_heads)
 
     @kept
     def _numbers(self) -> Tensor:
@@ -277,17 +280,24 @@ class Groups:
         return number.clamp(max=self.of_tokens.first.shape[1] - 1)
 
     def _scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """What the score of a group and a block is the product of, `[B, H, T, F]` and `[B, G, M, F]`."""
+        """What the score of a group and a block is the product of, `[B, C, T, F]` and `[B, G, M, F]`."""
         of_bounds = self.content.scores == "bounds"
         key = self.keys.bounds(k) if of_bounds else self.keys.mean(k)
+        query = self._scoring_queries(q, of_bounds)
+        if self.content.shares_heads:
+            query = query.unflatten(1, (k.shape[1], -1)).mean(2, dtype=torch.promote_types(q.dtype, torch.float32))
+        return query, key
+
+    def _scoring_queries(self, q: Tensor, of_bounds: bool) -> Tensor:
+        """`[B, H, T, F]`."""
         if self.content.queries == 1:
             # the largest product with numbers between two bounds
-            return (torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q), key
+            return torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q
         pooled = self.of_tokens.mean(q, self.rest.positions.q_offset, of_bounds)  # of all groups of a text
         if pooled.shape[2] == self._numbers.shape[1] and self.rest.positions.is_bare:
-            return pooled, key
+            return pooled
         row = torch.arange(len(q), device=q.device)[:, None, None]
-        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]], key
+        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]]
 
 
 @lru_cache(maxsize=GROUPS_KEPT)
@@ -297,13 +307,13 @@ def find_groups(rest: Rest, content: TopKBlocks) -> Groups:
 
 
 def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
-    """The keys of each query, `[B, H, Q, c * S]` int32, -1 for none."""
+    """The keys of each query, `[B, C, Q, c * S]` int32, -1 for none."""
     groups = find_groups(rest, content)
     return torch.cat(list(_keys_of_blocks(groups.choose(call.q, call.k), groups)), 2)
 
 
 def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
-    """The keys `[B, H, m, c * S]` of blocks `[B, H, T, c]`, some queries at a time."""
+    """The keys `[B, C, m, c * S]` of blocks `[B, C, T, c]`, some queries at a time."""
     (batch, heads, _, count), blocks = found.shape, groups.keys
     inside = torch.arange(blocks.size, device=found.device)
     row = torch.arange(blocks.first.shape[0], device=found.device).view(-1, 1, 1, 1)
@@ -313,9 +323,9 @@ def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
     for q in torch.arange(groups.queries, device=found.device).split(
         max(1, most // (batch * heads * count * blocks.size))
     ):
-        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, H, m, c]
+        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, C, m, c]
         first, last = (t[row, block.clamp(min=0)][..., None] for t in (blocks.first, blocks.last))
-        keys = first + inside  # [B, H, m, c, S]
+        keys = first + inside  # [B, C, m, c, S]
         there = (keys <= last) & (block >= 0)[..., None]
         keys, there = keys.flatten(3), there.flatten(3)
         there = there & groups.rest.holds(q[:, None], keys.clamp(max=blocks.of_token.shape[1] - 1))

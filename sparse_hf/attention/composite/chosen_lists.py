@@ -2,7 +2,7 @@
 
 What positions say of each tile is found once for lengths and pattern, and a kernel puts it together with the flags of a choice.
 
-Legend: B batch, H query heads; Nq and Nk tiles of queries and of keys, T groups of queries and M blocks of keys.
+Legend: B batch, H query heads, C heads of the choice; Nq and Nk tiles of queries and of keys, T groups of queries and M blocks of keys.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class Cut(NamedTuple):
 
 
 @remembered
-def known_cut(kinds: Kinds, more: int, rows: int) -> Cut:
+def known_cut(kinds: Kinds, more: int, rows: int, heads_of_row: int) -> Cut:
     """Of lists by query whose lines have at most `more` tiles beside those of positions."""
     held = kinds.held
     bound = (held + more).clamp(max=kinds.by_query.joint.shape[1])
-    return _cut(bound, rows * int(bound.sum()), rows * len(bound), kinds.masks.device)
+    return _cut(bound, rows * int(bound.sum()), rows * heads_of_row * len(bound), kinds.masks.device)
 
 
 def _cut(bound: Tensor, entries: int, tiles: int, device: torch.device) -> Cut:
@@ -159,14 +159,16 @@ class Flags:
     """Which blocks of keys each group of queries chose.
 
     Attributes:
-        flags: `[B, H, T, at least M]` uint8, not 0 where it did; contiguous in the last dimension.
+        flags: `[B, C, T, at least M]` uint8, not 0 where it did; contiguous in the last dimension.
         tiles: tiles of a group, and of a block.
         shift: tiles of the first group that come before the first query.
+        heads_of_row: query heads that share one of C.
     """
 
     flags: Tensor
     tiles: tuple[int, int] = (1, 1)
     shift: int = 0
+    heads_of_row: int = 1
 
     def lists(self, kinds: Kinds, most: int | None) -> TileLists:
         """The lists of a plan whose heads have these flags.
@@ -175,7 +177,7 @@ class Flags:
             most: tiles that a line of queries chose at most; None: they are counted, and the host waits.
         """
         rows = self.flags.shape[0] * self.flags.shape[1]
-        cut = None if most is None else known_cut(kinds, most, rows)
+        cut = None if most is None else known_cut(kinds, most, rows, self.heads_of_row)
         by_query = self.listed(kinds.by_query, self.flags, (self.tiles[0], self.shift, self.tiles[1], 0), cut)
 
         def by_key() -> Lists:
@@ -184,8 +186,9 @@ class Flags:
             is_short = by_query.lines <= MAX_WHOLE_LINE
             return self.listed(kinds.by_key, flags, sides, _whole(entries, flags.device) if is_short else None)
 
-        of_rows = torch.arange(rows, dtype=torch.int32, device=self.flags.device)
-        return TileLists(kinds.masks.shape[1], of_rows, by_query, by_key, kinds.masks, kinds.masks_by_key)
+        of_heads = torch.arange(rows * self.heads_of_row, dtype=torch.int32, device=self.flags.device)
+        of_heads = of_heads if self.heads_of_row == 1 else of_heads // self.heads_of_row
+        return TileLists(kinds.masks.shape[1], of_heads, by_query, by_key, kinds.masks, kinds.masks_by_key)
 
     def listed(self, plane: Plane, flags: Tensor, sides: tuple[int, int, int, int], cut: Cut | None) -> Lists:
         """Lists by the lines of a plane; without `cut`, entries are counted first, and the host waits."""
@@ -205,7 +208,7 @@ class Flags:
         offsets = counts.cumsum(0, dtype=torch.int32)
         if cut is None:
             *bound, entries = torch.cat([counts[1:].view(rows, lines).amax(0), offsets[-1:]]).tolist()
-            cut = _cut(torch.tensor(bound), entries, rows * lines, flags.device)
+            cut = _cut(torch.tensor(bound), entries, rows * self.heads_of_row * lines, flags.device)
         others = counts.new_empty(max(1, cut.entries))
         masks = torch.empty_like(others)
         run(offsets, others, masks, WRITE=True)
@@ -218,6 +221,6 @@ def may_list(device: torch.device) -> bool:
 
 
 def flags_of(found: Tensor, blocks: int) -> Tensor:
-    """Chosen blocks `[B, H, T, c]`, -1 for none, as flags, `[B, H, T, M + 1]` uint8."""
+    """Chosen blocks `[B, C, T, c]`, -1 for none, as flags, `[B, C, T, M + 1]` uint8."""
     flags = torch.zeros(*found.shape[:3], blocks + 1, dtype=torch.uint8, device=found.device)
     return flags.scatter_(-1, found.masked_fill(found < 0, blocks), 1)

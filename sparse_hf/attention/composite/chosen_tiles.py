@@ -2,7 +2,8 @@
 
 Backends of tables of blocks run it like any other plan whose heads have patterns of their own.
 
-Legend: B batch, H query heads, Q queries, K keys; Nq and Nk tiles of queries and of keys, T groups of queries, c blocks of each.
+Legend: B batch, H query heads, C heads of the choice, each with a table, Q queries, K keys; Nq and Nk tiles of queries and of keys, T
+groups of queries, c blocks of each.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ class Listed(Pattern, has_word=False):
 
 @dataclass(frozen=True, eq=False)
 class ChosenTiles(BlockPlan):
-    """Tiles of positions, the same for all heads, and tiles of a head's own that it chose, whose pairs are those of the cut.
+    """Tiles of positions, the same for all heads, and tiles that a head or a group of heads chose, whose pairs are those of the cut.
 
     Attributes:
         beside: the plan of positions.
         cut: the plan of the pairs that may be chosen.
-        found: the blocks of each group, `[B, H, T, c]`, -1 for none.
+        found: the blocks of each group, `[B, C, T, c]`, -1 for none.
         tiles: tiles of a group of queries, and of a block of keys.
     """
 
@@ -81,12 +82,12 @@ class ChosenTiles(BlockPlan):
 
     @kept
     def codes(self) -> Tensor:
-        """Of chosen tiles, `((b * H + h) * Nq + i) * Nk + j`, ascending."""
+        """Of chosen tiles, `((b * C + c) * Nq + i) * Nk + j`, ascending."""
         assert self.found is not None and self.cut is not None
         of_group, of_block = self.tiles
         i = torch.arange(self.q_blocks, device=self.device)
         # a tile of queries lies in one group
-        block = self.found[:, :, (i + self.shift) // of_group]  # [B, H, Nq, c]
+        block = self.found[:, :, (i + self.shift) // of_group]  # [B, C, Nq, c]
         j = (block * of_block)[..., None] + torch.arange(of_block, device=self.device)
         there = (block >= 0)[..., None] & (j < self.kv_blocks)
         row = torch.arange(self.batch_rows * len(self.patterns), device=self.device).view(len(block), -1, 1, 1, 1)
@@ -104,7 +105,8 @@ class ChosenTiles(BlockPlan):
             return None
         assert self.found is not None
         flags = flags_of(self.found, -(-self.kv_blocks // self.tiles[1]))
-        return Flags(flags, self.tiles, self.shift).lists(kinds, self.found.shape[-1] * self.tiles[1])
+        heads_of_table = len(self.heads) // len(self.patterns)
+        return Flags(flags, self.tiles, self.shift, heads_of_table).lists(kinds, self.found.shape[-1] * self.tiles[1])
 
     @property
     def _kinds(self) -> Kinds | None:
@@ -123,7 +125,7 @@ class ChosenTiles(BlockPlan):
         return is_among((row * self.q_blocks + i) * self.kv_blocks + j, self.codes)
 
     def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
-        """Did query q of head h choose key k?"""
+        """Did query q choose key k, by the table h?"""
         assert self.cut is not None
         row, i, j = torch.broadcast_tensors(b * len(self.patterns) + h, q // self.block_size, k // self.block_size)
         return self._is_chosen(row, i, j) & self.cut.allows(b, 0, q, k)
@@ -189,10 +191,12 @@ def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
         return None
     batch, heads = call.q.shape[:2]
+    tables = call.k.shape[1] if content.shares_heads else heads
     beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
     return ChosenTiles(
-        patterns=(Listed((beside.patterns[0], cut.patterns[0])),) * heads, heads=tuple(range(heads)), q_len=positions.q_len,
-        kv_len=positions.kv_len, q_offset=positions.q_offset, block_size=tile, batch_rows=batch,
-        sequences=positions.sequences, device=positions.device, beside=beside, cut=cut,
-        found=groups.choose(call.q, call.k), tiles=(content.queries // tile, content.size // tile),
+        patterns=(Listed((beside.patterns[0], cut.patterns[0])),) * tables,
+        heads=tuple(h * tables // heads for h in range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
+        q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
+        device=positions.device, beside=beside, cut=cut, found=groups.choose(call.q, call.k),
+        tiles=(content.queries // tile, content.size // tile),
     )  # fmt: skip

@@ -28,6 +28,11 @@ PATTERNS = {
     CAUSAL: ("(window(20, 0) | first(4)) & window(None, 0)", [("bounds", 3, 32, 16)], "window(None, 0)"),
     "window(9, 9) | topk_blocks(3, 16, 'mean', 32)": ("window(9, 9)", [("mean", 3, 16, 32)], "window(None, None)"),
     "topk_blocks(3, 16, 'antidiagonal', 32)": ("first(0)", [("antidiagonal", 3, 16, 32)], "window(None, None)"),
+    "topk_blocks(3, 16, 'bounds', 16, 'group') & window(None, 0)": (
+        "first(0)",
+        [("bounds", 3, 16, 16, "group")],
+        "window(None, 0)",
+    ),
     "topk_blocks(4, 16, 'mean', 16) & window(90, 0)": ("first(0)", [("mean", 4, 16, 16)], "window(90, 0)"),
 }
 
@@ -59,7 +64,7 @@ def test_tiles_hold_what_the_definition_says(text, queries):
     wanted = mask_of(text, q, k)
     assert torch.equal(held_by(plan, call, torch.arange(queries)), wanted)
     if plan.joined is not None:
-        assert torch.equal(plan.joined.to_dense(), wanted)
+        assert torch.equal(plan.joined.to_dense()[:, list(plan.joined.heads)], wanted)
 
 
 @pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
@@ -90,6 +95,7 @@ def test_lists_are_those_of_tables(text, length):
     assert plan is not None
     tiles, wanted = plan.own_lists(plan.block_size), plan.to_dense().cpu()
     assert tiles is not None
+    assert tiles.group_of.tolist() == [b * len(plan.patterns) + h for b in range(len(q)) for h in plan.heads]
     for group, mask in enumerate(wanted.flatten(0, 1)):
         for listed, masks, one in (
             (tiles.by_query, tiles.masks, mask),
