@@ -26,7 +26,7 @@ from ..launch import launch, power_of_two
 # from tables, where the host's time no longer counts
 MAX_TILES, MAX_CUT, MAX_MASKS = 1 << 24, 1 << 20, (1 << 15) - 2
 # tiles whose kinds are found at once, and planes that are kept
-TILES_AT_ONCE, PLANES_KEPT = 1 << 22, 8
+TILES_AT_ONCE, PLANES_KEPT = 1 << 22, 4
 # lines of keys that are walked as they are: of so many query tiles, no host is told how long they became
 MAX_WHOLE_LINE = 256
 # others that a program looks at at once, and its warps
@@ -208,7 +208,7 @@ class Flags:
         offsets = counts.cumsum(0, dtype=torch.int32)
         if cut is None:
             *bound, entries = torch.cat([counts[1:].view(rows, lines).amax(0), offsets[-1:]]).tolist()
-            cut = _cut(torch.tensor(bound), entries, rows * self.heads_of_row * lines, flags.device)
+            cut = _cut(torch.tensor(bound, device="cpu"), entries, rows * self.heads_of_row * lines, flags.device)
         others = counts.new_empty(max(1, cut.entries))
         masks = torch.empty_like(others)
         run(offsets, others, masks, WRITE=True)
