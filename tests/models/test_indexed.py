@@ -272,6 +272,18 @@ def test_nothing_of_two_lengths_is_made(head):
     assert seen.calls > 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", one_head())
+def test_nothing_of_two_lengths_is_made_of_long_texts(head):
+    length = 16_411
+    sparse = sparse_hf.sparsify(dense_model(head, max_position_embeddings=2 * length))
+    ids = torch.randint(EOS + 1, VOCABULARY, (1, length))
+    with torch.no_grad(), AllocationInterceptor(length) as seen:
+        sparse(input_ids=ids, use_cache=False)
+    assert not seen.quadratic
+    assert seen.calls > 100
+
+
 @pytest.mark.parametrize("head", one_head())
 def test_weights_that_somebody_wants_to_see(head):
     dense = dense_model(head)
