@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from itertools import cycle
 
@@ -372,3 +373,25 @@ def test_says_once_that_positions_have_an_end(caplog):
     for model, times in ((sparse, 0), (short, 1)):
         in_pieces(model, text(1, 90), StreamingCache(model.config))
         assert caplog.text.count("behind a StreamingCache has more tokens than") == times
+
+
+@pytest.mark.parametrize("pattern", ["window(20, 0) | first(3)", "window(20, 0) | marked_keys() | summary(16, 2)"])
+def test_cuda_graphs_go_on_with_a_cache_that_was_changed(pattern):
+    """They are skipped for keys of which nobody says that they stay where they are."""
+    sparse = sparse_model(pattern=pattern)
+
+    def stays(cache) -> bool:
+        tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        return len(tensors) >= 3 * len(cache.layers) and all(hasattr(t, "_dynamo_static_input_type") for t in tensors)
+
+    cache, ids = StreamingCache(sparse.config), text(2, 90)
+    in_pieces(sparse, ids[:, :60], cache)
+    assert stays(cache) and stays(copy.deepcopy(cache))
+    changes = (
+        lambda: cache.activate_past_recording(), lambda: cache.crop(-1), lambda: cache.make_room(900),
+        lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0, 2])),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])), lambda: in_pieces(sparse, ids[:, 59:], cache), lambda: cache.reset(),
+    )  # fmt: skip
+    for change in changes:
+        change()
+        assert stays(cache)
