@@ -132,7 +132,8 @@ def sparse_attention_forward(
         check_part(opaque, kwargs)
         return _of_part(layer, kwargs[TEXT_PART]), None
     if bounds is not None:
-        return paged_attention(query, key, value, layer.pattern, scoring, bounds, backend, sinks), None
+        own = bounds[module.layer_idx]
+        return paged_attention(query, key, value, layer.pattern, scoring, own, backend, sinks), None
     if streaming is None:
         return _in_order(layer, None, wants_weights)
     layer.filled = streaming.filled(module.layer_idx, query.shape[2])
