@@ -8,6 +8,7 @@ import torch
 
 from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
 from ...pattern.base import Marks
+from ...pattern.per_head import PerHead
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -34,6 +35,17 @@ def _cached_halves(text: str) -> tuple[str, str | None]:
     if pattern.heads:
         return local, str(type(pattern)(*(p & MarkedQueries() for p in pattern.heads)))
     return local, str(pattern & MarkedQueries())
+
+
+@lru_cache(maxsize=256)
+def both_halves(local: str, rows: str | None, heads: int) -> PerHead | None:
+    """One pattern for twice the heads, those of all tokens and then those of marked ones; None where there is none such."""
+    if rows is None:
+        return None
+    both = Pattern.parse(local), Pattern.parse(rows)
+    if any(half.uses_content for half in both):
+        return None
+    return PerHead(*(one for half in both for one in half.heads or (half,) * heads))
 
 
 def _holds_everything(pattern: Pattern) -> bool:

@@ -1,0 +1,92 @@
+"""Layers of a pass that ask what one before them has asked: they go straight to attention, on tensors of their own.
+
+To find what a layer sees takes its host as long as to launch it, and most layers of a model ask the same. What was found is
+remembered on the mask request, which dies with the pass.
+
+Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import attention
+from ...attention.backend import AttentionCall
+from ...attention.dropout import Dropout
+from ...attention.scoring import Scoring
+from ...pattern import Pattern
+from ...pattern.base import as_pattern
+from ...plan import BatchInfo
+from .cache import LAYERS_SEE
+from .chosen_keys import LATENTS, LEARNING
+from .indexer import INDEXED
+from .layer_call import LayerCall, tokens_first
+from .mask_request import MaskRequest
+
+# attributes of an attention module that say how it reads its mask
+READ_OF_MODULE = ("is_decoder", "is_causal", "is_cross_attention", "has_relative_attention_bias")
+# arguments that mean something else in each layer
+OF_ONE_LAYER = (LAYERS_SEE, INDEXED, "turned_sinks", "computed_by", "position_bias")
+
+
+@dataclass(frozen=True, eq=False)
+class AnsweredLayer:
+    """The call of a layer without its tensors and its dropout.
+
+    `told` holds the arguments that layers were told apart by, so that no others get their numbers.
+    """
+
+    pattern: Pattern
+    q_offset: int
+    scoring: Scoring
+    batch: BatchInfo
+    backend: str
+    told: Mapping[str, Any]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Attention `[B, Q, H, D]`."""
+        drawn = Dropout.draw(dropout)
+        call = AttentionCall(
+            query, key, value, self.pattern, self.q_offset, self.scoring, drawn, self.batch, wants_lse=False
+        )
+        return tokens_first(attention(call, self.backend)[0])
+
+
+def asked_alike(
+    module: Any, query: Tensor, key: Tensor, request: Any, how: tuple, told: Mapping[str, Any]
+) -> tuple | None:  # fmt: skip
+    """All that tells layers of a pass apart; None where nobody may go by what another was answered.
+
+    Args:
+        module: the attention module, with `query` `[B, H, Q, D]` and `key` `[B, G, K, D]`.
+        request: what it got for its mask.
+        how: other arguments of the attention function that every layer has.
+        told: those that a model adds.
+    """
+    if type(request) is not MaskRequest or torch.compiler.is_compiling():
+        return None
+    if LEARNING.get() is not None or LATENTS.get() is not None:
+        return None
+    own, config = module.__dict__, module.config
+    stack, layer = request.stack(module), own.get("layer_idx") or 0
+    if layer >= len(stack.patterns) or stack.heads != query.shape[1]:
+        return None
+    of_module = type(module), id(config), stack.patterns[layer], *[own.get(name) for name in READ_OF_MODULE]
+    return *of_module, *how, query.shape, key.shape, query.device, *told, *map(id, told.values())
+
+
+def remember_answer(layer: LayerCall, call: AttentionCall, alike: tuple) -> None:
+    """Have later layers of the pass find the call, if it has nothing of its own beside tensors and dropout."""
+    request, told = layer.request, layer.kwargs
+    is_bare = layer.scoring.bias is None and layer.sinks is None and layer.filled is None and layer.opaque is None
+    if is_bare and isinstance(request.q_offset, int) and all(told.get(name) is None for name in OF_ONE_LAYER):
+        assert layer.pattern is not None
+        pattern = as_pattern(layer.pattern)
+        request.memo[alike] = AnsweredLayer(
+            pattern, request.q_offset, layer.scoring, call.batch, layer.backend, told
+        )  # fmt: skip
