@@ -10,9 +10,8 @@ import torch
 import transformers
 
 import sparse_hf
-from sparse_hf.attention.backend import Backend
-from sparse_hf.attention.strides import like
-from sparse_hf.models.longformer import global_rows, joined
+from sparse_hf.models.hf import joined
+from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
@@ -20,6 +19,7 @@ from tests.models.longformers import (
     HEADS,
     TARGET,
     VOCABULARY,
+    Free,
     Operations,
     answers,
     draw,
@@ -470,24 +470,12 @@ def test_equals_stock_where_a_gpu_waits_for_the_host(family, seed, monkeypatch):
     test_equals_stock(family, seed, monkeypatch)
 
 
-class _Free(Backend):
-    """Attention that costs nothing."""
-
-    name = "free"
-
-    def forward(self, call):
-        return like(call.q), call.q[..., 0]
-
-    def backward(self, call, given):
-        return like(call.q), like(call.k), like(call.v), None
-
-
 @pytest.mark.parametrize("marks", ["one", "many"])
 def test_short_texts_take_fewer_operations_where_a_gpu_waits(marks, monkeypatch):
     ours, counts = sparse_hf.sparsify(stock_model("LongformerModel")), []
     batch = inputs("LongformerModel", 60, side="none", marks=marks)
     monkeypatch.setattr(global_rows, "attend_by_pattern", lambda config, qkv, *_, **__: (sum(qkv), None))
-    monkeypatch.setattr(joined, "route", lambda call, name: _Free())
+    monkeypatch.setattr(joined, "route", lambda call, name: Free())
     for is_host_bound in (False, True):
         monkeypatch.setattr(global_rows, "is_host_bound", lambda states, found=is_host_bound: found)
         ours.zero_grad()

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention import attention
+from ...attention import attention, route
 from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
+from ...attention.operator import has_no_content
 from ...attention.scoring import Scoring
 from ...pattern import Pattern
 from ...pattern.base import as_pattern
@@ -38,7 +39,8 @@ OF_ONE_LAYER = (LAYERS_SEE, INDEXED, "turned_sinks", "computed_by", "position_bi
 class AnsweredLayer:
     """The call of a layer without its tensors and its dropout.
 
-    `told` holds the arguments that layers were told apart by, so that no others get their numbers.
+    `told` holds the arguments that layers were told apart by, so that no others get their numbers; `first` is the attention module
+    that was answered, and `is_whole` whether it gave the output and lse of a whole text.
     """
 
     pattern: Pattern
@@ -47,6 +49,13 @@ class AnsweredLayer:
     batch: BatchInfo
     backend: str
     told: Mapping[str, Any]
+    first: Any
+    is_whole: bool
+
+    def joins(self, module: Any) -> bool:
+        """May a module compute its projections with its attention? Never the first, which gradient checkpointing computes again and
+        whose steps must be the same then."""
+        return self.is_whole and module is not self.first
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Attention `[B, Q, H, D]`."""
@@ -58,12 +67,13 @@ class AnsweredLayer:
 
 
 def asked_alike(
-    module: Any, query: Tensor, key: Tensor, request: Any, how: tuple, told: Mapping[str, Any]
+    module: Any, sizes: tuple[torch.Size, torch.Size, torch.device], request: Any, how: tuple, told: Mapping[str, Any]
 ) -> tuple | None:  # fmt: skip
     """All that tells layers of a pass apart; None where nobody may go by what another was answered.
 
     Args:
-        module: the attention module, with `query` `[B, H, Q, D]` and `key` `[B, G, K, D]`.
+        module: the attention module.
+        sizes: of its queries, `[B, H, Q, D]`, and keys, `[B, G, K, D]`, and their device.
         request: what it got for its mask.
         how: other arguments of the attention function that every layer has.
         told: those that a model adds.
@@ -74,19 +84,23 @@ def asked_alike(
         return None
     own, config = module.__dict__, module.config
     stack, layer = request.stack(module), own.get("layer_idx") or 0
-    if layer >= len(stack.patterns) or stack.heads != query.shape[1]:
+    if layer >= len(stack.patterns) or stack.heads != sizes[0][1]:
         return None
     of_module = type(module), id(config), stack.patterns[layer], *[own.get(name) for name in READ_OF_MODULE]
-    return *of_module, *how, query.shape, key.shape, query.device, *told, *map(id, told.values())
+    return *of_module, *how, *sizes, *told, *map(id, told.values())
 
 
 def remember_answer(layer: LayerCall, call: AttentionCall, alike: tuple) -> None:
-    """Have later layers of the pass find the call, if it has nothing of its own beside tensors and dropout."""
+    """Have later layers of the pass find a call that was answered, if it has nothing of its own beside tensors and dropout."""
     request, told = layer.request, layer.kwargs
     is_bare = layer.scoring.bias is None and layer.sinks is None and layer.filled is None and layer.opaque is None
-    if is_bare and isinstance(request.q_offset, int) and all(told.get(name) is None for name in OF_ONE_LAYER):
-        assert layer.pattern is not None
-        pattern = as_pattern(layer.pattern)
-        request.memo[alike] = AnsweredLayer(
-            pattern, request.q_offset, layer.scoring, call.batch, layer.backend, told
-        )  # fmt: skip
+    if not is_bare or not isinstance(request.q_offset, int) or any(told.get(name) is not None for name in OF_ONE_LAYER):
+        return
+    is_whole = False
+    if not has_no_content(call.q) and call.q.shape[2] == call.k.shape[2]:
+        # as it was asked, to find what was decided then
+        call.chosen_plan = None
+        is_whole = not route(call, layer.backend).uses_autograd
+    request.memo[alike] = AnsweredLayer(
+        as_pattern(layer.pattern), request.q_offset, layer.scoring, call.batch, layer.backend, told, layer.module, is_whole
+    )  # fmt: skip

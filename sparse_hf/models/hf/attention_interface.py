@@ -99,7 +99,8 @@ def sparse_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
     query, key, value = _of_autocast(query, key, value)
-    alike = asked_alike(module, query, key, attention_mask, (backend, scaling, dropout), kwargs)
+    sizes = query.shape, key.shape, query.device
+    alike = asked_alike(module, sizes, attention_mask, (backend, scaling, dropout), kwargs)
     known = None if alike is None else attention_mask.memo.get(alike)
     if known is not None:
         return known.attend(query, key, value, dropout), None
@@ -193,9 +194,9 @@ def _in_order(
     elif order is not None:
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
+    out, lse, weights = _computed(call, opaque, layer.backend, wants_weights and part is None, computed_by)
     if alike is not None and not wants_weights and part is None and order is None:
         remember_answer(layer, call, alike)
-    out, lse, weights = _computed(call, opaque, layer.backend, wants_weights and part is None, computed_by)
     out, lse = layer.with_rest(out, lse, part)
     if weights is not None and layer.sinks is not None:
         weights = with_sink(weights, lse, layer.sinks)

@@ -23,13 +23,13 @@ from ...attention.scoring import Scoring
 from ...pattern.per_head import PerHead
 from ...plan import NOTHING
 from ..hf.config import SparseConfigMixin
+from ..hf.joined import joined_attention
 from ..hf.own_modules import attend_by_pattern, backend_of
 from ..hf.processes import owes_gradients
+from ..hf.projections import are_plain, is_host_bound, joined
 from ..hf.tensor_parallel import own_heads
 from ..hf.text_parts import TextPart
-from .halves import ALL_KEYS, both_halves, halves
-from .joined import Asked, joined_attention
-from .projections import are_plain, is_host_bound, joined
+from .halves import ALL_KEYS, AskedOfHalves, both_halves, halves
 from .rows import marked_only, replaced_rows, taken, write_rows
 from .tokens import MarkedRows, Tokens
 from .unprojected import unprojected_rows
@@ -106,7 +106,8 @@ class GlobalRowsMixin(_Module):
     def _in_one_node(self, states: Tensor, pattern: PerHead, tokens: Tokens) -> Tensor:
         """Attention `[B, N, E]`, where the host is what takes time."""
         pairs = zip(self._projections(LOCAL), self._projections(GLOBAL), strict=True)
-        asked = Asked(pattern, self.head_dim, tokens, backend_of(self.config))
+        scoring, backend = Scoring(self.head_dim**-0.5), backend_of(self.config)
+        asked = AskedOfHalves(pattern, self.head_dim, scoring, tokens.batch, backend, tokens=tokens)
         return joined_attention(states, [module for pair in pairs for module in pair], asked)
 
     def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from ...attention.backend import AttentionCall, Backend
 from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
 from ...pattern.base import Marks
 from ...pattern.per_head import PerHead
+from ..hf.joined import Asked
+from .tokens import Tokens
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -46,6 +51,34 @@ def both_halves(local: str, rows: str | None, heads: int) -> PerHead | None:
     if any(half.uses_content for half in both):
         return None
     return PerHead(*(one for half in both for one in half.heads or (half,) * heads))
+
+
+@dataclass(frozen=True, eq=False)
+class AskedOfHalves(Asked):
+    """Attention of twice the heads: those of all tokens, and those of marked ones; each token keeps what its half gave.
+
+    Args:
+        tokens: what the batch says of its tokens.
+    """
+
+    tokens: Tokens = field(kw_only=True)
+
+    def route(self, call: AttentionCall) -> Backend:
+        # found by number in the batch of the pass: a pattern of many heads is slow to compare
+        own, memo = ("route", id(self.pattern), call.q.shape, call.q.dtype, self.backend), self.batch.memo
+        if own not in memo:
+            backend = super().route(call)
+            memo[own] = self.pattern, backend, call.chosen_plan
+        _, backend, call.chosen_plan = memo[own]
+        return backend
+
+    def taken(self, out: Tensor) -> Tensor:
+        of_all, of_marked = out.chunk(2, dim=2)
+        return torch.where(self.tokens.halves(out.dtype)[0], of_marked, of_all)
+
+    def given_back(self, grad: Tensor) -> Tensor:
+        # each half has the gradient of its tokens, and 0 of the others
+        return (grad[:, :, None] * self.tokens.halves(grad.dtype)[1]).flatten(2)
 
 
 def _holds_everything(pattern: Pattern) -> bool:
