@@ -8,8 +8,10 @@ import torch
 import sparse_hf
 from sparse_hf.attention import api
 from sparse_hf.models.hf import answered, attention_interface, joined
+from sparse_hf.models.longformer import global_rows
+from tests.models import longformers
 from tests.models.families import dense_model, inputs
-from tests.models.longformers import Free, Operations
+from tests.models.longformers import Free, Operations, stock_model
 
 LAYERS = 4
 HEADS = ("BertModel", "CamembertModel", "ElectraModel", "RobertaModel", "XLMRobertaModel")
@@ -41,7 +43,7 @@ def trained(model, batch, **how) -> list[torch.Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=how.get("autocast", False)):
         found = model(**batch).last_hidden_state
     (found.float() * torch.linspace(-1, 1, found.shape[-1])).sum().backward()
-    return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def compare(model, batch, nodes, monkeypatch, **how) -> None:
@@ -69,6 +71,13 @@ def test_dropout_and_autocast_are_those_of_separate_projections(how, nodes, monk
     model = sparse(attention_probs_dropout_prob=0.3).train()
     compare(model, inputs("BertModel"), nodes, monkeypatch, **how)
     assert all(asked.dropout.p == 0.3 for asked in nodes)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_kernels_write_the_gradients_side_by_side(nodes, monkeypatch):
+    model = sparse(max_position_embeddings=80)
+    model.set_attn_implementation("sparse_triton")
+    compare(model, {"input_ids": torch.arange(70)[None] + 5}, nodes, monkeypatch)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -156,3 +165,24 @@ def test_one_node_takes_fewer_operations(nodes, monkeypatch):
         counts.append(seen.count)
     # of each layer that is one node 2 products forward and 4 backward, 2 sums for biases and 2 of states; 3 are joined for it
     assert counts[1] - counts[0] >= (2 + 4 + 2 + 2 - 3) * (LAYERS - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", ["BertModel", "LongformerModel"])
+def test_on_a_gpu_one_node_is_as_near_to_float64(head, monkeypatch):
+    exact = sparse(head) if head == "BertModel" else sparse_hf.sparsify(stock_model(head))
+    batch = inputs(head) if head == "BertModel" else longformers.inputs(head, 150, marks="few")
+    right = trained(exact.double(), batch)
+    batch = {name: t.cuda() for name, t in batch.items()}
+    model, errors, seen, plain = exact.to("cuda", torch.bfloat16), [], [], joined._Joined.apply
+    monkeypatch.setattr(joined._Joined, "apply", lambda *given: seen.append(1) or plain(*given))
+    for _ in range(2):
+        found = trained(model, batch)
+        errors.append(
+            max(float((a.double().cpu() - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found, right, strict=True))
+        )
+        assert bool(seen) == (not errors[1:])
+        seen.clear()
+        for patched in (joined, global_rows):
+            monkeypatch.setattr(patched, "is_host_bound", lambda states: False)
+    assert errors[0] <= 1.5 * errors[1] + 1e-3

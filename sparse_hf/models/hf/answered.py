@@ -40,7 +40,7 @@ class AnsweredLayer:
     """The call of a layer without its tensors and its dropout.
 
     `told` holds the arguments that layers were told apart by, so that no others get their numbers; `first` is the attention module
-    that was answered, and `is_whole` whether it gave the output and lse of a whole text.
+    that was answered, and `is_whole` whether its pairs are of positions in a whole text, and its gradients a backend's own.
     """
 
     pattern: Pattern
@@ -96,11 +96,11 @@ def remember_answer(layer: LayerCall, call: AttentionCall, alike: tuple) -> None
     is_bare = layer.scoring.bias is None and layer.sinks is None and layer.filled is None and layer.opaque is None
     if not is_bare or not isinstance(request.q_offset, int) or any(told.get(name) is not None for name in OF_ONE_LAYER):
         return
-    is_whole = False
-    if not has_no_content(call.q) and call.q.shape[2] == call.k.shape[2]:
+    pattern, is_whole = as_pattern(layer.pattern), False
+    if not has_no_content(call.q) and call.q.shape[2] == call.k.shape[2] and not pattern.uses_content:
         # as it was asked, to find what was decided then
         call.chosen_plan = None
         is_whole = not route(call, layer.backend).uses_autograd
     request.memo[alike] = AnsweredLayer(
-        as_pattern(layer.pattern), request.q_offset, layer.scoring, call.batch, layer.backend, told, layer.module, is_whole
+        pattern, request.q_offset, layer.scoring, call.batch, layer.backend, told, layer.module, is_whole
     )  # fmt: skip

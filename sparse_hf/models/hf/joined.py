@@ -44,6 +44,7 @@ class Asked:
         scoring: what happens to a score.
         batch: padding, packed documents and marks.
         backend: the name of what is to compute it.
+        memo: what layers of the pass share.
         dropout: of attention weights.
     """
 
@@ -52,16 +53,23 @@ class Asked:
     scoring: Scoring
     batch: BatchInfo
     backend: str
+    memo: dict[Any, Any]
     dropout: Dropout = NO_DROPOUT
 
     def call(self, packed: Tensor) -> AttentionCall:
         """Of queries, keys and values side by side, `[B, N, 3 * E]`."""
-        q, k, v = packed.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = unpacked(packed, self.head_dim)
         return AttentionCall(q, k, v, self.pattern, 0, self.scoring, self.dropout, self.batch)
 
     def route(self, call: AttentionCall) -> Backend:
-        """What runs a call, with its plan."""
-        return route(call, self.backend)
+        """What runs a call, with its plan, decided once a pass."""
+        # found by number: a pattern of many heads is slow to compare
+        own = "joined", id(self.pattern), call.q.shape, call.q.dtype, self.backend, bool(self.dropout)
+        if own not in self.memo:
+            backend = route(call, self.backend)
+            self.memo[own] = self.pattern, backend, call.chosen_plan
+        _, backend, call.chosen_plan = self.memo[own]
+        return backend
 
     def taken(self, out: Tensor) -> Tensor:
         """What the layer gives, of the output of all heads `[B, N, E]`."""
@@ -70,6 +78,12 @@ class Asked:
     def given_back(self, grad: Tensor) -> Tensor:
         """The gradient of the output of all heads `[B, N, E]`, of that of what the layer gave."""
         return grad
+
+
+def unpacked(packed: Tensor, head_dim: int) -> Any:
+    """Three tensors `[B, H, N, D]` that lie side by side in `packed`, `[B, N, 3 * E]`."""
+    batch, length, _ = packed.shape
+    return packed.view(batch, length, 3, -1, head_dim).permute(2, 0, 3, 1, 4).unbind()
 
 
 def joined_attention(states: Tensor, modules: Sequence[nn.Linear], asked: Asked) -> Tensor:
@@ -109,8 +123,13 @@ class _Joined(torch.autograd.Function):
         call = ctx.asked.call(packed)
         call.chosen_plan = ctx.plan
         grad_out = ctx.asked.given_back(grad).unflatten(2, call.q.shape[1::2]).transpose(1, 2)
-        grads = ctx.backend.backward(call, Given(out, lse, grad_out, None))[:3]
-        of_packed = torch.cat([t.transpose(1, 2).flatten(2) for t in grads], dim=2).flatten(0, 1)  # [B * N, 3 * E]
+        of_packed = torch.empty_like(packed)
+        own = unpacked(of_packed, ctx.asked.head_dim)
+        into = own if ctx.backend.writes_into else None
+        for mine, found in zip(own, ctx.backend.backward(call, Given(out, lse, grad_out, None, into)), strict=False):
+            if into is None:
+                mine.copy_(found)
+        of_packed = of_packed.flatten(0, 1)  # [B * N, 3 * E]
         grad_states = (of_packed @ weight).view_as(states)
         of_weights, of_biases = of_packed.t() @ states.flatten(0, 1), of_packed.sum(0)
         return grad_states, None, None, *of_weights.split(ctx.sizes), *of_biases.split(ctx.sizes)
@@ -143,4 +162,4 @@ class JoinedProjections(_Module):
         known = None if alike is None else mask.memo.get(alike)
         if known is None or not known.joins(self) or not are_plain((self.query, self.key, self.value)):
             return None
-        return Asked(known.pattern, head_dim, known.scoring, known.batch, known.backend, Dropout.draw(p))
+        return Asked(known.pattern, head_dim, known.scoring, known.batch, known.backend, mask.memo, Dropout.draw(p))

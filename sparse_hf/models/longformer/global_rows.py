@@ -106,8 +106,8 @@ class GlobalRowsMixin(_Module):
     def _in_one_node(self, states: Tensor, pattern: PerHead, tokens: Tokens) -> Tensor:
         """Attention `[B, N, E]`, where the host is what takes time."""
         pairs = zip(self._projections(LOCAL), self._projections(GLOBAL), strict=True)
-        scoring, backend = Scoring(self.head_dim**-0.5), backend_of(self.config)
-        asked = AskedOfHalves(pattern, self.head_dim, scoring, tokens.batch, backend, tokens=tokens)
+        scoring, backend, batch = Scoring(self.head_dim**-0.5), backend_of(self.config), tokens.batch
+        asked = AskedOfHalves(pattern, self.head_dim, scoring, batch, backend, batch.memo, tokens=tokens)
         return joined_attention(states, [module for pair in pairs for module in pair], asked)
 
     def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows) -> Tensor:

@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...attention.backend import AttentionCall, Backend
 from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
 from ...pattern.base import Marks
 from ...pattern.per_head import PerHead
@@ -62,15 +61,6 @@ class AskedOfHalves(Asked):
     """
 
     tokens: Tokens = field(kw_only=True)
-
-    def route(self, call: AttentionCall) -> Backend:
-        # found by number in the batch of the pass: a pattern of many heads is slow to compare
-        own, memo = ("route", id(self.pattern), call.q.shape, call.q.dtype, self.backend), self.batch.memo
-        if own not in memo:
-            backend = super().route(call)
-            memo[own] = self.pattern, backend, call.chosen_plan
-        _, backend, call.chosen_plan = memo[own]
-        return backend
 
     def taken(self, out: Tensor) -> Tensor:
         of_all, of_marked = out.chunk(2, dim=2)

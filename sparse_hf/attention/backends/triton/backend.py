@@ -29,6 +29,7 @@ class Triton(Backend):
     """The kernels of `kernels.py` over lists of tiles."""
 
     name = "triton"
+    writes_into = True
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.scoring.bias is not None:
@@ -48,7 +49,8 @@ class Triton(Backend):
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
         q, k, v, out, grad_out = _readable(call, call.q, call.k, call.v, given.out, given.some_grad_out)
-        grads = like(q), like(k), like(v)
+        is_one_width = call.q.shape[3] == call.v.shape[3]
+        grads = given.into if given.into is not None and is_one_width else (like(q), like(k), like(v))
         if q.numel():
             _walk(call).backward((q, k, v), (out, given.lse), (grad_out, given.grad_lse), grads, call.dropout)
         else:

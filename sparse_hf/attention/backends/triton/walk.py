@@ -114,7 +114,7 @@ class Walk:
         delta = torch.empty_like(lse) if index is None else lse.new_empty(*lse.shape[:2], index.shape[1])
         key = (
             "backward", grad_lse is None, dropout.p, q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(),
-            grad_out.stride(), q.dtype, self._how,
+            grad_out.stride(), *[grad.stride() for grad in grads], q.dtype, self._how,
         )  # fmt: skip
         steps = self._known.get(key)
         if steps is None:
