@@ -24,8 +24,7 @@ from ...attention.scoring import Scoring
 from ...pattern import Pattern
 from ...plan import BatchInfo
 from .answered import asked_alike
-from .config import SparseConfigMixin
-from .own_modules import backend_of
+from .config import IMPLEMENTATIONS, SparseConfigMixin
 from .projections import are_plain, is_host_bound
 
 # the mixin stands before a dense class, whose attributes a type checker finds here
@@ -143,6 +142,13 @@ class JoinedProjections(_Module):
     """
 
     config: SparseConfigMixin
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    dropout: nn.Dropout
+    num_attention_heads: int
+    attention_head_size: int
+    scaling: float
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *rest, **kwargs):
         asked = self._asked(hidden_states, attention_mask, rest, kwargs) if is_host_bound(hidden_states) else None
@@ -152,12 +158,13 @@ class JoinedProjections(_Module):
 
     def _asked(self, states: Tensor, mask: Any, rest: tuple, kwargs: dict[str, Any]) -> Asked | None:
         """What a layer before has been answered, if this one may go by it."""
-        if any(value is not None for value in (*rest, *map(kwargs.get, CACHES))):
+        backend = IMPLEMENTATIONS.get(str(self.config._attn_implementation))
+        if backend is None or any(value is not None for value in (*rest, *map(kwargs.get, CACHES))):
             return None
         head_dim, p = self.attention_head_size, self.dropout.p if self.training else 0.0
         told = {name: value for name, value in kwargs.items() if name not in CACHES}
         sizes = torch.Size((states.shape[0], self.num_attention_heads, states.shape[1], head_dim))
-        how = backend_of(self.config), self.scaling, p
+        how = backend, self.scaling, p
         alike = asked_alike(self, (sizes, sizes, states.device), mask, how, told)
         known = None if alike is None else mask.memo.get(alike)
         if known is None or not known.joins(self) or not are_plain((self.query, self.key, self.value)):
