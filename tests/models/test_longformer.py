@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import sparse_hf
+from sparse_hf.models.hf import joined
 from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
@@ -18,6 +19,7 @@ from tests.models.longformers import (
     HEADS,
     TARGET,
     VOCABULARY,
+    Free,
     Operations,
     answers,
     draw,
@@ -472,14 +474,15 @@ def test_equals_stock_where_a_gpu_waits_for_the_host(family, seed, monkeypatch):
 def test_short_texts_take_fewer_operations_where_a_gpu_waits(marks, monkeypatch):
     ours, counts = sparse_hf.sparsify(stock_model("LongformerModel")), []
     batch = inputs("LongformerModel", 60, side="none", marks=marks)
+    monkeypatch.setattr(global_rows, "attend_by_pattern", lambda config, qkv, *_, **__: (sum(qkv), None))
+    monkeypatch.setattr(joined, "route", lambda call, name: Free())
     for is_host_bound in (False, True):
         monkeypatch.setattr(global_rows, "is_host_bound", lambda states, found=is_host_bound: found)
-        monkeypatch.setattr(global_rows, "attend_by_pattern", lambda config, qkv, *_, **__: (sum(qkv), None))
         ours.zero_grad()
         with Operations() as seen:
             ours(**batch)[0].sum().backward()
         counts.append(seen.count)
-    assert counts[1] < 0.75 * counts[0]
+    assert counts[1] < 0.7 * counts[0]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
