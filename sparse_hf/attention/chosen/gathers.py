@@ -27,9 +27,9 @@ LEAST_CHOOSERS = 64
 # numbers that segments write at once
 MAX_PARTS = 1 << 27
 # blocks of keys whose gradients are made together: sizes, rows of queries of a tile, and queries of a segment
-BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 64, 512
-# head dims of them
-MAX_BLOCK_DIM = 128
+BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
+# head dims of them, and numbers of a block that four warps hold
+MAX_BLOCK_DIM, MAX_OF_FOUR_WARPS = 128, 64 * 128
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -211,13 +211,14 @@ def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
             torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
         ]  # fmt: skip
         of_lists = lists.query, lists.offsets, lists.firsts, lists.key
-        kernel, given, constants, warps = kernels.gradients_of_keys, tensors, shape.of_keys, 4
+        kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
         if size > 1:
             kernel, given = kernels.gradients_of_blocks, (*tensors[:4], shape.index, *tensors[4:])
-            constants, warps = shape.of_blocks(size), 8
+            warps = 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8
+            constants, options = shape.of_blocks(size), {"num_warps": warps, "num_stages": 2}
         launch(
             kernel, (segments, count), (*given, *parts, *of_lists), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, num_warps=warps,
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, **options,
         )  # fmt: skip
         heads = {name: shape.heads[name] for name in ("H", "C", "P")}
         launch(
