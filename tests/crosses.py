@@ -2,7 +2,8 @@
 
 A test with the marker `cross` has so many cases that they tell the same again and again. `make test` runs as many of them as
 have every value of every parameter, and `make test-crosses` runs the rest. The marker's arguments name the parameters that
-count, all of them if there are none; a tuple of names asks for their combinations.
+count, all of them if there are none; a tuple of names asks for their combinations. `by` gives the values instead, of all
+parameters of a case.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def mark_rest(items: Iterable[pytest.Item]) -> None:
 
 def values_of(item: pytest.Item) -> list[Hashable]:
     """The values of one case, each with the name or the names that it belongs to."""
-    params = item.callspec.params
-    names = item.get_closest_marker("cross").args or tuple(params)
+    params, marker = item.callspec.params, item.get_closest_marker("cross")
+    if "by" in marker.kwargs:
+        return list(enumerate(marker.kwargs["by"](**params)))
+    names = marker.args or tuple(params)
     groups = [(name,) if isinstance(name, str) else name for name in names]
     return [tuple((name, *_key(params[name])) for name in group) for group in groups]
 

@@ -63,13 +63,17 @@ def test_what_is_no_cross_and_what_other_targets_run_is_left_alone():
 def test_each_test_has_a_sample_of_its_own():
     one, other = cases_of(pytest.mark.cross), cases_of(pytest.mark.cross("head"), name="test_b")
     pairs = cases_of(pytest.mark.cross(("head", "size")), name="test_c")
-    mark_rest([*one, *other, *pairs])
-    kept = [[item.callspec.params for item in cases if "rest" not in item.markers] for cases in (one, other, pairs)]
+    sums = cases_of(pytest.mark.cross(by=lambda head, size: [size[0]]), name="test_d")
+    mark_rest([*one, *other, *pairs, *sums])
+    kept = [
+        [item.callspec.params for item in cases if "rest" not in item.markers] for cases in (one, other, pairs, sums)
+    ]
     assert [params["head"] for params in kept[0]] == ["a", "b"]
     assert sorted(params["size"] for params in kept[0]) == [[1], [2]]
     assert [params["head"] for params in kept[1]] == ["a", "b"]
     # one of the two that are equal
     assert len(kept[2]) == 4
+    assert sorted(params["size"] for params in kept[3]) == [[1], [2]]
 
 
 def test_a_case_that_is_asked_for_by_name_runs():

@@ -75,6 +75,7 @@ ON_PURPOSE = {
 }
 
 
+@pytest.mark.cross("head", ("positions", "cached"), "masked")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("positions", ON_PURPOSE.values(), ids=ON_PURPOSE)
@@ -117,6 +118,7 @@ def test_a_graph_takes_no_mask_of_pairs():
     torch.testing.assert_close(logits(broken, ids, **given), logits(sparse, ids, **given), **LIMIT)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("lengths", [(7, 20, 13), (1, 20, 1, 1, 17), (20, 1)])

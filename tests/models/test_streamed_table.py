@@ -101,6 +101,7 @@ def test_what_has_no_end_is_named(pattern):
     assert REFUSED[pattern] in str(error.value)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("pattern", STREAMED)
 def test_a_stream_is_one_pass(pattern, padded):
@@ -174,6 +175,7 @@ def test_tokens_are_taken_back(pattern):
         at += size - back
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 7}])
 @pytest.mark.parametrize("pattern", PINNED)
 def test_generation(pattern, way):

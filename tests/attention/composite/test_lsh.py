@@ -37,6 +37,7 @@ def batch_of(name: str, length: int) -> dict[str, torch.Tensor]:
     return {"key_padding_mask": real}
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("text", PATTERNS)
 def test_equals_the_definition(text, name):
@@ -53,6 +54,7 @@ def test_equals_the_definition(text, name):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
 @pytest.mark.parametrize("text", [*PATTERNS, "window(9, 9)"])
 def test_compiled_gradients(text, backend):
