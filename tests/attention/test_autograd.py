@@ -87,6 +87,7 @@ def test_checkpointed_gradients_are_the_same(name, dropout):
     assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if not isinstance(BACKENDS[name], AutogradBackend)])
 @pytest.mark.parametrize(
     "pattern",
