@@ -486,7 +486,7 @@ def test_another_length_compiles_nothing(family, pattern):
 @pytest.mark.compiles
 def test_generation_with_a_compiled_model_and_a_static_cache():
     torch._dynamo.reset()
-    sparse, batch = sparse_model(LLAMA), prompt(LLAMA)
+    sparse, batch = sparse_model(LLAMA, dense=dense_model(LLAMA, num_hidden_layers=1)), prompt(LLAMA)
     wanted = generate(sparse, batch, **GREEDY)
     sparse.forward = torch.compile(sparse.forward, backend="eager")
     assert torch.equal(generate(sparse, batch, **GREEDY, cache_implementation="static"), wanted)
