@@ -41,7 +41,6 @@ def alone(model) -> list[list[int]]:
     ]
 
 
-@pytest.mark.cross
 @needs_pages
 @pytest.mark.parametrize("pattern", [PATTERN, "stride(4) | window(2, 0)", "chunk(8)", "full()"])
 @pytest.mark.parametrize("head", [LLAMA, "Qwen3ForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])
