@@ -257,7 +257,7 @@ def _hook(model):
 
 
 def _scale(model):
-    model.model.layers[0].self_attn.scaling *= 3
+    model.model.layers[1].self_attn.scaling *= 3
 
 
 def _swap(model):
@@ -269,7 +269,7 @@ def _patterns(model):
     model.config.sparse_attention = {
         **model.config.sparse_attention,
         "patterns": {"all": "window(2, 0)"},
-        "layers": ["all"],
+        "layers": ["all"] * 2,
     }
 
 
@@ -285,7 +285,7 @@ def _dtype(model):
 def test_a_model_that_was_changed_has_another_graph(change, graphs):
     """Graphs ask once a call whether the model is the one that they were made of."""
     config, found = graphs
-    model = one_layer()
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
     before = model.generate(**prompt(), **how(cache_implementation="static", compile_config=config))
     change(model)
     right = model.generate(**prompt(), **how(use_cache=False))
