@@ -23,6 +23,7 @@ from tests.models.indexers import (
     TYPES,
     VOCABULARY,
     dense_model,
+    family_and_kind,
     heads,
     inputs,
     lower_key_first,
@@ -75,6 +76,7 @@ def limited_by_patterns(names) -> list[str]:
     return [head for head in names if getattr(sparse_hf, f"Sparse{head}").config_class.takes_patterns]
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize(("head", "side"), with_sides(heads()))
 def test_answers_and_gradients_are_those_of_transformers(head, side):
     dense = dense_model(head)
@@ -200,6 +202,7 @@ def test_packed_documents_do_not_see_each_other(head):
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=LIMIT, atol=LIMIT)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize(
     ("head", "cache"),
     [(head, cache) for head in DECODERS for cache in (None, "static") if not cache or head not in FROM_THE_PADDING],

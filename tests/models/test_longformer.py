@@ -15,6 +15,7 @@ from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
+from tests.models.families import slow_but_for
 from tests.models.longformers import (
     HEADS,
     TARGET,
@@ -110,20 +111,14 @@ def test_no_tensor_has_two_lengths(head, length):
     assert not seen.quadratic and seen.calls > 1_000
 
 
-# heads that mark by themselves and those that are trained without marks, in the fast suite
-QUICK = [("LongformerForQuestionAnswering", "default"), ("LongformerForMultipleChoice", "default")]
-QUICK += [("LongformerForMaskedLM", "few"), ("LEDForConditionalGeneration", "few")]
+# heads that mark by themselves and those that are trained without marks, in the fast suite; one of each in `make test`
+SAMPLE = [("LongformerForQuestionAnswering", "default"), ("LEDForConditionalGeneration", "few")]
+QUICK = [*SAMPLE, ("LongformerForMultipleChoice", "default"), ("LongformerForMaskedLM", "few")]
+CASES = [(head, marks) for head in ALL_HEADS for marks in ("default", "few")]
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(
-    ("head", "marks"),
-    [
-        pytest.param(head, marks, marks=() if (head, marks) in QUICK else pytest.mark.slow)
-        for head in ALL_HEADS
-        for marks in ("default", "few")
-    ],
-)
+@pytest.mark.parametrize(("head", "marks"), slow_but_for(QUICK, CASES, SAMPLE))
 def test_compiled_as_one_graph(head, marks):
     torch._dynamo.reset()
     ours = sparse_hf.sparsify(stock_model(head))

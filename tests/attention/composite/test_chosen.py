@@ -27,6 +27,7 @@ TOKENS = "window(6, 0) | first(2) | topk(8)"
 IN_TILES = "window(6, 0) | topk_blocks(2, 16, 'bounds', 16)"
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("text", choices.PATTERNS)
 def test_equals_the_definition(text, case):

@@ -53,6 +53,7 @@ def mask_of(text, q, k):
         choices.PATTERNS = known
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("queries", [150, 54])
 @pytest.mark.parametrize("text", PATTERNS)
 def test_tiles_hold_what_the_definition_says(text, queries):
@@ -67,6 +68,7 @@ def test_tiles_hold_what_the_definition_says(text, queries):
         assert torch.equal(plan.joined.to_dense()[:, list(plan.joined.heads)], wanted)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
 @pytest.mark.parametrize("text", PATTERNS)
 def test_equals_dense_attention(text, backend):
