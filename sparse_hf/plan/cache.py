@@ -20,6 +20,7 @@ from ..pattern.lasting import lasting
 P = ParamSpec("P")
 T = TypeVar("T")
 _thread = threading.local()
+_MISSING: Any = object()
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
@@ -33,9 +34,8 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
         owner, *rest = arguments
         results: dict[Any, T] = owner.__dict__.setdefault("_remembered", {})
         key = (function, *rest, *named.items())
-        if key in results:
-            return results[key]
-        return results.setdefault(key, made(function, *arguments, **named))
+        found = results.get(key, _MISSING)
+        return results.setdefault(key, made(function, *arguments, **named)) if found is _MISSING else found
 
     return remembering
 
