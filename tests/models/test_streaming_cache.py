@@ -125,6 +125,7 @@ def test_a_layer_that_sees_all_keeps_all_and_the_others_drop():
 
 
 # some rows have padding alone in the first pieces
+@pytest.mark.cross
 @pytest.mark.parametrize("pieces", [(40, 1, 13, *[1] * 25, 11), (90,), (35,), (10,), (18, 1)])
 @pytest.mark.parametrize("pattern", [SPARSE, *PATTERNS[4:6], *PATTERNS[8:], "dense"])
 def test_padded_rows_answer_as_they_do_alone(pattern, pieces):

@@ -16,9 +16,13 @@ from . import gathers, pieces
 
 @dataclass(frozen=True, eq=False)
 class ChosenKeys:
-    """The keys of each query, `[B or 1, C, Q, N]` with C one of 1, G and H; below 0 is none."""
+    """The keys of each query, `[B or 1, C, Q, N]` with C one of 1, G and H; below 0 is none.
+
+    With `size` above 1, each `size` places side by side are one block of keys, in order, that begins at a multiple of `size`.
+    """
 
     index: Tensor
+    size: int = 1
 
     def as_mask(self, keys: int) -> Tensor:
         """The choice as pairs, `[B or 1, C, Q, K]` bool: n x n, for weights that somebody wants to see."""

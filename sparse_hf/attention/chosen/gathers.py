@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backend import AttentionCall, Given, Gradients, Results
 from ..backends.triton.walk import why_unfit
+from ..devices import HALF_TYPES
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .pieces import rows_of
@@ -25,6 +26,10 @@ LEAST_HEADS, MOST_HEADS = 16, 64
 LEAST_CHOOSERS = 64
 # numbers that segments write at once
 MAX_PARTS = 1 << 27
+# blocks of keys whose gradients are made together: sizes, rows of queries of a tile, and queries of a segment
+BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
+# head dims of them, and numbers of a block that four warps hold
+MAX_BLOCK_DIM, MAX_OF_FOUR_WARPS = 128, 64 * 128
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -47,10 +52,10 @@ class Choosers:
     limit: int
 
 
-def choosers(index: Tensor, num_keys: int) -> Choosers:
+def choosers(index: Tensor, num_keys: int, limit: int | None = None) -> Choosers:
     """The lists of a choice `[B or 1, C, Q, N]`."""
     queries, chosen = index.shape[2:]
-    limit = max(LEAST_CHOOSERS, chosen)
+    limit = max(LEAST_CHOOSERS, chosen) if limit is None else limit
     key = index.flatten(2)
     key = key.where((key >= 0) & (key < num_keys), num_keys)
     ordered, order = key.sort(dim=-1, stable=True)
@@ -104,6 +109,20 @@ class _Shape:
         return {**self.heads, "BR": self.heads_of_tile, "BN": TILE, **self.dims, **cap}
 
     @property
+    def of_keys(self) -> dict:
+        """Of the kernel that makes the gradients of a key."""
+        heads = min(CHOOSERS // 2, power_of_two(self.heads["R"]))
+        tiles = {"BR": heads, "BP": CHOOSERS // heads}
+        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+
+    def of_blocks(self, size: int) -> dict:
+        """Of the one that makes those of a block."""
+        heads = min(BLOCK_ROWS, power_of_two(self.heads["R"]))
+        tiles = {"BR": heads, "BP": BLOCK_ROWS // heads, "S": size}
+        cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
+        return {**self.heads, **tiles, **self.dims, **cap}
+
+    @property
     def numbers(self) -> tuple[float, ...]:
         q, scoring = self.call.q, self.call.scoring
         return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.index.shape[3]
@@ -112,6 +131,20 @@ class _Shape:
     def batch_step(self) -> int:
         """How many lists of the choice lie between batch rows; none where they share one."""
         return self.index.shape[1] if self.index.shape[0] > 1 else 0
+
+
+def _block_size(call: AttentionCall) -> int:
+    """The keys of a block of the choice, where their gradients are made together; else 1."""
+    size = call.plan.size
+    fits = size in BLOCK_SIZES and max(call.q.shape[3], call.v.shape[3]) <= MAX_BLOCK_DIM
+    return size if fits and call.q.dtype in HALF_TYPES else 1
+
+
+def _choosers_of_blocks(index: Tensor, size: int, num_keys: int) -> Choosers:
+    """The lists of blocks of a choice, with places in the choice of blocks."""
+    last = index.unflatten(-1, (-1, size)).amax(-1)  # [B or 1, C, Q, N / S]
+    block = last.where(last < 0, last // size)
+    return choosers(block.flatten(2)[..., None], -(-num_keys // size), BLOCK_CHOOSERS)
 
 
 def _shape(call: AttentionCall) -> tuple[_Shape, Tensor, Tensor, Tensor]:
@@ -164,31 +197,33 @@ def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     from . import kernels
 
     grad_out, q, k, v = tensors[:4]
-    lists = choosers(shape.index, k.shape[2])
+    size = _block_size(shape.call)
+    lists = choosers(shape.index, k.shape[2]) if size == 1 else _choosers_of_blocks(shape.index, size, k.shape[2])
     batch, groups, keys = k.shape[:3]
     # rows of the same key head are added below
     work = k.dtype if shape.rows == groups else torch.float32
     grads = [torch.empty(batch, shape.rows, keys, t.shape[3], dtype=work, device=k.device) for t in (k, v)]
     segments = lists.key.shape[2]
-    some = max(1, MAX_PARTS // (segments * (k.shape[3] + v.shape[3])))
-    repeats = shape.heads["R"]
-    heads_of_tile = min(CHOOSERS // 2, power_of_two(repeats))
-    tiles = {"BR": heads_of_tile, "BP": CHOOSERS // heads_of_tile}
+    some = max(1, MAX_PARTS // (segments * size * (k.shape[3] + v.shape[3])))
     for first in range(0, batch * shape.rows, some):
         count = min(some, batch * shape.rows - first)
         parts = [
-            torch.empty(count, segments, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
+            torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
         ]  # fmt: skip
+        of_lists = lists.query, lists.offsets, lists.firsts, lists.key
+        kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
+        if size > 1:
+            kernel, given = kernels.gradients_of_blocks, (*tensors[:4], shape.index, *tensors[4:])
+            warps = 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8
+            constants, options = shape.of_blocks(size), {"num_warps": warps, "num_stages": 2}
         launch(
-            kernels.gradients_of_keys, (segments, count),
-            (*tensors, *parts, lists.query, lists.offsets, lists.firsts, lists.key), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step),
-            {**shape.heads, **tiles, **shape.dims, "HAS_CAP": shape.call.scoring.softcap is not None}, num_warps=4,
+            kernel, (segments, count), (*given, *parts, *of_lists), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, **options,
         )  # fmt: skip
         heads = {name: shape.heads[name] for name in ("H", "C", "P")}
         launch(
             kernels.add_segments, (keys, count), (*parts, lists.firsts, *grads), strides_of(*grads),
-            (keys, first, segments, shape.batch_step), {**heads, "BS": ADDED, **shape.dims}, num_warps=1,
+            (keys, first, segments, shape.batch_step), {**heads, "S": size, "BS": ADDED, **shape.dims}, num_warps=1,
         )  # fmt: skip
     if shape.rows > groups:
         grads = [grad.unflatten(1, (groups, -1)).sum(2).to(k.dtype) for grad in grads]

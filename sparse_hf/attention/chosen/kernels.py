@@ -1,11 +1,11 @@
 """Triton kernels of attention over chosen keys: rows are gathered where they are, and no sum is made by atomics.
 
 A key's gradient is a sum over the queries that chose it. Lists of them (`gathers.Choosers`) are cut to segments, each of which
-is added up by one program, and the segments of a key are added in order.
+is added up by one program, and the segments of a key are added in order. Keys that are chosen in blocks have lists together.
 
 Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
-H / P; Q queries, K keys, N chosen keys of a query, D and E head dims of keys and values; `BR` heads, `BN` chosen keys and `BP`
-queries of a tile. Scores are powers of two.
+H / P; Q queries, K keys, N chosen keys of a query, S keys of a block, D and E head dims of keys and values; `BR` heads, `BN` chosen
+keys and `BP` queries of a tile. Scores are powers of two.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -196,23 +196,80 @@ def gradients_of_keys(
     tl.store(part_v + at * E + e, sum_v, mask=e < E)
 
 
+@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+def gradients_of_blocks(
+    do_ptr, q_ptr, k_ptr, v_ptr, index_ptr, lse_ptr, delta_ptr, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
+    do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the queries of one segment add to the gradients of the keys and values of its block, in float32.
+
+    A list has places in the choice by blocks, `query * (N / S) + which of its blocks`.
+    """
+    segment, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, blocks = first_row + own, tl.cdiv(K, S)
+    b, g = _row(P, H, G, row)
+    _, c = _row(P, H, C, row)
+    of_list = b * l_b + c
+    block = tl.load(block_ptr + of_list * segments + segment).to(tl.int64)
+    if block >= blocks:
+        return
+    offsets += of_list * (blocks + 1) + block
+    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (blocks + 1) + block)) * limit
+    end = tl.minimum(tl.load(offsets + 1), begin + limit)
+    s, m = tl.arange(0, S), tl.arange(0, BP * BR)
+    key = block * S + s
+    k = gather(k_ptr + b * k_b + g * k_g, key, key < K, k_n, D, BD)
+    v = gather(v_ptr + b * v_b + g * v_g, key, key < K, v_n, E, BE)
+    sum_k = tl.zeros((S, BD), tl.float32)
+    sum_v = tl.zeros((S, BE), tl.float32)
+    for start in range(begin, end, BP):
+        pair = start + m // BR
+        place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
+        query = place // (N // S)
+        chosen = index_ptr + of_list * Q * N + place[None, :] * S + s[:, None]
+        there = tl.load(chosen, mask=(pair < end)[None, :], other=-1) >= 0
+        for first in range(0, R, BR):
+            r = first + m % BR
+            h, real = row % P * R + r, (pair < end) & (r < R)
+            q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD)
+            do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE)
+            at = (b * H + h) * Q + query
+            lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
+            lse = tl.where(lse > float("-inf"), lse, float("inf"))
+            delta = tl.load(delta_ptr + at, mask=real, other=0.0)
+            scores = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, cap, HAS_CAP)
+            weights = tl.exp2(tl.where(there, scores, float("-inf")) - lse[None, :] * LOG2_E)
+            change = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+            change = change * _slope(scores, cap, HAS_CAP)
+            sum_v = tl.dot(weights.to(do.dtype), do, sum_v, input_precision=PRECISION)
+            sum_k = tl.dot(change.to(q.dtype), q, sum_k, input_precision=PRECISION)
+    at = (own * segments + segment) * S + s[:, None]
+    d, e = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :]
+    tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
+    tl.store(part_v + at * E + e, sum_v, mask=e < E)
+
+
 @triton.jit(do_not_specialize=["K", "first_row", "segments", "l_b"])
 def add_segments(
     part_k, part_v, firsts, dk_ptr, dv_ptr, dk_b, dk_p, dk_n, dv_b, dv_p, dv_n, K, first_row, segments, l_b,
-    H: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Add the segments of one key, in order."""
+    """Add the segments of one key, in order, which are those of its block."""
     key, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = first_row + own
     b, c = _row(P, H, C, row)
-    firsts += (b * l_b + c) * (K + 1) + key
+    firsts += (b * l_b + c) * (tl.cdiv(K, S) + 1) + key // S
     begin, end = tl.load(firsts), tl.load(firsts + 1)
     d, e, s = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :], tl.arange(0, BS)[:, None]
     sum_k = tl.zeros((BS, BD), tl.float32)
     sum_v = tl.zeros((BS, BE), tl.float32)
     for start in range(begin, end, BS):
-        at = own * segments + start + s
+        at = (own * segments + start + s) * S + key % S
         sum_k += tl.load(part_k + at * D + d, mask=(start + s < end) & (d < D), other=0.0)
         sum_v += tl.load(part_v + at * E + e, mask=(start + s < end) & (e < E), other=0.0)
     total_k, total_v = tl.sum(sum_k, 0), tl.sum(sum_v, 0)

@@ -409,9 +409,15 @@ def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> Abstra
                 f"{type(model).__name__} keeps {lost[0]} from its layers in a compiled graph; run without torch.compile"
             )
         return nullcontext()
+    # asked of every module, so only if somebody wants to know
+    return said_in_pass(model.config, {**said, FLEETING: functools.cache(functools.partial(_checkpoints, model))})
+
+
+def _checkpoints(model: SparseMixin) -> bool:
+    """Will layers of a model be computed again for their gradients?"""
     # under its name in newer versions, or in older ones
     name = next(n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), n))
-    return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
+    return model.training and getattr(model, name)
 
 
 def with_marks_signature(signature: inspect.Signature) -> inspect.Signature:
