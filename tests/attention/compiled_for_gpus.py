@@ -104,7 +104,10 @@ def add_marked_keys() -> None:
 CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("window(20, 0) | first(4)", softcap=2.0, dropout=0.1),
     lambda: attend("topk(8) & window(None, 0)", (32, 16)),
-    lambda: attend("topk_blocks(2, 64, per='group') & window(None, 0)", (128, 128), (16, 1)),
+    *(
+        lambda heads=heads: attend("topk_blocks(2, 64, per='group') & window(None, 0)", (128, 128), heads)
+        for heads in ((16, 1), (4, 4))
+    ),
     choose_latents,
     decode,
     add_marked_keys,
