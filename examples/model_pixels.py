@@ -151,7 +151,9 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.tiny:
         right = right[::400]
     settings = {name: getattr(args, name) for name in ("side", "steps", "batch", "layers", "width", "rate")}
-    found = {"environment": environment(DEVICE), "settings": settings, "held_out": len(right), "ways": {}}
+    found = {"environment": environment(DEVICE), "settings": settings, "held_out": len(right), "png": png_bits(right)}
+    found["ways"] = {}
+    print(f"PNG: {found['png']:.3f}")
     for name, pattern in ways(args.side).items():
         dense = fresh(args)
         model = dense if pattern is None else sparse_hf.sparsify(dense, pattern)
@@ -160,9 +162,9 @@ def main(arguments: list[str] | None = None) -> dict:
         rows = by_pixel.reshape(args.side, args.side).mean(1).tolist()
         found["ways"][name] = {"pattern": pattern, "bits": float(by_pixel.mean()), "by_row": rows, "learning": learned}
         print(f"{name}: {by_pixel.mean():.3f} bits per pixel", flush=True)
-    found["png"] = png_bits(right)
-    print(f"PNG: {found['png']:.3f}")
-    return keep(found, args, plot)
+        # after each, so that an interrupt loses little
+        keep(found, args, plot)
+    return found
 
 
 def plot(found: dict, path: Path) -> None:

@@ -167,7 +167,9 @@ def main(arguments: list[str] | None = None) -> dict:
             "byte frequencies": by_frequency(learned, length, asked, args),
         }
         print(f"{length:,} bytes: {', '.join(f'{name} {share:.0%}' for name, share in one.items())}", flush=True)
-    return keep(found, args, plot)
+        # after each, so that an interrupt loses little
+        keep(found, args, plot)
+    return found
 
 
 def plot(found: dict, path: Path) -> None:

@@ -34,9 +34,10 @@ from examples.studies import Results, canvas, save
 from examples.texts import book
 from sparse_hf.evaluation import Budget, Candidate, Settings, evaluate
 from sparse_hf.evaluation.api import prepare
-from sparse_hf.evaluation.budget import pairs_share, uniform
+from sparse_hf.evaluation.budget import uniform
+from sparse_hf.evaluation.choice import choose, evenly_spaced, search_of
 from sparse_hf.evaluation.search import Search
-from sparse_hf.evaluation.tune import choose, dense_count, evenly_spaced, search_of
+from sparse_hf.evaluation.spending import Spending
 from sparse_hf.pattern import Pattern
 
 # books that the choice is made by, and others that it is checked on, behind their front matter
@@ -54,12 +55,14 @@ def texts(names: tuple[str, ...], options: argparse.Namespace) -> list[str]:
 
 def candidates(search: Search, share: float, length: int) -> list[Candidate]:
     """What stands beside the dense model for a budget: chosen layers and heads, even spacing, wider windows, and nothing."""
-    own, count = search.pattern, dense_count(search, share)
-    chosen = {by: choose(search, Budget(share=share, by=by), count)["layers"] for by in ("layers", "heads")}
-    wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
+    own = search.pattern
+    spendings = {by: Spending(search, Budget(share=share, by=by), length) for by in ("layers", "heads")}
+    chosen = {by: choose(spending) for by, spending in spendings.items()}
+    dense, by_layers = chosen["layers"]
+    wider = uniform(own, spendings["layers"].pairs(dense), length)
     return [
-        *(Candidate(f"{by}, chosen", own, layers) for by, layers in chosen.items()),
-        Candidate("evenly spaced", own, evenly_spaced(search, count)),
+        *(Candidate(f"{by}, chosen", own, found["layers"]) for by, (_, found) in chosen.items()),
+        Candidate("evenly spaced", own, evenly_spaced(search, by_layers["count"])),
         *([Candidate("wider window", wider)] if wider is not None else []),
         Candidate(NONE, own),
     ]
@@ -170,7 +173,8 @@ def plot(content: dict, path: Path) -> None:
             axis.axhline(
                 statistics.mean(found[name, None][key]), color="black", linestyle=style, linewidth=1, label=name
             )
-        axis.set(xlabel="share that stays dense", ylabel=KEYS[key][0])
+        shares = sorted({share for _, share in found if share is not None})
+        axis.set(xlabel="share that stays dense", ylabel=KEYS[key][0], xlim=(0, 1.3 * shares[-1]), xticks=shares)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     save(figure, path)

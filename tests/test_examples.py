@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import runpy
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -17,15 +16,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples import assets, make_cards  # noqa: E402
+from tests.processes import printed  # noqa: E402
 
 
 def test_quickstart_runs():
-    command = [sys.executable, "-W", "ignore", "examples/quickstart.py"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "SparseLlamaForCausalLM" in done.stdout
+    said = printed("import runpy; runpy.run_path('examples/quickstart.py', run_name='__main__')")
+    assert "SparseLlamaForCausalLM" in said
 
 
 # what examples may import: what users may; and what makes cards, reads GGUF files, and takes an evaluation or a search apart
@@ -103,3 +99,18 @@ def test_the_demo_says_why_sparse_is_slower():
         "decoder", took(3, 4, 5), took(4.4, 4.5, 9), 4096
     )
     assert "at 4,096 tokens the rest of the model takes" in why_slower("encoder", took(3, 4, 5), took(6, 7, 8), 4096)
+
+
+def test_the_demo_says_why_a_process_holds_more_than_its_tensors():
+    why_more = runpy.run_path(str(ROOT / "examples" / "demo.py"))["why_more_memory"]
+
+    def held(peak: int | None, live: int) -> dict:
+        return {"peak": peak and peak << 20, "live": live << 20}
+
+    assert why_more("decoder", held(500, 220), held(400, 220)) is None
+    assert why_more("decoder", held(None, 220), held(None, 220)) is None
+    # tensors that are more are seen in the table
+    assert why_more("decoder", held(400, 220), held(500, 300)) is None
+    words = why_more("decoder", held(400, 220), held(500, 221))
+    assert "sparse model held 500 MiB at most and that of the dense one 400 MiB" in words
+    assert "the tensors of a pass 221 MiB and 220 MiB" in words

@@ -116,11 +116,20 @@ def evaluate(
 
 def tune(
     model: Annotated[str, typer.Argument(help="A decoder: a folder or a hub id.")],
-    pattern: Annotated[str, typer.Option(help=f"{PATTERN_HELP} Of the layers that do not stay dense.")],
+    pattern: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{PATTERN_HELP} Of the layers that do not stay dense. Of several, given one by one, the best for the budget is taken."
+        ),
+    ],
     text: Texts = None,
-    budget: Annotated[float, typer.Option(help="The share that stays dense.")] = 0.25,
+    budget: Annotated[float, typer.Option(help="The share that stays dense, or that may be spent (--of).")] = 0.25,
     of: Annotated[
-        str, typer.Option(help="What --budget is a share of: layers, pairs, or bytes of the cache.")
+        str,
+        typer.Option(
+            help="What --budget is a share of: layers, pairs, bytes of the cache, or time to read the longest of --lengths, which is "
+            "measured here."
+        ),
     ] = "layers",
     by: Annotated[
         str, typer.Option(help="What stays dense: layers, heads, or both for what moves the answers less.")
@@ -156,8 +165,9 @@ def tune(
     """Choose the layers or heads of a decoder that stay dense while all else gets a pattern.
 
     Layers are ranked by how far answers move when one alone is local, and chosen one by one; heads by their attention to what
-    answers copy. The choice is held against as many layers evenly spaced and against wider windows, on other questions. An
-    interrupted run goes on with the same command.
+    answers copy. Of several patterns the one whose answers move least is taken. The choice is held against as many layers evenly
+    spaced and against wider windows, on other questions, and takes no more than the budget. An interrupted run goes on with the
+    same command.
     """
     from ..evaluation import Budget, tune
 

@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "tune": (
         'sparse-hf tune my-llama --pattern "streaming()" --text notes.txt',
         'sparse-hf tune my-llama --pattern "streaming()" --text notes.txt --by heads',
+        'sparse-hf tune my-llama --pattern "streaming()" --text notes.txt --of time',
     ),
     "plan-memory": (
         "sparse-hf plan-memory my-sparse-llama --length 1048576 --gpus 4",

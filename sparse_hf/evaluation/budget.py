@@ -10,7 +10,7 @@ from ..pattern import First, Pattern, PerHead, Window, causal
 from ..pattern.forms import WindowForm, read_window
 from ..plan import build_plan
 
-Of = Literal["layers", "pairs", "cache"]
+Of = Literal["layers", "pairs", "cache", "time"]
 By = Literal["layers", "heads", "both"]
 Rank = Literal["answers", "attention"]
 
@@ -22,7 +22,8 @@ class Budget:
     Args:
         share: between 0 and 1.
         of: what it is a share of: the layers (or heads) that stay dense; the pairs of query and key that the dense model
-            computes; the bytes of its cache. Of pairs and bytes, what the pattern itself takes is part of it.
+            computes; the bytes of its cache; the seconds that it takes to read a text of the longest length, measured here and now.
+            Of all but layers, what the pattern itself takes is part of it, and what is chosen never takes more.
         by: what stays dense: whole layers, groups of heads that share keys, or whichever moves answers less.
         rank: by what layers are ranked: "answers" makes each local alone, a pass for each layer and question; "attention" looks
             at the weights on the tokens that answers copy, a pass for each question. Heads are ranked by attention.
@@ -48,22 +49,6 @@ class Budget:
             raise ValueError(
                 "a cache keeps the same tokens for all heads of a layer; choose layers (by='layers') for its bytes"
             )
-
-    def dense_share(self, pattern: Pattern, length: int) -> float:
-        """The share of layers or heads that can be dense while the others have `pattern`, in texts of `length` tokens.
-
-        Raises:
-            ValueError: the pattern alone takes all of it.
-        """
-        if self.of == "layers":
-            return self.share
-        alone = pairs_share(pattern, length) if self.of == "pairs" else cache_share(pattern, length)
-        if alone >= self.share:
-            raise ValueError(
-                f"a budget of {self.share} of the {self.of} leaves nothing for dense layers: {pattern} alone takes {alone:.3f} of them "
-                f"at {length:,} tokens; raise it, or narrow the pattern"
-            )
-        return (self.share - alone) / (1 - alone)
 
 
 def pairs_share(pattern: Pattern, length: int) -> float:

@@ -56,7 +56,7 @@ class Search:
     @cached_property
     def layers(self) -> list[int]:
         """The layers that can be kept dense: those that are so in the dense model."""
-        return [layer for layer, text in enumerate(self._kept) if text == str(full())]
+        return [layer for layer, text in enumerate(self.dense_patterns) if text == str(full())]
 
     @cached_property
     def ranking(self) -> dict[int, float]:
@@ -77,9 +77,10 @@ class Search:
             left.remove(tried[best])
             yield tried[best], losses[best]
 
+    @cached_property
     def copied(self) -> dict[Unit, float]:
         """Each group of heads with its weight on what answers copy from beyond the pattern, the greatest first."""
-        self._set(self.patterns([]))
+        self.lay_out(self.patterns([]))
         patterns = self.local.layer_patterns(True)
         pieces = [
             Piece(
@@ -102,11 +103,13 @@ class Search:
         """The pattern of each layer if these stay dense."""
         config = self.local.config
         # layers with a window of the family's own have the pattern within it
-        found = [str(config.pattern_of("", layer, self.pattern)) for layer in range(len(self._kept))]
+        found = [str(config.pattern_of("", layer, self.pattern)) for layer in range(len(self.dense_patterns))]
         groups = groups_of(config)
         for layer in {unit.layer for unit in dense}:
             own = {unit.group for unit in dense if unit.layer == layer}
-            found[layer] = self._kept[layer] if None in own or len(own) == groups else self._by_head(own, groups)
+            found[layer] = (
+                self.dense_patterns[layer] if None in own or len(own) == groups else self._by_head(own, groups)
+            )
         return found
 
     def _by_head(self, dense: set[int | None], groups: int) -> str:
@@ -120,7 +123,8 @@ class Search:
         return f"{self.setup.subject.dense.weights} {self.local.weights}"
 
     @cached_property
-    def _kept(self) -> list[str]:
+    def dense_patterns(self) -> list[str]:
+        """The pattern of each layer of the dense model, some of which may slide by themselves."""
         return self.setup.subject.dense.config.layer_patterns("")
 
     def losses(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
@@ -140,22 +144,26 @@ class Search:
         ]
         return [one.found["kl"] for one in finish(pieces, self.folder, self.setup.settings.progress)]
 
-    def _set(self, patterns: Sequence[str]) -> None:
+    def lay_out(self, patterns: Sequence[str]) -> None:
+        """Give each layer of `local` its pattern."""
         config = self.local.config
         config.sparse_attention = config.describe(self.pattern, patterns)
 
     @torch.inference_mode()
     def _measured(self, patterns: Sequence[str]) -> dict[str, Any]:
-        self._set(patterns)
+        self.lay_out(patterns)
         kl = []
         for given, whole in zip(self._answers(self.local), self._dense_answers, strict=True):
             wanted = whole.to(given.device)
             kl.append((wanted.exp() * (wanted - given)).sum(-1).mean())
         return {"kl": float(torch.stack(kl).mean())}
 
-    @cached_property
+    @property
     def _dense_answers(self) -> list[Tensor]:
-        return [found.cpu() for found in self._answers(self.setup.subject.dense)]
+        memo = self.setup.memo
+        if "dense answers" not in memo:
+            memo["dense answers"] = [found.cpu() for found in self._answers(self.setup.subject.dense)]
+        return memo["dense answers"]
 
     def _answers(self, contender: Contender) -> Iterator[Tensor]:
         """The answers to all questions, of which some are read together."""

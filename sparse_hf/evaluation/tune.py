@@ -14,18 +14,18 @@ from ..bench import write_json
 from ..models.hf.layer_spec import as_pattern
 from ..pattern import Pattern
 from ..pattern.like import PatternLike
-from .api import PIECES, evaluate, prepare
-from .budget import Budget, pairs_share, uniform
+from ..units import duration
+from .api import evaluate, prepare
+from .budget import Budget, uniform
 from .candidates import Candidate
+from .choice import best_choice, evenly_spaced
 from .evaluation import Evaluation, as_text
-from .heads import groups_of
-from .layers import dense_layers, layers_text
 from .pieces import Found
 from .probes.base import Setup
-from .probes.recall import Recall, questions_of
-from .search import Search, Unit
+from .probes.recall import Recall
 from .settings import Settings
 from .texts import cut, read_texts
+from .verdict import by_depth
 
 TUNED, EVERY, UNIFORM, NONE = "tuned", "every n-th", "wider everywhere", "no layer dense"
 FILE, LAYERS_FILE = "tuning.json", "layers.json"
@@ -35,12 +35,13 @@ NAMED = 8
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """What `tune` found: `layers` is what `convert` and `sparsify` take, `beats_every_nth` whether it is worth it.
+    """What `tune` found: `pattern` and `layers` are what `convert` and `sparsify` take, `beats_every_nth` whether it is worth it.
 
     `beats_uniform` says the same of the pattern with wider windows in every layer, None where there is no such pattern. `result`
     holds rankings, steps and the figures of the held-out check, `evaluation` its report.
     """
 
+    pattern: str
     layers: str
     beats_every_nth: bool
     beats_uniform: bool | None
@@ -60,14 +61,32 @@ class Tuning:
             named = ", ".join(f"{what} ({value:.4f})" for what, value in ranking[:NAMED])
             if named:
                 console.print(f"{title}: {named}", highlight=False)
+        for one in self.result.get("patterns", ()):
+            words = one.get("refused") or f"answers move by {one['answers_moved']:.4f} (KL) with {one['layers']!r}"
+            console.print(f"{one['pattern']}: {words}", highlight=False)
         self.evaluation.print(console)
+        if (spent := self._spent()) is not None:
+            console.print(f"\n{spent}", highlight=False)
         console.print(f"\n{self.result['verdict']}", highlight=False)
-        console.print(f"layers={self.layers!r}", highlight=False)
+        console.print(f"pattern={self.pattern!r}, layers={self.layers!r}", highlight=False)
+
+    def _spent(self) -> str | None:
+        """What the choice takes of its budget, where that is no share of the layers."""
+        budget = self.result["budget"]
+        if budget["of"] == "layers":
+            return None
+        words = f"The choice takes {budget['spent']:.1%} of the {budget['of']} of the dense model, for a budget of {budget['share']:.1%}"
+        if budget["of"] != "time":
+            return f"{words}."
+        return (
+            f"{words}: {duration(budget['chosen_s'])} of {duration(budget['dense_s'])} to read {budget['length']:,} tokens "
+            f"({budget['machine']}); with no layer dense {duration(budget['local_s'])}."
+        )
 
 
 def tune(
     model: PreTrainedModel | str | PathLike[str],
-    pattern: PatternLike,
+    pattern: PatternLike | Sequence[PatternLike],
     texts: str | Path | Sequence[str | Path],
     *,
     budget: float | Budget = 0.25,
@@ -85,9 +104,10 @@ def tune(
 
     Args:
         model: a decoder, in memory or its folder or hub id.
-        pattern: of what does not stay dense.
+        pattern: of what does not stay dense. Of several, each with what the budget leaves beside it, that is taken by which answers
+            move least.
         texts: as in `evaluate`.
-        budget: the share of layers that stay dense, or a `Budget`: of layers, pairs or bytes of the cache; by layers or heads.
+        budget: the share of layers that stay dense, or a `Budget`: of layers, pairs, bytes of the cache or time; by layers or heads.
         tokenizer: by default that of the model's folder.
         out: a folder for finished pieces, `tuning.json`, `layers.json` (for `convert --layers`) and the report of the check; an
             interrupted run goes on from there.
@@ -97,27 +117,30 @@ def tune(
         A `Tuning`, whose `layers` are for `convert`.
 
     Raises:
-        ValueError: a model that says nothing, a budget outside 0 .. 1 or of more layers than can be dense, and as `evaluate`.
+        ValueError: a model that says nothing, a budget outside 0 .. 1, of more layers than can be dense, or of less than the pattern
+            alone takes, several patterns for a budget of layers, and as `evaluate`.
 
     Examples:
         >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
         >>> convert("my-llama", "out", "window(1023, 0) | first(4)", layers=found.layers)  # doctest: +SKIP
     """
-    settings, own = settings or Settings(), as_pattern(pattern)
-    budget = budget if isinstance(budget, Budget) else Budget(share=budget)
-    length = max(settings.all_lengths)
-    share = budget.dense_share(own, length)
-    setup = prepare(model, [Candidate("local", own)], texts, tokenizer, settings)
+    settings, budget = settings or Settings(), budget if isinstance(budget, Budget) else Budget(share=budget)
+    patterns = [as_pattern(one) for one in ([pattern] if isinstance(pattern, (str, Pattern)) else pattern)]
+    if not patterns or (len(patterns) > 1 and budget.of == "layers"):
+        raise ValueError(
+            f"{len(patterns)} patterns are given; give one, or several with a budget that counts what they take: of pairs, cache or time "
+            "(--of)"
+        )
+    setup = prepare(model, [Candidate(str(one), one) for one in patterns], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
     check = _check_of(setup)
     folder = None if out is None else Path(out)
-    search = search_of(setup, own, folder)
-    count = dense_count(search, share)
-    chosen = choose(search, budget, count)
-    spaced = evenly_spaced(search, count)
-    wider = uniform(own, share + (1 - share) * pairs_share(own, length), length)
+    choice = best_choice(setup, patterns, budget, folder)
+    own, spending, chosen = choice.pattern, choice.spending, choice.found
+    spaced = evenly_spaced(spending.search, chosen["count"])
+    wider = uniform(own, spending.pairs(choice.dense), spending.length)
     candidates = [
         Candidate(TUNED, own, chosen["layers"]),
         Candidate(EVERY, own, spaced),
@@ -129,10 +152,11 @@ def tune(
         model, candidates, settings.held_out or texts, probes=["perplexity", "recall"], tokenizer=tokenizer, out=folder,
         settings=check,
     )  # fmt: skip
-    beats, verdict = _verdict(held_out.result["probes"])
+    probes = held_out.result["probes"]
+    beats, verdict = _verdict(probes, _count(probes["recall"], check.repeats))
     result = {
         "pattern": str(own),
-        "budget": {**asdict(budget), "dense": share},
+        "budget": {**asdict(budget), **spending.told(choice.dense)},
         **chosen,
         "every_nth": spaced,
         "uniform": None if wider is None else str(wider),
@@ -144,7 +168,7 @@ def tune(
     if folder is not None:
         write_json(result, folder / FILE)
         write_json({"pattern": str(own), "layers": chosen["layers"]}, folder / LAYERS_FILE)
-    return Tuning(chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
+    return Tuning(str(own), chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
 
 
 def _check_of(setup: Setup) -> Settings:
@@ -166,82 +190,40 @@ def _check_of(setup: Setup) -> Settings:
     return settings
 
 
-def search_of(setup: Setup, pattern: Pattern, folder: Path | None) -> Search:
-    """A search by the questions of `setup`, whose last candidate has `pattern` in every layer; pieces are kept in `folder`."""
-    questions = [question for _, question in questions_of(setup)]
-    return Search(setup, questions, setup.candidates[-1], pattern, None if folder is None else folder / PIECES)
-
-
-def dense_count(search: Search, share: float) -> int:
-    """How many layers stay dense, of a share of all.
-
-    Raises:
-        ValueError: more than can be dense.
-    """
-    count = max(1, round(share * search.local.config.stacks[""]))
-    if count > len(search.layers):
-        raise ValueError(
-            f"a budget of {share:.3g} is {count} dense layers, and {len(search.layers)} can be dense; lower it"
-        )
-    return count
-
-
-def evenly_spaced(search: Search, count: int) -> str:
-    """As many dense layers at equal distances, as `layers` takes them."""
-    return dense_layers(search.layers[i * len(search.layers) // count] for i in range(count))
-
-
-def choose(search: Search, budget: Budget, count: int) -> Found:
-    """What stays dense, with the rankings that it comes from: by layers, by heads, or by what moves the answers less."""
-    units: dict[str, list[Unit]] = {}
-    ranking: list[list] = []
-    steps: list[list] = []
-    needs_heads = budget.by != "layers" or budget.rank == "attention"
-    heads = search.copied() if needs_heads else {}
-    if budget.by != "heads":
-        if budget.rank == "answers":
-            ranking = [[layer, kl] for layer, kl in search.ranking.items()]
-            steps = [[layer, kl] for layer, kl in search.choose(count)]
-            units["layers"] = [Unit(layer) for layer, _ in steps]
-        else:
-            sums = {
-                layer: sum(weight for unit, weight in heads.items() if unit.layer == layer) for layer in search.layers
-            }
-            units["layers"] = [Unit(layer) for layer in sorted(sums, key=lambda layer: -sums[layer])[:count]]
-    if budget.by != "layers":
-        # as many groups as so many layers have
-        groups = count * groups_of(search.local.config)
-        units["heads"] = list(heads)[:groups]
-    moved = dict(zip(units, search.losses(list(units.values())), strict=True)) if budget.by == "both" else {}
-    by = min(moved, key=lambda name: moved[name]) if moved else next(iter(units))
-    return {
-        "layers": layers_text(search.patterns(units[by]), search.patterns([])),
-        "by": by,
-        "answers_moved": moved,
-        "ranking": ranking,
-        "steps": steps,
-        "heads": [[f"{unit.layer}.{unit.group}", weight] for unit, weight in heads.items()],
-    }
-
-
-def _verdict(probes: Found) -> tuple[dict[str, bool], str]:
-    """Does the choice beat the others? By recall, and where that is equal by the loss on the answers."""
+def _verdict(probes: Found, questions: int) -> tuple[dict[str, bool], str]:
+    """Does the choice beat the others? By recall, and where that differs by no more than chance by the loss on the answers."""
     recall, perplexity = probes["recall"]["candidates"], probes["perplexity"]["candidates"]
     names = [name for name in (TUNED, EVERY, UNIFORM, NONE, "dense") if name in recall]
     figures = "; ".join(
-        f"{name} recalls {recall[name]['recalled']:.0%} with loss {recall[name]['loss']:.3f}, perplexity "
+        f"{name} recalls {recall[name]['recalled']:.0%}{_at_depths(recall[name])} with loss {recall[name]['loss']:.3f}, perplexity "
         f"{perplexity[name]['perplexity']:.2f}"
         for name in names
     )
 
-    def rank(name: str) -> tuple[float, float]:
-        return recall[name]["recalled"], -recall[name]["loss"]
+    def is_better(than: str) -> bool:
+        own, other = recall[TUNED], recall[than]
+        p, q = own["recalled"], other["recalled"]
+        # one standard error of the difference
+        chance = ((p * (1 - p) + q * (1 - q)) / questions) ** 0.5
+        return p > q if abs(p - q) > chance else own["loss"] < other["loss"]
 
-    beats = {name: rank(TUNED) > rank(name) for name in names if name in (EVERY, UNIFORM)}
+    beats = {name: is_better(name) for name in names if name in (EVERY, UNIFORM)}
     words = {
         EVERY: "as many layers that are evenly spaced",
         UNIFORM: "a wider window in every layer with as many pairs",
     }
     parts = [f"the choice {'beats' if won else 'does not beat'} {words[name]}" for name, won in beats.items()]
     advice = "" if all(beats.values()) else ": take what is best, or give more questions (repeats, tasks, lengths)"
-    return beats, f"On other questions {' and '.join(parts)}{advice}. {figures[0].upper()}{figures[1:]}."
+    return beats, f"On {questions} other questions {' and '.join(parts)}{advice}. {figures[0].upper()}{figures[1:]}."
+
+
+def _at_depths(recall: Found) -> str:
+    """What is recalled by depth: a window recalls what stands in it, at the end of a text, and nothing else."""
+    found = by_depth(recall)
+    return (
+        f" ({', '.join(f'{recalled:.0%} at {depth:g}' for depth, recalled in found.items())})" if len(found) > 1 else ""
+    )
+
+
+def _count(recall: Found, repeats: int) -> int:
+    return repeats * sum(map(len, recall["candidates"][TUNED]["tasks"].values()))

@@ -115,7 +115,11 @@ def _losses(name: str, results: dict[str, Found]):
     if of("recall"):
         dense, own = of("recall", "dense")["recalled"], of("recall")["recalled"]
         worst = _worst_task(of("recall"), of("recall", "dense"))
+        nowhere = _nothing_at(of("recall"), of("recall", "dense"))
         text = f"recalls {own:.0%} of the facts, dense {dense:.0%}" + (f"; worst in {worst}" if worst else "")
+        text += (
+            f"; none of those at {', '.join(f'{depth:g}' for depth in nowhere)} of the text" if nowhere and own else ""
+        )
         if dense > 0:
             yield _Loss(text, own < LEAST_RECALL * dense)
     if of("harness") and of("harness")["score"] is not None:
@@ -131,6 +135,20 @@ def _losses(name: str, results: dict[str, Found]):
         text = f"cosine to the dense embedding {own['cosine']:.3f}"
         text += f", order of retrieval {own['order']:.2f}" if "order" in own else ""
         yield _Loss(text, own["cosine"] < LEAST_COSINE, own["cosine"] < 0.8)
+
+
+def by_depth(found: Found) -> dict[float, float]:
+    """What is recalled of facts that stand at each depth of the text."""
+    cells: dict[float, list[float]] = {}
+    for cell in (cell for of_task in found["tasks"].values() for cell in of_task if cell["depth"] is not None):
+        cells.setdefault(cell["depth"], []).append(cell["recalled"])
+    return {depth: sum(values) / len(values) for depth, values in sorted(cells.items())}
+
+
+def _nothing_at(own: Found, dense: Found) -> list[float]:
+    """The depths of which nothing is recalled, though the dense model does: a window recalls what it sees, and looks good by it."""
+    found = by_depth(dense)
+    return [depth for depth, recalled in by_depth(own).items() if not recalled and found[depth]]
 
 
 def _worst_task(own: Found, dense: Found) -> str | None:

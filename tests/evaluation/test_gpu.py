@@ -7,8 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_hf import evaluate, tune
-from sparse_hf.evaluation import Budget
+from sparse_hf import Pattern, evaluate, tune
+from sparse_hf.evaluation import Budget, Candidate
+from sparse_hf.evaluation.api import prepare
+from sparse_hf.evaluation.choice import search_of
+from sparse_hf.evaluation.search import Unit
+from sparse_hf.evaluation.spending import Spending
 from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -41,3 +45,11 @@ def test_the_same_heads_stay_dense():
     for one, other in zip(*(found["heads"] for found in chosen), strict=True):
         assert other == [one[0], pytest.approx(one[1], rel=1e-3)]
     assert [layer for layer, _ in chosen[1]["ranking"]] == [layer for layer, _ in chosen[0]["ranking"]]
+
+
+def test_time_is_that_of_the_gpu():
+    setup = prepare(tiny_model().to("cuda"), [Candidate("local", PATTERNS["sinks"])], TEXT, tokenizer(), SETTINGS)
+    spending = Spending(search_of(setup, Pattern.parse(PATTERNS["sinks"]), None), Budget(share=0.9, of="time"), 300)
+    told = spending.told([Unit(0), Unit(1, 0)])
+    assert torch.cuda.get_device_name() in told["machine"]
+    assert all(0 < told[name] < 1 for name in ("dense_s", "local_s", "chosen_s"))

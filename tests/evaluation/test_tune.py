@@ -129,37 +129,10 @@ def causal_pairs(pattern, length: int) -> float:
     return float(mask.sum()) / (length * (length + 1) / 2)
 
 
-@pytest.mark.parametrize(
-    ("budget", "pattern", "share"),
-    [
-        (Budget(share=0.3), "window(9, 0)", 0.3),
-        # of 10 tokens, 2 + 9 * 3 - 1 = 27 of 55 pairs with window(2, 0): 1 + 2 + 8 * 3
-        (Budget(share=0.75, of="pairs"), "window(2, 0)", (0.75 - 27 / 55) / (1 - 27 / 55)),
-        # heads that see all, and heads that see 27 of 55
-        (
-            Budget(share=0.9, of="pairs", by="heads"),
-            "per_head(window(None, 0), window(2, 0))",
-            (0.9 - 41 / 55) / (1 - 41 / 55),
-        ),
-        # 3 of 10 tokens, and the first
-        (Budget(share=0.5, of="cache"), "window(2, 0) | first(1)", 0.1 / 0.6),
-    ],
-)
-def test_budgets_by_hand(budget, pattern, share):
-    assert budget.dense_share(Pattern.parse(pattern), 10) == pytest.approx(share)
-
-
 def test_budgets_that_cannot_be():
-    with pytest.raises(
-        ValueError, match=r"budget of 0\.1 of the pairs leaves nothing .* window\(2, 0\) alone takes 0\.491"
-    ):
-        Budget(share=0.1, of="pairs").dense_share(Pattern.parse("window(2, 0)"), 10)
-    with pytest.raises(ValueError, match="leaves nothing"):
-        # a cache drops no key of a stride
-        Budget(share=0.5, of="cache").dense_share(Pattern.parse("stride(4)"), 10)
     with pytest.raises(ValueError, match="for all heads of a layer"):
         Budget(of="cache", by="heads")
-    with pytest.raises(ValueError, match="of is 'bytes'; it must be one of layers, pairs, cache"):
+    with pytest.raises(ValueError, match="of is 'bytes'; it must be one of layers, pairs, cache, time"):
         Budget(of=cast(Any, "bytes"))
 
 
@@ -223,16 +196,32 @@ def test_layers_are_ranked_by_attention_with_a_pass_for_each_question(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "beats"),
-    [((0.5, 1.0), (0.4, 0.5), True), ((0.5, 1.0), (0.5, 1.2), True), ((0.5, 1.2), (0.5, 1.2), False), ((0.3, 0.1), (0.5, 2.0), False)],
-)  # fmt: skip
-def test_it_beats_by_recall_and_then_by_loss(own, other, beats):
-    names = {TUNED: own, EVERY: other, UNIFORM: (0.2, 3.0), NONE: (0.0, 3.0), "dense": (1.0, 0.1)}
-    recall = {name: {"recalled": recalled, "loss": loss} for name, (recalled, loss) in names.items()}
+    ("own", "other", "questions", "beats"),
+    [
+        ((0.5, 1.0), (0.4, 0.5), 100, True),
+        # of ten questions one more is chance: 0.22 is a standard error
+        ((0.5, 1.0), (0.4, 0.5), 10, False),
+        ((0.4, 0.5), (0.5, 1.0), 10, True),
+        ((0.5, 1.0), (0.5, 1.2), 100, True),
+        ((0.5, 1.2), (0.5, 1.2), 100, False),
+        ((0.3, 0.1), (0.5, 2.0), 100, False),
+    ],
+)
+def test_it_beats_by_recall_and_then_by_loss(own, other, questions, beats):
+    names = {TUNED: own, EVERY: other, UNIFORM: (0.1, 3.0), NONE: (0.0, 3.0), "dense": (1.0, 0.1)}
+    # two depths, of which the first is never recalled
+    recall = {
+        name: {
+            "recalled": recalled, "loss": loss,
+            "tasks": {"needle": [{"depth": 0.1, "recalled": 0.0}, {"depth": 0.9, "recalled": 2 * recalled}]},
+        }
+        for name, (recalled, loss) in names.items()
+    }  # fmt: skip
     perplexity = {name: {"perplexity": 9.0} for name in names}
-    found, words = _verdict({"recall": {"candidates": recall}, "perplexity": {"candidates": perplexity}})
+    found, words = _verdict({"recall": {"candidates": recall}, "perplexity": {"candidates": perplexity}}, questions)
     assert found == {EVERY: beats, UNIFORM: True} and ("does not beat as many layers" not in words) is beats
     assert ("take what is best" in words) is not beats and "a wider window in every layer" in words
+    assert words.startswith(f"On {questions} other questions") and f"(0% at 0.1, {2 * own[0]:.0%} at 0.9)" in words
 
 
 def test_windows_of_the_family_stay():

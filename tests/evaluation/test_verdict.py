@@ -23,7 +23,7 @@ def figures(perplexity: float = 10.0, recall: float = 1.0, same: float = 0.95, n
         tasks = {"passkey": [{"recalled": own, "length": 96, "depth": 0.5, "loss": 1.0}]}
         return {
             "candidates": {
-                "dense": {key: dense, "tasks": {"passkey": [{"recalled": dense}]}},
+                "dense": {key: dense, "tasks": {"passkey": [{"recalled": dense, "depth": 0.5}]}},
                 name: {key: own, "tasks": tasks},
             }
         }
@@ -56,6 +56,18 @@ def test_reasons_name_the_figures():
     found = judged(figures(perplexity=12.0, recall=0.25))
     assert found["reasons"][0] == "perplexity 12.00, dense 10.00 (+20.0%)"
     assert found["reasons"][1] == "recalls 25% of the facts, dense 100%; worst in passkey"
+
+
+def test_a_window_that_recalls_what_it_sees_is_named():
+    results = figures(recall=0.3)
+    found = results["recall"]["candidates"]
+    # at 0.1 nobody recalls, at 0.9 the window does, and what has no depth counts nowhere
+    found["window(9, 0)"]["tasks"]["passkey"] += [{"recalled": 0.0, "depth": d} for d in (0.1, 0.5, 0.9, None)]
+    found["window(9, 0)"]["tasks"]["passkey"] += [{"recalled": 0.9, "depth": 0.9}]
+    found["dense"]["tasks"]["passkey"] += [{"recalled": 0.0, "depth": 0.1}, {"recalled": 1.0, "depth": 0.9}]
+    found["window(9, 0)"]["tasks"]["passkey"][0]["recalled"] = 0.0
+    words = judged(results)["reasons"][1]
+    assert words == "recalls 30% of the facts, dense 100%; worst in passkey; none of those at 0.5 of the text"
 
 
 def test_what_dense_does_not_recall_says_nothing():

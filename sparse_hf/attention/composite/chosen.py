@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ...pattern import Pattern, Threshold, TopK, TopKBlocks, VerticalSlash
 from ...pattern.base import as_pattern
-from ...pattern.forms import EVERYTHING, CutContent
+from ...pattern.forms import CutContent
 from ...plan import BlockPlan, remembered
-from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import choose
 from ..chosen.scores import DotScores
-from .chosen_blocks import Groups, block_choice
-from .chosen_rest import Rest
+from .chosen_blocks import block_choice, find_groups
+from .chosen_few import few_weighty, is_few
+from .chosen_rest import Rest, find_rest
 from .chosen_scores import slash_worth
 from .chosen_threshold import weighty_tiles
 from .chosen_tiles import ChosenTiles, chosen_tiles
@@ -64,10 +64,14 @@ class TilePlan(ContentPlan):
 class WeightyPlan(TilePlan):
     """The same, of tiles that a threshold keeps, and what share of weights it leaves out."""
 
-    lost: Tensor
+    lost: Tensor | None
 
     @property
-    def left_out(self) -> Tensor:
+    def is_told(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Tensor | None:
         return self.lost
 
 
@@ -98,7 +102,7 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
-            rest = rest_of(call, cut, positions)
+            rest = find_rest(positions, cut, call.q.shape[0])
             if content.most_keys >= call.k.shape[2]:
                 _say_whole(str(content), content.most_keys)
             if isinstance(content, TopK):
@@ -132,28 +136,24 @@ def _say_whole(content: str, most: int) -> None:
     )
 
 
-def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
-    """What a choice is made from that is cut to `cut`, beside the plan of what positions say."""
-    within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
-    return Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
-
-
 def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
     """In tiles where blocks begin where tiles do, else key by key."""
     ((content, cut),) = chosen
     assert isinstance(content, TopKBlocks)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        plan = chosen_tiles(call, Groups(rest_of(call, cut, positions), content, call.q.shape[2]))
+        plan = chosen_tiles(call, find_groups(find_rest(positions, cut, call.q.shape[0]), content))
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
-def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> WeightyPlan:
+def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
     (content, cut), *others = chosen
     if others:
         raise ValueError(f"{call.pattern} has {len(chosen)} thresholds; one pattern takes one")
     assert isinstance(content, Threshold)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        plan, lost = weighty_tiles(call, content, rest_of(call, cut, positions))
+        if is_few(call):
+            return few_weighty(call, content, find_rest(positions, cut, call.q.shape[0]))
+        plan, lost = weighty_tiles(call, content, find_rest(positions, cut, call.q.shape[0]))
     return WeightyPlan(positions, plan, lost)
 
 

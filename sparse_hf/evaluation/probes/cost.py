@@ -33,9 +33,8 @@ class Cost:
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
-        ids = torch.cat([sample.ids for sample in setup.samples], 1)
         for n, length in enumerate(setup.settings.all_lengths):
-            text = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+            text = text_of_length(setup, length)
             what = {"length": length, "device": str(setup.subject.device)}
             yield from of_contenders(self.name, setup, _measured, text, what, (4, n))
 
@@ -46,19 +45,26 @@ class Cost:
         return {"lengths": list(setup.settings.all_lengths), "candidates": found}
 
 
+def text_of_length(setup: Setup, length: int) -> Tensor:
+    """The samples one behind the other, as often as it takes: `[1, length]`."""
+    ids = torch.cat([sample.ids for sample in setup.samples], 1)
+    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+
+
 def _measured(setup: Setup, contender: Contender, ids: Tensor) -> Found:
     setup.passes.forget()
     ids = ids.to(contender.model.device)
     with torch.inference_mode():
         # the first pass may make plans and compile
-        _pass(contender, ids)
-        peak = peak_bytes(lambda: _pass(contender, ids), ids.device)
-        seconds = min(_seconds(lambda: _pass(contender, ids), ids.device) for _ in range(PASSES))
+        read_once(contender, ids)
+        peak = peak_bytes(lambda: read_once(contender, ids), ids.device)
+        seconds = min(_seconds(lambda: read_once(contender, ids), ids.device) for _ in range(PASSES))
         found = {"seconds": seconds, "tokens_per_second": ids.shape[1] / seconds, "peak_bytes": peak}
         return found | (_decoding(contender, ids) if setup.subject.is_causal else {})
 
 
-def _pass(contender: Contender, ids: Tensor) -> Any:
+def read_once(contender: Contender, ids: Tensor) -> Any:
+    """A pass over a text, of whose tokens the last alone is answered."""
     options = {"use_cache": False, **last_alone(contender.model)} if contender.model.can_generate() else {}
     return contender.model(input_ids=ids, **options)
 

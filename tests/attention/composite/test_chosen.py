@@ -27,6 +27,7 @@ TOKENS = "window(6, 0) | first(2) | topk(8)"
 IN_TILES = "window(6, 0) | topk_blocks(2, 16, 'bounds', 16)"
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("text", choices.PATTERNS)
 def test_equals_the_definition(text, case):
@@ -97,12 +98,12 @@ def test_compiled_gradients(text):
 SHARED = "topk_blocks(3, 64, 'antidiagonal', 64)"
 
 
+@pytest.mark.parametrize("length", [8_256, pytest.param(16_411, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')", SHARED, "vertical_slash(5, 3, 16)"])
-def test_no_tensor_has_two_lengths(text, monkeypatch):
+def test_no_tensor_has_two_lengths(text, length, monkeypatch):
     # as few scores at once as a longer text has
     monkeypatch.setattr(best_keys, "MAX_SCORES", 1 << 16)
     monkeypatch.setattr(chosen_scores, "MAX_NUMBERS", 1 << 16)
-    length = 8_256
     q, k, v = leaves(*[(1, 1, length, 8)] * 3)
     with AllocationInterceptor(length) as seen:
         sparse_attention(q, k, v, f"({text}) & window(None, 0)").sum().backward()
