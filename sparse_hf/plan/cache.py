@@ -32,7 +32,7 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def remembering(*arguments: P.args, **named: P.kwargs) -> T:
         owner, *rest = arguments
-        results: dict[Any, T] = owner.__dict__.setdefault("_remembered", {})
+        results: dict[Any, Any] = owner.__dict__.setdefault("_remembered", {})
         key = (function, *rest, *named.items())
         found = results.get(key, _MISSING)
         return results.setdefault(key, made(function, *arguments, **named)) if found is _MISSING else found
