@@ -10,7 +10,7 @@ FAST := -q -n 2 --dist worksteal
 # what is imported is compiled once, and not by each of the processes that tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help docs demo test test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards dist
+.PHONY: help docs demo test test-crosses test-oldest check test-all zoo zoo-oldest test-transformers test-gpu bench cards dist
 
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,11 @@ $(STAMP): setup.py $(CONSTRAINTS) sparse_hf/version.py
 demo: $(STAMP)  ## fetch two real checkpoints, make them sparse, and compare (under 10 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)  ## the fast tests
+test: $(STAMP)  ## the fast tests, and a sample of crosses of many parameters
 	$(BIN)/python -m pytest $(FAST) $(TESTS)
+
+test-crosses: $(STAMP)  ## what `make test` leaves out of crosses
+	$(BIN)/python -m pytest $(FAST) -m "rest and not slow and not gpu and not transformers"
 
 # attention, plans and patterns import no transformers (tests/test_imports.py), and torch, which compiles models, is the same
 OLDEST := tests/models tests/conversion tests/train tests/zoo tests/test_examples.py tests/test_registry.py \

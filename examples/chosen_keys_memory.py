@@ -1,10 +1,11 @@
 """Bytes that a layer which chooses its keys by content holds at once, here and in Transformers' class: counted, not timed.
 
-One layer of each family with a tiny width and a dense feed-forward part reads a text, forward and backward, on the CPU. The
-count is that of tensors, so that it is the same in every run.
+One layer of each family with a tiny width and a dense feed-forward part reads a text, forward and backward. On the CPU the bytes
+of tensors are counted, so that they are the same in every run; on a GPU they are the most that is allocated, above what was
+before, and scores are made in larger pieces, of up to 2^27 numbers.
 
     python examples/chosen_keys_memory.py
-    python examples/chosen_keys_memory.py --families deepseek_v32 --longest 65536 --out docs/results
+    python examples/chosen_keys_memory.py --device cuda --longest 65536 --out docs/results
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
-from sparse_hf.bench import environment, result_path, write_json
+from sparse_hf.bench import chosen_device, environment, peak_bytes, result_path, write_json
 from sparse_hf.testing import LiveBytes
 
 # the shortest text, the longest one, and the longest that Transformers' class is counted at
@@ -67,24 +68,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def held(model: Any, length: int) -> int:
+def held(model: Any, length: int, device: torch.device) -> int:
     """Bytes that a forward and a backward pass hold at once."""
-    ids = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
-    with LiveBytes() as live:
+    ids = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def work() -> None:
         model(input_ids=ids, use_cache=False)[0].square().mean().backward()
-    model.zero_grad()
+        model.zero_grad()
+
+    if device.type == "cuda":
+        found = peak_bytes(work, device)
+        assert found is not None
+        return found
+    with LiveBytes() as live:
+        work()
     return live.peak
 
 
-def counted(family: str, longest: int, console: Console) -> list[dict[str, Any]]:
+def counted(family: str, longest: int, device: torch.device, console: Console) -> list[dict[str, Any]]:
     """Rows of a family: a length, bytes here and in Transformers' class."""
     torch.manual_seed(0)
-    dense = AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    dense = AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family])).to(device)
     sparse, rows = sparse_hf.sparsify(dense), []
     for length in (SHORTEST << i for i in range((longest // SHORTEST).bit_length())):
         # the dense class of Qwen4-Exp loops over queries
         stock = length <= (SHORTEST if family == "qwen4_exp_text" else LONGEST_OF_STOCK)
-        row = {"tokens": length, "bytes": held(sparse, length), "stock_bytes": held(dense, length) if stock else None}
+        row = {
+            "tokens": length,
+            "bytes": held(sparse, length, device),
+            "stock_bytes": held(dense, length, device) if stock else None,
+        }
         rows.append(row)
         console.print(family, row)
     return rows
@@ -103,12 +116,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest text, here alone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of results")
     given, console = parser.parse_args(), Console()
-    found = {}
+    device, found = chosen_device(given.device), {}
     for family in given.families:
-        rows = counted(family, given.longest, console)
-        found[family] = {"rows": rows, "slope": slope(rows, "bytes"), "stock_slope": slope(rows, "stock_bytes")}
+        if family not in CONFIG_MAPPING:
+            console.print(f"{family}: this version of Transformers has no such family")
+            continue
+        rows = counted(family, given.longest, device, console)
+        found[family] = {
+            "rows": rows,
+            "slope": slope(rows, "bytes"),
+            "slope_of_last": slope(rows[-2:], "bytes"),
+            "stock_slope": slope(rows, "stock_bytes"),
+        }
     table = Table("family", "tokens", "MiB here", "MiB in Transformers")
     for family, content in found.items():
         for row in content["rows"]:
@@ -116,8 +138,12 @@ def main() -> None:
             table.add_row(family, f"{row['tokens']:,}", f"{row['bytes'] / 2**20:.1f}", stock)
     console.print(table)
     if given.out:
-        content = {"environment": environment(torch.device("cpu")), "unit": "bytes of tensors at once, forward and backward, one layer",
-                   "families": found}  # fmt: skip
+        unit = "bytes that are allocated" if device.type == "cuda" else "bytes of tensors"
+        content = {
+            "environment": environment(device),
+            "unit": f"{unit} at once, forward and backward, one layer",
+            "families": found,
+        }
         path = result_path(given.out, content["environment"], "chosen-keys-memory")
         if path.exists():
             # of other families, counted before

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from tests.crosses import mark_rest
 from tests.garbage import keep_libraries
 
 if not torch.cuda.is_available():
@@ -14,6 +15,12 @@ if not torch.cuda.is_available():
 # as many processes as cores run side by side
 torch.set_num_threads(1)
 logging.set_verbosity_error()
+
+
+# before cases are chosen by their markers
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    mark_rest(items)
 
 
 @pytest.fixture(autouse=True)

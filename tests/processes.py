@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-# what does not end is ended after so long; nothing that works comes near it, however slow or busy a
-# machine is
-HANG_S = 1800
+from tests.fresh import HANG_S, ROOT, fresh
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
@@ -34,6 +31,6 @@ def finished(*arguments: str) -> tuple[int, str]:
 
 def printed(code: str) -> str:
     """What Python code prints in an interpreter of its own."""
-    status, said = finished("-c", code)
+    status, said = fresh(code)
     assert status == 0, said
     return said.strip()

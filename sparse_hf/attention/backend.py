@@ -28,12 +28,15 @@ class Given:
 
     `out` and `lse` may be those of a whole of which a call computes disjoint pairs: weights are exp(score - lse), so that the
     gradients of such parts add up to those of the whole. A row with infinite lse has no weight at all.
+
+    `into` is memory for the gradients of q, k and v, for backends that say `writes_into`.
     """
 
     out: Tensor
     lse: Tensor
     grad_out: Tensor | None
     grad_lse: Tensor | None
+    into: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def some_grad_out(self) -> Tensor:
@@ -151,7 +154,8 @@ class AttentionCall:
 class Backend(Protocol):
     """How a call is computed. One file holds one; `dispatch.BACKENDS` lists those that have a name for users.
 
-    `name` is what a user says. `uses_autograd` says that `forward` is made of operations that autograd can differentiate.
+    `name` is what a user says. `uses_autograd` says that `forward` is made of operations that autograd can differentiate, and
+    `writes_into` that `backward` writes to the memory that it is given for gradients.
     `forward` and `backward` write to nothing but what they give. All backends agree with
     `reference` in out, lse and gradients; the exactness tests take in whatever is registered. A row that may see nothing
     gives 0 and lse -inf, with zero gradient and no NaN.
@@ -160,6 +164,7 @@ class Backend(Protocol):
     name: str
     # a base class would have to be asked for, and a protocol is slow to say what is one of it
     uses_autograd: ClassVar[bool] = False
+    writes_into: ClassVar[bool] = False
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Why the backend cannot run a call, with the remedy; None if it can. Must not run anything."""

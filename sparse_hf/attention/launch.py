@@ -7,13 +7,15 @@ addresses: of an address Triton asks neither Python nor the driver what it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # compiled kernels by what they were compiled for; so many that nothing real is forgotten
-_compiled: dict[tuple, object] = {}
+_compiled: dict[tuple, Any] = {}
 MAX_COMPILED = 4096
 # addresses that are multiples of so many bytes are what kernels are compiled for; others are left to Triton
 ALIGNMENT_BYTES = 16
@@ -49,7 +51,7 @@ class Launch:
             assert self._run is not None
             index = tensors[0].device.index
             stream = None if index is None else torch._C._cuda_getCurrentRawStream(index)
-            self._run(*addresses, *self._addresses, *self.strides, *numbers, *self.values, stream=stream)
+            self._run(stream, (*addresses, *self._addresses, *self.strides, *numbers, *self.values))
             return
         compiled = self.kernel[self.grid](
             *tensors, *self.fixed, *self.strides, *numbers, **self.constants, **self.options
@@ -64,12 +66,62 @@ class Launch:
         """Find what runs the kernel that was compiled for such tensors, if it was."""
         compiled = _compiled.get(self._key(tensors))
         if compiled is not None:
-            self._run = compiled[(*self.grid, 1)]  # pyright: ignore[reportIndexIssue]
+            self._run = runner(compiled, (*self.grid, 1))
         return self._run is not None
 
     def _key(self, tensors: Sequence[Tensor]) -> tuple:
         dtypes = tuple([t.dtype for t in (*tensors, *self.fixed)])
         return id(self.kernel), tensors[0].device.index, self.strides, dtypes, *self.values
+
+
+def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int | None, tuple], None]:
+    """What runs a compiled kernel: a function of a stream and all arguments.
+
+    Triton's own way there is ten steps in Python, most of them for whoever watches launches. While nobody does, arguments go
+    straight to the function in C beneath, as long as that is called as it is in the versions known (3.4 to 3.8).
+    """
+    plain = compiled[grid]
+    found = _beneath(compiled, grid)
+    if found is None:
+        return lambda stream, arguments: plain(*arguments, stream=stream)
+    launch, settings, takes_tuple = found
+    # loaded with the kernel
+    from triton import knobs
+
+    runtime = knobs.runtime
+
+    def run(stream: int | None, arguments: tuple) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # chains of hooks in newer versions, and functions in older ones
+        if stream is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            plain(*arguments, stream=stream)
+        elif takes_tuple:
+            launch(*grid, stream, *settings, arguments)
+        else:
+            launch(*grid, stream, *settings, *arguments)
+
+    return run
+
+
+def _beneath(compiled: Any, grid: tuple[int, int, int]) -> tuple[Callable, tuple, bool] | None:
+    """The function in C under Triton's launcher of a kernel, what it is given between the stream and the kernel's arguments, and
+    whether it takes these as one tuple; None where it is called in another way."""
+    launcher: Any = copy.copy(getattr(compiled, "run", None))
+    given, stream, arguments = [], object(), (object(), object())
+    own = getattr(launcher, "__dict__", {})
+    if "launch" not in own or any(size for name, size in own.items() if name.endswith("scratch_size")):
+        return None
+    launch, own["launch"] = own["launch"], lambda *values: given.extend(values)
+    try:
+        launcher(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    except (AttributeError, TypeError):
+        # a version whose launchers are made otherwise
+        return None
+    if given[:4] != [*grid, stream]:
+        return None
+    if given[-2:] == list(arguments):
+        return launch, tuple(given[4:-2]), False
+    return (launch, tuple(given[4:-1]), True) if given[-1] == arguments else None
 
 
 def launch(

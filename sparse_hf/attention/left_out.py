@@ -72,11 +72,22 @@ def mass_left_out() -> Iterator[LeftOut]:
         _LISTENERS.reset(token)
 
 
-def tell(pattern: str, left_out: Tensor) -> None:
-    """Tell all listeners; where there is none, say once that nobody asked."""
+def is_heard() -> bool:
+    """Does anybody listen?"""
+    return bool(_LISTENERS.get())
+
+
+def tell(pattern: str, left_out: Tensor | None) -> None:
+    """Tell all listeners; where there is none, say once that nobody asked.
+
+    Args:
+        pattern: whose weights they are.
+        left_out: of a call, as `LeftOut.each` says; None where it was planned when nobody listened.
+    """
     listeners = _LISTENERS.get()
     for listener in listeners:
-        listener.each.append(left_out)
+        if left_out is not None:
+            listener.each.append(left_out)
     if not listeners:
         _say(pattern)
 

@@ -1,6 +1,8 @@
 """`sparse-hf bench chosen`: one layer that chooses its keys by an indexer, beside Transformers' class of the same weights.
 
-Scoring is told apart from attending: both are also timed alone, on random tensors of the layer's shape.
+Scoring is told apart from attending: both are also timed alone, on random tensors of the layer's shape. Where it is installed,
+attn-gym's `lightning_indexer` scores the same ones. Its `gather_attn` has a schedule for heads that share keys on Blackwell alone;
+elsewhere each head gathers for itself, which takes minutes at this shape.
 
 Legend: n tokens, H heads, I heads of the indexer, D head dim without position, L numbers of a latent, N chosen keys of a query.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,14 @@ from .results import Result, Row, environment, result_path, slopes, write_json
 from .text import Figures, exponents
 
 # the longest text whose training step is timed
-MAX_TRAINED_TOKENS = 4096
+MAX_TRAINED_TOKENS = 8192
 # queries whose choice and output are compared with float64, and the largest relative error of an output that is right
 COMPARED, TOLERANCE = 32, {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 # a choice by rounded scores may differ from the exact one at its edge
 LEAST_ALIKE = 0.99
 # rows that are no whole layer
 PARTS = ("ours: scores and choice", "ours: attention")
+ATTN_GYM = "attn-gym: scores and choice"
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,12 @@ def run_chosen(
     for n in sorted(lengths):
         for name, run in cases.items():
             trains = training and n <= MAX_TRAINED_TOKENS
-            row: Row = {"name": name, "kind": "part" if name in PARTS else "layer", "n": n, "step_s": None}
+            row: Row = {
+                "name": name,
+                "kind": "part" if name in (*PARTS, ATTN_GYM) else "layer",
+                "n": n,
+                "step_s": None,
+            }
             reason = why_not_run(row, rows, ("forward_s", "step_s"), budget)
             with console.status(f"{name}, n = {n:,}"):
                 rows.append({**row, "failed": reason} if reason else measured(row, partial(run, n, trains)))
@@ -172,20 +181,24 @@ def _step(forward: Callable[[], Tensor], model: Any, timer: Timer) -> Row:
         model.zero_grad(set_to_none=True)
         forward().square().mean().backward()
 
-    peak = peak_bytes(step, timer.device)
-    found = {"step_s": timer.seconds(step), "step_peak_bytes": peak}
-    model.zero_grad(set_to_none=True)
-    return found
+    try:
+        peak = peak_bytes(step, timer.device)
+        return {"step_s": timer.seconds(step), "step_peak_bytes": peak}
+    except torch.OutOfMemoryError:
+        # the forward pass had its figures
+        return {"step_s": None}
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _parts(shape: IndexedShape, dtype: str, timer: Timer) -> dict[str, Case]:
-    """The scores with the choice, and attention to what is chosen, of ours alone."""
+    """The scores with the choice, and attention to what is chosen, of ours alone, and the former of attn-gym."""
 
-    def choosing(n: int, trains: bool) -> Row:
+    def choosing(pick: Callable[[IndexerScores], Tensor], n: int, trains: bool) -> Row:
         scorer = drawn_scores(shape, n, DTYPES[dtype], timer.device)
 
         def work() -> Tensor:
-            return choose(scorer, shape.count, Limits(q_offset=0))
+            return pick(scorer)
 
         alike = same_choice(scorer, work())
         if alike < LEAST_ALIKE:
@@ -218,7 +231,21 @@ def _parts(shape: IndexedShape, dtype: str, timer: Timer) -> dict[str, Case]:
             "relative_error": error,
         }
 
-    return dict(zip(PARTS, (choosing, attending), strict=True))
+    def ours(scorer: IndexerScores) -> Tensor:
+        return choose(scorer, shape.count, Limits(q_offset=0))
+
+    found: dict[str, Case] = {PARTS[0]: partial(choosing, ours), PARTS[1]: attending}
+    if timer.device.type == "cuda" and util.find_spec("attn_gym"):
+        found[ATTN_GYM] = partial(choosing, partial(chosen_by_attn_gym, count=shape.count))
+    return found
+
+
+def chosen_by_attn_gym(scorer: IndexerScores, count: int) -> Tensor:
+    """The choice of attn-gym 0.0.17, `[1, 1, n, N]`, whose weights are in the dtype of queries."""
+    from attn_gym.sparse.indexer import lightning_indexer  # pyright: ignore[reportMissingImports]  # a peer
+
+    weights = scorer.weights.to(scorer.query.dtype)
+    return lightning_indexer(scorer.query, scorer.key, weights, count, causal=True)[:, None]
 
 
 def drawn_scores(shape: IndexedShape, n: int, dtype: torch.dtype, device: torch.device) -> IndexerScores:
@@ -226,6 +253,7 @@ def drawn_scores(shape: IndexedShape, n: int, dtype: torch.dtype, device: torch.
     query, key, weights = _drawn(
         n, dtype, device, (n, shape.index_heads, shape.index_dim), (n, shape.index_dim), (n, shape.index_heads)
     )
+    # numbers of `dtype`, so that those who take weights in it see the same
     return IndexerScores(query, key, weights.float(), shape.index_dim**-0.5)
 
 

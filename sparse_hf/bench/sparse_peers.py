@@ -1,9 +1,10 @@
 """Sparse attention of other packages, timed beside ours where it is installed.
 
-They are timed only if their pairs are positions known before the call, so that they can be compared
-with rows in float64. So these are missing: fla's MoBA and NSA without given blocks, which choose
-pairs from queries and keys, and LSG's sparse tokens, some of which are means of several.
-flash-sparse-attn 2.0.6 needs a part of Triton's repository that no index has.
+They are timed only if their pairs are known before the call, so that they can be compared with rows
+in float64: by position, or as blocks that ours chose. So these are missing: fla's NSA without given
+blocks, which chooses pairs itself, fla's MoBA, which does so too and needs flash-attn 2, and LSG's
+sparse tokens, some of which are means of several. flash-sparse-attn 2.0.6 needs a part of Triton's
+repository that no index has.
 
 Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q. What others take is `[1, n, H, D]`.
 """
@@ -16,14 +17,19 @@ from functools import partial
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pattern import BlockTable, Chunk, First, Pattern, causal
-from ..pattern.forms import read_window
+from ..attention.composite.chosen import ChoicePlan
+from ..attention.composite.chosen_tiles import ChosenTiles
+from ..attention.dispatch import content_plan
+from ..pattern import BlockTable, Chunk, First, Pattern, TopKBlocks, causal
+from ..pattern.forms import read_content, read_window
 from ..plan import BlockPlan, build_plan
-from .peers import Peer
+from .exactness import plain_call
+from .peers import Peer, leaves_out_future
 
 # keys per block that NSA is given, as in arXiv:2502.11089, section 4.1; fewer if the pattern's own
 # blocks are smaller
@@ -48,9 +54,9 @@ def sparse_peers(pattern: Pattern, q: Tensor, k: Tensor) -> tuple[list[Peer], di
         except (ImportError, AttributeError, NameError) as error:
             left_out[name] = f"does not import: {type(error).__name__}: {error}"
             continue
-        made = (
-            "takes blocks that are known before the call" if pattern.uses_content else make(name, module, pattern, q, k)
-        )
+        if pattern.uses_content:
+            make = OF_CHOICES.get(name, _refuse_choices)
+        made = make(name, module, pattern, q, k)
         if isinstance(made, Peer):
             able.append(made)
         else:
@@ -67,22 +73,80 @@ def _nsa(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) 
 
     Its blocks are those in which the pattern has a pair, up to the query.
     """
-    group = q.shape[1] // k.shape[1]
-    if group < LEAST_ROWS or group & (group - 1):
-        return f"takes 16, 32, 64, ... query heads per key head, and there are {group}"
-    rows = _blocks(pattern, q.shape[2])
+    rows = _nsa_refusal(q, k) or _blocks(pattern, q.shape[2])
     if isinstance(rows, str):
         return rows
     refusal = _gpu_only(q)
     if refusal is not None:
         return refusal
-    indices, counts = _nsa_lists(rows, q.shape[2], k.shape[1], q.device)
+    lists = _nsa_lists(rows, q.shape[2], k.shape[1], q.device)
+    return Peer(name, rows & causal(), _nsa_call(module, lists, rows.size), "blocks")
+
+
+def _nsa_refusal(q: Tensor, k: Tensor) -> str | None:
+    group = q.shape[1] // k.shape[1]
+    if group < LEAST_ROWS or group & (group - 1):
+        return f"takes 16, 32, 64, ... query heads per key head, and there are {group}"
+    return None
+
+
+def _nsa_call(module: ModuleType, lists: tuple[Tensor, Tensor], size: int) -> Callable[..., Tensor]:
+    given = {"block_indices": lists[0], "block_counts": lists[1], "block_size": size}
 
     def call(q, k, v):
-        given = {"block_indices": indices, "block_counts": counts, "block_size": rows.size}
         return module.parallel_nsa(*(t.transpose(1, 2) for t in (q, k, v)), **given).transpose(1, 2)
 
-    return Peer(name, rows & causal(), call, "blocks")
+    return call
+
+
+def _chosen_nsa(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> Peer | str:
+    """The same on the very blocks that a pattern of ours has chosen, which takes no time here."""
+    form = read_content(pattern)
+    content = form.chosen[0].content
+    if len(form.chosen) > 1 or not isinstance(content, TopKBlocks) or form.positions != First(0):
+        return "takes topk_blocks(...) alone"
+    refusal = _nsa_refusal(q, k)
+    if refusal is not None:
+        return refusal
+    if not content.shares_heads:
+        return "takes one choice for all query heads of a key head, per='group'"
+    if not leaves_out_future(pattern) or pattern != content & causal():
+        return "is causal, and the pattern is not, or is cut further"
+    refusal = _gpu_only(q)
+    if refusal is not None:
+        return refusal
+    with torch.no_grad():
+        plan = content_plan(plain_call(q, k, k, pattern))
+    blocks, size = _chosen_blocks(plan, content, q.shape[2])
+    counts = (blocks >= 0).sum(-1, dtype=torch.int32)
+    most = 1 << (blocks.shape[-1] - 1).bit_length()
+    indices = torch.nn.functional.pad(blocks, (0, most - blocks.shape[-1]), value=-1).contiguous()
+    return Peer(name, pattern, _nsa_call(module, (indices, counts), size), "blocks")
+
+
+def _chosen_blocks(plan: Any, content: TopKBlocks, n: int) -> tuple[Tensor, int]:
+    """The blocks of each query `[1, n, G, S]` int32, -1 behind the last, and their size: that of tiles, where there are tiles."""
+    if isinstance(plan, ChoicePlan):
+        last = plan.chosen.index.unflatten(-1, (-1, content.size)).amax(-1)  # [1, G, n, S]
+        found, size = last.where(last < 0, last // content.size), content.size
+    else:
+        tiles = plan.chosen
+        assert isinstance(tiles, ChosenTiles) and tiles.codes is not None
+        size, lines = tiles.block_size, len(tiles.patterns) * tiles.q_blocks
+        line, column = tiles.codes // tiles.kv_blocks, tiles.codes % tiles.kv_blocks
+        counts = torch.bincount(line, minlength=lines)
+        place = torch.arange(len(line), device=line.device) - (counts.cumsum(0) - counts)[line]
+        found = torch.full((lines, int(counts.max())), -1, dtype=torch.int32, device=line.device)
+        found[line, place] = column.int()
+        found = found.unflatten(0, (1, -1, tiles.q_blocks)).repeat_interleave(size, 2)[:, :, :n]
+    # those that there are come first
+    there = found >= 0
+    found = found.where(there, n).sort(-1).values
+    return found.masked_fill(found == n, -1).int().transpose(1, 2), size
+
+
+def _refuse_choices(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> str:
+    return "takes pairs that are known by their positions"
 
 
 def _blocks(pattern: Pattern, n: int) -> BlockTable | str:
@@ -172,3 +236,5 @@ PACKAGES: dict[str, tuple[str, Callable[[], ModuleType], Make]] = {
     "fla_nsa": ("fla", partial(import_module, "fla.ops.nsa"), _nsa),
     "lsg": ("lsg_converter", _lsg_layer, _lsg),
 }
+# of patterns that choose blocks from queries and keys
+OF_CHOICES: dict[str, Make] = {"fla_nsa": _chosen_nsa}

@@ -58,10 +58,10 @@ def _of_text(prefix: str, dense_type: str, indexer: str, source: str, **more: An
 
 DENSE_FAMILIES = (
     _dense("Bart", "bart", TWO_MORE_ROWS, "arXiv:1910.13461", encoder="BartEncoder"),
-    _dense("Bert", "bert", EMBEDDED, "arXiv:1810.04805"),
-    _dense("Camembert", "camembert", BEHIND_PADDING_ID, "arXiv:1911.03894"),
+    _dense("Bert", "bert", EMBEDDED, "arXiv:1810.04805", joins="BertSelfAttention"),
+    _dense("Camembert", "camembert", BEHIND_PADDING_ID, "arXiv:1911.03894", joins="CamembertSelfAttention"),
     _dense("Cohere2", "cohere2", ROTARY, "arXiv:2504.00698"),
-    _dense("Electra", "electra", EMBEDDED, "arXiv:2003.10555"),
+    _dense("Electra", "electra", EMBEDDED, "arXiv:2003.10555", joins="ElectraSelfAttention"),
     _dense("GPT2", "gpt2", GPT2_TABLE, "Radford et al., 2019, Language Models are Unsupervised Multitask Learners"),
     _dense("GPTNeoX", "gpt_neox", ROTARY, "arXiv:2204.06745"),
     _dense("Gemma2", "gemma2", ROTARY, "arXiv:2408.00118"),
@@ -79,9 +79,9 @@ DENSE_FAMILIES = (
     _dense("Qwen2", "qwen2", ROTARY, "arXiv:2407.10671"),
     _dense("Qwen3", "qwen3", ROTARY, "arXiv:2505.09388"),
     _dense("Qwen3Moe", "qwen3_moe", ROTARY, "arXiv:2505.09388"),
-    _dense("Roberta", "roberta", BEHIND_PADDING_ID, "arXiv:1907.11692"),
+    _dense("Roberta", "roberta", BEHIND_PADDING_ID, "arXiv:1907.11692", joins="RobertaSelfAttention"),
     _dense("SmolLM3", "smollm3", ROTARY, "Hugging Face, 2025, SmolLM3"),
-    _dense("XLMRoberta", "xlm-roberta", BEHIND_PADDING_ID, "arXiv:1911.02116"),
+    _dense("XLMRoberta", "xlm-roberta", BEHIND_PADDING_ID, "arXiv:1911.02116", joins="XLMRobertaSelfAttention"),
 )
 OTHER_FAMILIES = (
     _other("albert", "Albert", "albert"),

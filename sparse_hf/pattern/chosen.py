@@ -9,6 +9,8 @@ from .base import whole
 from .content import Content
 
 KEY_SCORES, BLOCK_SCORES = ("dot", "indexer"), ("mean", "bounds", "antidiagonal")
+# who chooses blocks: each query head, or those of a key head together
+CHOOSERS = ("head", "group")
 # sides of the squares whose antidiagonals are summed
 ANTIDIAGONAL = 16
 # what sides of tiles are a multiple of, and more keys than any text has
@@ -43,7 +45,7 @@ class TopK(Content):
 
     def __post_init__(self):
         whole(f"{self.word}: count", self.count, 1)
-        _known(self.word, self.scores, KEY_SCORES)
+        _known(self.word, "scores", self.scores, KEY_SCORES)
 
     def __str__(self) -> str:
         return super().__str__() if self.scores != KEY_SCORES[0] else f"{self.word}({self.count})"
@@ -79,17 +81,23 @@ class TopKBlocks(Content):
     among the `count`. It is far faster on a GPU. What a query sees then depends on the queries of its group up to its end; a token
     that is decoded alone chooses for itself.
 
+    `per` says who chooses: each query "head", or the "group" of those that share a key head, by the mean of their scores (NSA,
+    arXiv:2502.11089), so that a key that is read serves all of them.
+
     Examples:
         >>> TopKBlocks(count=8, size=64).most_keys
         512
         >>> str(TopKBlocks(16, 128, "bounds", queries=128))
         "topk_blocks(16, 128, 'bounds', 128)"
+        >>> str(TopKBlocks(16, 64, per="group"))
+        "topk_blocks(16, 64, 'mean', 1, 'group')"
     """
 
     count: int
     size: int
     scores: str = "mean"
     queries: int = 1
+    per: str = CHOOSERS[0]
     word = "topk_blocks"
 
     def __post_init__(self):
@@ -99,12 +107,21 @@ class TopKBlocks(Content):
             raise ValueError(
                 f"{self.word}: {self.queries} queries choose blocks of {self.size} keys together; one must be a multiple of the other"
             )
-        _known(self.word, self.scores, BLOCK_SCORES)
+        _known(self.word, "scores", self.scores, BLOCK_SCORES)
+        _known(self.word, "per", self.per, CHOOSERS)
         if self.scores == "antidiagonal" and (self.size % ANTIDIAGONAL or self.queries % ANTIDIAGONAL):
             raise ValueError(
                 f"{self.word}: blocks of {self.size} keys and groups of {self.queries} queries; for antidiagonals both are multiples of "
                 f"{ANTIDIAGONAL}"
             )
+
+    def _arguments(self) -> list[str]:
+        # as texts had it before groups of heads could choose
+        return super()._arguments()[: 4 if self.per == CHOOSERS[0] else 5]
+
+    @property
+    def shares_heads(self) -> bool:
+        return self.per == "group"
 
     @property
     def own_blocks(self) -> int:
@@ -184,6 +201,6 @@ class Threshold(Content):
         return EVERY_KEY
 
 
-def _known(word: str, scores: str, known: tuple[str, ...]) -> None:
-    if scores not in known:
-        raise ValueError(f"{word}: scores is {scores!r}; the known ones are {', '.join(map(repr, known))}")
+def _known(word: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{word}: {name} is {value!r}; the known ones are {', '.join(map(repr, known))}")

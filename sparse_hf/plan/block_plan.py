@@ -64,7 +64,9 @@ class BlockPlan:
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
-        object.__setattr__(self, "patterns", tuple(p.on(self.device) for p in self.patterns))
+        # heads may share one
+        moved = {key: p.on(self.device) for key, p in {id(p): p for p in self.patterns}.items()}
+        object.__setattr__(self, "patterns", tuple([moved[id(p)] for p in self.patterns]))
 
     @property
     def q_blocks(self) -> int:
@@ -139,6 +141,10 @@ class BlockPlan:
     def tile_numbers(self, group: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
         """What tells apart tiles whose pairs the patterns' signatures do not, `[T]` each, by their row of tables and place."""
         return []
+
+    def own_lists(self, size: int) -> Any:
+        """The `TileLists` of a plan that has them without its tables, in tiles of `size`; None: they are made of the tables."""
+        return None
 
     def query_index(self, b: int, first: int, last: int) -> Tensor:
         """Indices of the queries `first..last` (end exclusive), counted from the plan's first query."""

@@ -9,7 +9,7 @@ Legend: B batch, H heads, G groups (batch rows x patterns of the plan), Nq query
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -69,35 +69,48 @@ class TileLists:
     size: int  # S
     group_of: Tensor  # [B * H] int32: the group of a head of a batch row
     by_query: Lists
-    by_key: Lists
+    # makes `by_key`, which the backward pass alone reads
+    make_by_key: Callable[[], Lists]
     # [M, S, S] uint8, queries x keys: 1 where a query sees a key; and keys x queries. Of chunks tokens are compared instead
     masks: Tensor
     masks_by_key: Tensor
+
+    @kept
+    def by_key(self) -> Lists:
+        return self.make_by_key()
 
 
 @remembered
 def tile_lists(plan: BlockPlan, size: int, batch: int, num_heads: int) -> TileLists:
     """The lists of a plan in tiles of `size`, for `batch` rows and `num_heads` query heads."""
+    own = plan.own_lists(size)
+    if own is not None:
+        return own
     plan = plan if plan.block_size == size else replace(plan, block_size=size)
     row, j, q_tiles = _rows(plan), plan.columns, max(1, plan.q_blocks)
     # a tile that hangs over the last query or key is never full
     full = plan.full & (row % q_tiles < plan.q_len // size) & (j < plan.kv_len // size)
-    masks, mask = _masks(plan, row, j, full)
+    masks, mask = masks_of(plan, row, j, full)
     patterns = len(plan.patterns)
     heads = torch.tensor(plan.heads or [0] * num_heads, device=plan.device)
     first = torch.arange(batch, device=plan.device) * patterns if plan.batch_rows > 1 else heads.new_zeros(batch)
     groups = plan.batch_rows * patterns
-    is_host_bound = batch * num_heads * plan.q_blocks <= HOST_BOUND_TILES
-    least = HOST_BOUND_PROGRAM_TILES if is_host_bound else PROGRAM_TILES
+    least = least_of_program(batch * num_heads * plan.q_blocks)
     of_keys = row // q_tiles * plan.kv_blocks + j
+    by_key = make_lists(groups, plan.kv_blocks, Entries(of_keys, row % q_tiles, full, mask), least)
     return TileLists(
         size,
         (first[:, None] + heads).flatten().int(),
         make_lists(groups, plan.q_blocks, Entries(row, j, full, mask), least),
-        make_lists(groups, plan.kv_blocks, Entries(of_keys, row % q_tiles, full, mask), least),
+        lambda: by_key,
         masks,
         masks.transpose(1, 2).contiguous(),
     )
+
+
+def least_of_program(tiles: int) -> int:
+    """How many entries a program walks at least, of so many query tiles of all heads."""
+    return HOST_BOUND_PROGRAM_TILES if tiles <= HOST_BOUND_TILES else PROGRAM_TILES
 
 
 class Entries(NamedTuple):
@@ -123,7 +136,7 @@ def make_lists(groups: int, lines: int, entries: Entries, least: int | None) -> 
     limit, segments, long = UNLIMITED, entries.line.new_zeros(0, 2), entries.line.new_zeros(0, 3)
     if least is not None and len(entries.line):
         # many small steps, for each of which a GPU would have to be waited for
-        limit, segments, long = _segments(offsets.diff().view(groups, lines).amax(0).cpu(), least)
+        limit, segments, long = segments_of(offsets.diff().view(groups, lines).amax(0).cpu(), least)
     return Lists(
         offsets,
         begin[1::2] - offsets[:-1],
@@ -136,7 +149,7 @@ def make_lists(groups: int, lines: int, entries: Entries, least: int | None) -> 
     )
 
 
-def _segments(entries: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
+def segments_of(entries: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
     """`limit`, `segments` and `long` of lines that have up to so many `entries` in a group."""
     mean = int(entries.sum()) / int(entries.count_nonzero())
     limit = max(least, int(PROGRAM_TILES_OVER_MEAN * mean), SEGMENT_TILES_OVER_ROOT * math.isqrt(int(entries.max())))
@@ -154,7 +167,7 @@ def _rows(plan: BlockPlan) -> Tensor:
     return row.repeat_interleave(counts, output_size=len(plan.columns))
 
 
-def _masks(plan: BlockPlan, row: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+def masks_of(plan: BlockPlan, row: Tensor, j: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct masks `[M, S, S]` uint8 of the tiles that are not full, and which of them each tile has, `[N]`."""
     size, wanted = plan.block_size, (~full).nonzero().flatten()
     if not len(wanted):
@@ -314,7 +327,7 @@ def _padded_lists(plan: HashedPlan) -> TileLists:
 
 def _lists_without_masks(size: int, group_of: Tensor, by_query: Lists, by_key: Lists) -> TileLists:
     none = torch.zeros(0, dtype=torch.uint8, device=group_of.device)
-    return TileLists(size, group_of, by_query, by_key, none, none)
+    return TileLists(size, group_of, by_query, lambda: by_key, none, none)
 
 
 def _masked_lists(groups: int, lines: int, found: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Lists, Lists]:

@@ -35,6 +35,21 @@ PATTERNS = {
         [("slash", 3, 2, 6)],
         "window(None, 0)",
     ),
+    "window(9, 9) | topk_blocks(3, 4, 'mean', 1, 'group')": (
+        "window(9, 9)",
+        [("mean", 3, 4, 1, "group")],
+        "window(None, None)",
+    ),
+    "(window(2, 0) | topk_blocks(3, 8, 'bounds', 4, 'group') | topk(4)) & window(None, 0)": (
+        "window(2, 0) & window(None, 0)",
+        [("bounds", 3, 8, 4, "group"), ("topk", 4)],
+        "window(None, 0)",
+    ),
+    "topk_blocks(2, 16, 'antidiagonal', 16, 'group') & window(None, 0)": (
+        "first(0)",
+        [("antidiagonal", 2, 16, 16, "group")],
+        "window(None, 0)",
+    ),
     "first(1) | vertical_slash(2, 3, 4)": ("first(1)", [("slash", 2, 3, 4)], "window(None, None)"),
     "(window(5, 0) | topk_blocks(3, 8) | topk(4)) & window(None, 0)": (
         "window(5, 0) & window(None, 0)",
@@ -58,6 +73,8 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
         if not real[b, i + offset]:
             continue
         for kind, count, *size in choices:
+            share = q.shape[1] // k.shape[1] if size[-1:] == ["group"] else 1
+            size = size[:2]
             if kind == "slash":
                 document = real[b] & (documents[b] == documents[b, i + offset])
                 last = [y for y in document.nonzero()[:, 0].tolist()[-size[-1] :] if y >= offset]
@@ -72,7 +89,8 @@ def mask_of(text: str, q, k, data) -> torch.Tensor:
                 )
                 members = (group == group[i + offset]).nonzero()[:, 0]
                 there = members[members >= offset]
-                queries = q[b, h, there - offset].double(), place[b, there] % size[-1]
+                together = slice(h // share * share, (h // share + 1) * share)
+                queries = q[b, together, there - offset].double(), place[b, there] % size[-1]
                 begin = int(place[b, i + offset]) // size[-1] * size[-1] if size[1:] else int(place[b, i + offset])
                 whole = begin + torch.arange(size[-1] if size[1:] else 1)
                 is_held = Pattern.parse(plain).allows(whole[:, None], place[b]).all(0)
@@ -89,7 +107,8 @@ def _keys(query, keys, count, held, may) -> list[int]:
 
 
 def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> list[int]:
-    """The keys of a query of the group `members`, whose queries in the call are `queries` `[m, D]`, with their places in the group."""
+    """The keys of a query of the group `members`, whose queries in the call are `queries` `[h, m, D]` of heads that choose together,
+    with their places in the group."""
     kind, others = choice
     own, candidates = sorted(set(number[members].tolist())), {}
     # blocks of the queries' document have numbers next to their own
@@ -99,7 +118,8 @@ def _blocks(queries, keys, choice, number, members, is_causal, held, may) -> lis
         if is_of_document and not held[inside].all() and not (is_causal and inside[-1] >= int(members[0])):
             candidates[block] = keys[inside]
     score = _antidiagonals if kind == "antidiagonal" else _means
-    scores = {block: float(torch.tensor(s).float()) for block, s in score(kind, *queries, candidates).items()}
+    of_heads = [score(kind, head, queries[1], candidates) for head in queries[0]]
+    scores = {block: float(torch.tensor(sum(one[block] for one in of_heads)).float()) for block in candidates}
     best = [*own, *sorted(scores, key=lambda block: (-scores[block], block))[: max(0, others)]]
     return [y for y in range(len(number)) if int(number[y]) in best and may[y]]
 

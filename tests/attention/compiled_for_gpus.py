@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -14,15 +15,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_hf import sparse_attention
+from sparse_hf import Pattern, mass_left_out, sparse_attention
 from sparse_hf.attention import launch
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.backends.triton import walk
 from sparse_hf.attention.chosen import IndexerScores, Latents, Limits, attend_latent, choose
 from sparse_hf.attention.composite.global_token_kernels import absorb, add_gradients
 from sparse_hf.attention.composite.global_tokens import find
+from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.attention.slots.new_tokens import Filled, slots_attention
+from sparse_hf.bench.exactness import plain_call
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -77,6 +80,14 @@ def attend(pattern: str, dims=(32, 32), heads=(4, 2), **more) -> None:
     torch.autograd.grad(out.float().sum() + lse.sum(), (q, k, v))
 
 
+def judge(pattern: str) -> None:
+    """With and without somebody who listens to what is left out."""
+    q, k, v = (torch.randn(1, h, 256, 128).to(torch.bfloat16) for h in (4, 2, 2))
+    for context in (mass_left_out(), nullcontext()):
+        with context:
+            content_plan(plain_call(q, k, v, Pattern.parse(pattern)))
+
+
 def decode() -> None:
     q, k, v = (torch.randn(1, h, n, 32).to(torch.bfloat16) for h, n in ((4, 1), (2, 150), (2, 150)))
     slots_attention(q, k, v, Filled(torch.tensor(99)), "window(20, 0)", Scoring(0.125))
@@ -89,7 +100,7 @@ def choose_latents() -> None:
     chosen = choose(scores, 16, Limits(q_offset=0))
     shapes = (1, 128, 40, 192), (1, 40, 512), (1, 40, 64), (128, 128, 512), (128, 128, 512)
     query, *parts = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
-    attend_latent(query, Latents(*parts), chosen, scale=0.1)
+    attend_latent(query.requires_grad_(), Latents(*parts), chosen, scale=0.1).sum().backward()
 
 
 def add_marked_keys() -> None:
@@ -104,6 +115,12 @@ def add_marked_keys() -> None:
 CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("window(20, 0) | first(4)", softcap=2.0, dropout=0.1),
     lambda: attend("topk(8) & window(None, 0)", (32, 16)),
+    *(
+        lambda heads=heads: attend("topk_blocks(2, 64, per='group') & window(None, 0)", (128, 128), heads)
+        for heads in ((16, 1), (4, 4))
+    ),
+    lambda: attend("(window(70, 0) | topk_blocks(2, 64, 'bounds', 64)) & window(None, 0)"),
+    lambda: judge("(window(70, 0) | threshold(0.1)) & window(None, 0)"),
     choose_latents,
     decode,
     add_marked_keys,

@@ -78,6 +78,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.cross(("write", "name"), "pattern", "queries")
 @pytest.mark.parametrize("write", [by_numpy, by_dlpack, by_data, by_set])
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def _doubles():
 
 
 # texts below and above those that decoding takes
+@pytest.mark.cross
 @pytest.mark.parametrize("length", [60, 200])
 @pytest.mark.parametrize("pattern", [*PATTERNS, *hashes.PATTERNS])
 def test_a_batch_that_was_seen_in_inference_mode_trains(pattern, length):
@@ -136,6 +138,7 @@ def test_a_batch_that_was_seen_in_inference_mode_trains(pattern, length):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.cross
 @pytest.mark.usefixtures("_doubles")
 @pytest.mark.parametrize("length", [60, 200])
 @pytest.mark.parametrize("pattern", [*PATTERNS, *hashes.PATTERNS])

@@ -36,6 +36,7 @@ from tests.attention.exactness import (
 from tests.table import PATTERNS, SCENARIOS, causal_form
 
 
+@pytest.mark.cross(("backend", "case"), "pattern", "length", "shape", "dtype", "device")
 @pytest.mark.parametrize(
     ("backend", "pattern", "length", "case", "shape", "dtype", "device"),
     [case for name in BACKENDS for case in exact_cases(name)],
@@ -187,6 +188,7 @@ def test_strided_is_exact(pattern, length, case, shape, monkeypatch):
     compare("blockwise", pattern, length, case, shape, FP32)
 
 
+@pytest.mark.cross(("backend", "case"), "pattern")
 @pytest.mark.parametrize(("backend", "kind"), [("blockwise", ContentPairs), ("reference", DenseContentPairs)])
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", hashes.PATTERNS)

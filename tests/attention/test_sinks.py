@@ -12,6 +12,7 @@ from sparse_hf.pattern import Pattern
 from tests.attention.exactness import DEVICE, ROUNDINGS
 
 
+@pytest.mark.cross(("backend", "dtype"), ("keys", "dims"))
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("backend", "dtype"),

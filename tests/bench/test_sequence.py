@@ -14,6 +14,8 @@ from sparse_hf.cli import app
 def test_cases_run_and_one_that_fails_leaves_the_others(monkeypatch, tmp_path):
     monkeypatch.setattr(sequence, "COMPARED", (("tiny", "fp32", "window(15, 0) | first(2)", True),))
     monkeypatch.setattr(sequence, "COMPARED_TOKENS", 128)
+    # the other process fails in the same way, and has no more to say
+    monkeypatch.setattr(sequence, "ENDING_S", 0.5)
     # torch's ring has no attention for CPUs, so that it fails
     monkeypatch.setattr(sequence, "RINGS", (("flash", "allgather"),))
     asked = ["--processes", "2", "--tokens", "256", "--tokens-each", "0", "--shape", "tiny", "--ring", "128"]

@@ -168,5 +168,32 @@ def test_packages_that_do_not_import_say_why_and_others_are_not_spoken_of(monkey
 
 @pytest.mark.usefixtures("packages")
 def test_a_choice_at_run_time_is_no_call_for_them():
-    found = beside("(window(9, 0) | topk(8)) & window(None, 0)")
-    assert set(found["left_out"].values()) == {"takes blocks that are known before the call"}
+    found = beside("(window(9, 0) | topk(8)) & window(None, 0)")["left_out"]
+    assert found == {
+        "fla_nsa": "takes topk_blocks(...) alone",
+        "lsg": "takes pairs that are known by their positions",
+    }
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    "text", ["topk_blocks(3, 16, 'bounds', 1, 'group')", "topk_blocks(3, 32, 'mean', 16, 'group')"]
+)
+def test_nsa_has_the_very_blocks_that_ours_chose(text):
+    rows = {row["name"]: row for row in beside(f"{text} & window(None, 0)")["rows"]}
+    assert set(rows) == {"sdpa_dense", "blockwise", "auto, keys given", "fla_nsa"}
+    assert max(max(row["relative_error"], row["relative_error_grad_q"]) for row in rows.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "reason"),
+    [
+        ("topk_blocks(3, 16)", (16, 1), "one choice for all query heads of a key head"),
+        ("topk_blocks(3, 16, per='group')", (8, 1), "and there are 8"),
+        ("topk_blocks(3, 16, per='group') | window(8, 0)", (16, 1), "takes topk_blocks(...) alone"),
+    ],
+)
+def test_choices_that_nsa_cannot_take_say_why(text, heads, reason):
+    q, k = (torch.zeros(1, h, 100, 16, dtype=torch.bfloat16) for h in heads)
+    pattern = Pattern.parse(f"({text}) & window(None, 0)")
+    assert reason in sparse_peers._chosen_nsa("fla_nsa", stand_ins, pattern, q, k)

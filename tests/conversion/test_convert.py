@@ -22,7 +22,7 @@ import sparse_hf
 from sparse_hf.conversion import describe_conversion, report_text
 from sparse_hf.conversion import folder as folder_module
 from sparse_hf.conversion import weights as weights_module
-from tests.models.families import HEADS, TINY, dense_model, inputs
+from tests.models.families import HEADS, TINY, dense_model, family_and_kind, inputs
 
 PATTERN = "window(16, 16) | first(1)"
 
@@ -43,6 +43,7 @@ def other_layers(head: str) -> str | None:
     return None if HEADS[head] == "albert" else "encoder 1=dense" if "encoder" in stacks else "1=dense"
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_converts_and_answers_as_in_memory(head, tmp_path):
     dense, layers = dense_model(head), other_layers(head)

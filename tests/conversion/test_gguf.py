@@ -121,6 +121,7 @@ SCALED = {
 }  # fmt: skip
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("scaled", SCALED)
 def test_scaled_angles_arrive(scaled, architecture, tmp_path):

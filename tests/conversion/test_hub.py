@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +17,9 @@ import sparse_hf
 from sparse_hf import push_to_hub
 from sparse_hf.cli import main
 from sparse_hf.conversion.card import write_card
+from tests.fresh import fresh
 from tests.hub_server import OWNER, TOKEN, StandIn, stand_in
 from tests.models.families import dense_model
-from tests.processes import HANG_S, ROOT
 
 PATTERN = "window(16, 16) | first(1)"
 # what repositories hold beside a checkpoint
@@ -231,11 +229,8 @@ def test_the_command_fetches_and_sends(hub, bert, tmp_path):
     own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
     arguments = ["convert", "bert-base-uncased", str(tmp_path / "out"), "--pattern", PATTERN, "--revision", "v1"]
     arguments += ["--token", TOKEN, "--push", "me/bert-sparse"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "from sparse_hf.cli import main; main()", *arguments], cwd=ROOT, text=True,
-        env={**os.environ, **own}, capture_output=True, timeout=HANG_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"sent to {hub.address}/me/bert-sparse/commit/" in done.stdout.replace("\n", "")
+    status, said = fresh("from sparse_hf.cli import main; main()", *arguments, environment=own)
+    assert status == 0, said
+    assert f"sent to {hub.address}/me/bert-sparse/commit/" in said.replace("\n", "")
     card = ModelCard(hub.repositories["me/bert-sparse"]["main"]["README.md"].decode())
     assert card.data.base_model == "bert-base-uncased" and 'from_pretrained("me/bert-sparse")' in card.text

@@ -62,6 +62,7 @@ def by_hand(rows: torch.Tensor, length: int, method: str) -> torch.Tensor:
     return torch.stack(new).to(rows.dtype)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("method", ["tile", "interpolate"])
 @pytest.mark.parametrize("family", LEARNED)
 def test_learned_tables_grow(family, method, tmp_path):
@@ -194,6 +195,7 @@ def test_tied_tables_of_a_torch_file_stay_loadable(tmp_path):
     assert torch.equal(encoder, decoder) and encoder.shape[0] == NEW + 2
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("rope", [None, "linear", "yarn"])
 @pytest.mark.parametrize("family", [family for family in ROTARY if family != "phi3"])
 def test_rotary_angles_are_scaled_if_asked(family, rope, tmp_path):

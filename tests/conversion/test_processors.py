@@ -18,9 +18,9 @@ from sparse_hf.conversion.carry import TOKENIZER_CONFIG, carry
 from sparse_hf.conversion.export import export
 from sparse_hf.conversion.processors import declare_classes, tokenizer_class
 from sparse_hf.registry import ENTRIES
+from tests.fresh import fresh
 from tests.models.families import dense_model
 from tests.models.perceivers import stock_model
-from tests.processes import finished
 
 PATTERN = "window(7, 0)"
 TEXTS = ("Hello World", " two  spaces", "[INST] What is this? [/INST] Hello</s>[INST] Hello [/INST]", "a\nb")
@@ -94,7 +94,7 @@ for folder in {[str(folder) for folder in folders]!r}:
     print("\\nREAD", json.dumps([type(tokenizer).__name__, *(tokenizer(text).input_ids for text in {TEXTS!r})]))
 assert "sparse_hf" not in sys.modules
 """
-    status, said = finished("-c", code)
+    status, said = fresh(code)
     assert status == 0, said
     return [json.loads(line.removeprefix("READ ")) for line in said.splitlines() if line.startswith("READ ")]
 
@@ -237,7 +237,7 @@ def test_images_are_read_by_the_class_of_the_source(tmp_path):
 from transformers import AutoImageProcessor
 print("\\nREAD", *(type(AutoImageProcessor.from_pretrained(folder, backend="pil")).__name__ for folder in {folders!r}))
 """
-    status, said = finished("-c", code)
+    status, said = fresh(code)
     assert status == 0, said
     alone = next(line.split()[1:] for line in said.splitlines() if line.startswith("READ"))
     assert kinds == alone == ["PerceiverImageProcessorPil"] * 6

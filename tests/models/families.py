@@ -105,6 +105,15 @@ def labels_of(head: str) -> dict[str, tuple[int, ...]]:
     return next(LABELS[end] for end in sorted(LABELS, key=len, reverse=True) if head.endswith(end))
 
 
+def family_and_kind(head: str, **others) -> tuple:
+    """What of a head counts in a cross: its family, and what it is for, and whatever else a case has."""
+    return (
+        HEADS[head],
+        next(end for end in sorted(LABELS, key=len, reverse=True) if head.endswith(end)),
+        *others.values(),
+    )
+
+
 def one_head(*, generating: bool = False, encoder: bool = False) -> list[str]:
     """A head of each family: the language model if there is one."""
     chosen = {}
@@ -114,9 +123,22 @@ def one_head(*, generating: bool = False, encoder: bool = False) -> list[str]:
     return [head for head in chosen.values() if (not generating or can[head]) and (not encoder or _is_encoder(head))]
 
 
-def slow_but_for(fast: Iterable[str], names: Iterable[str]) -> list:
-    """All of `names` as parameters, of which the fast suite takes these."""
-    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+def slow_but_for(fast: Iterable, names: Iterable, sample: Iterable | None = None) -> list:
+    """All of `names` as parameters, of which the fast suite takes these, and `make test` only the sample of them.
+
+    A tuple is of several parameters.
+    """
+    sample = fast if sample is None else sample
+    marks = {**dict.fromkeys(fast, pytest.mark.rest), **dict.fromkeys(sample, ())}
+    return [
+        pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=marks.get(name, pytest.mark.slow))
+        for name in names
+    ]
+
+
+def sampled(sample: Iterable, names: Iterable) -> list:
+    """All of `names` as parameters, of which `make test` takes these."""
+    return slow_but_for(names, names, sample)
 
 
 def sparse_class(head: str) -> type:

@@ -81,6 +81,14 @@ def heads(ending: str = "") -> list[str]:
     return [name for name in names if name.endswith(ending)]
 
 
+def family_and_kind(head: str, side: str) -> tuple[str, str, str]:
+    """What counts in a cross: the family, what the head is for, and the side of the padding."""
+    family = next(
+        name for name in TYPES if head in {sparse_hf.dense_class(c).__name__ for c in sparse_hf.FAMILIES[name].classes}
+    )
+    return family, head.rpartition("For")[2], side
+
+
 def one_head() -> list[str]:
     """Of each family the language model, or the model where it has none of text alone."""
     chosen = []

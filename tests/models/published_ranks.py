@@ -1,11 +1,11 @@
-"""One of two processes that train a published architecture together; `python -m torch.distributed.run` starts them.
+"""Two processes that train a published architecture together; `test_reformer.py` compares.
 
-Prints `CASE found wanted` for each case: the norm of all gradients, and that of one process alone on the whole batch.
+Each case gives the norm of all gradients, and that of one process alone on the whole batch.
 """
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 import sparse_hf
 from sparse_hf.models.reformer.reversible import SparseReformerLayer
 from tests.models import longformers, reformers
+from tests.transformers.standins import run_distributed
+
+CASES = {
+    "reformer": (
+        "ddp", "fsdp1", "fsdp1 original", "fsdp1 layers", "fsdp1 layers original", "fsdp2", "fsdp2 layers",
+    ),
+    "led": ("ddp",),
+}  # fmt: skip
 
 
 def reformer() -> torch.nn.Module:
@@ -57,7 +65,8 @@ def halves(batch: dict, rank: int) -> dict:
     return {name: t[rank : rank + 1] for name, t in batch.items()}
 
 
-def step(name: str, make, batch: dict, how: str) -> None:
+def step(make, batch: dict, how: str) -> tuple[float, float]:
+    """Norms of the gradients of both processes, and of one that has the whole batch."""
     alone = make()
     # the mean over processes of each one's loss
     (sum(alone(**halves(batch, rank)).loss for rank in range(2)) / 2).backward()
@@ -66,24 +75,19 @@ def step(name: str, make, batch: dict, how: str) -> None:
         # a second step finds out what a first one left unfinished
         model.zero_grad()
         model(**halves(batch, dist.get_rank())).loss.backward()
-    found, wanted = norm(model, how), norm(alone, "")
-    if dist.get_rank() == 0:
-        print(f"{name} {how.replace(' ', '-')} {found:.8f} {wanted:.8f}", flush=True)
+    return norm(model, how), norm(alone, "")
 
 
-def main(family: str) -> None:
-    dist.init_process_group("gloo")
-    if family == "reformer":
-        batch = reformers.inputs("ReformerModelWithLMHead", 60, "none")
-        for how in ("ddp", "fsdp1", "fsdp1 original", "fsdp1 layers", "fsdp1 layers original", "fsdp2", "fsdp2 layers"):
-            step(family, reformer, batch, how)
-    else:
-        # the second row has no marks
-        batch = longformers.inputs("LEDForConditionalGeneration", 50, side="none", marks="few")
-        batch["global_attention_mask"][1] = 0
-        step(family, led, batch, "ddp")
-    dist.destroy_process_group()
+def _work(rank: int, folder: str) -> None:
+    # the second row of LED has no marks
+    marked = longformers.inputs("LEDForConditionalGeneration", 50, side="none", marks="few")
+    marked["global_attention_mask"][1] = 0
+    of = {"reformer": (reformer, reformers.inputs("ReformerModelWithLMHead", 60, "none")), "led": (led, marked)}
+    found = {family: {how: step(*of[family], how) for how in ways} for family, ways in CASES.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def steps(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """What the first process found, by family and by how it is spread."""
+    run_distributed(2)(_work)(str(folder))
+    return torch.load(folder / "0.pt", weights_only=True)

@@ -123,6 +123,7 @@ STREAMED = (
 )  # fmt: skip
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("pattern", STREAMED)
 @pytest.mark.parametrize("head", ALIBI)

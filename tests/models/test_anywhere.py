@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import sparse_hf
 from sparse_hf.models.hf.remote_code import MODULE, auto_map
 from sparse_hf.version import HOW_TO_INSTALL
+from tests.fresh import fresh
 from tests.models.families import HEADS, TINY, dense_model, inputs, pattern_layers, sparse_class
 
 FAMILIES = ("bert", "llama", "bart")
@@ -82,13 +80,12 @@ def checkpoints(tmp_path_factory) -> Path:
     return folder
 
 
-def run(code: str, checkpoints: Path, *arguments: str):
+def run(code: str, checkpoints: Path, *arguments: str) -> str:
     # code that trust_remote_code copies goes to a folder of the test's own
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(checkpoints / "modules")}
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=checkpoints, env=environment, stdin=subprocess.DEVNULL
-    )
+    own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(checkpoints / "modules")}
+    status, said = fresh(code, *arguments, cwd=checkpoints, environment=own)
+    assert status == 0, said
+    return said
 
 
 @pytest.mark.parametrize("imported", [True, False], ids=["import sparse_hf", "trust_remote_code"])
@@ -98,18 +95,17 @@ def test_loads_and_answers_the_same(imported, checkpoints):
         named = auto_map(sparse_class(head).config_class())
         autos[head] = next(auto for auto, name in named.items() if name == f"{MODULE}.Sparse{head}")
     options = {} if imported else {"trust_remote_code": True}
-    done = run(LOADS.format(imported=imported, options=options), checkpoints, json.dumps(autos))
-    assert done.returncode == 0 and "all loaded" in done.stdout, done.stderr
+    said = run(LOADS.format(imported=imported, options=options), checkpoints, json.dumps(autos))
+    assert "all loaded" in said
 
 
 def test_says_what_it_needs(checkpoints):
-    done = run(FAILS, checkpoints)
-    assert done.returncode == 0, done.stderr
+    said = run(FAILS, checkpoints)
     # the file that it asks to look at says `import sparse_hf`
-    assert "LlamaModel contains custom code" in done.stdout
-    assert done.stdout.count("Please pass the argument `trust_remote_code=True`") == 2
+    assert "LlamaModel contains custom code" in said
+    assert said.count("Please pass the argument `trust_remote_code=True`") == 2
     # and not Transformers' advice to install what an index has under this name
-    assert HOW_TO_INSTALL in done.stdout and "pip install sparse_hf" not in done.stdout
+    assert HOW_TO_INSTALL in said and "pip install sparse_hf" not in said
     assert "`import sparse_hf`" in (checkpoints / "LlamaModel" / f"{MODULE}.py").read_text()
 
 

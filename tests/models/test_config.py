@@ -187,6 +187,7 @@ def answers(model, head: str) -> torch.Tensor:
         return model(**batch, **cache)[0]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("several", [False, True], ids=["one pattern", "several patterns"])
 @pytest.mark.parametrize("renumber", [True, False], ids=["renumbered", "as they were"])
 @pytest.mark.parametrize("head", WITH_LAYERS)

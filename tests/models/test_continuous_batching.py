@@ -10,6 +10,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import sparse_hf
+from sparse_hf.models.hf.kept import Kept
+from sparse_hf.models.hf.pages import ALL_KEPT, RING, RingOfPages
 from tests.models.families import VOCABULARY, dense_model
 from tests.models.test_derived import COMMON
 from tests.models.test_derived import dense_model as derived_model
@@ -42,7 +44,13 @@ def alone(model) -> list[list[int]]:
 
 
 @needs_pages
-@pytest.mark.parametrize("pattern", [PATTERN, "stride(4) | window(2, 0)", "chunk(8)", "full()"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PATTERN, "window(7, 0)", "stride(4) | window(2, 0)", "chunk(8)", "chunk(4, 1) | first(2)", "stride(2) & window(9, 0)", "full()",
+        "per_head(window(3, 0), window(9, 0), first(4), first(3) | window(1, 0))", "summary(8, 1) | window(7, 0)",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("head", [LLAMA, "Qwen3ForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])
 def test_requests_get_what_they_get_alone(head, pattern):
     if head != LLAMA and pattern != PATTERN:
@@ -52,6 +60,81 @@ def test_requests_get_what_they_get_alone(head, pattern):
     found = in_batch(model)
     assert found == alone(model)
     assert model.config._attn_implementation == before
+
+
+class Pages:
+    """How many pages requests had at most, by the kind of layers; and keys that were read of them, in all."""
+
+    def __init__(self, monkeypatch):
+        self.most, self.read, made = {}, {}, ContinuousBatchingManager._create_batch_processor
+
+        def create(manager):
+            processor = made(manager)
+            for kind, allocator in processor.cache.cache_allocators.items():
+                self.watch(kind, allocator)
+            return processor
+
+        monkeypatch.setattr(ContinuousBatchingManager, "_create_batch_processor", create)
+
+    def watch(self, kind, allocator):
+        allocate = allocator.allocate_cache_to_request
+
+        def watched(name, past, new):
+            allocate(name, past, new)
+            self.most[kind] = max(self.most.get(kind, 0), len(allocator.block_table[name]))
+            self.read[kind] = self.read.get(kind, 0) + allocator.get_seqlen_k(past, new)
+
+        allocator.allocate_cache_to_request = watched
+
+
+@needs_pages
+@pytest.mark.parametrize(
+    ("pattern", "layers", "most"),
+    [
+        ("window(20, 0) | first(3)", None, {RING: 3}),
+        ("chunk(8)", None, {RING: 2}),
+        ("window(20, 0)", {0: "dense"}, {RING: 3, ALL_KEPT: 9}),
+        # what the wider layer needs
+        ("window(20, 0)", {0: "window(30, 0) | first(2)"}, {RING: 5}),
+        ("stride(4) | window(2, 0)", None, {ALL_KEPT: 9}),
+    ],
+)
+def test_pages_behind_a_window_are_given_back(pattern, layers, most, monkeypatch):
+    """A request of 69 tokens, of which all would be 9 pages of 8; prompts come in pieces of 32 tokens at most."""
+    model, seen = sparse_hf.sparsify(dense_model(LLAMA).eval(), pattern, layers=layers), Pages(monkeypatch)
+    ids = torch.randint(5, VOCABULARY, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    given = ContinuousBatchingConfig(block_size=8, num_blocks=64, max_batch_tokens=32)
+    how = GenerationConfig(**HOW, eos_token_id=-1)
+    (result,) = model.generate_batch([ids], generation_config=how, continuous_batching_config=given).values()
+    right = model.generate(torch.tensor([ids]), **HOW, min_new_tokens=9, eos_token_id=-1)[0, 60:].tolist()
+    assert result.generated_tokens == right
+    assert seen.most == most
+
+
+@needs_pages
+def test_a_ring_of_pages_has_each_token_where_the_next_ones_look():
+    """Against a list of all tokens, for pieces of any size."""
+
+    class Allocator:
+        block_table, tokens_per_page, block_physical_stride = {"a": [5, 0, 7, 2]}, 4, 40
+        sentinel_index, write_trash_index = -1, -2
+
+    generator = torch.Generator().manual_seed(0)
+    for kept in (Kept(3, 8), Kept(0, 5), Kept(2, 6, 4), Kept(6, 1), Kept(0, 15)):
+        ring, memory, past = RingOfPages(kept, Allocator), {}, 0
+        while past < 100:
+            new = int(torch.randint(1, 25, (), generator=generator))
+            read = ring.get_read_indices("a", past, new)
+            dropped = max(0, past - kept.sinks - kept.left) // kept.period * kept.period
+            sinks = min(past, kept.sinks)
+            assert [memory[place] for place in read[:-new]] == [*range(sinks), *range(sinks + dropped, past)]
+            assert read[-new:] == [-1] * new and len(read) == ring.get_seqlen_k(past, new)
+            written = ring.get_write_indices("a", past, new)
+            real = [place for place in written if place >= 0]
+            assert len(written) == new and len(set(real)) == len(real)
+            memory |= dict(zip(written, range(past, past + new), strict=True))
+            past += new
+        assert len({place for place in memory if place >= 0}) == RingOfPages.slots(kept) <= 16
 
 
 @needs_pages

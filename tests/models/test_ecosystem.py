@@ -25,6 +25,7 @@ from tests.models.families import (
     has_two_stacks,
     inputs,
     one_head,
+    sampled,
     sparse_class,
 )
 from tests.models.test_parity import assert_as_exact, assert_same, in_double
@@ -235,8 +236,11 @@ def test_export_is_refused_where_blocks_are_walked(head):
         torch.export.export(sparse_model(head), (), unlabelled(head))
 
 
+EXPORTED = [*(h for h in one_head(encoder=True) if h not in DISENTANGLED), "BertForSequenceClassification"]
+
+
 @pytest.mark.parametrize(
-    "head", [*(h for h in one_head(encoder=True) if h not in DISENTANGLED), "BertForSequenceClassification"]
+    "head", sampled(("BertForMaskedLM", "ModernBertForMaskedLM", "BertForSequenceClassification"), EXPORTED)
 )
 def test_export_of_encoders(head, tmp_path):
     sparse, batch = sparse_model(head), unlabelled(head)
@@ -376,6 +380,7 @@ def test_load_checkpoint_and_dispatch(llama):
 HALVES = [head for head in one_head() if head != "DebertaForMaskedLM"]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", HALVES)
 def test_half_precision(head, dtype, tmp_path):
@@ -407,7 +412,11 @@ def generate(model, batch, **options):
     return model.generate(**batch, max_new_tokens=6, min_new_tokens=6, **options)
 
 
-@pytest.mark.parametrize("head", one_head(generating=True))
+# with and without a window of their own, positions of every kind, one stack and two
+GENERATED = (*SAMPLED, "GPT2LMHeadModel", "BloomForCausalLM", "MistralForCausalLM", "BartForConditionalGeneration")
+
+
+@pytest.mark.parametrize("head", sampled(GENERATED, one_head(generating=True)))
 def test_generation(head):
     batch, dense = prompt(head), dense_model(head)
     full, sparse = sparse_model(head, FULL, dense), sparse_model(head, SPARSE, dense)
@@ -424,6 +433,7 @@ def test_generation_by_prompt_lookup():
     assert torch.equal(generate(sparse, batch, **GREEDY, prompt_lookup_num_tokens=2), generate(sparse, batch, **GREEDY))
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("kind", ["empty", "filled", "static"])
 @pytest.mark.parametrize("head", ["MistralForCausalLM", "Gemma3ForCausalLM"])
 @pytest.mark.parametrize("slides", [True, False])
@@ -455,7 +465,7 @@ def test_another_length_compiles_nothing(family, pattern):
     torch._dynamo.reset()
     sizes = {
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 64,
         "vocab_size": 99,
@@ -476,7 +486,7 @@ def test_another_length_compiles_nothing(family, pattern):
 @pytest.mark.compiles
 def test_generation_with_a_compiled_model_and_a_static_cache():
     torch._dynamo.reset()
-    sparse, batch = sparse_model(LLAMA), prompt(LLAMA)
+    sparse, batch = sparse_model(LLAMA, dense=dense_model(LLAMA, num_hidden_layers=1)), prompt(LLAMA)
     wanted = generate(sparse, batch, **GREEDY)
     sparse.forward = torch.compile(sparse.forward, backend="eager")
     assert torch.equal(generate(sparse, batch, **GREEDY, cache_implementation="static"), wanted)

@@ -23,6 +23,7 @@ from tests.models.indexers import (
     TYPES,
     VOCABULARY,
     dense_model,
+    family_and_kind,
     heads,
     inputs,
     lower_key_first,
@@ -75,6 +76,7 @@ def limited_by_patterns(names) -> list[str]:
     return [head for head in names if getattr(sparse_hf, f"Sparse{head}").config_class.takes_patterns]
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize(("head", "side"), with_sides(heads()))
 def test_answers_and_gradients_are_those_of_transformers(head, side):
     dense = dense_model(head)
@@ -200,6 +202,7 @@ def test_packed_documents_do_not_see_each_other(head):
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=LIMIT, atol=LIMIT)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize(
     ("head", "cache"),
     [(head, cache) for head in DECODERS for cache in (None, "static") if not cache or head not in FROM_THE_PADDING],
@@ -268,6 +271,18 @@ def test_nothing_of_two_lengths_is_made(head):
     with AllocationInterceptor(length) as seen:
         outputs = sparse(input_ids=ids, use_cache=False)
         outputs[0].square().mean().backward()
+    assert not seen.quadratic
+    assert seen.calls > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", one_head())
+def test_nothing_of_two_lengths_is_made_of_long_texts(head):
+    length = 16_411
+    sparse = sparse_hf.sparsify(dense_model(head, max_position_embeddings=2 * length))
+    ids = torch.randint(EOS + 1, VOCABULARY, (1, length))
+    with torch.no_grad(), AllocationInterceptor(length) as seen:
+        sparse(input_ids=ids, use_cache=False)
     assert not seen.quadratic
     assert seen.calls > 100
 

@@ -59,6 +59,7 @@ def marks_for(pattern: str, ids: Tensor) -> dict:
     return {"global_attention_mask": marks}
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("implementation", ["sparse", "sparse_blockwise", "sparse_reference"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("head", [LLAMA, "BertForMaskedLM", "GPT2LMHeadModel"])
@@ -100,6 +101,7 @@ def test_weights_are_those_of_the_row_without_holes():
     assert not found[..., ~keep].any()
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("head", DECODERS)
 def test_questions_behind_a_prefix_in_a_cache(head, kind):

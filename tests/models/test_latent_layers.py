@@ -51,8 +51,43 @@ def test_a_pass_over_latents_gives_the_same(head, monkeypatch, request):
     torch.testing.assert_close(last[:, 0], wanted[:, -1], rtol=2e-2, atol=2e-2)
 
 
-def test_a_layer_that_trains_makes_keys_and_values(monkeypatch):
-    ours = sparse_hf.sparsify(dense_model(HEADS[0]))
-    calls, ids = counted(monkeypatch), torch.randint(3, 97, (1, 30))
-    ours(input_ids=ids, labels=ids).loss.backward()
-    assert not calls and ours.model.layers[0].self_attn.kv_b_proj.weight.grad.any()
+def test_a_layer_trains_on_latents(monkeypatch, request):
+    ours = sparse_hf.sparsify(dense_model(HEADS[0])).to(DEVICE, torch.float16)
+    ids = torch.randint(3, 97, (1, 20), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    calls, grads = counted(monkeypatch), []
+    for of_latents in (False, True):
+        if of_latents:
+            request.getfixturevalue("interpreted")
+            monkeypatch.setattr(selection, "is_able", lambda device: False)
+        ours.zero_grad()
+        ours(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+        assert len(calls) == of_latents * ours.config.num_hidden_layers
+        grads.append({name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and "model.layers.0.self_attn.kv_b_proj.weight" in grads[0]
+    for name, wanted in grads[0].items():
+        assert float((grads[1][name] - wanted).float().norm() / wanted.float().norm().clamp(min=1e-3)) < 2e-2, name
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("what", ["a CPU's dtype", "who learns", "a hook", "a forward of its own"])
+def test_keys_and_values_are_made_where_somebody_needs_them(what, monkeypatch):
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    dtype = torch.float32 if what == "a CPU's dtype" else torch.float16
+    ours = sparse_hf.sparsify(dense_model(HEADS[0])).to(DEVICE, dtype)
+    calls, ids = counted(monkeypatch), torch.randint(3, 97, (1, 12)).to(DEVICE)
+    projections = [layer.self_attn.kv_b_proj for layer in ours.model.layers]
+    seen = []
+    for projection in projections:
+        if what == "a hook":
+            projection.register_forward_hook(lambda *_: seen.append(1))
+        if what == "a forward of its own":
+            projection.forward = lambda x, own=projection.forward: seen.append(1) or own(x)
+    if what == "who learns":
+        with sparse_hf.indexer_losses(ours) as losses:
+            ours(input_ids=ids, use_cache=False)
+        assert float(losses.mean().detach()) > 0
+    else:
+        monkeypatch.setattr(latent, "why_not", latent.why_not if dtype == torch.float32 else lambda *_: None)
+        with torch.no_grad():
+            ours(input_ids=ids, use_cache=False)
+    assert not calls and len(seen) == (len(projections) if what in ("a hook", "a forward of its own") else 0)

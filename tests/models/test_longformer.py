@@ -10,14 +10,17 @@ import torch
 import transformers
 
 import sparse_hf
+from sparse_hf.models.hf import joined
 from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
+from tests.models.families import slow_but_for
 from tests.models.longformers import (
     HEADS,
     TARGET,
     VOCABULARY,
+    Free,
     Operations,
     answers,
     draw,
@@ -108,20 +111,14 @@ def test_no_tensor_has_two_lengths(head, length):
     assert not seen.quadratic and seen.calls > 1_000
 
 
-# heads that mark by themselves and those that are trained without marks, in the fast suite
-QUICK = [("LongformerForQuestionAnswering", "default"), ("LongformerForMultipleChoice", "default")]
-QUICK += [("LongformerForMaskedLM", "few"), ("LEDForConditionalGeneration", "few")]
+# heads that mark by themselves and those that are trained without marks, in the fast suite; one of each in `make test`
+SAMPLE = [("LongformerForQuestionAnswering", "default"), ("LEDForConditionalGeneration", "few")]
+QUICK = [*SAMPLE, ("LongformerForMultipleChoice", "default"), ("LongformerForMaskedLM", "few")]
+CASES = [(head, marks) for head in ALL_HEADS for marks in ("default", "few")]
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(
-    ("head", "marks"),
-    [
-        pytest.param(head, marks, marks=() if (head, marks) in QUICK else pytest.mark.slow)
-        for head in ALL_HEADS
-        for marks in ("default", "few")
-    ],
-)
+@pytest.mark.parametrize(("head", "marks"), slow_but_for(QUICK, CASES, SAMPLE))
 def test_compiled_as_one_graph(head, marks):
     torch._dynamo.reset()
     ours = sparse_hf.sparsify(stock_model(head))
@@ -472,14 +469,15 @@ def test_equals_stock_where_a_gpu_waits_for_the_host(family, seed, monkeypatch):
 def test_short_texts_take_fewer_operations_where_a_gpu_waits(marks, monkeypatch):
     ours, counts = sparse_hf.sparsify(stock_model("LongformerModel")), []
     batch = inputs("LongformerModel", 60, side="none", marks=marks)
+    monkeypatch.setattr(global_rows, "attend_by_pattern", lambda config, qkv, *_, **__: (sum(qkv), None))
+    monkeypatch.setattr(joined, "route", lambda call, name: Free())
     for is_host_bound in (False, True):
         monkeypatch.setattr(global_rows, "is_host_bound", lambda states, found=is_host_bound: found)
-        monkeypatch.setattr(global_rows, "attend_by_pattern", lambda config, qkv, *_, **__: (sum(qkv), None))
         ours.zero_grad()
         with Operations() as seen:
             ours(**batch)[0].sum().backward()
         counts.append(seen.count)
-    assert counts[1] < 0.75 * counts[0]
+    assert counts[1] < 0.7 * counts[0]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

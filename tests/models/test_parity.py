@@ -26,6 +26,7 @@ from tests.models.families import (
     additive,
     dense_model,
     explicit_mask,
+    family_and_kind,
     has_target,
     has_two_stacks,
     inputs,
@@ -208,6 +209,7 @@ def test_every_head_of_the_auto_classes_is_there(family):
     assert of_family == set(sparse_hf.FAMILIES[family].architectures)
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize(("head", "side"), PADDED)
 def test_dense_pattern_equals_stock(head, side):
     if OLD and head == "BigBirdForCausalLM":
@@ -222,6 +224,7 @@ def test_dense_pattern_equals_stock(head, side):
         assert_as_exact(sparse(**batch), dense(**batch), exact(**batch), batch)
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize(("head", "side"), PADDED)
 def test_pattern_equals_stock_under_the_same_mask(head, side):
     dense = dense_model(head)
@@ -317,7 +320,7 @@ COMPILED = ("BertForMaskedLM", "ModernBertForMaskedLM", "GPT2LMHeadModel", "Llam
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("head", slow_but_for(COMPILED, one_head()))
+@pytest.mark.parametrize("head", slow_but_for(COMPILED, one_head(), sample=COMPILED[::3]))
 def test_compiled_as_one_graph(head):
     if HEADS[head] in NOT_COMPILED:
         pytest.skip("the experts of this version of Transformers cannot be compiled")
@@ -347,7 +350,7 @@ NOT_ONE_GRAPH = {"gpt2"}
 NOT_COMPILED = {"mixtral", "qwen3_moe"} if OLD else set()
 
 
-@pytest.mark.parametrize("head", slow_but_for(one_head(), HEADS))
+@pytest.mark.parametrize("head", slow_but_for(one_head(), HEADS, sample=one_head()[::3]))
 def test_saved_and_loaded_by_the_auto_class(head, tmp_path):
     layers = (
         None
@@ -398,6 +401,7 @@ def test_embeddings_resize_and_stay_tied(head):
 VOCABULARY_GROWN = 111
 
 
+@pytest.mark.cross(by=family_and_kind)
 @pytest.mark.parametrize("head", [h for h in HEADS if getattr(sparse_hf, f"Sparse{h}").accepts_loss_kwargs])
 def test_loss_is_the_share_of_all_labels(head):
     """Trainer gives the number of labels of the whole step; the losses of its parts must then add up to the mean."""

@@ -14,7 +14,7 @@ from sparse_hf.models.hf.config import IMPLEMENTATIONS
 from sparse_hf.models.perceiver.cross_attention import attend_across, attend_across_with_weights
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
-from tests.models.families import slow_but_for
+from tests.models.families import sampled, slow_but_for
 from tests.models.perceivers import (
     COMPOSED,
     HEADS,
@@ -140,7 +140,7 @@ def test_images_make_no_tensor_of_latents_times_pixels(head):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("kind", slow_but_for(TEXTS, KINDS))
+@pytest.mark.parametrize("kind", slow_but_for(TEXTS, KINDS, sample=TEXTS[:1]))
 def test_compiled(kind):
     torch._dynamo.reset()
     ours, batch = sparse_hf.sparsify(stock_model(kind)), inputs(kind)
@@ -156,7 +156,7 @@ def test_compiled(kind):
     torch.testing.assert_close(found.get("last_hidden_state"), wanted.get("last_hidden_state"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS[::3], KINDS))
 def test_exported(kind):
     ours = sparse_hf.sparsify(stock_model(kind))
     batch = {name: value for name, value in inputs(kind).items() if name != "labels"}

@@ -247,6 +247,7 @@ def test_prompts_in_pieces(piece):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.cross(("kind", "is_whole"), "piece")
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole text", "new tokens"])
 @pytest.mark.parametrize("kind", [StreamingCache, DynamicCache, StaticCache])
 @pytest.mark.parametrize("piece", [1, 7, 200])

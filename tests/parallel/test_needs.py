@@ -55,6 +55,7 @@ def batches() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("name", batches())
 @pytest.mark.parametrize("text", PATTERNS)
 def test_a_rank_sees_what_it_sees_in_the_whole_text(text, name):

@@ -99,6 +99,7 @@ def runs():
                 yield pytest.param(pattern, backend, case, id=f"{pattern}-{backend}-{case}", marks=marks)
 
 
+@pytest.mark.cross(("pattern", "backend"), "case")
 @pytest.mark.parametrize(("pattern", "backend", "case"), list(runs()))
 def test_exact_on_every_backend(pattern, backend, case, request):
     if backend == "triton":

@@ -11,6 +11,7 @@ from tests import oracle
 from tests.table import PATTERNS, SCENARIOS, causal_form, scenario
 
 
+@pytest.mark.cross("pattern", ("causal", "case"))
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)

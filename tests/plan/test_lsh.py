@@ -32,6 +32,7 @@ def planned(text: str, q, k, data: dict):
     return positions, *hashed_plan(q, k, form.chosen, positions)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", ["plain", "last_queries", "left_padding", "packed_and_padded"])
 @pytest.mark.parametrize("text", hashes.PATTERNS)
 def test_each_pair_is_held_once(text, case):

@@ -20,6 +20,7 @@ DRAWN = [
 ]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", [*PATTERNS, *DRAWN])
 def test_coarse_squares_and_signatures_lose_no_pair(pattern, case, monkeypatch):

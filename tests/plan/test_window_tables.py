@@ -62,6 +62,7 @@ def pairs_of(found: Split) -> torch.Tensor:
     return counts
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pieces_hold_each_pair_once(pattern, case):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.fresh import fresh
 from tests.processes import TORCHRUN, finished
 
 ROOT = Path(__file__).parents[2]
@@ -124,9 +123,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name, tmp_path):
     options += ["--max_target_length", "20"] if name == "run_summarization" else []
     run(name, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, name, *COMMON, "--output_dir", str(killed), *options]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    status, said = fresh(KILLED, name, *COMMON, "--output_dir", str(killed), *options)
+    assert status == -signal.SIGKILL, said[-2000:]
     assert (killed / "checkpoint-3").is_dir() and not (killed / "trainer_state.json").exists()
     before = time.time()
     run(name, killed, *options, "--resume_from_checkpoint", "True")

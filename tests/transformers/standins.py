@@ -35,10 +35,13 @@ CONFIG_COMMON = {
 def fork(function: Callable, args: tuple = (), nprocs: int = 1) -> None:
     """Run `function(rank, *args)` in processes of their own.
 
-    They fork from a server that has imported the libraries and done nothing else: a spawned process would import them
-    again, which takes longer than most of the tests, and this process has threads that do not survive a fork.
+    They fork from a server that has imported the libraries and derived the families that are tested, and done nothing
+    else: a spawned process would do so again, which takes longer than most of the tests, and this process has threads
+    that do not survive a fork.
     """
-    multiprocessing.set_forkserver_preload([__name__, "sparse_hf"])
+    multiprocessing.set_forkserver_preload(
+        [__name__, "transformers.trainer", "sparse_hf.train", "tests.models.families"]
+    )
     ranks = start_processes(function, args=args, nprocs=nprocs, start_method="forkserver", join=False)
     deadline = time.monotonic() + HANG_S
     try:

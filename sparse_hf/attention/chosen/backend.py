@@ -6,19 +6,24 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
-from . import gathers, pieces
+from . import by_blocks, gathers, pieces
 
 
 @dataclass(frozen=True, eq=False)
 class ChosenKeys:
-    """The keys of each query, `[B or 1, C, Q, N]` with C one of 1, G and H; below 0 is none."""
+    """The keys of each query, `[B or 1, C, Q, N]` with C one of 1, G and H; below 0 is none.
+
+    With `size` above 1, each `size` places side by side are one block of keys, in order, that begins at a multiple of `size`.
+    """
 
     index: Tensor
+    size: int = 1
 
     def as_mask(self, keys: int) -> Tensor:
         """The choice as pairs, `[B or 1, C, Q, K]` bool: n x n, for weights that somebody wants to see."""
@@ -35,7 +40,14 @@ class GatheredKeys(Backend):
         return None if call.scoring.bias is None else "keys that are chosen have no relative bias"
 
     def forward(self, call: AttentionCall) -> Results:
-        return (pieces if gathers.why_not(call) else gathers).forward(call)
+        return _way(call).forward(call)
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        return (pieces if gathers.why_not(call) else gathers).backward(call, given)
+        return _way(call).backward(call, given)
+
+
+def _way(call: AttentionCall) -> ModuleType:
+    """What computes a call."""
+    if gathers.why_not(call):
+        return pieces
+    return by_blocks if by_blocks.is_better(call) else gathers

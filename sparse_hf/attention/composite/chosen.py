@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ...pattern import Pattern, Threshold, TopK, TopKBlocks, VerticalSlash
 from ...pattern.base import as_pattern
-from ...pattern.forms import EVERYTHING, CutContent
+from ...pattern.forms import CutContent
 from ...plan import BlockPlan, remembered
-from ...plan.lsh import leaves_out_future
 from ..backend import AttentionCall
 from ..chosen.backend import ChosenKeys, GatheredKeys
 from ..chosen.best_keys import choose
 from ..chosen.scores import DotScores
-from .chosen_blocks import Groups, block_choice
-from .chosen_rest import Rest
+from .chosen_blocks import block_choice, find_groups
+from .chosen_few import few_weighty, is_few
+from .chosen_rest import Rest, find_rest
 from .chosen_scores import slash_worth
 from .chosen_threshold import weighty_tiles
 from .chosen_tiles import ChosenTiles, chosen_tiles
@@ -40,7 +40,7 @@ class ChoicePlan(ContentPlan):
     chosen: ChosenKeys
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        return ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2])
+        return _by_heads(ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2]), call.q.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class TilePlan(ContentPlan):
         return self.chosen
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        b, h = (torch.arange(n, device=queries.device) for n in call.q.shape[:2])
+        b = torch.arange(call.q.shape[0], device=queries.device)
+        h = torch.tensor(self.chosen.heads, device=queries.device)
         keys = torch.arange(call.k.shape[2], device=queries.device)
         return self.chosen.chosen(b[:, None, None, None], h[:, None, None], queries[:, None], keys)
 
@@ -63,10 +64,14 @@ class TilePlan(ContentPlan):
 class WeightyPlan(TilePlan):
     """The same, of tiles that a threshold keeps, and what share of weights it leaves out."""
 
-    lost: Tensor
+    lost: Tensor | None
 
     @property
-    def left_out(self) -> Tensor:
+    def is_told(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Tensor | None:
         return self.lost
 
 
@@ -97,7 +102,7 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
     found = []
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         for content, cut in chosen:
-            rest = rest_of(call, cut, positions)
+            rest = find_rest(positions, cut, call.q.shape[0])
             if content.most_keys >= call.k.shape[2]:
                 _say_whole(str(content), content.most_keys)
             if isinstance(content, TopK):
@@ -108,10 +113,18 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))
     if len(found) > 1:
-        # a choice that all heads share beside one of each
-        found = [index.expand(-1, max(one.shape[1] for one in found), -1, -1) for index in found]
+        # a choice that heads share beside one of each
+        found = [_by_heads(index, max(one.shape[1] for one in found)) for index in found]
         return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
-    return ChoicePlan(positions, ChosenKeys(found[0]))
+    content = chosen[0].content
+    # blocks of texts that begin elsewhere do so too
+    size = content.size if isinstance(content, TopKBlocks) and positions.is_bare else 1
+    return ChoicePlan(positions, ChosenKeys(found[0], size))
+
+
+def _by_heads(t: Tensor, heads: int) -> Tensor:
+    """What neighbouring heads share, `[B, C, ...]`, for each of `heads`."""
+    return t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(heads // t.shape[1], 1)
 
 
 @lru_cache
@@ -123,28 +136,24 @@ def _say_whole(content: str, most: int) -> None:
     )
 
 
-def rest_of(call: AttentionCall, cut: Pattern | None, positions: BlockPlan) -> Rest:
-    """What a choice is made from that is cut to `cut`, beside the plan of what positions say."""
-    within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
-    return Rest(positions, within, leaves_out_future(cut), call.q.shape[0])
-
-
 def _make_tile_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
     """In tiles where blocks begin where tiles do, else key by key."""
     ((content, cut),) = chosen
     assert isinstance(content, TopKBlocks)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        plan = chosen_tiles(call, Groups(rest_of(call, cut, positions), content, call.q.shape[2]))
+        plan = chosen_tiles(call, find_groups(find_rest(positions, cut, call.q.shape[0]), content))
     return _make_plan(call, chosen, positions) if plan is None else TilePlan(positions, plan)
 
 
-def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> WeightyPlan:
+def _make_weighty_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: BlockPlan) -> ContentPlan:
     (content, cut), *others = chosen
     if others:
         raise ValueError(f"{call.pattern} has {len(chosen)} thresholds; one pattern takes one")
     assert isinstance(content, Threshold)
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        plan, lost = weighty_tiles(call, content, rest_of(call, cut, positions))
+        if is_few(call):
+            return few_weighty(call, content, find_rest(positions, cut, call.q.shape[0]))
+        plan, lost = weighty_tiles(call, content, find_rest(positions, cut, call.q.shape[0]))
     return WeightyPlan(positions, plan, lost)
 
 

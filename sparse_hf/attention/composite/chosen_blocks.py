@@ -1,30 +1,41 @@
 """The blocks of keys that queries choose, `topk_blocks(...)`: what they are, what they are scored by, and which are chosen.
 
-Queries of a group choose together, by the mean of what each of them scores; a group is one query unless the pattern says more.
+Queries of a group choose together, by the mean of what each of them scores; a group is one query unless the pattern says more. So do
+the query heads of a key head, where the pattern says so.
 
-Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; M blocks, of S keys each, of which c are chosen; T groups
-of queries in a call.
+Legend: B batch, H query heads, G key heads, C heads of the choice (G or H), Q queries, K keys, D head dim; M blocks, of S keys each,
+of which c are chosen; T groups of queries in a call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...pattern import FULL, TopKBlocks
 from ...pattern.chosen import ANTIDIAGONAL
+from ...plan.cache import kept
 from ..backend import AttentionCall
+from ..backends.triton.walk import why_unfit
 from ..chosen.best_keys import Limits, choose
 from ..chosen.scores import DotScores
+from ..chosen.selection import is_able
+from ..launch import launch, power_of_two, strides_of
+from ..strides import readable
 from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
-# keys of blocks that are looked at at once, and numbers that are pooled at once
-MAX_KEYS, MAX_POOLED = 1 << 20, 1 << 26
+# keys of blocks that are looked at at once, on the CPU and elsewhere, and numbers that are pooled at once
+MAX_KEYS, MAX_KEYS_ELSEWHERE, MAX_POOLED = 1 << 20, 1 << 23, 1 << 26
+# tokens that a kernel pools at once
+MAX_POOLED_TOKENS = 64
+# pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
+MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +48,17 @@ class Blocks:
     rest: Rest
     size: int
 
-    @cached_property
+    @kept
     def of_token(self) -> Tensor:
         """The block of each token, `[B, K]`."""
         return (self._begins.cumsum(-1) - 1).clamp(min=0)
 
-    @cached_property
+    @kept
     def _begins(self) -> Tensor:
         start, _, real = self.rest.bounds
         return real & ((torch.arange(real.shape[1], device=real.device) - start) % self.size == 0)
 
-    @cached_property
+    @kept
     def first(self) -> Tensor:
         """The first token of each block, `[B, M]`; K where a row has fewer."""
         begins, keys = self._begins, self._begins.shape[1]
@@ -57,7 +68,7 @@ class Blocks:
         found[row, self.of_token[row, key]] = key
         return found
 
-    @cached_property
+    @kept
     def last(self) -> Tensor:
         """The last token of each block, `[B, M]`; -1 where a row has fewer."""
         _, end, _ = self.rest.bounds
@@ -73,6 +84,9 @@ class Blocks:
             sides: the mean of what is above zero, then that of what is below, `[B, heads, M, 2 D]`.
         """
 
+        if self._are_pooled_by_kernel(t, offset):
+            return self._by_kernel(t, "SIDES" if sides else "MEAN")
+
         def pool(some: Tensor, there: Tensor | None) -> Tensor:
             wide = torch.promote_types(some.dtype, torch.float32)
             some = some if there is None else some.where(there, 0)
@@ -87,6 +101,8 @@ class Blocks:
 
     def bounds(self, t: Tensor) -> Tensor:
         """The largest and the smallest number of each dimension in each block, `[B, heads, M, 2 D]`."""
+        if self._are_pooled_by_kernel(t, 0):
+            return self._by_kernel(t, "BOUNDS")
 
         def pool(some: Tensor, there: Tensor | None) -> Tensor:
             low, high = (some, some) if there is None else (some.where(there, edge) for edge in (torch.inf, -torch.inf))
@@ -109,6 +125,30 @@ class Blocks:
 
         return self._pooled(t, offset, pool), self._inside(t, offset)[1].unflatten(2, (-1, side)).any(-1)
 
+    def _are_side_by_side(self, t: Tensor, offset: int) -> bool:
+        """Are these all tokens, whose blocks follow one another from the first?"""
+        return self.rest.positions.is_bare and not offset and t.shape[2] == self.rest.positions.kv_len
+
+    def _are_pooled_by_kernel(self, t: Tensor, offset: int) -> bool:
+        return self._are_side_by_side(t, offset) and why_unfit(t, t) is None and t.numel() > 0
+
+    def _by_kernel(self, t: Tensor, what: str) -> Tensor:
+        """One of the `chosen_block_kernels`, in float32."""
+        from . import chosen_block_kernels as kernels
+
+        t = readable(t)
+        batch, heads, length, dim = t.shape
+        blocks = -(-length // self.size)
+        found = torch.empty(
+            batch, heads, blocks, dim if what == "MEAN" else 2 * dim, dtype=torch.float32, device=t.device
+        )
+        constants = {
+            "H": heads, "WHAT": getattr(kernels, what).value, "D": dim, "BD": max(16, power_of_two(dim)),
+            "BN": min(MAX_POOLED_TOKENS, max(16, power_of_two(self.size))),
+        }  # fmt: skip
+        launch(kernels.pool, (blocks, batch * heads), (t, found), strides_of(t), (length, self.size), constants)
+        return found
+
     def _inside(self, t: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """The tokens of each block, counted from `offset`, and which of them there are: `[B, M, S]`."""
         inside = self.first[..., None] + torch.arange(self.size, device=t.device) - offset
@@ -116,7 +156,7 @@ class Blocks:
 
     def _pooled(self, t: Tensor, offset: int, pool: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """What `pool` makes of the tokens of blocks, `[B, some heads, M, S, D]`, and of which of them there are; None: all."""
-        if self.rest.positions.is_bare and not offset and t.shape[2] == self.rest.positions.kv_len:
+        if self._are_side_by_side(t, offset):
             # blocks stand side by side, and the last may be shorter
             whole = t.shape[2] // self.size * self.size
             parts = [t[:, :, :whole].unflatten(2, (-1, self.size)), t[:, :, None, whole:]]
@@ -137,17 +177,17 @@ class Groups:
     content: TopKBlocks
     queries: int
 
-    @cached_property
+    @kept
     def keys(self) -> Blocks:
         """The blocks of keys."""
         return Blocks(self.rest, self.content.size)
 
-    @cached_property
+    @kept
     def of_tokens(self) -> Blocks:
         """The groups of all tokens."""
         return Blocks(self.rest, self.content.queries)
 
-    @cached_property
+    @kept
     def of_query(self) -> Tensor:
         """The group of each query, counted from the first of a call, `[B or 1, Q]`."""
         if self.content.queries == 1:
@@ -155,7 +195,7 @@ class Groups:
         own = self.of_tokens.of_token[:, self.rest.positions.q_offset :][:, : self.queries]
         return own - own[:, :1]
 
-    @cached_property
+    @kept
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """The first and the last token of each group, `[B or 1, T]`."""
         if self.content.queries == 1:
@@ -169,7 +209,7 @@ class Groups:
         most = self.of_tokens.of_token.shape[1] - 1
         return first.clamp(max=most), last.clamp(0, most)
 
-    @property
+    @kept
     def own(self) -> Tensor:
         """The blocks that each group reaches into, `[B or 1, T, most of a group]`, -1 for none."""
         first, last = (self.keys.of_token.gather(1, token) for token in self._tokens)
@@ -178,6 +218,22 @@ class Groups:
 
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
+        known = self._allowed
+        if known is None:
+            return self._allows(group, block)
+        return known if known.shape[2:] == (len(group), len(block)) else known[:, :, group, block]
+
+    @kept
+    def _allowed(self) -> Tensor | None:
+        """All of it, where few of those steps are made that a GPU waits for."""
+        blocks = self.keys.first.shape[1]
+        shape = self.rest.bounds[0].shape[0], 1, self.own.shape[1], blocks
+        if self.content.queries == 1 or not is_able(self.rest.positions.device) or math.prod(shape) > MAX_ALLOWED:
+            return None
+        group, block = (torch.arange(n, device=self.rest.positions.device) for n in shape[2:])
+        return self._allows(group[:, None], block).expand(shape)
+
+    def _allows(self, group: Tensor, block: Tensor) -> Tensor:
         start, _, real = self.rest.bounds
         row = torch.arange(start.shape[0], device=group.device).view(-1, 1, 1, 1)
         x, end = (token[row, group] for token in self._tokens)
@@ -194,8 +250,9 @@ class Groups:
         return allowed & (held != FULL)
 
     def choose(self, q: Tensor, k: Tensor) -> Tensor:
-        """The blocks of each group, its own last, `[B, H, T, c]`, -1 for none."""
-        own = self.own[:, None].expand(q.shape[0], q.shape[1], -1, -1)
+        """The blocks of each group, its own last, `[B, C, T, c]`, -1 for none."""
+        heads = (k if self.content.shares_heads else q).shape[1]
+        own = self.own[:, None].expand(q.shape[0], heads, -1, -1)
         others = self.content.count - own.shape[-1]
         if others < 1:
             return own
@@ -212,9 +269,10 @@ class Groups:
         row, head = (torch.arange(n, device=q.device) for n in q.shape[:2])
         query = query[row[:, None, None], head[:, None], number[:, None]].unflatten(-1, (side, -1)).flip(-2).flatten(-2)
         present = present.expand(len(row), -1, -1)[row[:, None], number]
-        return AntidiagonalScores(query, present, key, q.shape[-1] ** -0.5 / side, self.may_choose)
+        scale = q.shape[-1] ** -0.5 / side
+        return AntidiagonalScores(query, present, key, scale, self.may_choose, self.content.shares_heads)
 
-    @property
+    @kept
     def _numbers(self) -> Tensor:
         """The groups of a call among all of a text, `[B or 1, T]`."""
         number = self.of_tokens.of_token[:, self.rest.positions.q_offset, None]
@@ -222,36 +280,52 @@ class Groups:
         return number.clamp(max=self.of_tokens.first.shape[1] - 1)
 
     def _scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """What the score of a group and a block is the product of, `[B, H, T, F]` and `[B, G, M, F]`."""
+        """What the score of a group and a block is the product of, `[B, C, T, F]` and `[B, G, M, F]`."""
         of_bounds = self.content.scores == "bounds"
         key = self.keys.bounds(k) if of_bounds else self.keys.mean(k)
+        query = self._scoring_queries(q, of_bounds)
+        if self.content.shares_heads:
+            query = query.unflatten(1, (k.shape[1], -1)).mean(2, dtype=torch.promote_types(q.dtype, torch.float32))
+        return query, key
+
+    def _scoring_queries(self, q: Tensor, of_bounds: bool) -> Tensor:
+        """`[B, H, T, F]`."""
         if self.content.queries == 1:
             # the largest product with numbers between two bounds
-            return (torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q), key
+            return torch.cat([q.relu(), -(-q).relu()], -1) if of_bounds else q
         pooled = self.of_tokens.mean(q, self.rest.positions.q_offset, of_bounds)  # of all groups of a text
+        if pooled.shape[2] == self._numbers.shape[1] and self.rest.positions.is_bare:
+            return pooled
         row = torch.arange(len(q), device=q.device)[:, None, None]
-        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]], key
+        return pooled[row, torch.arange(q.shape[1], device=q.device)[:, None], self._numbers[:, None]]
+
+
+@lru_cache(maxsize=GROUPS_KEPT)
+def find_groups(rest: Rest, content: TopKBlocks) -> Groups:
+    """The groups of a call, whose numbers are found once where batch rows are alike."""
+    return Groups(rest, content, rest.positions.q_len)
 
 
 def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
-    """The keys of each query, `[B, H, Q, c * S]` int32, -1 for none."""
-    groups = Groups(rest, content, call.q.shape[2])
+    """The keys of each query, `[B, C, Q, c * S]` int32, -1 for none."""
+    groups = find_groups(rest, content)
     return torch.cat(list(_keys_of_blocks(groups.choose(call.q, call.k), groups)), 2)
 
 
 def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
-    """The keys `[B, H, m, c * S]` of blocks `[B, H, T, c]`, some queries at a time."""
+    """The keys `[B, C, m, c * S]` of blocks `[B, C, T, c]`, some queries at a time."""
     (batch, heads, _, count), blocks = found.shape, groups.keys
     inside = torch.arange(blocks.size, device=found.device)
     row = torch.arange(blocks.first.shape[0], device=found.device).view(-1, 1, 1, 1)
     b, h = (torch.arange(n, device=found.device) for n in (batch, heads))
     of_query = groups.of_query.expand(batch, -1)
+    most = MAX_KEYS if found.device.type == "cpu" else MAX_KEYS_ELSEWHERE
     for q in torch.arange(groups.queries, device=found.device).split(
-        max(1, MAX_KEYS // (batch * heads * count * blocks.size))
+        max(1, most // (batch * heads * count * blocks.size))
     ):
-        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, H, m, c]
+        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, C, m, c]
         first, last = (t[row, block.clamp(min=0)][..., None] for t in (blocks.first, blocks.last))
-        keys = first + inside  # [B, H, m, c, S]
+        keys = first + inside  # [B, C, m, c, S]
         there = (keys <= last) & (block >= 0)[..., None]
         keys, there = keys.flatten(3), there.flatten(3)
         there = there & groups.rest.holds(q[:, None], keys.clamp(max=blocks.of_token.shape[1] - 1))

@@ -5,15 +5,21 @@ Legend: B batch, K keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ...pattern import Pattern
+from ...pattern.forms import EVERYTHING
 from ...plan import BlockPlan
-from ...plan.lsh import sequence_bounds
+from ...plan.cache import kept
+from ...plan.lsh import leaves_out_future, sequence_bounds
 from ..chosen.best_keys import Limits
+
+# of so many plans
+RESTS_KEPT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +44,14 @@ class Rest:
     def limits(self) -> Limits:
         return Limits(q_offset=self.positions.q_offset if self.is_causal else None, allows=self.holds)
 
-    @cached_property
+    @kept
     def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the sequence of each token starts and ends, and whether it is real: `[B or 1, K]`."""
         return sequence_bounds(self.positions, self._rows(1).shape[0], self.positions.device)
+
+
+@lru_cache(maxsize=RESTS_KEPT)
+def find_rest(positions: BlockPlan, cut: Pattern | None, batch: int) -> Rest:
+    """What a choice is made from that is cut to `cut`, beside the plan of what positions say, of `batch` rows."""
+    within = replace(positions, patterns=(EVERYTHING if cut is None else cut,))
+    return Rest(positions, within, leaves_out_future(cut), batch)

@@ -22,7 +22,8 @@ MAX_NUMBERS = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class AntidiagonalScores:
-    """Weights of squares, of which a row of squares has 1 for all blocks to choose from, summed by group and block: `[B, H, m, n]`.
+    """Weights of squares, of which a row of squares has 1 for all blocks to choose from, summed by group and block: `[B, H, m, n]`,
+    or `[B, G, m, n]`.
 
     Args:
         query: `[B, H, T, C, side * D]`, the queries of a square's rows in reverse.
@@ -30,6 +31,7 @@ class AntidiagonalScores:
         key: `[B, G, M, c, side * D]`.
         scale: what multiplies the sum of an antidiagonal.
         allows: which blocks a group may choose.
+        shares_heads: have the query heads of a key head one score, the sum of theirs?
     """
 
     query: Tensor
@@ -37,11 +39,12 @@ class AntidiagonalScores:
     key: Tensor
     scale: float
     allows: Allows
+    shares_heads: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, heads, groups = self.query.shape[:3]
-        return batch, heads, groups, self.key.shape[2]
+        heads = (self.key if self.shares_heads else self.query).shape[1]
+        return self.query.shape[0], heads, self.query.shape[2], self.key.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +80,8 @@ class AntidiagonalScores:
         total = self._total[:, :, queries, :, None, None]
         weights = (self._squares(queries, keys) - total.where(total > -torch.inf, 0)).exp()
         there = self.present[:, None, queries, :, None, None]
-        return weights.where(there, 0).sum((3, 5))
+        found = weights.where(there, 0).sum((3, 5))
+        return found.unflatten(1, (self.key.shape[1], -1)).sum(2) if self.shares_heads else found
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """`threshold(...)`: tiles without those that cannot matter, as a plan that backends of tables run like any other.
 
-All products of queries and keys are made, some queries at a time, to judge tiles; those of kept tiles again, to attend.
+All products of queries and keys are made to judge tiles; those of kept tiles again, to attend. Kernels judge square tiles of texts
+without padding and documents (`chosen_judging`); others are judged here, in plain PyTorch, some queries at a time.
 
 Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; T groups of queries and M blocks of keys, which make
 tiles of pairs; Nq and Nk tiles of the plan, which may be others. A piece has r heads, m queries and t groups.
@@ -11,15 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...pattern import Threshold
+from ...plan.cache import kept
+from ...plan.tile_lists import TileLists
 from ..backend import AttentionCall
+from ..left_out import is_heard
+from . import chosen_judging
 from .chosen_blocks import Blocks
+from .chosen_lists import Flags, Kinds, find_kinds
 from .chosen_rest import Rest
-from .chosen_tiles import LARGEST_TILE, ChosenTiles, Listed, in_tiles, is_among
+from .chosen_tiles import ChosenTiles, Listed, in_tiles, is_among, largest_tile
 
 # scores that exist at once, on the CPU and elsewhere, where the host would wait for many small pieces
 MAX_SCORES, MAX_SCORES_ELSEWHERE = 1 << 22, 1 << 26
@@ -31,16 +38,25 @@ class WeightyTiles(ChosenTiles):
 
     Attributes:
         weighty: of kept tiles, `((b * H + h) * T + t) * M + m`, ascending.
+        blocks: the blocks of keys.
         of_query, of_key: the group of each query and the block of each key, `[B or 1, Q]` and `[B or 1, K]`.
         shape: T and M.
         is_aligned: is each tile of the plan inside one of these?
     """
 
     weighty: Tensor | None = None
+    blocks: Blocks | None = None
     of_query: Tensor | None = None
     of_key: Tensor | None = None
     shape: tuple[int, int] = (0, 0)
     is_aligned: bool = True
+
+    @kept
+    def codes(self) -> Tensor:
+        return _reached(self)
+
+    def own_lists(self, size: int) -> None:
+        return None
 
     def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
         assert self.cut is not None and self.of_query is not None and self.of_key is not None
@@ -145,33 +161,71 @@ def _weights(weighing: Weighing, b: int, g: int, heads: slice, queries: slice) -
     return scores.sub_(top.where(top > -torch.inf, 0)).exp_(), may & ~held
 
 
-def weighty_tiles(call: AttentionCall, content: Threshold, rest: Rest) -> tuple[WeightyTiles, Tensor]:
-    """The plan of the pairs of positions and of kept tiles, and the share of weights that is left out, `[B, H, Q]`."""
+@dataclass(frozen=True, eq=False)
+class FlaggedTiles(ChosenTiles):
+    """Tiles of the plan that a threshold keeps.
+
+    Attributes:
+        kinds: what positions say of tiles.
+        flags: `[B, H, Nq, Nk]` uint8, not 0 where a tile is kept.
+    """
+
+    kinds: Kinds | None = None
+    flags: Tensor | None = None
+
+    @kept
+    def codes(self) -> Tensor:
+        assert self.flags is not None
+        return self.flags.flatten().nonzero()[:, 0]
+
+    def own_lists(self, size: int) -> TileLists | None:
+        assert self.flags is not None and self.kinds is not None
+        return Flags(self.flags).lists(self.kinds, None) if size == self.block_size else None
+
+
+def weighty_tiles(call: AttentionCall, content: Threshold, rest: Rest) -> tuple[ChosenTiles, Tensor | None]:
+    """The plan of the pairs of positions and of kept tiles, and the share of weights that is left out, `[B, H, Q]`.
+
+    None is left out where kernels judge and nobody listens.
+    """
     positions, (batch, heads) = rest.positions, call.q.shape[:2]
+    tile = math.gcd(content.size, largest_tile(call.q.device))
+    # tiles of the plan begin where the sequence does
+    is_bare = positions.is_bare and positions.sequences.marks is None
+    is_aligned = is_bare and not positions.q_offset % tile and not content.queries % tile
+    beside, cut = in_tiles(positions, tile), replace(rest.cut, block_size=tile)
+    common: dict[str, Any] = {
+        "patterns": (Listed((beside.patterns[0], cut.patterns[0]), is_aligned),) * heads, "heads": tuple(range(heads)),
+        "q_len": positions.q_len, "kv_len": positions.kv_len, "q_offset": positions.q_offset, "block_size": tile,
+        "batch_rows": batch, "sequences": positions.sequences, "mask_function": positions.mask_function,
+        "device": positions.device, "beside": beside, "cut": cut,
+    }  # fmt: skip
+    if is_aligned and content.size == content.queries == tile and chosen_judging.why_not(call) is None:
+        kinds = find_kinds(beside, cut.patterns[0])
+        if kinds is not None:
+            flags, left_out = chosen_judging.judge(call, content.share, kinds, is_heard())
+            return FlaggedTiles(**common, kinds=kinds, flags=flags), left_out
     weighing = Weighing(call, content, rest)
     of_query, of_key = weighing.of_query(), weighing.blocks.of_token
     rows = max(len(of_query), len(of_key))
     of_query, of_key = of_query.expand(rows, -1), of_key.expand(rows, -1)
     shape = (int(of_query.max()) + 1 if of_query.numel() else 1), weighing.blocks.first.shape[1]
     weighty, left_out = weigh(weighing, of_query, shape)
-    tile = math.gcd(content.size, LARGEST_TILE.get(call.q.device.type, LARGEST_TILE["cpu"]))
-    # tiles of the plan begin where the sequence does
-    is_bare = positions.is_bare and positions.sequences.marks is None
-    is_aligned = is_bare and not positions.q_offset % tile and not content.queries % tile
-    beside, cut = in_tiles(positions, tile), replace(rest.cut, block_size=tile)
-    pattern = Listed((beside.patterns[0], cut.patterns[0]), is_aligned)
-    plan = WeightyTiles(
-        patterns=(pattern,) * heads, heads=tuple(range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
-        q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
-        mask_function=positions.mask_function, device=positions.device, beside=beside, cut=cut, weighty=weighty,
-        of_query=of_query, of_key=of_key, shape=shape, is_aligned=is_aligned,
-    )  # fmt: skip
-    return replace(plan, codes=_reached(plan, weighing.blocks)), left_out
+    return WeightyTiles(
+        **common,
+        weighty=weighty,
+        blocks=weighing.blocks,
+        of_query=of_query,
+        of_key=of_key,
+        shape=shape,
+        is_aligned=is_aligned,
+    ), left_out
 
 
-def _reached(plan: WeightyTiles, blocks: Blocks) -> Tensor:
+def _reached(plan: WeightyTiles) -> Tensor:
     """The codes of the tiles of the plan that kept tiles reach into, ascending."""
-    assert plan.weighty is not None and plan.of_query is not None
+    blocks = plan.blocks
+    assert plan.weighty is not None and plan.of_query is not None and blocks is not None
     (groups, columns), heads, tile = plan.shape, len(plan.patterns), plan.block_size
     line, m = plan.weighty // columns, plan.weighty % columns
     row, t = line // groups, line % groups

@@ -2,7 +2,8 @@
 
 Backends of tables of blocks run it like any other plan whose heads have patterns of their own.
 
-Legend: B batch, H query heads, Q queries, K keys; Nq and Nk tiles of queries and of keys, T groups of queries, c blocks of each.
+Legend: B batch, H query heads, C heads of the choice, each with a table, Q queries, K keys; Nq and Nk tiles of queries and of keys, T
+groups of queries, c blocks of each.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from ...pattern import EMPTY, FULL, Pattern
 from ...pattern.base import Marks, joint
 from ...plan import BlockPlan
 from ...plan.cache import kept, remembered
+from ...plan.tile_lists import TileLists
 from ..backend import AttentionCall
 from .chosen_blocks import Groups
+from .chosen_lists import Flags, Kinds, find_kinds, flags_of, may_list
 
-# tokens of a tile: those that kernels take, and the least that tables are worth it for
-LARGEST_TILE = {"cuda": 64, "cpu": 128}
-LEAST_TILE = 16
+# tokens of a tile: the most where kernels run and elsewhere, and the least that tables are worth it for
+KERNEL_TILE, PLAIN_TILE, LEAST_TILE = 64, 128, 16
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,55 @@ class Listed(Pattern, has_word=False):
 
 @dataclass(frozen=True, eq=False)
 class ChosenTiles(BlockPlan):
-    """Tiles of positions, the same for all heads, and tiles of a head's own that it chose, whose pairs are those of the cut.
+    """Tiles of positions, the same for all heads, and tiles that a head or a group of heads chose, whose pairs are those of the cut.
 
     Attributes:
         beside: the plan of positions.
         cut: the plan of the pairs that may be chosen.
-        codes: of chosen tiles, `((b * H + h) * Nq + i) * Nk + j`, ascending.
+        found: the blocks of each group, `[B, C, T, c]`, -1 for none.
+        tiles: tiles of a group of queries, and of a block of keys.
     """
 
     beside: BlockPlan | None = None
     cut: BlockPlan | None = None
-    codes: Tensor | None = None
+    found: Tensor | None = None
+    tiles: tuple[int, int] = (1, 1)
+
+    @kept
+    def codes(self) -> Tensor:
+        """Of chosen tiles, `((b * C + c) * Nq + i) * Nk + j`, ascending."""
+        assert self.found is not None and self.cut is not None
+        of_group, of_block = self.tiles
+        i = torch.arange(self.q_blocks, device=self.device)
+        # a tile of queries lies in one group
+        block = self.found[:, :, (i + self.shift) // of_group]  # [B, C, Nq, c]
+        j = (block * of_block)[..., None] + torch.arange(of_block, device=self.device)
+        there = (block >= 0)[..., None] & (j < self.kv_blocks)
+        row = torch.arange(self.batch_rows * len(self.patterns), device=self.device).view(len(block), -1, 1, 1, 1)
+        codes = ((row * self.q_blocks + i[:, None, None]) * self.kv_blocks + j)[there].unique()
+        return codes[self.state_of(codes, self.cut.patterns[0]) != EMPTY]
+
+    @property
+    def shift(self) -> int:
+        """Tiles of the first group that come before the first query."""
+        return self.q_offset // self.block_size % self.tiles[0]
+
+    def own_lists(self, size: int) -> TileLists | None:
+        kinds = self._kinds if size == self.block_size else None
+        if kinds is None:
+            return None
+        assert self.found is not None
+        flags = flags_of(self.found, -(-self.kv_blocks // self.tiles[1]))
+        heads_of_table = len(self.heads) // len(self.patterns)
+        return Flags(flags, self.tiles, self.shift, heads_of_table).lists(kinds, self.found.shape[-1] * self.tiles[1])
+
+    @property
+    def _kinds(self) -> Kinds | None:
+        """What positions say of tiles; None where lists are made of tables."""
+        if not may_list(self.device):
+            return None
+        assert self.beside is not None and self.cut is not None
+        return find_kinds(self.beside, self.cut.patterns[0])
 
     @property
     def is_bare(self) -> bool:
@@ -82,11 +122,10 @@ class ChosenTiles(BlockPlan):
 
     def _is_chosen(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Is a tile, by its row of tables (without i) and its place, a chosen one?"""
-        assert self.codes is not None
         return is_among((row * self.q_blocks + i) * self.kv_blocks + j, self.codes)
 
     def chosen(self, b: Tensor, h: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
-        """Did query q of head h choose key k?"""
+        """Did query q choose key k, by the table h?"""
         assert self.cut is not None
         row, i, j = torch.broadcast_tensors(b * len(self.patterns) + h, q // self.block_size, k // self.block_size)
         return self._is_chosen(row, i, j) & self.cut.allows(b, 0, q, k)
@@ -100,7 +139,7 @@ class ChosenTiles(BlockPlan):
 
     @kept
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.beside is not None and self.cut is not None and self.codes is not None
+        assert self.beside is not None
         lines, columns = self.q_blocks, self.kv_blocks
         heads, rows = len(self.patterns), self.batch_rows * len(self.patterns)
         counts = self.beside.row_offsets.diff()
@@ -141,34 +180,23 @@ def in_tiles(plan: BlockPlan, tile: int) -> BlockPlan:
     return replace(plan, block_size=tile)
 
 
+def largest_tile(device: torch.device) -> int:
+    return KERNEL_TILE if may_list(device) else PLAIN_TILE
+
+
 def chosen_tiles(call: AttentionCall, groups: Groups) -> ChosenTiles | None:
     """The plan of a choice; None where blocks or groups do not begin where tiles do."""
     positions, content = groups.rest.positions, groups.content
-    tile = math.gcd(content.size, content.queries, LARGEST_TILE.get(call.q.device.type, LARGEST_TILE["cpu"]))
+    tile = math.gcd(content.size, content.queries, largest_tile(call.q.device))
     if tile < LEAST_TILE or not positions.is_bare or positions.sequences.marks is not None or positions.q_offset % tile:
         return None
     batch, heads = call.q.shape[:2]
+    tables = call.k.shape[1] if content.shares_heads else heads
     beside, cut = in_tiles(positions, tile), replace(groups.rest.cut, block_size=tile)
-    pattern = Listed((beside.patterns[0], cut.patterns[0]))
-    empty = torch.zeros(0, dtype=torch.int64, device=positions.device)
-    plan = ChosenTiles(
-        patterns=(pattern,) * heads, heads=tuple(range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
+    return ChosenTiles(
+        patterns=(Listed((beside.patterns[0], cut.patterns[0])),) * tables,
+        heads=tuple(h * tables // heads for h in range(heads)), q_len=positions.q_len, kv_len=positions.kv_len,
         q_offset=positions.q_offset, block_size=tile, batch_rows=batch, sequences=positions.sequences,
-        device=positions.device, beside=beside, cut=cut, codes=empty,
+        device=positions.device, beside=beside, cut=cut, found=groups.choose(call.q, call.k),
+        tiles=(content.queries // tile, content.size // tile),
     )  # fmt: skip
-    codes = _codes(plan, groups.choose(call.q, call.k), groups)
-    return replace(plan, codes=codes[plan.state_of(codes, cut.patterns[0]) != EMPTY])
-
-
-def _codes(plan: ChosenTiles, found: Tensor, groups: Groups) -> Tensor:
-    """The codes of the tiles of blocks `[B, H, T, c]`, ascending."""
-    tile, content = plan.block_size, groups.content
-    i = torch.arange(plan.q_blocks, device=plan.device)
-    # a tile of queries lies in one group
-    of_tile = groups.of_query[0, i * tile]  # [Nq]
-    block = found[:, :, of_tile]  # [B, H, Nq, c]
-    j = (block * (content.size // tile))[..., None] + torch.arange(content.size // tile, device=plan.device)
-    there = (block >= 0)[..., None] & (j < plan.kv_blocks)
-    row = torch.arange(plan.batch_rows * len(plan.patterns), device=plan.device).view(found.shape[0], -1, 1, 1, 1)
-    codes = (row * plan.q_blocks + i[:, None, None]) * plan.kv_blocks + j
-    return codes[there].unique()

@@ -39,8 +39,18 @@ class ContentPlan:
         return None
 
     @property
+    def backend(self) -> Backend | None:
+        """What computes all pairs of this plan, where it is no plan in blocks."""
+        return None
+
+    @property
+    def is_told(self) -> bool:
+        """Is what the choice leaves out to be told?"""
+        return False
+
+    @property
     def left_out(self) -> Tensor | None:
-        """The share of the weights of each query that the choice leaves out, `[B, H, Q]`, where it is known and to be told."""
+        """The share of the weights of each query that the choice leaves out, `[B, H, Q]`, where it is known."""
         return None
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
@@ -101,6 +111,8 @@ class ContentPairs(Backend):
             positions = call.part(call.q, call.k, call.v, positions_plan(call), call.dropout)
             return [(self.pick(positions), positions)]
         plan = planned(call, self.kind)
+        if plan.backend is not None:
+            return [(plan.backend, call.part(call.q, call.k, call.v, plan, call.dropout))]
         if plan.joined is not None:
             joined = call.part(call.q, call.k, call.v, plan.joined, call.dropout)
             return [(self.pick(joined), joined)]
@@ -126,7 +138,7 @@ def dense_weights(call: AttentionCall, kind: Kind) -> tuple[Tensor, Tensor, Tens
 
 
 def _tell(plan: ContentPlan, call: AttentionCall) -> None:
-    if plan.left_out is not None:
+    if plan.is_told:
         tell(str(call.pattern), plan.left_out)
 
 

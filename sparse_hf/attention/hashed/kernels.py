@@ -36,7 +36,7 @@ def forward(call: AttentionCall) -> Results:
     # tokens that stand nowhere (padding) are written by nobody
     out = q.new_empty(*q.shape[:2], plan.q_index.shape[1], q.shape[3]) if by_place else like(q).zero_()
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    walk.forward(q, k, v, out, lse)
+    walk.forward(q, k, v, out, lse, call.dropout)
     if not by_place:
         return out, lse
     # the rounds of each token, merged by log-sum-exp
@@ -59,7 +59,7 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     else:
         grads = [like(t).zero_() for t in (q, k, v)]
     results, grad_out = (readable(given.out), given.lse), readable(given.some_grad_out)
-    walk.backward((q, k, v), results, (grad_out, given.grad_lse), grads)
+    walk.backward((q, k, v), results, (grad_out, given.grad_lse), grads, call.dropout)
     if walk.rounds == 1:
         return grads[0], grads[1], grads[2], None
     places = _places(plan, q.shape[2])
@@ -75,7 +75,7 @@ def _walk(call: AttentionCall) -> Walk:
 
     plan, chunks = call.plan, call.plan.chunks
     relation = ((OTHERS, ALL), (PAST, PAST_AND_SELF))[chunks.is_causal][chunks.sees_itself].value
-    return Walk(chunk_lists(plan), call.scoring, call.dropout, plan.q_index, chunks.rounds, relation)
+    return Walk(chunk_lists(plan), call.scoring, plan.q_index, chunks.rounds, relation)
 
 
 def _places(plan: HashedPlan, length: int) -> Tensor:

@@ -29,6 +29,7 @@ from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
 from ...pattern.base import as_pattern
 from ...plan import NOTHING, BlockPlan, build_plan
+from .answered import asked_alike, remember_answer
 from .cache import LAYERS_SEE
 from .chosen_keys import choice_of, chosen_attention, learning, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
@@ -97,8 +98,13 @@ def sparse_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention module of Transformers calls: `[B, H, Q, D]` in, `[B, Q, H, D]` out."""
-    refuse_tracing()
     query, key, value = _of_autocast(query, key, value)
+    sizes = query.shape, key.shape, query.device
+    alike = asked_alike(module, sizes, attention_mask, (backend, scaling, dropout), kwargs)
+    known = None if alike is None else attention_mask.memo.get(alike)
+    if known is not None:
+        return known.attend(query, key, value, dropout), None
+    refuse_tracing()
     # the reference makes the n x n weights anyway, and whether somebody records them is not said here
     wants_weights = backend == "reference" and not torch.compiler.is_compiling()
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
@@ -132,9 +138,10 @@ def sparse_attention_forward(
         check_part(opaque, kwargs)
         return _of_part(layer, kwargs[TEXT_PART]), None
     if bounds is not None:
-        return paged_attention(query, key, value, layer.pattern, scoring, bounds, backend, sinks), None
+        own = bounds[module.layer_idx]
+        return paged_attention(query, key, value, layer.pattern, scoring, own, backend, sinks), None
     if streaming is None:
-        return _in_order(layer, None, wants_weights)
+        return _in_order(layer, None, wants_weights, alike)
     layer.filled = streaming.filled(module.layer_idx, query.shape[2])
     part = to_pinned(layer, streaming)
     if streaming.in_place:
@@ -143,8 +150,14 @@ def sparse_attention_forward(
     return _in_order(layer, part, wants_weights)
 
 
-def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention `[B, Q, H, D]` to keys that lie in order and to what `part` found, and the weights if they are wanted."""
+def _in_order(
+    layer: LayerCall, part: Part | None, wants_weights: bool, alike: tuple | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention `[B, Q, H, D]` to keys that lie in order and to what `part` found, and the weights if they are wanted.
+
+    Args:
+        alike: what other layers of the pass may find the answer by.
+    """
     query, key, _ = layer.tensors
     skips = layer.kwargs.get("bias_skips_padding", False)
     shifts = skips or not layer.stack.counts_padding and counts_positions(layer.pattern)
@@ -183,6 +196,8 @@ def _in_order(layer: LayerCall, part: Part | None, wants_weights: bool) -> tuple
         # the bias goes by distances in the row, padding included
         opaque = _as_mask(call, order, opaque)
     out, lse, weights = _computed(call, opaque, layer.backend, wants_weights and part is None, computed_by)
+    if alike is not None and not wants_weights and part is None and order is None:
+        remember_answer(layer, call, alike)
     out, lse = layer.with_rest(out, lse, part)
     if weights is not None and layer.sinks is not None:
         weights = with_sink(weights, lse, layer.sinks)
@@ -215,7 +230,7 @@ def _with_what_was_said(request: MaskRequest, kwargs: dict[str, Any]) -> dict[st
     if not request.said:
         return kwargs
     kept = {name: value for name, value in request.said.items() if name not in kwargs and name != FLEETING}
-    if kept and request.said.get(FLEETING):
+    if kept and FLEETING in request.said and request.said[FLEETING]():
         raise NotImplementedError(
             f"this class keeps {next(iter(kept))} from its layers, which gradient checkpointing computes again; pass attention_mask "
             "too, by which they find it, or train without gradient checkpointing"

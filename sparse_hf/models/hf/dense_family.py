@@ -22,6 +22,7 @@ class DenseFamily(Entry):
         source: where it is described.
         config: the configuration class, if it is not called `{prefix}Config`.
         encoder: of encoder-decoders, the class of the encoder, which finds marks by itself.
+        joins: the class of attention modules that project their states as BERT's do.
     """
 
     prefix: str
@@ -30,6 +31,7 @@ class DenseFamily(Entry):
     source: str
     config: str = ""
     encoder: str = ""
+    joins: str = ""
     module: str = "sparse_hf.models.dense_families"
 
     @property

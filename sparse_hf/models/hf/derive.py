@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from .config import SparseConfigMixin
 from .dense_family import DenseFamily
 from .encoder_decoder import SparseEncoderDecoderConfigMixin
+from .joined import JoinedProjections
 from .model_mixin import SparseEncoderMixin
 from .register import Family, modeling_module, register_family
 
@@ -34,6 +35,13 @@ def derive_dense(entry: DenseFamily) -> Family:
             (SparseEncoderMixin, dense_encoder),
             __annotations__={"config": config_class},
             __doc__=f"[`{entry.encoder}`] with sparse attention by its configuration's patterns.",
+        )
+    if entry.joins:
+        dense_attention = getattr(modeling_module(dense_config), entry.joins)
+        parts[dense_attention] = subclass(
+            entry.module,
+            (JoinedProjections, dense_attention),
+            __doc__=f"[`{entry.joins}`], whose projections are one product where the host is what takes time.",
         )
     return register_family(config_class, entry.positions, parts=parts)
 

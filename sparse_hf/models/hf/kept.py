@@ -74,10 +74,10 @@ def read_kept(text: str) -> Kept | str:
         if isinstance(kept, str):
             return kept
         found.append(kept)
-    return _joined(found)
+    return joined(found)
 
 
-def _joined(found: Iterable[Kept]) -> Kept:
+def joined(found: Iterable[Kept]) -> Kept:
     """What is enough for all."""
     found = list(found)
     lefts = [one.left for one in found]
@@ -170,7 +170,7 @@ def _bound(pattern: Pattern) -> Kept | None:
     if isinstance(pattern, Union):
         bounds = [_bound(part) for part in pattern.parts]
         found = [one for one in bounds if one is not None]
-        return None if len(found) < len(bounds) else _joined(found)
+        return None if len(found) < len(bounds) else joined(found)
     if isinstance(pattern, Intersection):
         # each part alone is an end
         found = (one for one in map(_bound, pattern.parts) if one is not None)

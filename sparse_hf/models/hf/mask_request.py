@@ -77,7 +77,7 @@ class TokenData:
 EVERYTHING = str(full())
 # arguments of a pass that layers read, beside what Transformers hands them
 NOTHING_SAID: Mapping[str, Any] = {}
-# among them: layers will be computed again when nobody says this any more
+# among them: a function that tells whether layers will be computed again when nobody says this any more
 FLEETING = "is_fleeting"
 # of the pass that goes on: the configuration of its model, and what was said
 _OF_PASS: ContextVar[tuple[Any, Mapping[str, Any]] | None] = ContextVar("of_pass", default=None)

@@ -50,6 +50,7 @@ from .mask_request import FLEETING, padding_in, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .short_angles import hold_angles
+from .stop_check import pop_last_positions, sample_late, why_not_late
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 from .turning import begin_turning
@@ -214,6 +215,21 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
         """As Transformers'; what graphs ask of the model is asked here, once a call of `generate`."""
         config = compile_config or self._default_compile_config()
         return super().get_compiled_call(lean_config(self, config))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """As Transformers'; whether a token was the last is asked while the next pass is under way, where that can be."""
+        sample = super()._sample  # pyright: ignore[reportAttributeAccessIssue]
+        why_not = why_not_late(self, input_ids, generation_config, stopping_criteria.max_length, kwargs)
+        given = input_ids, logits_processor, stopping_criteria, generation_config, *args
+        if why_not is None:
+            return sample_late(sample.__func__, self, *given, **kwargs)
+        logger.debug("each token is waited for: %s", why_not)
+        return sample(*given, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        last = pop_last_positions(given_cache(model_kwargs), model_kwargs)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # pyright: ignore
+        return model_kwargs if last is None else {**model_kwargs, "position_ids": last + 1}
 
     def _validate_model_kwargs(self, model_kwargs):
         decode = model_kwargs.pop("decode", None)
@@ -393,9 +409,15 @@ def _said(model: SparseMixin, kwargs: dict[str, Any], has_cache: bool) -> Abstra
                 f"{type(model).__name__} keeps {lost[0]} from its layers in a compiled graph; run without torch.compile"
             )
         return nullcontext()
+    # asked of every module, so only if somebody wants to know
+    return said_in_pass(model.config, {**said, FLEETING: functools.cache(functools.partial(_checkpoints, model))})
+
+
+def _checkpoints(model: SparseMixin) -> bool:
+    """Will layers of a model be computed again for their gradients?"""
     # under its name in newer versions, or in older ones
     name = next(n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), n))
-    return said_in_pass(model.config, {**said, FLEETING: model.training and getattr(model, name)})
+    return model.training and getattr(model, name)
 
 
 def with_marks_signature(signature: inspect.Signature) -> inspect.Signature:

@@ -57,9 +57,14 @@ class PinningLayer(StreamingLayer):
             self.count = torch.zeros(rows, dtype=torch.long, device=device)
             self.marked = torch.zeros(rows, self.pins, dtype=torch.bool, device=device)
             self.slot_marks = torch.zeros(rows, 1, self.ring.slots, 1, dtype=torch.bool, device=device)
+        self.stay_in_place()
+
+    def stay_in_place(self) -> None:
+        super().stay_in_place()
         if not is_compiling():
             for name in OWN:
-                torch._dynamo.mark_static_address(getattr(self, name))
+                if getattr(self, name) is not None:
+                    torch._dynamo.mark_static_address(getattr(self, name))
 
     def make_room(self, length: int) -> None:
         super().make_room(length)
@@ -89,6 +94,7 @@ class PinningLayer(StreamingLayer):
                 pad(t, (0, 0, 0, more)) for t in (self.pinned_keys, self.pinned_values)
             )
             self.numbers, self.marked = pad(self.numbers, (0, more), value=-1), pad(self.marked, (0, more))
+        self.stay_in_place()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, padding: Tensor | None = None, in_place: bool = False,
@@ -155,6 +161,7 @@ class PinningLayer(StreamingLayer):
         if wider and marks is not None:
             with torch.inference_mode(False):
                 self.slot_marks = self._widened(marks, before, padding)
+            self.stay_in_place()
 
     def reset(self) -> None:
         super().reset()
@@ -192,6 +199,7 @@ class PinningLayer(StreamingLayer):
         for name in OWN:
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+        self.stay_in_place()
 
 
 # tensors of a row each

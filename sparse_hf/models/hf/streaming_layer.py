@@ -82,11 +82,15 @@ class StreamingLayer(CacheLayerMixin):
                 for t in (key_states, value_states)
             )
             self.counter = self.counter.to(self.device)
-        if not is_compiling():
-            # CUDA graphs write to where they wrote before
-            for t in (self.keys, self.values, self.counter):
-                torch._dynamo.mark_static_address(t)
+        self.stay_in_place()
         self.is_initialized = True
+
+    def stay_in_place(self) -> None:
+        """Have CUDA graphs write to where they wrote before; they would be skipped for tensors that nobody says this of."""
+        if not is_compiling():
+            for t in (self.keys, self.values, self.counter):
+                if t is not None:
+                    torch._dynamo.mark_static_address(t)
 
     def make_room(self, length: int) -> None:
         """Have slots for so many tokens, if it keeps all. Some to spare: a graph is of one number of slots."""
@@ -97,6 +101,7 @@ class StreamingLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             with torch.inference_mode(False):
                 self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+            self.stay_in_place()
 
     def widen(self, spare: int, padding: Tensor | None = None) -> None:
         """Have so many slots to spare, at least.
@@ -113,6 +118,7 @@ class StreamingLayer(CacheLayerMixin):
             return
         with torch.inference_mode(False):
             self.keys, self.values = (self._widened(t, before, padding) for t in held if t is not None)
+        self.stay_in_place()
 
     def _widened(self, held: Tensor, before: Ring, padding: Tensor | None) -> Tensor:
         """Slots `[B, G, S, D]` of the ring before, as the wider ring has them."""
@@ -271,10 +277,12 @@ class StreamingLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (t.repeat_interleave(repeats, 0) for t in (self.keys, self.values))
+            self.stay_in_place()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (t[indices] for t in (self.keys, self.values))
+            self.stay_in_place()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         # in place: a graph goes on with the tensors that it knows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...attention.chosen import Latents
 from ...attention.chosen.latent import why_not
-from ..hf.chosen_keys import LATENTS, refuse_graphs
+from ..hf.chosen_keys import LATENTS, learning, refuse_graphs
 
 # may the layer that is computed leave its latents as they are?
 _MAY_SHARE: ContextVar[bool] = ContextVar("may share latents", default=False)
@@ -47,9 +47,9 @@ class LatentAttention(torch.nn.Module):
     def _may_share(self, args: tuple, kwargs: dict) -> bool:
         states = args[0] if args else kwargs["hidden_states"]
         drops = self.training and getattr(self.config, "attention_dropout", 0) > 0
-        is_plain = type(self.kv_b_proj) is torch.nn.Linear and self.kv_b_proj.bias is None
         autocast = torch.is_autocast_enabled(states.device.type)
-        return is_plain and not (drops or autocast or torch.is_grad_enabled())
+        # who learns looks at the keys
+        return _is_plain(self.kv_b_proj, states.device) and not drops and not autocast and learning() is None
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `[B, H, K, D + P]` and values `[B, H, K, E]` of latents `[B, 1, K, L]` and `[B, 1, K, P]`, or what has their shapes."""
@@ -63,6 +63,15 @@ class LatentAttention(torch.nn.Module):
         LATENTS.set(latents)
         key, value = (kv_nope.new_zeros(1, 1, 1, 1).expand(batch, self.num_heads, keys, width) for width in widths)
         return key, value
+
+
+def _is_plain(projection: Any, device: torch.device) -> bool:
+    """Is a projection its weight, and nothing that others put around it, as when weights are shared out or swapped in?"""
+    if type(projection) is not torch.nn.Linear or projection.bias is not None:
+        return False
+    weight, around = projection.weight, (projection._forward_hooks, projection._forward_pre_hooks)
+    is_whole = weight.shape == (projection.out_features, projection.in_features) and weight.device == device
+    return is_whole and "forward" not in vars(projection) and not any(around)
 
 
 @cache

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ...attention.backend import AttentionCall
 from ...attention.chosen import IndexerScores, Limits
-from ...attention.composite.chosen import rest_of
+from ...attention.composite.chosen_rest import find_rest
 from ...attention.composite.content import positions_plan
 from ...pattern.base import whole
 from ...pattern.forms import EVERYTHING, read_content
@@ -172,7 +172,7 @@ class IndexerLosses(Learning):
         assert call.pattern is not None
         positions = positions_plan(call)
         chosen = next(one for one in read_content(call.pattern).chosen if one.content.uses_indexer)
-        limits, seen = rest_of(call, chosen.cut, positions).limits, all_that_is_seen(call, positions)
+        limits, seen = find_rest(positions, chosen.cut, call.q.shape[0]).limits, all_that_is_seen(call, positions)
         queries = slice(int(torch.randint(self.every, ())), None, self.every)
         self.each.append(indexer_loss(call.indexed, call.q, call.k, limits, call.scoring.scale, seen, queries))
 

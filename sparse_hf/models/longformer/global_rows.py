@@ -20,14 +20,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
+from ...pattern.per_head import PerHead
 from ...plan import NOTHING
 from ..hf.config import SparseConfigMixin
+from ..hf.joined import joined_attention
 from ..hf.own_modules import attend_by_pattern, backend_of
 from ..hf.processes import owes_gradients
+from ..hf.projections import are_plain, is_host_bound, joined
 from ..hf.tensor_parallel import own_heads
 from ..hf.text_parts import TextPart
-from .halves import ALL_KEYS, halves
-from .projections import are_plain, is_host_bound, joined
+from .halves import ALL_KEYS, AskedOfHalves, both_halves, halves
 from .rows import marked_only, replaced_rows, taken, write_rows
 from .tokens import MarkedRows, Tokens
 from .unprojected import unprojected_rows
@@ -62,18 +64,21 @@ class GlobalRowsMixin(_Module):
         if tokens.part is not None:
             return (self._of_part(hidden_states, pattern, tokens.part),)
         joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
+        heads = self._projections(LOCAL)[0].weight.shape[0] // self.head_dim
+        local, rows = halves(own_heads(pattern, self, heads, self.num_heads))
         # marked tokens that see every key need no plan, unless weights are drawn or shown
         sees_all = tokens.rows is not None and not (self.training and self.dropout) and not output_attentions
-        names = LOCAL + GLOBAL if joins and sees_all and halves(pattern)[1] == ALL_KEYS else LOCAL
-        q, k, v, *of_marked = self._project(names, hidden_states, joins)
-        local, rows = halves(own_heads(pattern, self, q.shape[2] // self.head_dim, self.num_heads))
+        both = both_halves(local, rows, heads) if joins and sees_all else None
+        if both is not None:
+            return (self._in_one_node(hidden_states, both, tokens),)
+        q, k, v = self._project(LOCAL, hidden_states, joins)
         out, weights = self._attend((q, k, v), local, tokens, output_attentions)
         if rows is None or tokens.marks is None:
             out = _by_token(out)
             out = out if rows is None else self._keep_gradients(out, hidden_states)
         elif rows == ALL_KEYS and sees_all:
             assert tokens.rows is not None
-            out = self._full_rows(_by_token(out), hidden_states, tokens.rows, of_marked)
+            out = self._full_rows(_by_token(out), hidden_states, tokens.rows)
         elif rows == ALL_KEYS and tokens.batch.segments is None and not output_attentions:
             out = _by_token(self._sorted_rows(out, hidden_states, tokens))
         else:
@@ -98,24 +103,23 @@ class GlobalRowsMixin(_Module):
         found = part.marked_rows(replace(call, q=q, k=k, v=v, pattern=rows), out)
         return self._keep_gradients(_by_token(out), states) if found is None else _by_token(found)
 
-    def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows, of_marked: Sequence[Tensor]) -> Tensor:
-        """`out` `[B, N, E]` with the rows of marked tokens replaced, which see every key: M * N work, wherever they are.
+    def _in_one_node(self, states: Tensor, pattern: PerHead, tokens: Tokens) -> Tensor:
+        """Attention `[B, N, E]`, where the host is what takes time."""
+        pairs = zip(self._projections(LOCAL), self._projections(GLOBAL), strict=True)
+        scoring, backend, batch = Scoring(self.head_dim**-0.5), backend_of(self.config), tokens.batch
+        asked = AskedOfHalves(pattern, self.head_dim, scoring, batch, backend, batch.memo, tokens=tokens)
+        return joined_attention(states, [module for pair in pairs for module in pair], asked)
 
-        Args:
-            of_marked: queries, keys and values of all tokens, if they are there already.
-        """
+    def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows) -> Tensor:
+        """`out` `[B, N, E]` with the rows of marked tokens replaced, which see every key: M * N work, wherever they are."""
         query, key, value = projections = self._projections(GLOBAL)
         most = len(where.index) // len(states)
         # rare queries are brought to the states rather than all states to them. Weights are read for it
         is_less_work = 2 * most * self.num_heads <= states.shape[2]
-        if not of_marked and is_less_work and are_plain(projections):
+        if is_less_work and are_plain(projections):
             return unprojected_rows(out, states, where, self.head_dim, (query, key, value))
-        if of_marked:
-            q, k, v = of_marked
-            q = q.flatten(0, 1).index_select(0, where.index)
-        else:
-            q = query(states.flatten(0, 1).index_select(0, where.index))
-            k, v = key(states), value(states)
+        q = query(states.flatten(0, 1).index_select(0, where.index))
+        k, v = key(states), value(states)
         q = q.view(len(states), most, -1)  # [B, M, E]
         mask = None if where.seen is None else where.seen[:, None]
         q, k, v = map(self._heads, (q, k, v))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ...pattern import FULL, First, Marked, MarkedKeys, MarkedQueries, Pattern
 from ...pattern.base import Marks
+from ...pattern.per_head import PerHead
+from ..hf.joined import Asked
+from .tokens import Tokens
 
 # the rows of marked tokens that see everything
 ALL_KEYS = str(MarkedQueries())
@@ -34,6 +39,36 @@ def _cached_halves(text: str) -> tuple[str, str | None]:
     if pattern.heads:
         return local, str(type(pattern)(*(p & MarkedQueries() for p in pattern.heads)))
     return local, str(pattern & MarkedQueries())
+
+
+@lru_cache(maxsize=256)
+def both_halves(local: str, rows: str | None, heads: int) -> PerHead | None:
+    """One pattern for twice the heads, those of all tokens and then those of marked ones; None where there is none such."""
+    if rows is None:
+        return None
+    both = Pattern.parse(local), Pattern.parse(rows)
+    if any(half.uses_content for half in both):
+        return None
+    return PerHead(*(one for half in both for one in half.heads or (half,) * heads))
+
+
+@dataclass(frozen=True, eq=False)
+class AskedOfHalves(Asked):
+    """Attention of twice the heads: those of all tokens, and those of marked ones; each token keeps what its half gave.
+
+    Args:
+        tokens: what the batch says of its tokens.
+    """
+
+    tokens: Tokens = field(kw_only=True)
+
+    def taken(self, out: Tensor) -> Tensor:
+        of_all, of_marked = out.chunk(2, dim=2)
+        return torch.where(self.tokens.halves(out.dtype)[0], of_marked, of_all)
+
+    def given_back(self, grad: Tensor) -> Tensor:
+        # each half has the gradient of its tokens, and 0 of the others
+        return (grad[:, :, None] * self.tokens.halves(grad.dtype)[1]).flatten(2)
 
 
 def _holds_everything(pattern: Pattern) -> bool:

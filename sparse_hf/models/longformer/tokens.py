@@ -59,6 +59,15 @@ class Tokens:
         """`[B, N]` bool."""
         return self.batch.marks
 
+    def halves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Which tokens are marked, `[B, N, 1]` bool, and 1 in the half of rows that each token is of, `[B, N, 2, 1]`: all, or marked."""
+        own = "halves", dtype
+        if own not in self.batch.memo:
+            assert self.marks is not None
+            marks = self.marks[..., None]
+            self.batch.remember(own, (marks, torch.cat((~marks, marks), dim=2).to(dtype)[..., None]))
+        return self.batch.memo[own]
+
     def to(self, device: torch.device | str | int) -> Tokens:
         """On a device; layers that are spread over several share what was moved."""
         device = torch.empty(0, device=device).device

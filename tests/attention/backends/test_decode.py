@@ -21,6 +21,7 @@ def decoded(q, k, v, pattern: str, **given) -> torch.Tensor:
     return attend(call, DECODE)[0]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_exact(pattern, case):

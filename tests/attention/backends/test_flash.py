@@ -28,6 +28,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(flash, "kernels", lambda q: Plain)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_merge_and_its_gradients_are_exact(pattern, case, plain):

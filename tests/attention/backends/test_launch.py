@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from sparse_hf import sparse_attention
 from sparse_hf.attention import launch as module
 
 
@@ -88,3 +91,93 @@ def test_memory_is_bounded(kernel, monkeypatch):
     for stride in range(9):
         call(kernel, torch.zeros(64), strides=(stride,))
     assert len(module._compiled) <= 3
+
+
+class Launcher:
+    """As Triton's own: what it is made of stands between the stream and the kernel's arguments."""
+
+    takes_tuple = False
+
+    def __init__(self, seen: list, scratch: int = 0):
+        self.launch, self.global_scratch_size, self.cooperative = lambda *given: seen.append(given), scratch, False
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        metadata, arguments = rest[:4], rest[4:]
+        if self.takes_tuple:
+            self.launch(x, y, z, stream, function, self.cooperative, *metadata, None, arguments)
+        else:
+            self.launch(x, y, z, stream, function, self.cooperative, None, *metadata, *arguments)
+
+
+class TupleLauncher(Launcher):
+    takes_tuple = True
+
+
+class OlderLauncher(Launcher):
+    """One of another signature."""
+
+    def __call__(self, grid, stream):
+        raise AssertionError("never reached")
+
+
+class Loaded:
+    """A compiled kernel with the launcher of its versions of Triton."""
+
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self, launcher, hooked: list):
+        self.run, self.hooked = launcher, hooked
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.hooked.append((grid, stream, arguments))
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    triton = pytest.importorskip("triton")
+    found = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setattr(triton.knobs, "runtime", found)
+    return found
+
+
+@pytest.mark.parametrize("kind", [Launcher, TupleLauncher])
+def test_nobody_is_asked_between_a_launch_and_the_function_in_c(kind, runtime):
+    seen, plain = [], []
+    launcher = kind(seen)
+    run = module.runner(Loaded(launcher, plain), (2, 5, 1))
+    run(99, (1, 2, 3))
+    # the same as Triton's own way
+    launcher(2, 5, 1, 99, 7, (4, 1, 0), None, None, None, 1, 2, 3)
+    assert seen[0] == seen[1] and len(seen) == 2 and not plain
+
+
+@pytest.mark.parametrize("kind", [Launcher, TupleLauncher])
+def test_whoever_watches_launches_is_told(kind, runtime):
+    seen, plain = [], []
+    run = module.runner(Loaded(kind(seen), plain), (2, 5, 1))
+    for hook in (print, SimpleNamespace(calls=[print])):
+        runtime.launch_enter_hook = hook
+        run(99, (1,))
+    runtime.launch_enter_hook = None
+    run(99, (1,))
+    assert plain == [((2, 5, 1), 99, (1,))] * 2 and len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [OlderLauncher([]), Launcher([], scratch=16), print, None],
+    ids=["signature", "scratch", "function", "none"],
+)
+def test_launchers_that_are_not_as_known_are_left_to_triton(launcher, runtime):
+    plain = []
+    module.runner(Loaded(launcher, plain), (2, 5, 1))(99, (1,))
+    assert plain == [((2, 5, 1), 99, (1,))]
+
+
+@pytest.mark.gpu
+def test_triton_s_own_way_is_known():
+    """What is launched beneath its steps gives the same; a version that is called otherwise is to be looked at."""
+    q, k, v = (torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    results = [sparse_attention(q, k, v, "window(9, 9) | first(1)", backend="triton") for _ in range(3)]
+    assert all(torch.equal(results[0], one) for one in results[1:])
+    assert any(module._beneath(compiled, (1, 1, 1)) is not None for compiled in module._compiled.values())

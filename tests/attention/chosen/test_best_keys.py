@@ -72,6 +72,7 @@ def test_zeros_of_either_sign_are_equal():
     assert choose(Table(scores), 2)[0, 0, 0].tolist() == [0, 1]
 
 
+@pytest.mark.cross
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("count", [1, 7, 60])
 @pytest.mark.parametrize("kind", ["normal", "ties", "below zero", "two keys"])

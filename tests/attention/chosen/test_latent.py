@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf.attention.chosen import attend_latent, latent
+from sparse_hf.attention.chosen import attend_latent, latent, latent_passes
 from sparse_hf.attention.chosen.latent import Latents
 from tests.attention.chosen.test_attend import dense
 from tests.attention.exactness import DEVICE
@@ -31,12 +31,18 @@ def test_equals_dense_attention(dtype):
     torch.testing.assert_close(attend_latent(query, latents, index, scale=0.3).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def in_small_tiles(monkeypatch, heads):
+    """Two queries at a time forward, and two backward."""
+    monkeypatch.setattr(latent_passes, "MAX_PROJECTED", 2 * heads * 24 * 2)
+    monkeypatch.setattr(latent_passes, "MAX_ADDED", 2 * 9 * 32)
+    for name in ("HEADS", "KEYS", "GRADIENT_KEYS"):
+        monkeypatch.setattr(latent_passes, name, 16)
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("heads", [6, 40])
 def test_kernel_equals_dense_attention(heads, monkeypatch):
-    monkeypatch.setattr(latent, "MAX_PROJECTED", 2 * heads * 24 * 2)
-    monkeypatch.setattr(latent, "HEADS", 16)
-    monkeypatch.setattr(latent, "KEYS", 16)
+    in_small_tiles(monkeypatch, heads)
     query, latents, index, exact = drawn(torch.float16, heads)
     query, index = query.to(DEVICE), index.to(DEVICE)
     latents = Latents(*(t.to(DEVICE) for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
@@ -57,17 +63,62 @@ def test_latents_of_published_widths_on_a_gpu(dtype):
     assert float((found - exact).norm() / exact.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
-def test_gradients():
-    query, latents, index, _ = drawn(torch.float64)
+def gradients(attend, query, latents, index, scale, weight):
+    """Of the sum of an output times `weight`."""
     parts = latents.latent, latents.turned, latents.up_key, latents.up_value
-    leaves = [t.requires_grad_() for t in (query, *parts)]
+    leaves = [t.detach().clone().requires_grad_() for t in (query, *parts)]
+    out = attend(leaves[0], Latents(*leaves[1:]), index, scale)
+    return torch.autograd.grad((out * weight.to(out)).sum(), leaves)
 
-    def exact(query, *parts):
-        return dense(index, 6, 20, scale=0.3)(query, *Latents(*parts).keys_and_values())[0]
 
-    def ours(query, *parts):
-        return attend_latent(query, Latents(*parts), index, scale=0.3)
+def by_dense(query, latents, index, scale):
+    return dense(index, query.shape[1], latents.latent.shape[1], scale=scale)(query, *latents.keys_and_values())[0]
 
-    found = (torch.autograd.grad(attend(*leaves).square().sum(), leaves) for attend in (exact, ours))
-    for one, other in zip(*found, strict=True):
+
+def ours(query, latents, index, scale):
+    return attend_latent(query, latents, index, scale=scale)
+
+
+def in_doubles(latents):
+    return Latents(*(t.double() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
+
+
+def test_gradients():
+    query, latents, index, exact = drawn(torch.float64)
+    weight = torch.randn_like(exact)
+    wanted, found = (gradients(attend, query, latents, index, 0.3, weight) for attend in (by_dense, ours))
+    for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("heads", "shares"), [(6, False), (40, False), (6, True)])
+def test_gradients_of_the_kernels(heads, shares, monkeypatch):
+    in_small_tiles(monkeypatch, heads)
+    query, latents, index, exact = drawn(torch.float16, heads)
+    # a choice that rows of the batch share, and one that a text ends within
+    index = index[:1] if shares else index
+    weight = torch.randn_like(exact) / 4
+    wanted = gradients(by_dense, query.double(), in_doubles(latents), index.expand(2, -1, -1, -1), 0.3, weight)
+    on_device = Latents(*(t.to(DEVICE) for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
+    given = query.to(DEVICE), on_device, index.to(DEVICE), 0.3, weight.to(DEVICE)
+    assert latent.why_not(*given[:2]) is None
+    found, again = gradients(ours, *given), gradients(ours, *given)
+    for one, other, right in zip(found, again, wanted, strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.float16
+        assert float((one.cpu().double() - right).norm() / right.norm()) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_published_widths_on_a_gpu(dtype, monkeypatch):
+    monkeypatch.setattr(latent_passes, "MAX_ADDED", 15 * 200 * 576)
+    query, latents, index, exact = drawn(dtype, 128, 40, 300, 200, 512, 64, batch=1)
+    weight = torch.randn_like(exact)
+    wanted = gradients(by_dense, query.double(), in_doubles(latents), index, 0.02, weight)
+    on_device = Latents(*(t.cuda() for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
+    given = query.cuda(), on_device, index.cuda(), 0.02, weight.cuda()
+    found, again = gradients(ours, *given), gradients(ours, *given)
+    for one, other, right in zip(found, again, wanted, strict=True):
+        assert torch.equal(one, other)
+        assert float((one.cpu().double() - right).norm() / right.norm()) < (2e-2 if dtype == torch.bfloat16 else 4e-3)

@@ -9,13 +9,16 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.attention.chosen import best_keys
+from sparse_hf.attention.chosen import best_keys, gathers, selection
 from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_scores
+from sparse_hf.attention.composite.content import held_by
+from sparse_hf.attention.dispatch import content_plan
+from sparse_hf.bench.exactness import plain_call
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention import choices
-from tests.attention.exactness import compare, leaves, tensors
+from tests.attention.exactness import DEVICE, compare, compare_choice, leaves, tensors
 from tests.models.families import dense_model
 from tests.table import SCENARIOS
 
@@ -24,6 +27,7 @@ TOKENS = "window(6, 0) | first(2) | topk(8)"
 IN_TILES = "window(6, 0) | topk_blocks(2, 16, 'bounds', 16)"
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", SCENARIOS)
 @pytest.mark.parametrize("text", choices.PATTERNS)
 def test_equals_the_definition(text, case):
@@ -94,12 +98,12 @@ def test_compiled_gradients(text):
 SHARED = "topk_blocks(3, 64, 'antidiagonal', 64)"
 
 
+@pytest.mark.parametrize("length", [8_256, pytest.param(16_411, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", [TOKENS, BLOCKS, "topk_blocks(3, 64, 'bounds')", SHARED, "vertical_slash(5, 3, 16)"])
-def test_no_tensor_has_two_lengths(text, monkeypatch):
+def test_no_tensor_has_two_lengths(text, length, monkeypatch):
     # as few scores at once as a longer text has
     monkeypatch.setattr(best_keys, "MAX_SCORES", 1 << 16)
     monkeypatch.setattr(chosen_scores, "MAX_NUMBERS", 1 << 16)
-    length = 8_256
     q, k, v = leaves(*[(1, 1, length, 8)] * 3)
     with AllocationInterceptor(length) as seen:
         sparse_attention(q, k, v, f"({text}) & window(None, 0)").sum().backward()
@@ -157,6 +161,47 @@ def test_packed_equals_separate(text):
     torch.testing.assert_close(packed, torch.cat([ours(t).logits for t in (one, two)], 1), rtol=1e-4, atol=1e-5)
 
 
+# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query
+OF_BLOCKS = [
+    ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (16, 1, 16), 1),
+    ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (4, 2, 16), 2),
+    ("(window(5, 0) | topk_blocks(3, 16, 'bounds')) & window(40, 0)", (2, 1, 24), 2),
+    ("topk_blocks(2, 32, 'mean', 1, 'group')", (6, 2, 16), 2),
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("text", "shape", "times"), OF_BLOCKS)
+def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
+    monkeypatch.setattr(gathers, "BLOCK_CHOOSERS", 10)
+    monkeypatch.setattr(gathers, "MAX_PARTS", 8000)
+    made, of_blocks = [], gathers._choosers_of_blocks
+    monkeypatch.setattr(gathers, "_choosers_of_blocks", lambda *given: made.append(given) or of_blocks(*given))
+    given = tensors(shape, 26, 26, torch.float16)
+    # the choice itself in plain PyTorch, which the interpreter takes long for
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    on_device = [t.to(DEVICE) for t in given]
+    call = plain_call(*on_device, Pattern.parse(text))
+    mask = held_by(content_plan(call), call, torch.arange(26, device=DEVICE)).cpu()
+    compare_choice(text, given, mask, torch.float16, backend="triton")
+    assert len(made) == times
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "per", "shape"), [(64, "group", (32, 2, 128)), (64, "head", (4, 4, 64)), (128, "group", (8, 2, 80))]
+)
+def test_blocks_on_a_gpu(dtype, size, per, shape):
+    text = f"topk_blocks(4, {size}, 'mean', 1, '{per}') & window(None, 0)"
+    given = tensors(shape, 1100, 1100, dtype, "cuda")
+    call = plain_call(*given, Pattern.parse(text))
+    mask = held_by(content_plan(call), call, torch.arange(1100, device="cuda")).cpu()
+    compare_choice(text, given, mask, dtype)
+    found = [oracle.gradients(lambda *t: sparse_attention(*t, text, return_lse=True), *given) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def _attend(text: str, **options):
     return lambda: sparse_attention(*tensors((4, 2, 16), 40, 40, torch.float32), text, **options)
 
@@ -166,6 +211,7 @@ def _attend(text: str, **options):
     [
         (lambda: Pattern.parse("topk(0)"), "topk: count is 0; it must be a whole number of at least 1"),
         (lambda: Pattern.parse("topk_blocks(4, 8, 'most')"), "the known ones are 'mean', 'bounds', 'antidiagonal'"),
+        (lambda: Pattern.parse("topk_blocks(4, 8, per='all')"), "per is 'all'; the known ones are 'head', 'group'"),
         (lambda: Pattern.parse("topk_blocks(4, 8, 'mean', 12)"), "12 queries choose blocks of 8 keys together"),
         (lambda: Pattern.parse("topk_blocks(4, 16, 'antidiagonal', 8)"), "both are multiples of 16"),
         (lambda: Pattern.parse("vertical_slash(4, 0)"), "diagonals is 0; it must be a whole number of at least 1"),

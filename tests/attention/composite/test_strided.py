@@ -36,6 +36,7 @@ def cases(step: int = 1, shift: int = 0):
     ]  # fmt: skip
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases())
 def test_regrouped_is_exact(pattern, length, case, shape, always):
     # queries that are not all the tokens stay as blocks, and so do global tokens that see a part of the stride
@@ -48,11 +49,13 @@ def test_regrouped_is_exact(pattern, length, case, shape, always):
     compare("blockwise", pattern, length, case, shape, torch.float32)
 
 
+@pytest.mark.cross("length", "case", "shape")
 @pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(5))
 def test_regrouped_is_exact_in_bfloat16(pattern, length, case, shape, always):
     compare("auto", pattern, length, case, shape, torch.bfloat16)
 
 
+@pytest.mark.cross("length", "case", "shape")
 @pytest.mark.parametrize(("pattern", "length", "case", "shape"), cases(3))
 def test_regrouped_is_exact_in_float64(pattern, length, case, shape, always):
     q_len, given, data = batch_of(case, length)

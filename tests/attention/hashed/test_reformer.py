@@ -75,6 +75,7 @@ def counted(buckets, real, chunking: Chunking, is_causal: bool, sees_itself: boo
     return counts
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("is_causal", "sees_itself"), [(True, True), (True, False), (False, True), (False, False)])

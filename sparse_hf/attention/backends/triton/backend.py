@@ -8,8 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ class Triton(Backend):
     """The kernels of `kernels.py` over lists of tiles."""
 
     name = "triton"
+    writes_into = True
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.scoring.bias is not None:
@@ -42,37 +42,45 @@ class Triton(Backend):
 
     def forward(self, call: AttentionCall) -> Results:
         q, k, v = _readable(call, call.q, call.k, call.v)
-        out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if q.numel():
-            _walk(call).forward(q, k, v, out, lse)
-        return out[..., : call.v.shape[-1]], lse
+            _walk(call).forward(q, k, v, out, lse, call.dropout)
+        return _cut(out, call.v), lse
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
         q, k, v, out, grad_out = _readable(call, call.q, call.k, call.v, given.out, given.some_grad_out)
-        grads = like(q), like(k), like(v)
+        is_one_width = call.q.shape[3] == call.v.shape[3]
+        grads = given.into if given.into is not None and is_one_width else (like(q), like(k), like(v))
         if q.numel():
-            _walk(call).backward((q, k, v), (out, given.lse), (grad_out, given.grad_lse), grads)
+            _walk(call).backward((q, k, v), (out, given.lse), (grad_out, given.grad_lse), grads, call.dropout)
         else:
             for grad in grads:
                 grad.zero_()
-        of_q, of_k, of_v = (g[..., : t.shape[-1]] for g, t in zip(grads, (call.q, call.k, call.v), strict=True))
-        return of_q, of_k, of_v, None
+        return _cut(grads[0], call.q), _cut(grads[1], call.k), _cut(grads[2], call.v), None
 
 
-def _readable(call: AttentionCall, *tensors: Tensor) -> Iterator[Tensor]:
+def _readable(call: AttentionCall, *tensors: Tensor) -> Sequence[Tensor]:
     """Tensors of a call as kernels read them; where values are wider or narrower than keys, with zeros up to one head dim."""
-    widest = max(call.q.shape[-1], call.v.shape[-1])
-    return (readable(t if t.shape[-1] == widest else pad(t, (0, widest - t.shape[-1]))) for t in tensors)
+    of_keys, of_values = call.q.shape[3], call.v.shape[3]
+    if of_keys != of_values:
+        widest = max(of_keys, of_values)
+        tensors = tuple([t if t.shape[3] == widest else pad(t, (0, widest - t.shape[3])) for t in tensors])
+    return [readable(t) for t in tensors]
+
+
+def _cut(t: Tensor, to: Tensor) -> Tensor:
+    """`t` with as many numbers a head as `to` has."""
+    # a slice of all of them would be one more view, in every call
+    return t if t.shape[3] == to.shape[3] else t[..., : to.shape[3]]
 
 
 def _walk(call: AttentionCall) -> Walk:
-    scoring, dropout = call.scoring, call.dropout
-    walk = _plain_walk(call.blocks, call.q.shape[0], call.q.shape[1], scoring.scale, scoring.softcap)
-    return replace(walk, dropout=dropout) if dropout else walk
+    scoring = call.scoring
+    return _found_walk(call.blocks, call.q.shape[0], call.q.shape[1], scoring.scale, scoring.softcap)
 
 
 @remembered
-def _plain_walk(plan: BlockPlan, batch: int, num_heads: int, scale: float, softcap: float | None) -> Walk:
+def _found_walk(plan: BlockPlan, batch: int, num_heads: int, scale: float, softcap: float | None) -> Walk:
     return Walk(tile_lists(plan, tile_size(plan), batch, num_heads), Scoring(scale, softcap))
 
 

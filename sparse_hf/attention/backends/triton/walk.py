@@ -1,14 +1,15 @@
-"""One attention call of the Triton kernels over lists of tiles, prepared once for all calls that are alike.
+"""Attention calls of the Triton kernels over lists of tiles, prepared once for all that are alike.
 
 Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; W places of all rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Walk:
-    """One call of the kernels, which write to the tensors that they are given.
+    """Calls of the kernels over the same lists, which write to the tensors that they are given.
 
     `index` `[B * H, W]` says which token stands at each place, of `rounds` rounds; None: places are tokens. Of several rounds
     results are written by place, `[B, H, W, D]`, and have no segments. `relation` says which tokens of another order may see
@@ -76,24 +77,27 @@ class Walk:
 
     tiles: TileLists
     scoring: Scoring
-    dropout: Dropout = NO_DROPOUT
     index: Tensor | None = None
     rounds: int = 1
     relation: int = 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dropout: Dropout = NO_DROPOUT
+    ) -> None:  # fmt: skip
         """Write to `out` and `lse`."""
         lists = self.tiles.by_query
         segments = self._segments(lists, out, lse)
-        key = "forward", q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, *self._how
-        step = self._prepared(key, lambda: self._step("forward", q, k, (*strides_of(q, k, v, out), lse.shape[2])))
-        step((q, k, v, out, lse, *segments), self._seed)
+        key = "forward", dropout.p, q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, self._how
+        step = self._known.get(key) or self._keep(
+            key, self._step("forward", q, k, dropout.p, (*strides_of(q, k, v, out), lse.shape[2]))
+        )
+        step((q, k, v, out, lse, *segments), _seed(dropout))
         if lists.cut:
             self._join("merge_segments", lists, (*segments, lists.long, out, lse), (*strides_of(out), lse.shape[2]))
 
     def backward(
         self, inputs: Sequence[Tensor], results: Sequence[Tensor], given: tuple[Tensor, Tensor | None],
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor], dropout: Dropout = NO_DROPOUT,
     ) -> None:  # fmt: skip
         """Write the gradients of q, k and v to `grads`.
 
@@ -106,51 +110,48 @@ class Walk:
         lse = lse.contiguous()
         # anything will do where it is not read
         given_lse = lse if grad_lse is None else grad_lse.contiguous()
-        places = q.shape[2] if self.index is None else self.index.shape[1]
-        delta = torch.empty((q.shape[0], q.shape[1], places), dtype=torch.float32, device=q.device)
-        like = q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), grad_out.stride(), q.dtype, q.device
-
-        segments = self._segments(self.tiles.by_query, grad_q)
-        step = self._prepared(
-            ("queries", grad_lse is None, *like, *self._how),
-            lambda: self._step(
-                "gradients_of_queries", q, k, (*strides_of(grad_out, q, k, v, out, grad_q), lse.shape[2], places),
-                HAS_GRAD_LSE=grad_lse is not None,
-            ),
+        index, (by_query, by_key), seed = self.index, (self.tiles.by_query, self.tiles.by_key), _seed(dropout)
+        delta = torch.empty_like(lse) if index is None else lse.new_empty(*lse.shape[:2], index.shape[1])
+        key = (
+            "backward", grad_lse is None, dropout.p, q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(),
+            grad_out.stride(), *[grad.stride() for grad in grads], q.dtype, self._how,
         )  # fmt: skip
-        step((grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *segments), self._seed)
-        self._add(segments, self.tiles.by_query, (grad_q,))
+        steps = self._known.get(key)
+        if steps is None:
+            sizes, is_asked = (lse.shape[2], delta.shape[2]), grad_lse is not None
+            of_queries, of_both = strides_of(grad_out, q, k, v, out, grad_q), strides_of(grad_out, q, k, v, *of_keys)
+            steps = self._keep(key, (
+                self._step("gradients_of_queries", q, k, dropout.p, (*of_queries, *sizes), HAS_GRAD_LSE=is_asked),
+                self._step("gradients_of_keys", q, k, dropout.p, (*of_both, *sizes)),
+            ))  # fmt: skip
 
-        segments = self._segments(self.tiles.by_key, *of_keys)
-        step = self._prepared(
-            ("keys", *like, *self._how),
-            lambda: self._step(
-                "gradients_of_keys", q, k, (*strides_of(grad_out, q, k, v, *of_keys), lse.shape[2], places)
-            ),
-        )  # fmt: skip
-        step((grad_out, q, k, v, lse, delta, *of_keys, *segments), self._seed)
-        self._add(segments, self.tiles.by_key, of_keys)
+        segments = self._segments(by_query, grad_q)
+        steps[0]((grad_out, q, k, v, out, lse, given_lse, delta, grad_q, *segments), seed)
+        self._add(segments, by_query, (grad_q,))
+
+        segments = self._segments(by_key, *of_keys)
+        steps[1]((grad_out, q, k, v, lse, delta, *of_keys, *segments), seed)
+        self._add(segments, by_key, of_keys)
 
     @cached_property
     def _how(self) -> tuple:
-        scoring = self.scoring
-        return scoring.scale, scoring.softcap, self.dropout.p, self.relation, self.rounds, self.index is None
+        return self.scoring.scale, self.scoring.softcap, self.relation, self.rounds, self.index is None
 
-    @property
-    def _seed(self) -> int:
-        return 0 if self.dropout.seed is None else _word(int(self.dropout.seed))
+    @cached_property
+    def _known(self) -> dict[tuple, Any]:
+        """What was prepared for calls over these lists, which walks of other scores share."""
+        return self.tiles.__dict__.setdefault("_prepared", {})
 
-    def _prepared(self, key: tuple, prepare: Callable):
-        """What `prepare` gives, found once for calls over these lists that are alike."""
-        known = self.tiles.__dict__.setdefault("_prepared", {})
-        found = known.get(key)
-        if found is None:
-            if len(known) >= MAX_PREPARED:
-                known.clear()
-            found = known[key] = prepare()
-        return found
+    def _keep(self, key: tuple, prepared: Any) -> Any:
+        """`prepared`, found again for calls that are alike."""
+        if len(self._known) >= MAX_PREPARED:
+            self._known.clear()
+        self._known[key] = prepared
+        return prepared
 
-    def _step(self, name: str, q: Tensor, k: Tensor, strides: tuple[int, ...], **flags: bool) -> Step:
+    def _step(
+        self, name: str, q: Tensor, k: Tensor, dropout: float, strides: tuple[int, ...], **flags: bool
+    ) -> Step:  # fmt: skip
         """The launch of a kernel that walks lists: those of the queries, or of the keys."""
         from . import kernels
 
@@ -164,11 +165,11 @@ class Walk:
         constants = {
             **flags, "H": q.shape[1], "R": q.shape[1] // k.shape[1], "CUT": lists.cut > 0, "INDEXED": self.index is not None,
             "BY_PLACE": self.rounds > 1, "RELATION": self.relation, "HAS_CAP": self.scoring.softcap is not None,
-            "DROPOUT": self.dropout.p > 0, **self._shape(q), "PRECISION": "ieee",
+            "DROPOUT": dropout > 0, **self._shape(q), "PRECISION": "ieee",
         }  # fmt: skip
         grid, options = (lists.items, heads.shape[0] * heads.shape[1]), launch_options(q)[name != "forward"]
         width = 0 if self.index is None else self.index.shape[1]
-        of_seed = _word(threshold(self.dropout.p)), 1 / (1 - self.dropout.p)
+        of_seed = _word(threshold(dropout)), 1 / (1 - dropout)
         sizes = lists.cut, lists.lines, lists.limit, width, width, lists.lines // self.rounds
         return Step(
             Launch(getattr(kernels, name), grid, fixed, strides, constants, **options),
@@ -181,14 +182,15 @@ class Walk:
         total = tensors[3]
         batch, heads, length, _ = total.shape
 
-        def joiner() -> Launch:
+        key = name, len(lists.long), strides, total.shape, total.dtype, *flags.values()
+        join = self._known.get(key)
+        if join is None:
             from . import kernels
 
             constants = {"H": heads, **flags, **self._shape(total)}
-            return Launch(getattr(kernels, name), (len(lists.long), batch * heads), (), strides, constants)
-
-        alike = name, len(lists.long), strides, total.shape, total.dtype, total.device, *flags.values()
-        self._prepared(alike, joiner)(tensors, (length,))
+            grid = len(lists.long), batch * heads
+            join = self._keep(key, Launch(getattr(kernels, name), grid, (), strides, constants))
+        join(tensors, (length,))
 
     def _shape(self, q: Tensor) -> dict[str, int]:
         """The sides of what the kernels hold; the matrix units take powers of two from 16."""
@@ -213,6 +215,10 @@ class Walk:
             # of a single one both are the same, and the second is left alone
             tensors = segments[0], segments[-1], lists.long, grads[0], grads[-1]
             self._join("add_segments", lists, tensors, strides_of(grads[0], grads[-1]), TWO=len(grads) > 1)
+
+
+def _seed(dropout: Dropout) -> int:
+    return 0 if dropout.seed is None else _word(int(dropout.seed))
 
 
 def _word(number: int) -> int:
