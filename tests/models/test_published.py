@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import sparse_hf
+from tests.crosses import sampled
 from tests.models import bigbirds, families, longformers
-from tests.models.families import sampled
 
 HEADS = (
     "LongformerForMaskedLM",

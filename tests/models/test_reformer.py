@@ -11,8 +11,8 @@ import transformers
 
 import sparse_hf
 from sparse_hf.testing import AllocationInterceptor
+from tests.crosses import slow_but_for
 from tests.models import families, published_ranks
-from tests.models.families import slow_but_for
 from tests.models.reformers import HEADS, Hashes, answers, draw, exact, inputs, replica, stock_answers, stock_model
 
 # ours may err this many times as much as the stock class in float32 does, against the stock class in float64, plus roundings
