@@ -61,8 +61,9 @@ class Passes:
 
 def measured(model: Any, prompts: list[list[int]], new: int) -> dict[str, Any]:
     """Figures of a model that answers all prompts at once."""
-    blocks = sum(-(-(len(ids) + new) // PAGE) for ids in prompts)
-    given = ContinuousBatchingConfig(block_size=PAGE, num_blocks=blocks, max_batch_tokens=PIECE)
+    # Transformers admits no request to the last part of its memory
+    pages = 2 * sum(-(-(len(ids) + new) // PAGE) for ids in prompts)
+    given = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=PIECE)
     how = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1)
     begin = time.process_time()
     with Passes() as passes:

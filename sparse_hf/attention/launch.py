@@ -106,7 +106,8 @@ def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int | None, t
 def _beneath(compiled: Any, grid: tuple[int, int, int]) -> tuple[Callable, tuple, bool] | None:
     """The function in C under Triton's launcher of a kernel, what it is given between the stream and the kernel's arguments, and
     whether it takes these as one tuple; None where it is called in another way."""
-    launcher, given, stream, arguments = copy.copy(getattr(compiled, "run", None)), [], object(), (object(), object())
+    launcher: Any = copy.copy(getattr(compiled, "run", None))
+    given, stream, arguments = [], object(), (object(), object())
     own = getattr(launcher, "__dict__", {})
     if "launch" not in own or any(size for name, size in own.items() if name.endswith("scratch_size")):
         return None

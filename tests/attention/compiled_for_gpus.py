@@ -115,9 +115,12 @@ def add_marked_keys() -> None:
 CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("window(20, 0) | first(4)", softcap=2.0, dropout=0.1),
     lambda: attend("topk(8) & window(None, 0)", (32, 16)),
+    *(
+        lambda heads=heads: attend("topk_blocks(2, 64, per='group') & window(None, 0)", (128, 128), heads)
+        for heads in ((16, 1), (4, 4))
+    ),
     lambda: attend("(window(70, 0) | topk_blocks(2, 64, 'bounds', 64)) & window(None, 0)"),
     lambda: judge("(window(70, 0) | threshold(0.1)) & window(None, 0)"),
-    lambda: attend("topk_blocks(2, 64, per='group') & window(None, 0)", (128, 128), (16, 1)),
     choose_latents,
     decode,
     add_marked_keys,

@@ -13,7 +13,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("compiled_for_gpus.py")
 ROOT = SCRIPT.parent.parent.parent
 ROOMS = (
-    "backends.triton.kernels", "chosen.kernels", "chosen.selection_kernels", "chosen.latent_kernels", "slots.kernels",
+    "backends.triton.kernels", "chosen.kernels", "chosen.block_kernels", "chosen.selection_kernels", "chosen.latent_kernels",
+    "slots.kernels",
     "backends.flash.column_kernels", "composite.global_token_kernels",
     "composite.chosen_list_kernels", "composite.chosen_threshold_kernels",
     "composite.chosen_block_kernels",

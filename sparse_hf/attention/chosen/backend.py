@@ -6,12 +6,13 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim; C he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..backend import AttentionCall, Backend, Given, Gradients, Results
-from . import gathers, pieces
+from . import by_blocks, gathers, pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,14 @@ class GatheredKeys(Backend):
         return None if call.scoring.bias is None else "keys that are chosen have no relative bias"
 
     def forward(self, call: AttentionCall) -> Results:
-        return (pieces if gathers.why_not(call) else gathers).forward(call)
+        return _way(call).forward(call)
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        return (pieces if gathers.why_not(call) else gathers).backward(call, given)
+        return _way(call).backward(call, given)
+
+
+def _way(call: AttentionCall) -> ModuleType:
+    """What computes a call."""
+    if gathers.why_not(call):
+        return pieces
+    return by_blocks if by_blocks.is_better(call) else gathers

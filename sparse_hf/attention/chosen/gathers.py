@@ -51,6 +51,11 @@ class Choosers:
     key: Tensor  # [B or 1, C, S] int32: the key of each segment, K where there is none
     limit: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As kernels take them."""
+        return self.query, self.offsets, self.firsts, self.key
+
 
 def choosers(index: Tensor, num_keys: int, limit: int | None = None) -> Choosers:
     """The lists of a choice `[B or 1, C, Q, N]`."""
@@ -70,11 +75,15 @@ def choosers(index: Tensor, num_keys: int, limit: int | None = None) -> Choosers
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What all kernels are told of a call."""
 
     call: AttentionCall
     index: Tensor
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Shape:
+        return cls(call, call.plan.index.int().contiguous())
 
     @property
     def rows(self) -> int:
@@ -115,12 +124,24 @@ class _Shape:
         tiles = {"BR": heads, "BP": CHOOSERS // heads}
         return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
-    def of_blocks(self, size: int) -> dict:
-        """Of the one that makes those of a block."""
-        heads = min(BLOCK_ROWS, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": BLOCK_ROWS // heads, "S": size}
-        cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
-        return {**self.heads, **tiles, **self.dims, **cap}
+    def of_blocks(self, size: int, rows: int) -> dict:
+        """Of those that go block by block."""
+        heads = min(rows, power_of_two(self.heads["R"]))
+        tiles = {"BR": heads, "BP": rows // heads, "S": size}
+        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+
+    def empty_gradients(self, *of: Tensor) -> list[Tensor]:
+        """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards."""
+        batch, groups, keys, _ = of[0].shape
+        work = of[0].dtype if self.rows == groups else torch.float32
+        return [torch.empty(batch, self.rows, keys, t.shape[3], dtype=work, device=t.device) for t in of]
+
+    def of_key_heads(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """`[B, G, K, D]` of each, as keys are."""
+        groups, dtype = self.call.k.shape[1], self.call.k.dtype
+        if self.rows > groups:
+            grads = [grad.unflatten(1, (groups, -1)).sum(2).to(dtype) for grad in grads]
+        return grads[0], grads[1]
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -133,7 +154,7 @@ class _Shape:
         return self.index.shape[1] if self.index.shape[0] > 1 else 0
 
 
-def _block_size(call: AttentionCall) -> int:
+def block_size(call: AttentionCall) -> int:
     """The keys of a block of the choice, where their gradients are made together; else 1."""
     size = call.plan.size
     fits = size in BLOCK_SIZES and max(call.q.shape[3], call.v.shape[3]) <= MAX_BLOCK_DIM
@@ -147,9 +168,19 @@ def _choosers_of_blocks(index: Tensor, size: int, num_keys: int) -> Choosers:
     return choosers(block.flatten(2)[..., None], -(-num_keys // size), BLOCK_CHOOSERS)
 
 
-def _shape(call: AttentionCall) -> tuple[_Shape, Tensor, Tensor, Tensor]:
-    index = call.plan.index.int().contiguous()
-    return _Shape(call, index), readable(call.q), readable(call.k), readable(call.v)
+def lists_of(shape: Shape, size: int) -> Choosers:
+    """The lists of keys, or of blocks of keys."""
+    keys = shape.call.k.shape[2]
+    return choosers(shape.index, keys) if size == 1 else _choosers_of_blocks(shape.index, size, keys)
+
+
+def options_of_blocks(size: int, k: Tensor, v: Tensor) -> dict[str, int]:
+    """How a program is run that has a block of keys and values."""
+    return {"num_warps": 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8, "num_stages": 2}
+
+
+def _shape(call: AttentionCall) -> tuple[Shape, Tensor, Tensor, Tensor]:
+    return Shape.of(call), readable(call.q), readable(call.k), readable(call.v)
 
 
 def forward(call: AttentionCall) -> Results:
@@ -192,39 +223,40 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
 
 
-def _of_keys(shape: _Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Gradients of k and v."""
-    from . import kernels
+    from . import block_kernels, kernels
 
     grad_out, q, k, v = tensors[:4]
-    size = _block_size(shape.call)
-    lists = choosers(shape.index, k.shape[2]) if size == 1 else _choosers_of_blocks(shape.index, size, k.shape[2])
-    batch, groups, keys = k.shape[:3]
-    # rows of the same key head are added below
-    work = k.dtype if shape.rows == groups else torch.float32
-    grads = [torch.empty(batch, shape.rows, keys, t.shape[3], dtype=work, device=k.device) for t in (k, v)]
-    segments = lists.key.shape[2]
+    size, grads = block_size(shape.call), shape.empty_gradients(k, v)
+    lists = lists_of(shape, size)
+    rows, segments = k.shape[0] * shape.rows, lists.key.shape[2]
     some = max(1, MAX_PARTS // (segments * size * (k.shape[3] + v.shape[3])))
-    for first in range(0, batch * shape.rows, some):
-        count = min(some, batch * shape.rows - first)
+    kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
+    if size > 1:
+        # anything will do where nothing is written
+        kernel, given = block_kernels.gradients, (*tensors[:4], shape.index, *tensors[4:], q)
+        constants = {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": False, "PRECISION": "ieee"}
+        options = options_of_blocks(size, k, v)
+    for first in range(0, rows, some):
+        count = min(some, rows - first)
         parts = [
             torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
         ]  # fmt: skip
-        of_lists = lists.query, lists.offsets, lists.firsts, lists.key
-        kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
-        if size > 1:
-            kernel, given = kernels.gradients_of_blocks, (*tensors[:4], shape.index, *tensors[4:])
-            warps = 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8
-            constants, options = shape.of_blocks(size), {"num_warps": warps, "num_stages": 2}
         launch(
-            kernel, (segments, count), (*given, *parts, *of_lists), strides_of(grad_out, q, k, v),
+            kernel, (segments, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
             (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, **options,
         )  # fmt: skip
-        heads = {name: shape.heads[name] for name in ("H", "C", "P")}
-        launch(
-            kernels.add_segments, (keys, count), (*parts, lists.firsts, *grads), strides_of(*grads),
-            (keys, first, segments, shape.batch_step), {**heads, "S": size, "BS": ADDED, **shape.dims}, num_warps=1,
-        )  # fmt: skip
-    if shape.rows > groups:
-        grads = [grad.unflatten(1, (groups, -1)).sum(2).to(k.dtype) for grad in grads]
-    return grads[0], grads[1]
+        add_up(shape, size, lists, parts, grads, first)
+    return shape.of_key_heads(grads)
+
+
+def add_up(shape: Shape, size: int, lists: Choosers, parts: list[Tensor], grads: list[Tensor], first: int) -> None:
+    """Add the segments `[rows, S, keys of a block, D]` of some rows of heads, from `first` on, up to the gradients of their keys."""
+    from . import kernels
+
+    keys, heads = grads[0].shape[2], {name: shape.heads[name] for name in ("H", "C", "P")}
+    launch(
+        kernels.add_segments, (keys, parts[0].shape[0]), (*parts, lists.firsts, *grads), strides_of(*grads),
+        (keys, first, parts[0].shape[1], shape.batch_step), {**heads, "S": size, "BS": ADDED, **shape.dims}, num_warps=1,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Triton kernels of attention over chosen keys: rows are gathered where they are, and no sum is made by atomics.
 
 A key's gradient is a sum over the queries that chose it. Lists of them (`gathers.Choosers`) are cut to segments, each of which
-is added up by one program, and the segments of a key are added in order. Keys that are chosen in blocks have lists together.
+is added up by one program, and the segments of a key are added in order. Keys that are chosen in blocks have lists together
+(`block_kernels.py`).
 
 Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
 H / P; Q queries, K keys, N chosen keys of a query, S keys of a block, D and E head dims of keys and values; `BR` heads, `BN` chosen
@@ -20,7 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _row(P: tl.constexpr, H: tl.constexpr, heads: tl.constexpr, row):
+def row_of(P: tl.constexpr, H: tl.constexpr, heads: tl.constexpr, row):
     """The batch row, and the head of a tensor with `heads` heads that a row of P reads."""
     return row // P, row % P * heads // P
 
@@ -32,8 +33,8 @@ def _program(
     """The query of a program, its batch row, key head and head of the choice, its heads, and which of them there are."""
     tiles: tl.constexpr = (R + BR - 1) // BR
     query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
-    b, g = _row(P, H, G, row)
-    _, c = _row(P, H, C, row)
+    b, g = row_of(P, H, G, row)
+    _, c = row_of(P, H, C, row)
     r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
     return query, b, g, c, row % P * R + r, r < R
 
@@ -54,7 +55,7 @@ def _keys(index, start, N, K, BN: tl.constexpr):
 
 
 @triton.jit
-def _capped(product, scale, cap, HAS_CAP: tl.constexpr):
+def capped(product, scale, cap, HAS_CAP: tl.constexpr):
     """Scores after scale and soft cap, times log2(e)."""
     if HAS_CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -73,7 +74,7 @@ def absorbed(scores, top, total):
 
 
 @triton.jit
-def _slope(scores, cap, HAS_CAP: tl.constexpr):
+def slope(scores, cap, HAS_CAP: tl.constexpr):
     """How much a score changes by its product, given the capped one."""
     if HAS_CAP:
         ratio = scores / (cap * LOG2_E)
@@ -100,7 +101,7 @@ def forward(
         key, there = _keys(index, start, N, K, BN)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
-        scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
         scores = tl.where(there[None, :], scores, float("-inf"))
         weights, shrink, top, total = absorbed(scores, top, total)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -139,10 +140,10 @@ def gradients_of_queries(
         key, there = _keys(index, start, N, K, BN)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
-        scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
         weights = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - lse[:, None] * LOG2_E)
         change = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        change = change * _slope(scores, cap, HAS_CAP)
+        change = change * slope(scores, cap, HAS_CAP)
         total += tl.dot(change.to(k.dtype), k, input_precision=PRECISION)
     d = tl.arange(0, BD)[None, :]
     at = dq_ptr + b * dq_b + h[:, None] * dq_h + query * dq_n + d
@@ -160,8 +161,8 @@ def gradients_of_keys(
     """What the queries of one segment add to the gradients of its key and value, in float32."""
     segment, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = first_row + own
-    b, g = _row(P, H, G, row)
-    _, c = _row(P, H, C, row)
+    b, g = row_of(P, H, G, row)
+    _, c = row_of(P, H, C, row)
     of_list = b * l_b + c
     key = tl.load(key_ptr + of_list * segments + segment).to(tl.int64)
     if key >= K:
@@ -186,69 +187,12 @@ def gradients_of_keys(
             lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
             lse = tl.where(lse > float("-inf"), lse, float("inf"))
             delta = tl.load(delta_ptr + at, mask=real, other=0.0)
-            scores = _capped(tl.sum(q * k[None, :], 1), scale, cap, HAS_CAP)
+            scores = capped(tl.sum(q * k[None, :], 1), scale, cap, HAS_CAP)
             weights = tl.exp2(scores - lse * LOG2_E)
-            change = weights * (tl.sum(do * v[None, :], 1) - delta) * _slope(scores, cap, HAS_CAP)
+            change = weights * (tl.sum(do * v[None, :], 1) - delta) * slope(scores, cap, HAS_CAP)
             sum_k += tl.sum(q * change[:, None], 0)
             sum_v += tl.sum(do * weights[:, None], 0)
     at = own * segments + segment
-    tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
-    tl.store(part_v + at * E + e, sum_v, mask=e < E)
-
-
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
-def gradients_of_blocks(
-    do_ptr, q_ptr, k_ptr, v_ptr, index_ptr, lse_ptr, delta_ptr, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
-    do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
-    scale, cap, Q, K, N, first_row, segments, limit, l_b,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the queries of one segment add to the gradients of the keys and values of its block, in float32.
-
-    A list has places in the choice by blocks, `query * (N / S) + which of its blocks`.
-    """
-    segment, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row, blocks = first_row + own, tl.cdiv(K, S)
-    b, g = _row(P, H, G, row)
-    _, c = _row(P, H, C, row)
-    of_list = b * l_b + c
-    block = tl.load(block_ptr + of_list * segments + segment).to(tl.int64)
-    if block >= blocks:
-        return
-    offsets += of_list * (blocks + 1) + block
-    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (blocks + 1) + block)) * limit
-    end = tl.minimum(tl.load(offsets + 1), begin + limit)
-    s, m = tl.arange(0, S), tl.arange(0, BP * BR)
-    key = block * S + s
-    k = gather(k_ptr + b * k_b + g * k_g, key, key < K, k_n, D, BD)
-    v = gather(v_ptr + b * v_b + g * v_g, key, key < K, v_n, E, BE)
-    sum_k = tl.zeros((S, BD), tl.float32)
-    sum_v = tl.zeros((S, BE), tl.float32)
-    for start in range(begin, end, BP):
-        pair = start + m // BR
-        place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
-        query = place // (N // S)
-        chosen = index_ptr + of_list * Q * N + place[None, :] * S + s[:, None]
-        there = tl.load(chosen, mask=(pair < end)[None, :], other=-1) >= 0
-        for first in range(0, R, BR):
-            r = first + m % BR
-            h, real = row % P * R + r, (pair < end) & (r < R)
-            q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD)
-            do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE)
-            at = (b * H + h) * Q + query
-            lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
-            lse = tl.where(lse > float("-inf"), lse, float("inf"))
-            delta = tl.load(delta_ptr + at, mask=real, other=0.0)
-            scores = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, cap, HAS_CAP)
-            weights = tl.exp2(tl.where(there, scores, float("-inf")) - lse[None, :] * LOG2_E)
-            change = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-            change = change * _slope(scores, cap, HAS_CAP)
-            sum_v = tl.dot(weights.to(do.dtype), do, sum_v, input_precision=PRECISION)
-            sum_k = tl.dot(change.to(q.dtype), q, sum_k, input_precision=PRECISION)
-    at = (own * segments + segment) * S + s[:, None]
-    d, e = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :]
     tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
     tl.store(part_v + at * E + e, sum_v, mask=e < E)
 
@@ -262,7 +206,7 @@ def add_segments(
     """Add the segments of one key, in order, which are those of its block."""
     key, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = first_row + own
-    b, c = _row(P, H, C, row)
+    b, c = row_of(P, H, C, row)
     firsts += (b * l_b + c) * (tl.cdiv(K, S) + 1) + key // S
     begin, end = tl.load(firsts), tl.load(firsts + 1)
     d, e, s = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :], tl.arange(0, BS)[:, None]

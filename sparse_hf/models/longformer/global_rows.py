@@ -64,7 +64,7 @@ class GlobalRowsMixin(_Module):
         if tokens.part is not None:
             return (self._of_part(hidden_states, pattern, tokens.part),)
         joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
-        heads = self.query.weight.shape[0] // self.head_dim
+        heads = self._projections(LOCAL)[0].weight.shape[0] // self.head_dim
         local, rows = halves(own_heads(pattern, self, heads, self.num_heads))
         # marked tokens that see every key need no plan, unless weights are drawn or shown
         sees_all = tokens.rows is not None and not (self.training and self.dropout) and not output_attentions

@@ -1,0 +1,101 @@
+"""Attention over blocks of keys that are chosen for each query, block by block: the queries that chose a block share its products.
+
+A tile of the kernels that go query by query has the heads of a query that share a choice, which may be few. Here it has the queries
+that chose a block (as in MoBA, arXiv:2502.13189). What a query gets from each of its blocks is written out and joined by lse, in the
+order of its blocks.
+
+Legend: B batch, H query heads, G key heads, P rows of heads that read other keys than their neighbours, R = H / P; Q queries, K keys,
+N chosen keys of a query in blocks of S, D and E head dims of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..backend import AttentionCall, Given, Gradients, Results
+from ..launch import launch, power_of_two, strides_of
+from ..strides import like, readable
+from .gathers import BLOCK_ROWS, LEAST_HEADS, MAX_PARTS, Shape, add_up, block_size, lists_of, options_of_blocks
+
+# blocks of a query that are joined at a time, and rows of queries of a tile
+JOINED, FORWARD_ROWS = 16, 64
+
+
+def is_better(call: AttentionCall) -> bool:
+    """Are there too few heads that share a choice to fill tiles of one query?"""
+    return block_size(call) > 1 and Shape(call, call.plan.index).heads["R"] < LEAST_HEADS
+
+
+def _rows(shape: Shape, numbers: int) -> Iterator[tuple[int, int]]:
+    """So many rows of heads at a time that what each has `numbers` of are no more than exist at once: the first, and how many."""
+    rows = shape.call.q.shape[0] * shape.rows
+    some = max(1, MAX_PARTS // max(1, numbers))
+    for first in range(0, rows, some):
+        yield first, min(some, rows - first)
+
+
+def _places(shape: Shape, size: int) -> int:
+    """Blocks that the queries of a row of heads chose, each once a head."""
+    return shape.index.shape[2] * (shape.index.shape[3] // size) * shape.heads["R"]
+
+
+def forward(call: AttentionCall) -> Results:
+    """Out `[B, H, Q, E]` and lse `[B, H, Q]`."""
+    from . import block_kernels
+
+    shape, size = Shape.of(call), block_size(call)
+    q, k, v = (readable(t) for t in (call.q, call.k, call.v))
+    out, lse = like(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
+    blocks = shape.index.shape[3] // size
+    for first, count in _rows(shape, places * v.shape[3]):
+        parts = q.new_empty(count, places, v.shape[3])
+        of_parts = torch.full((count, places), -torch.inf, dtype=torch.float32, device=q.device)
+        launch(
+            block_kernels.forward, (lists.key.shape[2], count), (q, k, v, shape.index, parts, of_parts, *lists.tensors),
+            strides_of(q, k, v), (*shape.numbers, first, lists.key.shape[2], lists.limit, shape.batch_step),
+            {**shape.of_blocks(size, FORWARD_ROWS), "PRECISION": "ieee"}, **options_of_blocks(size, k, v),
+        )  # fmt: skip
+        launch(
+            block_kernels.join, (q.shape[2], count), (parts, of_parts, out, lse), strides_of(out),
+            (q.shape[2], blocks, first),
+            {"H": heads["H"], "P": heads["P"], "R": heads["R"], "BN": JOINED, "E": v.shape[3], "BE": shape.dims["BE"]}, num_warps=2,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(call: AttentionCall, given: Given) -> Gradients:
+    """Gradients of q, k and v."""
+    from . import block_kernels
+
+    shape, size = Shape.of(call), block_size(call)
+    q, k, v, grad_out = (readable(t) for t in (call.q, call.k, call.v, given.some_grad_out))
+    grad_q, lse = like(q), given.lse.contiguous()
+    if not q.numel() or not k.numel():
+        return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None
+    delta = (grad_out.float() * given.out.float()).sum(-1)
+    if given.grad_lse is not None:
+        delta -= given.grad_lse
+    lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
+    segments, widths = lists.key.shape[2], k.shape[3] + v.shape[3]
+    grads = shape.empty_gradients(k, v)
+    for first, count in _rows(shape, places * q.shape[3] + segments * size * widths):
+        of_queries = q.new_zeros(count, places, q.shape[3])
+        parts = [torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)]
+        launch(
+            block_kernels.gradients, (segments, count),
+            (grad_out, q, k, v, shape.index, lse, delta, of_queries, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step),
+            {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": True, "PRECISION": "ieee"}, **options_of_blocks(size, k, v),
+        )  # fmt: skip
+        launch(
+            block_kernels.add, (q.shape[2], count), (of_queries, grad_q), strides_of(grad_q),
+            (q.shape[2], shape.index.shape[3] // size, first),
+            {"P": heads["P"], "R": heads["R"], "BN": JOINED, "D": q.shape[3], "BD": power_of_two(q.shape[3])}, num_warps=2,
+        )  # fmt: skip
+        add_up(shape, size, lists, parts, grads, first)
+    return grad_q, *shape.of_key_heads(grads), None
