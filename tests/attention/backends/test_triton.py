@@ -33,6 +33,7 @@ def some():
         yield pytest.param(text, case, shape, id=f"{pattern[:30]}-{case}", marks=marks)
 
 
+@pytest.mark.cross("case", "shape")
 @pytest.mark.parametrize(("pattern", "case", "shape"), list(some()))
 def test_exact(pattern, case, shape):
     compare("triton", pattern, 100, case, shape, torch.float32, DEVICE)
