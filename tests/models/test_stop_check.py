@@ -14,7 +14,8 @@ from sparse_hf import StreamingCache
 from sparse_hf.models.hf import model_mixin, stop_check
 from sparse_hf.models.hf.cache import given_cache
 from sparse_hf.models.hf.stop_check import why_not_late
-from tests.models.families import VOCABULARY, dense_model, named_cache, slow_but_for
+from tests.crosses import slow_but_for
+from tests.models.families import VOCABULARY, dense_model, named_cache
 from tests.models.test_static_graph import DECODERS
 
 LLAMA, PATTERN, NEW = "LlamaForCausalLM", "window(7, 0) | first(2)", 12
