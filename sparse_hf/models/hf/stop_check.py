@@ -127,7 +127,7 @@ class LateStopCheck(utils.DeferredStopCheck):
     """Transformers' check, which reads of each token while the next pass is under way, for caches of compiled steps."""
 
     def __init__(
-        self, input_ids: Tensor, max_length: int, cache: Cache | None, cache_is_returned: bool, streamer: Any = None
+        self, input_ids: Any, max_length: int, cache: Cache | None, cache_is_returned: bool, streamer: Any = None
     ):
         # such caches can take a token back without having been told before
         super().__init__(input_ids, max_length, cache, False, streamer)
