@@ -24,8 +24,8 @@ ALIGNMENT_BYTES = 16
 class Launch:
     """`kernel[grid](*tensors, *fixed, *strides, *numbers, **constants, **options)` on the current stream, as often as it is called.
 
-    A call gives `tensors` and `numbers`, of which dtypes, types and how many there are do not change. `numbers` are those that the kernel
-    is not specialized for, integers of 32 bits with a sign and floats; `constants` come last in its signature, in that order, and tell
+    A call gives `tensors`, all of one device, and `numbers`, of which dtypes, types and how many there are do not change. `numbers` are
+    those that the kernel is not specialized for, integers and floats; `constants` come last in its signature, in that order, and tell
     with the dtypes which `options` there are.
     """
 
@@ -40,6 +40,15 @@ class Launch:
         self._run: Callable | None = None
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+        index = tensors[0].device.index
+        if index is None or index == torch._C._cuda_getDevice():
+            self._launch(tensors, numbers, index)
+            return
+        # Triton compiles for the current device and launches there, and layers of a model may be on others
+        with torch.cuda.device(index):
+            self._launch(tensors, numbers, index)
+
+    def _launch(self, tensors: Sequence[Tensor], numbers: Sequence[float], index: int | None) -> None:
         addresses, bits = [], 0
         # in every call: a generator would take the host longer
         for t in tensors:
@@ -47,9 +56,8 @@ class Launch:
             bits |= address
             addresses.append(address)
         is_aligned = self._is_aligned and not bits % ALIGNMENT_BYTES
-        if is_aligned and (self._run is not None or self._find(tensors)):
+        if is_aligned and (self._run is not None or self._find(tensors, numbers)):
             assert self._run is not None
-            index = tensors[0].device.index
             stream = None if index is None else torch._C._cuda_getCurrentRawStream(index)
             self._run(stream, (*addresses, *self._addresses, *self.strides, *numbers, *self.values))
             return
@@ -60,18 +68,20 @@ class Launch:
         if compiled is not None and is_aligned:
             if len(_compiled) >= MAX_COMPILED:
                 _compiled.clear()
-            _compiled[self._key(tensors)] = compiled
+            _compiled[self._key(tensors, numbers)] = compiled
 
-    def _find(self, tensors: Sequence[Tensor]) -> bool:
-        """Find what runs the kernel that was compiled for such tensors, if it was."""
-        compiled = _compiled.get(self._key(tensors))
+    def _find(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> bool:
+        """Find what runs the kernel that was compiled for such tensors and numbers, if it was."""
+        compiled = _compiled.get(self._key(tensors, numbers))
         if compiled is not None:
             self._run = runner(compiled, (*self.grid, 1))
         return self._run is not None
 
-    def _key(self, tensors: Sequence[Tensor]) -> tuple:
+    def _key(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple:
         dtypes = tuple([t.dtype for t in (*tensors, *self.fixed)])
-        return id(self.kernel), tensors[0].device.index, self.strides, dtypes, *self.values
+        # a scale may be 1 or 1.0, and a length may need 64 bits
+        types = tuple(["f" if isinstance(n, float) else -(1 << 31) <= n < 1 << 31 for n in numbers])
+        return id(self.kernel), tensors[0].device.index, self.strides, dtypes, types, *self.values
 
 
 def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int | None, tuple], None]:

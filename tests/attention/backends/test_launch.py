@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,56 @@ def test_what_compiles_another_kernel_is_told_apart(kernel):
     # addresses that are no multiples of 16 bytes are Triton's business, each time
     assert [call(kernel, tensor[1:]) for _ in range(2)] == ["found", "found"]
     assert call(kernel, tensor) == "again"
+
+
+def test_numbers_of_another_type_compile_another_kernel(kernel):
+    tensor = torch.zeros(64)
+
+    def found(*numbers):
+        module.launch(kernel, (2, 5), (tensor,), (64, 1), numbers, {"H": 4})
+        return kernel.calls[-1][0]
+
+    assert [found(1, 3), found(2, 3), found(1.0, 3), found(0.5, -3)] == ["found", "again", "found", "again"]
+    assert [found(1, 1 << 31), found(1, 1 << 40), found(1, 7)] == ["found", "again", "again"]
+
+
+class OnDevice:
+    """A tensor of a GPU."""
+
+    dtype, device = torch.float32, SimpleNamespace(index=1)
+
+    def __init__(self, address: int):
+        self.data_ptr = lambda: address
+
+
+@pytest.mark.parametrize("address", [64, 65], ids=["aligned", "not aligned"])
+def test_kernels_run_on_the_device_of_their_tensors(address, kernel, monkeypatch):
+    """Layers of a model that is spread over several GPUs have tensors on others than the current one."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    class Noted(Kernel):
+        def __getitem__(self, grid):
+            seen.append(current[-1])
+            return super().__getitem__(grid)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    kernel, ran = Noted(), []
+    run = module.runner
+    monkeypatch.setattr(
+        module, "runner", lambda *given: lambda *asked: (ran.append((current[-1], asked[0])), run(*given)(*asked))
+    )
+    for _ in range(3):
+        module.launch(kernel, (2, 5), (OnDevice(address),), (64, 1), (3,), {"H": 4})
+    assert current == [0] and set(seen) == {1}
+    assert ran == ([(1, 71)] * 2 if address == 64 else [])
 
 
 def test_what_the_interpreter_ran_is_not_kept(kernel, monkeypatch):
