@@ -9,7 +9,7 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.attention.chosen import best_keys, gathers, selection
+from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, selection
 from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_scores
 from sparse_hf.attention.composite.content import held_by
@@ -173,8 +173,11 @@ OF_BLOCKS = [
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("text", "shape", "times"), OF_BLOCKS)
 def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
+    # wherever this runs
+    monkeypatch.setattr(gathers, "HAVE_RUN_ON_A_GPU", True)
     monkeypatch.setattr(gathers, "BLOCK_CHOOSERS", 10)
-    monkeypatch.setattr(gathers, "MAX_PARTS", 8000)
+    for module in (gathers, by_blocks):
+        monkeypatch.setattr(module, "MAX_PARTS", 8000)
     made, of_blocks = [], gathers._choosers_of_blocks
     monkeypatch.setattr(gathers, "_choosers_of_blocks", lambda *given: made.append(given) or of_blocks(*given))
     given = tensors(shape, 26, 26, torch.float16)
