@@ -23,7 +23,8 @@ def is_host_bound(states: Tensor) -> bool:
     """Does a GPU wait for the host at this size? Never said of a graph, which the host does not walk through."""
     if not states.is_cuda or torch.compiler.is_compiling() or states.numel() > MAX_HOST_BOUND_ELEMENTS:
         return False
-    return states.element_size() <= 2 or torch.is_autocast_enabled("cuda")
+    # autocast leaves float64 alone
+    return states.element_size() <= 2 or torch.is_autocast_enabled("cuda") and states.dtype == torch.float32
 
 
 def are_plain(modules: Sequence[nn.Linear]) -> bool:
