@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import sparse_hf
+from sparse_hf import Pattern
 from sparse_hf.attention import api
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.models.hf import answered, attention_interface, joined, projections
 from sparse_hf.models.longformer import global_rows
-from sparse_hf.pattern.base import as_pattern
 from sparse_hf.plan import NOTHING, BatchInfo, of_batch
 from tests.models import longformers
 from tests.models.families import dense_model, inputs
@@ -21,6 +21,7 @@ from tests.models.longformers import Free, Operations, stock_model
 LAYERS = 4
 HEADS = ("BertModel", "CamembertModel", "ElectraModel", "RobertaModel", "XLMRobertaModel")
 PATTERN = "window(20, 20) | first(3)"
+PARSED = Pattern.parse(PATTERN)
 
 
 def sparse(head: str = "BertModel", layers=None, **changes) -> torch.nn.Module:
@@ -173,7 +174,7 @@ def test_one_node_takes_fewer_operations(nodes, monkeypatch):
 
 
 def asked_of(memo: dict, batch: BatchInfo = NOTHING) -> joined.Asked:
-    return joined.Asked(as_pattern(PATTERN), 8, Scoring(8**-0.5), batch, "blockwise", memo)
+    return joined.Asked(PARSED, 8, Scoring(8**-0.5), batch, "auto", memo)
 
 
 def by_one_node(asked: joined.Asked, rows: int = 2, is_frozen: bool = False):
