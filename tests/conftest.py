@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,16 @@ if not torch.cuda.is_available():
 # as many processes as cores run side by side
 torch.set_num_threads(1)
 logging.set_verbosity_error()
+
+
+# what is collected stays, and a search for garbage would look at all of it, again and again
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 # before cases are chosen by their markers

@@ -13,8 +13,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import pytest
 
-# cases with these markers are in neither target, and take no part
-OTHER_TARGETS = ("slow", "gpu", "transformers")
+# cases with these markers are not in `make test`, whatever the others are
+OTHER_TARGETS = ("slow", "gpu", "transformers", "rest")
 
 
 def mark_rest(items: Iterable[pytest.Item]) -> None:
@@ -68,3 +68,21 @@ def spanning(cases: Sequence[Sequence[Hashable]]) -> set[int]:
             kept.add(best)
             used.update(cases[best])
     return kept
+
+
+def slow_but_for(fast: Iterable, names: Iterable, sample: Iterable | None = None) -> list:
+    """All of `names` as parameters, of which the fast suite takes these, and `make test` only the sample of them.
+
+    A tuple is of several parameters.
+    """
+    sample = fast if sample is None else sample
+    marks = {**dict.fromkeys(fast, pytest.mark.rest), **dict.fromkeys(sample, ())}
+    return [
+        pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=marks.get(name, pytest.mark.slow))
+        for name in names
+    ]
+
+
+def sampled(sample: Iterable, names: Iterable) -> list:
+    """All of `names` as parameters, of which `make test` takes these."""
+    return slow_but_for(names, names, sample)

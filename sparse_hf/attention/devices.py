@@ -21,3 +21,12 @@ def is_autocast(t: torch.Tensor) -> bool:
 def generation(device: torch.device) -> int:
     """The first number of the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)[0]
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a kernel's program may have; of a CPU, where kernels are interpreted, more than any takes."""
+    if device.type != "cuda":
+        return 1 << 30
+    # what every GPU has, where torch does not say
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)

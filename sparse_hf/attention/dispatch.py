@@ -108,10 +108,11 @@ def _for_blocks(name: str, call: AttentionCall, regrouped: bool = False) -> Back
         reason = BACKENDS[name].why_not(call)
         if reason:
             raise NotImplementedError(f"backend {name!r} cannot run this call: {reason}")
+        # asked for here, so that it is remembered with the decision
+        _ = call.plan
         return BACKENDS[name]
     # whether it is worth it is asked first, since it may take tables to say whether it can
     found = next(b for b in _candidates(call, regrouped) if b.is_fastest(call) and b.why_not(call) is None)
-    # asked for here, so that it is remembered with the decision
     _ = call.plan
     _say(found.name, call.q.device.type, str(call.q.dtype), bool(call.dropout), regrouped)
     return found

@@ -106,10 +106,11 @@ def choose(spending: Spending) -> tuple[list[Unit], Found]:
         units["heads"] = list(heads)[:groups]
     moved = dict(zip(units, search.losses(list(units.values())), strict=True)) if budget.by == "both" else {}
     by = min(moved, key=lambda name: moved[name]) if moved else next(iter(units))
-    return units[by], {
-        "layers": layers_text(search.patterns(units[by]), search.patterns([])),
+    dense = spending.within(units[by])
+    return dense, {
+        "layers": layers_text(search.patterns(dense), search.patterns([])),
         "by": by,
-        "count": count,
+        "count": len(dense) if by == "layers" else count,
         "answers_moved": moved,
         "ranking": ranking,
         "steps": steps,

@@ -34,7 +34,7 @@ class Spending:
     """What each layout takes, as a share of what the dense model takes.
 
     A layout's seconds are those of the pattern in every layer, and for each layer with dense heads what a layer with as many
-    takes beyond that: a model is timed whose layers all have as many. What is settled on is timed once more as it is.
+    takes beyond that: a model is timed whose layers all have as many. What is chosen is timed once more as it is.
 
     Args:
         search: whose layouts are spent on; seconds are kept in its folder, with the machine that they are of.
@@ -72,6 +72,17 @@ class Spending:
         # where heads alone fit, one layer stands beside them
         return max(1, by_layers), by_heads
 
+    def within(self, dense: Sequence[Unit]) -> list[Unit]:
+        """What was chosen, timed as a whole, without what is too much of it.
+
+        Raises:
+            TooLittleError: nothing is left.
+        """
+        fitting = self._within(dense)
+        if not fitting:
+            raise TooLittleError(self._too_little())
+        return fitting
+
     def told(self, dense: Sequence[Unit]) -> Found:
         """What a layout takes in numbers: the share that is dense, that of the budget, and seconds for one of time."""
         counted = sum(1 if unit.group is None else 1 / self._groups for unit in dense)
@@ -98,10 +109,14 @@ class Spending:
         most, count = self.budget.share + ROUNDING, 0
         while count < len(ranked) and self._share(ranked[: count + 1]) <= most:
             count += 1
-        # parts may be slower together
-        while self.budget.of == "time" and count and self._whole_s(ranked[:count]) > most * self._dense_s:
-            count -= 1
-        return count
+        return len(self._within(ranked[:count]))
+
+    def _within(self, dense: Sequence[Unit]) -> list[Unit]:
+        """These without the last ones, until they take no more time than the budget: parts may be slower together."""
+        fitting, most = list(dense), (self.budget.share + ROUNDING) * self._dense_s if self.budget.of == "time" else 0.0
+        while self.budget.of == "time" and fitting and self._whole_s(fitting) > most:
+            fitting.pop()
+        return fitting
 
     def _too_little(self) -> str:
         share, of, alone = self.budget.share, self.budget.of, self._share([])

@@ -20,6 +20,7 @@ from ..pattern.lasting import lasting
 P = ParamSpec("P")
 T = TypeVar("T")
 _thread = threading.local()
+_MISSING: Any = object()
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
@@ -31,11 +32,10 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def remembering(*arguments: P.args, **named: P.kwargs) -> T:
         owner, *rest = arguments
-        results: dict[Any, T] = owner.__dict__.setdefault("_remembered", {})
+        results: dict[Any, Any] = owner.__dict__.setdefault("_remembered", {})
         key = (function, *rest, *named.items())
-        if key in results:
-            return results[key]
-        return results.setdefault(key, made(function, *arguments, **named))
+        found = results.get(key, _MISSING)
+        return results.setdefault(key, made(function, *arguments, **named)) if found is _MISSING else found
 
     return remembering
 

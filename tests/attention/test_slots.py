@@ -139,6 +139,7 @@ KERNEL = [
 ]  # fmt: skip
 
 
+@pytest.mark.cross
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("pattern", "seen", "new", "padded", "ring"), KERNEL)

@@ -128,6 +128,7 @@ ONE_KEY = {
 }  # fmt: skip
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("head", ONE_KEY)
 @pytest.mark.parametrize("has_settings", [True, False], ids=["generation_config", "none"])
 def test_a_window_of_one_key_is_decoded_alike(head, has_settings, tmp_path, caplog):

@@ -15,6 +15,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.crosses import slow_but_for
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 BLOCK = 64 << 20
@@ -97,7 +99,10 @@ def measure(source: Path, out: Path, **options) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("files", ["copied", pytest.param("written anew", marks=pytest.mark.slow), "torch"])
+FILES = ["copied", "written anew", "torch"]
+
+
+@pytest.mark.parametrize("files", slow_but_for(["copied", "torch"], FILES, ["copied"]))
 def test_300_megabytes_are_converted_in_less_than_100(files, room):
     source, config = room / "dense", config_of(2, 1024, 64000)
     total = write_checkpoint(source, config, 1)

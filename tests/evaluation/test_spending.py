@@ -182,6 +182,22 @@ def test_tune_says_what_its_choice_takes(monkeypatch):
     json.dumps(found.result)
 
 
+def test_what_was_chosen_is_timed_as_a_whole():
+    # the last layer takes a second more where it is dense and others are not
+    class Uneven(Clock):
+        def __call__(self, work: Any) -> float:
+            found = super().__call__(work)
+            is_mixed = len(set(self.seen[-1])) > 1
+            return found + (1.0 if is_mixed and self.seen[-1][4] == str(full()) else 0.0)
+
+    found = made(Budget(share=0.625, of="time"), seconds=Uneven(of_dense_heads))
+    assert found.counts() == (2, 0)
+    assert found.within([Unit(1), Unit(3)]) == [Unit(1), Unit(3)]
+    assert found.within([Unit(1), Unit(4)]) == [Unit(1)]
+    with pytest.raises(ValueError, match="leaves nothing"):
+        found.within([Unit(4)])
+
+
 def test_a_clock_that_is_real_measures_something():
     found = made(Budget(share=0.5, of="time"))
     told = found.told([Unit(0)])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
 
-import pytest
 import torch
 import transformers
 
@@ -121,24 +119,6 @@ def one_head(*, generating: bool = False, encoder: bool = False) -> list[str]:
         chosen |= {family: head for head, family in HEADS.items() if head.endswith(ending)}
     can = {head: sparse_class(head).can_generate() and not _is_encoder(head) for head in chosen.values()}
     return [head for head in chosen.values() if (not generating or can[head]) and (not encoder or _is_encoder(head))]
-
-
-def slow_but_for(fast: Iterable, names: Iterable, sample: Iterable | None = None) -> list:
-    """All of `names` as parameters, of which the fast suite takes these, and `make test` only the sample of them.
-
-    A tuple is of several parameters.
-    """
-    sample = fast if sample is None else sample
-    marks = {**dict.fromkeys(fast, pytest.mark.rest), **dict.fromkeys(sample, ())}
-    return [
-        pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=marks.get(name, pytest.mark.slow))
-        for name in names
-    ]
-
-
-def sampled(sample: Iterable, names: Iterable) -> list:
-    """All of `names` as parameters, of which `make test` takes these."""
-    return slow_but_for(names, names, sample)
 
 
 def sparse_class(head: str) -> type:

@@ -150,3 +150,16 @@ def test_a_stream_of_slopes_is_generated():
     how = {"do_sample": False, "max_new_tokens": 15, "min_new_tokens": 15, "pad_token_id": 0}
     wanted = model.generate(ids, use_cache=False, **how)
     assert torch.equal(model.generate(ids, cache_implementation="streaming", **how), wanted)
+
+
+@pytest.mark.parametrize("made", [transformers.DynamicCache, sparse_hf.StreamingCache])
+def test_a_cache_that_would_not_be_used_is_refused(made):
+    """MPT's configuration says so of all calls; the cache would take the whole text at every step."""
+    model, ids = sparse_hf.sparsify(dense_model("MptForCausalLM"), PATTERN), some_ids(30)
+    how = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    wanted, given = model.generate(ids, **how), named_cache(model, made(config=model.config))
+    with pytest.raises(
+        ValueError, match=f"given a {made.__name__}, and use_cache=False.*give use_cache=True, or no cache"
+    ):
+        model.generate(ids, **how, **given)
+    assert torch.equal(model.generate(ids, **how, **given, use_cache=True), wanted)

@@ -12,6 +12,7 @@ import transformers
 import sparse_hf
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
+from tests.crosses import slow_but_for
 from tests.models.bigbirds import FAMILIES, TEXT, Case, sparse_model
 from tests.models.families import EOS, HEADS, TINY, VOCABULARY
 
@@ -19,12 +20,8 @@ from tests.models.families import EOS, HEADS, TINY, VOCABULARY
 SLACK, ROUNDINGS = 4, 4e-6
 # heads that read no state of padding
 TOKENWISE = ("BigBirdModel", "BigBirdForMaskedLM", "BigBirdForCausalLM", "BigBirdForTokenClassification")
-FAST, SLOW = 20, 220
-CASES = [
-    pytest.param(family, i, id=f"{family}-{i}", marks=() if i < FAST else pytest.mark.slow)
-    for family in FAMILIES
-    for i in range(SLOW)
-]
+SAMPLE, FAST, SLOW = ([(family, i) for family in FAMILIES for i in range(count)] for count in (8, 20, 220))
+CASES = slow_but_for(FAST, SLOW, SAMPLE)
 
 
 def numbers(model, batch, real=None, **extra) -> dict[str, torch.Tensor]:

@@ -137,6 +137,11 @@ def test_a_ring_of_pages_has_each_token_where_the_next_ones_look():
         assert len({place for place in memory if place >= 0}) == RingOfPages.slots(kept) <= 16
 
 
+def test_pages_of_another_kind_are_refused():
+    with pytest.raises(NotImplementedError, match="have no get_read_indices, .*sentinel_index.*; use generate"):
+        RingOfPages(Kept(3, 8), type("Pages", (), {"get_seqlen_k": 0, "get_write_indices": 0})()).stand_in()
+
+
 @needs_pages
 def test_it_differs_from_dense():
     """Who reads the pages without a pattern would agree with the dense model."""

@@ -59,6 +59,7 @@ def under_the_mask(dense, ids, real, held):
         return dense(ids, attention_mask=real).logits[real.bool()]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("pattern", [PATTERN, "per_head(window(3, 3), window(40, 0), first(2), full())"])
 @pytest.mark.parametrize("case", CASES)
 def test_answers_and_gradients(case, pattern):

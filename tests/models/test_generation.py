@@ -18,7 +18,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf.streaming_cache import LATE, SPARE
-from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, slow_but_for
+from tests.crosses import slow_but_for
+from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head
 
 LLAMA, MISTRAL, SPARSE = "LlamaForCausalLM", "MistralForCausalLM", "window(20, 0) | first(3)"
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -196,6 +197,7 @@ def test_marks_of_new_tokens_only(by, beams):
     assert torch.equal(model.generate(ids[:, 35:], **given, **beams, **GREEDY)[:, 10:], wanted)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("by", ["mask", "ids", "both"])
 @pytest.mark.parametrize("way", ["assistant", "lookup"])
 @pytest.mark.parametrize("head", [LLAMA, MISTRAL])

@@ -15,7 +15,7 @@ from sparse_hf.models.longformer import global_rows
 from sparse_hf.models.longformer.global_rows import GlobalRowsMixin
 from sparse_hf.models.longformer.halves import halves
 from sparse_hf.testing import AllocationInterceptor
-from tests.models.families import slow_but_for
+from tests.crosses import slow_but_for
 from tests.models.longformers import (
     HEADS,
     TARGET,
@@ -72,6 +72,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("head", TRAINED)
@@ -502,6 +503,7 @@ def test_backward_hooks_of_projections_are_called_as_in_stock(name, is_host_boun
     torch.testing.assert_close(found[1][0].norm(), found[0][0].norm(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cross("seed")
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("family", HEADS)
 def test_equals_stock_where_a_gpu_waits_for_the_host(family, seed, monkeypatch):

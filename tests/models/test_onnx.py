@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import sparse_hf
+from tests.crosses import slow_but_for
 from tests.models.bigbirds import sparse_model as bigbird
-from tests.models.families import BATCH, LENGTH, VOCABULARY, dense_model, one_head, slow_but_for
+from tests.models.families import BATCH, LENGTH, VOCABULARY, dense_model, one_head
 from tests.models.longformers import stock_model as longformer
 from tests.models.perceivers import stock_model as perceiver
 from tests.models.reformers import stock_model as reformer

@@ -15,6 +15,7 @@ from transformers.models.bloom import modeling_bloom
 import sparse_hf
 from sparse_hf.models.derived.entry import calls_interface, configurations, find_entry
 from sparse_hf.models.derived.off_interface import OFF_THE_INTERFACE
+from tests.crosses import sampled, slow_but_for
 from tests.models.families import (
     BATCH,
     HEADS,
@@ -33,7 +34,6 @@ from tests.models.families import (
     is_decoder,
     one_head,
     pattern_layers,
-    slow_but_for,
 )
 
 LIMIT = 2e-5
@@ -289,9 +289,10 @@ def enable_checkpointing(model) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-@pytest.mark.parametrize(
-    "head", [h for h in one_head() if sparse_hf.FAMILIES[HEADS[h]].classes[0].supports_gradient_checkpointing]
-)
+CHECKPOINTED = [h for h in one_head() if sparse_hf.FAMILIES[HEADS[h]].classes[0].supports_gradient_checkpointing]
+
+
+@pytest.mark.parametrize("head", sampled(CHECKPOINTED[::3], CHECKPOINTED))
 def test_checkpointing_changes_no_gradient(head):
     dense = dense_model(head)
     for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout_rate"):

@@ -39,11 +39,11 @@ def made(head: str, pattern: str):
 
 
 def caches(model, pattern: str) -> dict[str, dict]:
-    """Arguments of `generate` by the kind of cache."""
+    """Arguments of `generate` by the kind of cache; MPT's configuration says that none is used."""
     found = {"dynamic": {"cache_implementation": "dynamic"}, "static": {"cache_implementation": "static"}}
     if has_end(pattern) and why_not_streamed(model.config) is None:
         found["streaming"] = named_cache(model, StreamingCache(model.config))
-    return found
+    return {kind: {"use_cache": True, **given} for kind, given in found.items()}
 
 
 @pytest.mark.parametrize(("head", "pattern"), pairs(PAIRS))

@@ -14,7 +14,7 @@ from sparse_hf.models.hf.config import IMPLEMENTATIONS
 from sparse_hf.models.perceiver.cross_attention import attend_across, attend_across_with_weights
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
-from tests.models.families import sampled, slow_but_for
+from tests.crosses import sampled, slow_but_for
 from tests.models.perceivers import (
     COMPOSED,
     HEADS,
@@ -52,6 +52,7 @@ def test_equals_stock(seed):
     assert_as_exact(exact, answers(stock, theirs), answers(ours, batch))
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("pattern", ["window(2, 2)", "chunk(4, 0, 0) | first(1)", "per_head(window(1, 4), stride(3))"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_attend_by_their_pattern(kind, pattern, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import sparse_hf
+from tests.crosses import sampled
 from tests.models import bigbirds, families, longformers
-from tests.models.families import sampled
 
 HEADS = (
     "LongformerForMaskedLM",
@@ -66,7 +66,7 @@ def test_checkpointing_changes_no_gradient(head):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("head", sampled(HEADS[1:3], HEADS))
+@pytest.mark.parametrize("head", sampled(HEADS[2:3], HEADS))
 def test_compiled_as_one_graph(head):
     torch._dynamo.reset()
     model, batch = sparse_model(head), inputs(head)
@@ -76,7 +76,7 @@ def test_compiled_as_one_graph(head):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", sampled(HEADS[::3], HEADS))
+@pytest.mark.parametrize("head", sampled(HEADS[1:2], HEADS))
 def test_exported_with_a_free_length(head, tmp_path):
     model, batch = sparse_model(head), inputs(head, labels=False)
     length = torch.export.Dim("length", min=2, max=200)

@@ -24,6 +24,7 @@ SIZES = [(1, 1), (2, 2), (9, 3), (100, 10), (257, 16), (1000, 32), (3000, 64)]
 LONG = pytest.param(12_288, 128, marks=pytest.mark.slow)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("length", "stride"), [*SIZES, LONG])
 def test_two_layers_reach_every_earlier_token_and_one_does_not(length, stride, mode):

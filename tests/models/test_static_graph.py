@@ -13,7 +13,8 @@ import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf import compiled
 from sparse_hf.models.hf.kept import Kept, read_kept
-from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head, sampled, slow_but_for
+from tests.crosses import sampled, slow_but_for
+from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head
 from tests.table import PATTERNS as TABLE
 from tests.table import causal_form
 
@@ -281,7 +282,10 @@ def _dtype(model):
     model.double()
 
 
-@pytest.mark.parametrize("change", [_hook, _scale, _swap, _patterns, _implementation, _dtype])
+CHANGES = [_hook, _scale, _swap, _patterns, _implementation, _dtype]
+
+
+@pytest.mark.parametrize("change", sampled(CHANGES[::2], CHANGES))
 def test_a_model_that_was_changed_has_another_graph(change, graphs):
     """Graphs ask once a call whether the model is the one that they were made of."""
     config, found = graphs

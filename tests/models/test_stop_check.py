@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
@@ -14,7 +14,8 @@ from sparse_hf import StreamingCache
 from sparse_hf.models.hf import model_mixin, stop_check
 from sparse_hf.models.hf.cache import given_cache
 from sparse_hf.models.hf.stop_check import why_not_late
-from tests.models.families import VOCABULARY, dense_model, named_cache, slow_but_for
+from tests.crosses import slow_but_for
+from tests.models.families import VOCABULARY, dense_model, named_cache
 from tests.models.test_static_graph import DECODERS
 
 LLAMA, PATTERN, NEW = "LlamaForCausalLM", "window(7, 0) | first(2)", 12
@@ -149,8 +150,7 @@ def test_a_streamer_gets_each_token_once(model, late, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["streaming", "static"])
 def test_several_turns_with_one_cache(kind, model, late):
-    cache = StreamingCache(model.config) if kind == "streaming" else StaticCache(config=model.config, max_cache_len=200)
-    text = prompt()
+    cache, text = made(kind, model), prompt()
     for _ in range(3):
         eos = ends(model, text)
         right = model.generate(text, **how(use_cache=False, eos_token_id=eos))
@@ -164,13 +164,19 @@ def test_several_turns_with_one_cache(kind, model, late):
         assert torch.equal(got, model.generate(right[:, :-1], **how(max_new_tokens=1, use_cache=False)))
 
 
+def made(kind: str, model):
+    return StreamingCache(model.config) if kind == "streaming" else StaticCache(config=model.config, max_cache_len=200)
+
+
+@pytest.mark.parametrize("kind", ["streaming", "static"])
 @pytest.mark.parametrize("most", [21, 22, 23, 27])
-def test_an_interrupted_call_goes_on(most, model, late):
+def test_an_interrupted_call_goes_on(most, kind, model, late):
     """A streamer has had fewer tokens than the cache may hold by then."""
-    cache, heard = StreamingCache(model.config), Heard(most)
+    cache, heard = made(kind, model), Heard(most)
     right = model.generate(prompt(), **how(use_cache=False))
     with pytest.raises(KeyboardInterrupt):
         model.generate(prompt(), **how(), **named_cache(model, cache), streamer=heard)
+    assert int(cache.get_seq_length()) == most - 1
     text = torch.tensor([heard.tokens])
     assert torch.equal(text, right[:, :most])
     got = model.generate(text, **how(max_new_tokens=20 + NEW - most), **named_cache(model, cache))
@@ -200,6 +206,35 @@ def test_which_calls_wait(late, model, monkeypatch):
     assert why_not(learned, longer, 503) is None and "one too many" in why_not(learned, longer, 504)
     monkeypatch.setattr(stop_check, "DEVICES", ("cuda",))
     assert why_not() == "a cpu is waited for anyway"
+
+
+def test_what_users_ask_of_tokens_is_asked_of_none_behind_the_end(late, model):
+    """A criterion that counts, a processor that knows no token behind the end, and a function that names the next ones."""
+    asked, ids = [], prompt()
+
+    class Count(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            asked.append(input_ids.shape[1])
+            return torch.full((len(input_ids),), len(asked) >= 4)
+
+    class Known(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert input_ids.shape[1] < 24
+            return scores
+
+    given = how(cache_implementation="streaming", stopping_criteria=[Count()], logits_processor=[Known()])
+    assert model.generate(ids, **given).shape[1] == 24 and asked == [21, 22, 23, 24] and not late
+    model.generate(ids, **how(cache_implementation="streaming", prefix_allowed_tokens_fn=lambda row, text: [7, 8]))
+    assert not late
+
+
+def test_a_version_with_another_check_waits(late, model, monkeypatch):
+    right = model.generate(prompt(), **how(cache_implementation="streaming"))
+    for name, value in (("Parent", object), ("ARGUMENTS", ["self"])):
+        with monkeypatch.context() as m:
+            m.setattr(stop_check, name, value)
+            assert torch.equal(model.generate(prompt(), **how(cache_implementation="streaming")), right)
+    assert len(late) == 1
 
 
 def test_the_dense_model_waits_as_ever(late):

@@ -13,6 +13,7 @@ import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf.kept import Kept, read_kept
 from sparse_hf.models.hf.pinning_layer import PinningLayer
+from tests.crosses import slow_but_for
 from tests.models.families import (
     VOCABULARY,
     dense_model,
@@ -20,7 +21,6 @@ from tests.models.families import (
     has_two_stacks,
     named_cache,
     one_head,
-    slow_but_for,
 )
 from tests.table import PATTERNS
 

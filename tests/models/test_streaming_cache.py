@@ -16,6 +16,7 @@ from sparse_hf import StreamingCache
 from sparse_hf.models.hf.cache import logger as cache_logger
 from sparse_hf.models.hf.streaming_cache import LATE, SPARE
 from sparse_hf.testing import AllocationInterceptor
+from tests.crosses import slow_but_for
 from tests.models.families import (
     VOCABULARY,
     dense_model,
@@ -23,7 +24,6 @@ from tests.models.families import (
     has_two_stacks,
     named_cache,
     one_head,
-    slow_but_for,
 )
 
 LLAMA, SPARSE = "LlamaForCausalLM", "window(20, 0) | first(3)"

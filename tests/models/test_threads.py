@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparse_hf
 from sparse_hf import StreamingCache
+from tests.crosses import slow_but_for
 from tests.models.families import VOCABULARY, dense_model, named_cache
 from tests.threads import THREADS, at_once
 
@@ -92,7 +93,7 @@ def test_an_eager_model(head, pattern):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("head", "pattern", "trains"),
-    [(*BERT, True), (*LLAMA, False), pytest.param(*MARKED, True, marks=pytest.mark.slow)],
+    slow_but_for([(*BERT, True), (*LLAMA, False)], [(*BERT, True), (*LLAMA, False), (*MARKED, True)], [(*BERT, True)]),
 )
 def test_a_compiled_model(head, pattern, trains, backend):
     torch._dynamo.reset()

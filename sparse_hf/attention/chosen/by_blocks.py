@@ -24,8 +24,14 @@ JOINED, FORWARD_ROWS = 16, 64
 
 
 def is_better(call: AttentionCall) -> bool:
-    """Are there too few heads that share a choice to fill tiles of one query?"""
-    return block_size(call) > 1 and Shape(call, call.plan.index).heads["R"] < LEAST_HEADS
+    """Are there too few heads that share a choice to fill tiles of one query, and enough queries to fill those of a block?"""
+    if block_size(call) == 1:
+        return False
+    index = call.plan.index
+    heads = Shape(call, index).heads["R"]
+    # so many rows of queries chose a block in the mean, times its keys
+    rows = heads * index.shape[2] * index.shape[3]
+    return heads < LEAST_HEADS and rows >= LEAST_HEADS * call.k.shape[2]
 
 
 def _rows(shape: Shape, numbers: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backend import AttentionCall, Given, Gradients, Results
 from ..backends.triton.walk import why_unfit
-from ..devices import HALF_TYPES
+from ..devices import HALF_TYPES, shared_bytes
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .pieces import rows_of
@@ -30,6 +30,8 @@ MAX_PARTS = 1 << 27
 BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
 # head dims of them, and numbers of a block that four warps hold
 MAX_BLOCK_DIM, MAX_OF_FOUR_WARPS = 128, 64 * 128
+# shared memory that such a block takes, and a larger one
+SHARED_BYTES = 99 << 10, 227 << 10
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -156,9 +158,11 @@ class Shape:
 
 def block_size(call: AttentionCall) -> int:
     """The keys of a block of the choice, where their gradients are made together; else 1."""
-    size = call.plan.size
-    fits = size in BLOCK_SIZES and max(call.q.shape[3], call.v.shape[3]) <= MAX_BLOCK_DIM
-    return size if fits and call.q.dtype in HALF_TYPES else 1
+    size, dim = call.plan.size, max(call.q.shape[3], call.v.shape[3])
+    if size not in BLOCK_SIZES or dim > MAX_BLOCK_DIM or call.q.dtype not in HALF_TYPES:
+        return 1
+    needed = SHARED_BYTES[size * dim > MAX_OF_FOUR_WARPS]
+    return size if shared_bytes(call.q.device) >= needed else 1
 
 
 def _choosers_of_blocks(index: Tensor, size: int, num_keys: int) -> Choosers:

@@ -10,13 +10,13 @@ a head that positions turn; N keys that are chosen for a query.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.triton import walk
+from ..devices import shared_bytes
 from .api import attend_chosen
 from .latent_passes import LatentAttention, forward
 
@@ -52,18 +52,13 @@ def why_not(query: Tensor, latents: Latents) -> str | None:
     """Why the kernel cannot attend to latents, or None."""
     if query.device.type not in walk.DEVICES or not walk.IS_INSTALLED:
         return f"it needs a GPU and query is on {query.device}"
-    if query.device.type == "cuda" and _shared_bytes(query.device) < SHARED_BYTES:
+    if shared_bytes(query.device) < SHARED_BYTES:
         return f"its kernel needs a GPU with {SHARED_BYTES >> 10} KiB of shared memory, as an H100 has"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"its kernel computes in 16 bits and query is {query.dtype}"
     if latents.latent.shape[2] > MAX_LATENT or latents.turned.shape[2] > MAX_TURNED:
         return f"its kernel takes latents of up to {MAX_LATENT} numbers and {MAX_TURNED} for positions"
     return None
-
-
-@lru_cache
-def _shared_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def attend_latent(query: Tensor, latents: Latents, chosen: Tensor, *, scale: float) -> Tensor:

@@ -56,6 +56,15 @@ def check_cache_name(given: Mapping[str, Any], known: Container[str]) -> None:
         raise ValueError(f"forward has no argument {new!r} in this version of Transformers, which calls it {old}")
 
 
+def check_is_used(cache: Cache | None, generation_config: Any) -> None:
+    """Raise ValueError if `generate` has a cache and would compute all tokens at every step, and have it take them each time."""
+    if cache is not None and generation_config.use_cache is False:
+        raise ValueError(
+            f"generate was given a {type(cache).__name__}, and use_cache=False, as some models' configurations say: each pass would be "
+            "over the whole text, and the cache would take all of it again; give use_cache=True, or no cache"
+        )
+
+
 def cached_tokens(cache: Cache | None) -> int:
     """Tokens in a cache. Those of a static one on a GPU are waited for."""
     return 0 if cache is None else int(cache.get_seq_length())

@@ -17,6 +17,7 @@ from .cache import (
     LAYERS_SEE,
     begin_streaming,
     check_cache_name,
+    check_is_used,
     decoding_patterns,
     emptied_cache,
     given_cache,
@@ -50,7 +51,7 @@ from .mask_request import FLEETING, padding_in, said_in_pass, said_of
 from .pages import bounds_of_pages, make_manager
 from .saving import SavedByOthers
 from .short_angles import hold_angles
-from .stop_check import pop_last_positions, sample_late, why_not_late
+from .stop_check import pop_last_positions, sample_late, why_not_asked_again, why_not_late
 from .streaming_cache import StreamingCache
 from .tensor_parallel import check_division
 from .turning import begin_turning
@@ -199,6 +200,7 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        check_is_used(given_cache(model_kwargs), generation_config)
         streaming = named_streaming(self, generation_config, model_kwargs)
         if streaming is not None and generation_config.is_assistant:
             streaming.activate_past_recording()
@@ -219,7 +221,9 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         """As Transformers'; whether a token was the last is asked while the next pass is under way, where that can be."""
         sample = super()._sample  # pyright: ignore[reportAttributeAccessIssue]
-        why_not = why_not_late(self, input_ids, generation_config, stopping_criteria.max_length, kwargs)
+        why_not = why_not_asked_again((*logits_processor, *stopping_criteria)) or why_not_late(
+            self, input_ids, generation_config, stopping_criteria.max_length, kwargs
+        )
         given = input_ids, logits_processor, stopping_criteria, generation_config, *args
         if why_not is None:
             return sample_late(sample.__func__, self, *given, **kwargs)

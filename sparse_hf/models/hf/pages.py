@@ -36,6 +36,11 @@ ALL_KEPT, RING = "full_attention", "sliding_attention"
 Bounds = list[tuple[int, int, int, int]]
 
 
+# methods of an allocator that say where tokens are, and what these ask of it
+PLACES = ("get_seqlen_k", "get_read_indices", "get_write_indices")
+ASKED = ("block_table", "tokens_per_page", "block_physical_stride", "sentinel_index", "write_trash_index")
+
+
 @dataclass(frozen=True)
 class RingOfPages:
     """Which slots of a request's pages hold which tokens, for layers that forget: the first ones in place, the last ones in turn.
@@ -55,6 +60,21 @@ class RingOfPages:
         """Slots of a request, the window of Transformers' words: a new token finds all that it sees, and overwrites none of it."""
         assert kept.left is not None
         return kept.sinks + kept.left + kept.period
+
+    def stand_in(self) -> None:
+        """Have the allocator go by these places.
+
+        Raises:
+            NotImplementedError: one of a version that calls them otherwise.
+        """
+        lost = [name for name in (*PLACES, *ASKED) if not hasattr(self.allocator, name)]
+        if lost:
+            raise NotImplementedError(
+                f"the pages of this version of Transformers have no {', '.join(lost)}, and tokens would be looked for in wrong places; use "
+                "generate, which takes padded batches"
+            )
+        for name in PLACES:
+            setattr(self.allocator, name, getattr(self, name))
 
     def get_seqlen_k(self, past_length: int, query_length: int) -> int:
         return past_length - self._dropped(past_length) + query_length
@@ -120,9 +140,7 @@ def make_manager(model: Any, generation_config: Any, batching_config: Any, hints
                 processor = super()._create_batch_processor()
             allocator = processor.cache.cache_allocators.get(RING)
             if allocator is not None:
-                ring = RingOfPages(joined(_forgetting(self.model.config).values()), allocator)
-                for name in ("get_seqlen_k", "get_read_indices", "get_write_indices"):
-                    setattr(allocator, name, getattr(ring, name))
+                RingOfPages(joined(_forgetting(self.model.config).values()), allocator).stand_in()
             return processor
 
     given = model.generation_config if generation_config is None else generation_config

@@ -7,16 +7,17 @@ a check that asks while the next pass is under way, for "mps" alone; compiled st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PrefixConstrainedLogitsProcessor
 from transformers.generation import utils
 
-from .cache import given_cache, room_of
+from .cache import cached_tokens, given_cache, room_of
 from .marks import prompt_length
 from .streaming_cache import StreamingCache
 
@@ -24,6 +25,11 @@ from .streaming_cache import StreamingCache
 CHECK = "DeferredStopCheck"
 # the attribute of a cache whose steps come one by one, in a loop that is one ahead
 AHEAD = "sparse_hf_ahead"
+# that check, which is private there, and the arguments by which it is known
+Parent: Any = getattr(utils, CHECK, object)
+ARGUMENTS = ["self", "input_ids", "max_length", "cache", "cache_is_returned", "streamer"]
+# whose criteria and processors may be asked of a token behind the end
+OWN_PACKAGES = ("transformers", __name__.partition(".")[0])
 # devices that compute while the host goes on
 DEVICES = ("cuda", "xpu")
 
@@ -41,6 +47,8 @@ def why_not_late(
         max_length: of what `input_ids` becomes; None where it may become of any.
         kwargs: further ones of the loop, those of the model among them.
     """
+    if generation_config.is_assistant:
+        return "drafts are short"
     if kwargs.get("synced_gpus"):
         return "processes wait for each other at every token"
     if model.device.type not in DEVICES:
@@ -79,6 +87,16 @@ def pop_last_positions(cache: Cache | None, kwargs: dict[str, Any]) -> Tensor | 
     return None if positions is None else positions[..., -1:]
 
 
+def why_not_asked_again(listed: Iterable[Any]) -> str | None:
+    """Why criteria and processors cannot be asked of a token behind the end; None if they can. Those of users may count or raise."""
+    for one in listed:
+        if type(one).__module__.partition(".")[0] not in OWN_PACKAGES or isinstance(
+            one, PrefixConstrainedLogitsProcessor
+        ):
+            return f"{type(one).__name__} is not to be asked of a token behind the end"
+    return None
+
+
 def sample_late(sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a loop of Transformers with a late check; nobody else's has one.
 
@@ -86,7 +104,8 @@ def sample_late(sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample: `GenerationMixin._sample`, whose other arguments follow. Where it has no such check, it runs as it is.
     """
     names = getattr(sample, "__globals__", {})
-    if not isinstance(sample, FunctionType) or names.get(CHECK) is not utils.DeferredStopCheck:
+    is_known = Parent is not object and list(inspect.signature(Parent.__init__).parameters) == ARGUMENTS
+    if not is_known or not isinstance(sample, FunctionType) or names.get(CHECK) is not Parent:
         return sample(*args, **kwargs)
     checks = _Checks()
     ours = FunctionType(
@@ -123,16 +142,17 @@ class _Checks:
             self.made.take_back()
 
 
-class LateStopCheck(utils.DeferredStopCheck):
+class LateStopCheck(Parent):
     """Transformers' check, which reads of each token while the next pass is under way, for caches of compiled steps."""
 
     def __init__(
-        self, input_ids: Tensor, max_length: int, cache: Cache | None, cache_is_returned: bool, streamer: Any = None
+        self, input_ids: Any, max_length: int, cache: Cache | None, cache_is_returned: bool, streamer: Any = None
     ):
         # such caches can take a token back without having been told before
         super().__init__(input_ids, max_length, cache, False, streamer)
         self.cache = cache if cache_is_returned else None
-        self.calls, self.prompt = 0, 0 if self.cache is None else self.cache.get_seq_length()
+        # a static cache gives its counter itself, which goes on with it
+        self.calls, self.prompt = 0, cached_tokens(self.cache)
 
     def __call__(self, *args: Any) -> bool:
         self.calls += 1
@@ -142,6 +162,6 @@ class LateStopCheck(utils.DeferredStopCheck):
         """Behind an interruption, have a cache hold none but tokens before the last that its streamer got, so that a call can go on."""
         if self.cache is None or self.streamer is None:
             return
-        more = self.cache.get_seq_length() - self.prompt - max(0, self.calls - 2)
+        more = cached_tokens(self.cache) - self.prompt - max(0, self.calls - 2)
         if more > 0:
             self.cache.crop(-more)

@@ -110,6 +110,7 @@ def compare_plain(pattern: str, length: int, case: str, heads: int = 4, groups: 
     return True
 
 
+@pytest.mark.cross("case", "length")
 @pytest.mark.parametrize(
     ("pattern", "case", "length"),
     [
@@ -126,6 +127,7 @@ def test_lists_and_their_gradients_are_exact(pattern, case, length, plain):
 GLOBAL = "(window(20, 20) | first(3) | last(2) | chunk(50)) & window(None, None)"
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("case", ["last_queries", "packed_and_padded"])
 @pytest.mark.parametrize(
     "pattern", [GLOBAL, causal_form(GLOBAL), "bigbird(block_size=32)", "per_head(chunk(9), first(1) | chunk(9))"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_hf import build_plan, sparse_attention
 from sparse_hf.attention.backends.triton.walk import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32
 from sparse_hf.attention.dispatch import BACKENDS
+from sparse_hf.attention.launch import Launch
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.plan import tile_lists as lists
 from tests import oracle
@@ -31,6 +33,7 @@ def some():
         yield pytest.param(text, case, shape, id=f"{pattern[:30]}-{case}", marks=marks)
 
 
+@pytest.mark.cross("case", "shape")
 @pytest.mark.parametrize(("pattern", "case", "shape"), list(some()))
 def test_exact(pattern, case, shape):
     compare("triton", pattern, 100, case, shape, torch.float32, DEVICE)
@@ -95,6 +98,37 @@ def test_no_queries_are_no_launch():
     out, lse = sparse_attention(q, k, v, "window(5, 0)", backend="triton", return_lse=True)
     grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
     assert out.shape == q.shape and not any(grad.any() for grad in grads)
+
+
+class _Names(TorchDispatchMode):
+    """The operations of torch that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_is_three_launches_and_the_memory_of_its_results(monkeypatch):
+    """Each further operation would cost a host as much as a small kernel."""
+    launched = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, tensors, numbers: launched.append(self.kernel.__name__))
+    leaves = [torch.randn(1, 4, 200, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    grad = torch.randn_like(leaves[0])
+    with _Names() as seen:
+        for _ in range(2):
+            launched.clear()
+            seen.found.clear()
+            out = sparse_attention(*leaves, "window(20, 20) | first(2)", backend="triton")
+            torch.autograd.grad(out, leaves, grad)
+    assert launched == ["forward", "gradients_of_queries", "gradients_of_keys"]
+    views = {"detach", "alias"}
+    assert sorted(set(seen.found) - views) == sorted({"new_empty_strided", "empty", "empty_like"})
+    # out and lse, three gradients, and what one backward kernel hands to the other
+    assert len([name for name in seen.found if name not in views]) == 2 + 3 + 1
 
 
 @pytest.mark.gpu

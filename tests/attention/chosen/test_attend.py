@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from sparse_hf.attention.chosen import attend_chosen, backend, pieces
+from sparse_hf.attention.chosen.api import chosen_call
+from sparse_hf.attention.chosen.backend import ChosenKeys
+from sparse_hf.attention.dropout import NO_DROPOUT
+from sparse_hf.attention.scoring import Scoring
 from sparse_hf.testing import AllocationInterceptor
 from tests.attention.exactness import DEVICE, check
 from tests.oracle import gradients
@@ -195,3 +199,20 @@ def test_no_tensor_has_two_lengths():
     with AllocationInterceptor(length) as seen:
         attend_chosen(q, k, v, index)[0].sum().backward()
     assert not seen.quadratic
+
+
+def test_blocks_go_together_where_a_gpu_has_the_memory(monkeypatch):
+    def size_of(size, dim, heads=4):
+        q, k = (torch.zeros(1, h, 300, dim, dtype=torch.float16) for h in (heads, 2))
+        index = torch.zeros(1, 2, 300, 2 * size, dtype=torch.int32)
+        call = chosen_call(q, k, k, index, Scoring(1.0), NO_DROPOUT)
+        call = call.part(q, k, k, ChosenKeys(index, size), NO_DROPOUT)
+        return backend.gathers.block_size(call), backend.by_blocks.is_better(call)
+
+    # heads that fill a tile of one query need no others, and a size that no tile has has no block
+    assert [size_of(64, 128), size_of(128, 128), size_of(64, 128, 32), size_of(24, 64), size_of(64, 160)] == [
+        (64, True), (128, True), (64, False), (1, False), (1, False),
+    ]  # fmt: skip
+    for bytes_, wanted in ((200 << 10, (64, 1)), (64 << 10, (1, 1))):
+        monkeypatch.setattr(backend.gathers, "shared_bytes", lambda device, bytes_=bytes_: bytes_)
+        assert (size_of(64, 128)[0], size_of(128, 128)[0]) == wanted

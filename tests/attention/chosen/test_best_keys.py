@@ -8,6 +8,7 @@ import torch
 from sparse_hf.attention.chosen import DotScores, IndexerScores, Limits, choose, selection
 from sparse_hf.testing import AllocationInterceptor
 from tests.attention.exactness import DEVICE
+from tests.crosses import sampled
 
 
 def brute_force(scores, allowed, count):
@@ -94,7 +95,7 @@ def test_kernels_equal_brute_force(kind, count, monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", sampled([torch.float16], [torch.float32, torch.float16]))
 def test_kernels_of_an_indexer(dtype, monkeypatch):
     for name, value in (("TILE_QUERIES", 16), ("TILE_KEYS", 16), ("MAX_SCORES", 2 * 20 * 37)):
         monkeypatch.setattr(selection, name, value)

@@ -16,10 +16,11 @@ from sparse_hf.plan import NOTHING
 from sparse_hf.plan.hash_order import Chunking, plan_chunks
 from tests import oracle
 from tests.attention.exactness import DEVICE, tensors
+from tests.crosses import slow_but_for
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("trial", [*range(4), *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 12))])
+@pytest.mark.parametrize("trial", slow_but_for(range(4), range(12), range(2)))
 def test_chunks_in_hash_order_are_those_of_plain_torch(trial, monkeypatch):
     generator = torch.Generator().manual_seed(trial)
 
