@@ -192,7 +192,8 @@ def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "per", "shape"), [(64, "group", (32, 2, 128)), (64, "head", (4, 4, 64)), (128, "group", (8, 2, 80))]
 )
-def test_blocks_on_a_gpu(dtype, size, per, shape):
+def test_blocks_on_a_gpu(dtype, size, per, shape, monkeypatch):
+    monkeypatch.setattr(gathers, "HAVE_RUN_ON_A_GPU", True)
     text = f"topk_blocks(4, {size}, 'mean', 1, '{per}') & window(None, 0)"
     given = tensors(shape, 1100, 1100, dtype, "cuda")
     call = plain_call(*given, Pattern.parse(text))
