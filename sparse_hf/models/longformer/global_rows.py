@@ -107,7 +107,7 @@ class GlobalRowsMixin(_Module):
 
         None by a pattern without marked rows, and by a backend that autograd differentiates, which would run twice.
         """
-        heads, backend = self.query.weight.shape[0] // self.head_dim, backend_of(self.config)
+        heads, backend = self._projections(LOCAL)[0].weight.shape[0] // self.head_dim, backend_of(self.config)
         both = both_halves(*halves(own_heads(pattern, self, heads, self.num_heads)), heads)
         by_name = BACKENDS.get(backend)
         if both is None or by_name is not None and by_name.uses_autograd:
