@@ -30,7 +30,8 @@ PUBLIC = {
     "sparse_hf.units",
 }  # fmt: skip
 OF_EVALUATION = {
-    f"sparse_hf.evaluation.{name}" for name in ("api", "budget", "pieces", "probes.recall", "search", "tune")
+    f"sparse_hf.evaluation.{name}"
+    for name in ("api", "budget", "choice", "pieces", "probes.recall", "search", "spending", "tune")
 }
 OTHERS = {
     "make_cards": {"sparse_hf.conversion.card"}, "export": {"sparse_hf.conversion.export"}, "checkpoints": {"sparse_hf.conversion.gguf"},

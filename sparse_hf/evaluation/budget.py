@@ -31,7 +31,9 @@ class Budget:
     Raises:
         ValueError: a share outside 0 .. 1, an unknown word, or bytes of the cache by heads.
 
-    Example: `Budget(share=0.25, of="pairs", by="heads")`.
+    Example:
+        >>> Budget(share=0.25, of="pairs", by="heads").of
+        'pairs'
     """
 
     share: float = 0.25

@@ -21,9 +21,14 @@ CROSSES = re.compile(
 
 @cache
 def calls_interface(kind: type[nn.Module]) -> bool:
-    """Does the `forward` of a class of modules ask Transformers' attention interface for its function?"""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return code is not None and "get_interface" in code.co_names
+    """Does the `forward` of a class of modules, or the one that it goes on to, ask Transformers' attention interface for its function?"""
+    for base in kind.__mro__:
+        code = getattr(inspect.unwrap(vars(base).get("forward")), "__code__", None)
+        if code is None:
+            continue
+        if "get_interface" in code.co_names or "super" not in code.co_names:
+            return "get_interface" in code.co_names
+    return False
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
