@@ -76,10 +76,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"backend {ctx.backend.name!r} has no second derivative; use backend='reference' for create_graph=True"
-            )
+        refuse_second_derivative(ctx.backend)
         q, k, v, bias, out, lse = ctx.saved_tensors
         pattern, q_offset, scoring, dropout, batch, recorded, plan = ctx.rest
         scoring = scoring if bias is None else replace(scoring, bias=bias)
@@ -89,6 +86,14 @@ class _Attention(torch.autograd.Function):
             with torch.autocast(q.device.type, enabled=False):
                 return *ctx.backend.backward(call, given), None, None
         return *ctx.backend.backward(call, given), None, None
+
+
+def refuse_second_derivative(backend: Backend) -> None:
+    """Raise RuntimeError if a backward pass of the caller's own is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"backend {backend.name!r} has no second derivative; use backend='reference' for create_graph=True"
+        )
 
 
 def _without_tensors(call: AttentionCall) -> tuple:

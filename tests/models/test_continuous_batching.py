@@ -212,6 +212,14 @@ def test_what_would_be_computed_otherwise_is_refused(case):
 
 
 @needs_pages
+def test_a_configuration_that_decodes_dense_is_refused():
+    """`generate` would have tokens behind a prompt see all of it."""
+    model = sparse_hf.sparsify(dense_model(LLAMA).eval(), "window(2, 0)", decode="dense")
+    with pytest.raises(NotImplementedError, match=r"decode='dense' in its configuration.*use generate, which takes"):
+        model.generate_batch(prompts(), generation_config=GenerationConfig(**HOW))
+
+
+@needs_pages
 def test_cuda_graphs_are_refused():
     model = sparse_hf.sparsify(dense_model(LLAMA).eval(), PATTERN)
     with pytest.raises(NotImplementedError, match="use_cuda_graph=True"):

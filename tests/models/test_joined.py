@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sparse_hf
+from sparse_hf import Pattern
 from sparse_hf.attention import api
-from sparse_hf.models.hf import answered, attention_interface, joined
+from sparse_hf.attention.scoring import Scoring
+from sparse_hf.models.hf import answered, attention_interface, joined, projections
 from sparse_hf.models.longformer import global_rows
+from sparse_hf.plan import NOTHING, BatchInfo, of_batch
 from tests.models import longformers
 from tests.models.families import dense_model, inputs
 from tests.models.longformers import Free, Operations, stock_model
@@ -16,6 +21,7 @@ from tests.models.longformers import Free, Operations, stock_model
 LAYERS = 4
 HEADS = ("BertModel", "CamembertModel", "ElectraModel", "RobertaModel", "XLMRobertaModel")
 PATTERN = "window(20, 20) | first(3)"
+PARSED = Pattern.parse(PATTERN)
 
 
 def sparse(head: str = "BertModel", layers=None, **changes) -> torch.nn.Module:
@@ -165,6 +171,71 @@ def test_one_node_takes_fewer_operations(nodes, monkeypatch):
         counts.append(seen.count)
     # of each layer that is one node 2 products forward and 4 backward, 2 sums for biases and 2 of states; 3 are joined for it
     assert counts[1] - counts[0] >= (2 + 4 + 2 + 2 - 3) * (LAYERS - 1)
+
+
+def asked_of(memo: dict, batch: BatchInfo = NOTHING) -> joined.Asked:
+    return joined.Asked(PARSED, 8, Scoring(8**-0.5), batch, "auto", memo)
+
+
+def by_one_node(asked: joined.Asked, rows: int = 2, is_frozen: bool = False):
+    """Projections, states that they project, and what a node gives of them."""
+    torch.manual_seed(0)
+    modules, states = [torch.nn.Linear(16, 16) for _ in range(3)], torch.randn(rows, 60, 16, requires_grad=True)
+    for module in modules if is_frozen else ():
+        module.requires_grad_(False)
+    return modules, states, joined.joined_attention(states, modules, asked)
+
+
+def test_gradients_within_autocast_are_those_without_it():
+    grads = []
+    for enabled in (False, True):
+        modules, states, out = by_one_node(asked_of({}))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out.square().sum(), (states, modules[0].weight, modules[2].bias)))
+    assert all(map(torch.equal, *grads))
+
+
+def test_a_second_derivative_is_refused():
+    _, states, out = by_one_node(asked_of({}))
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference' for create_graph=True"):
+        torch.autograd.grad(out.square().sum(), states, create_graph=True)
+
+
+def test_frozen_projections_cost_no_gradients():
+    counts, grads = [], []
+    for is_frozen in (False, True):
+        _, states, out = by_one_node(asked_of({}), is_frozen=is_frozen)
+        with Operations() as seen:
+            out.sum().backward()
+        counts.append(seen.count)
+        grads.append(states.grad)
+    # a product and a sum
+    assert counts[0] - counts[1] >= 2 and torch.equal(*grads)
+
+
+def test_batches_that_share_a_memo_have_plans_of_their_own():
+    real = torch.ones(2, 60, dtype=torch.bool)
+    real[1, 30:] = False
+    memo, batches = {}, (NOTHING, of_batch(real, None, None))
+    shared = [by_one_node(asked_of(memo, batch))[2] for batch in batches]
+    alone = [by_one_node(asked_of({}, batch))[2] for batch in batches]
+    assert all(map(torch.equal, shared, alone)) and not torch.equal(*shared)
+
+
+def test_a_batch_without_rows():
+    modules, states, out = by_one_node(asked_of({}), rows=0)
+    out.sum().backward()
+    assert out.shape == states.grad.shape == (0, 60, 16) and not modules[0].weight.grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "holds"), [
+    (torch.float64, True, False), (torch.float32, True, True), (torch.float32, False, False), (torch.float16, False, True),
+])  # fmt: skip
+def test_autocast_leaves_float64_alone(dtype, autocast, holds, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
+    size = torch.finfo(dtype).bits // 8
+    states = SimpleNamespace(is_cuda=True, numel=lambda: 10, element_size=lambda: size, dtype=dtype)
+    assert projections.is_host_bound(states) == holds
 
 
 def distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 import sparse_hf
@@ -69,7 +72,18 @@ def test_a_layer_trains_on_latents(monkeypatch, request):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("what", ["a CPU's dtype", "who learns", "a hook", "a forward of its own"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a CPU's dtype",
+        "who learns",
+        "a hook",
+        "a backward hook",
+        "a hook of all modules",
+        "a forward of its own",
+        "no weight",
+    ],
+)
 def test_keys_and_values_are_made_where_somebody_needs_them(what, monkeypatch):
     monkeypatch.setattr(selection, "is_able", lambda device: False)
     dtype = torch.float32 if what == "a CPU's dtype" else torch.float16
@@ -80,14 +94,25 @@ def test_keys_and_values_are_made_where_somebody_needs_them(what, monkeypatch):
     for projection in projections:
         if what == "a hook":
             projection.register_forward_hook(lambda *_: seen.append(1))
+        if what == "a backward hook":
+            projection.register_full_backward_hook(lambda *_: seen.append(1))
         if what == "a forward of its own":
             projection.forward = lambda x, own=projection.forward: seen.append(1) or own(x)
+    if what == "no weight":
+        # as those of quantizers, which nobody can read
+        for layer, projection in zip(ours.model.layers, projections, strict=True):
+            layer.self_attn.kv_b_proj = torch.nn.Sequential(projection)
     if what == "who learns":
         with sparse_hf.indexer_losses(ours) as losses:
             ours(input_ids=ids, use_cache=False)
         assert float(losses.mean().detach()) > 0
     else:
         monkeypatch.setattr(latent, "why_not", latent.why_not if dtype == torch.float32 else lambda *_: None)
-        with torch.no_grad():
-            ours(input_ids=ids, use_cache=False)
-    assert not calls and len(seen) == (len(projections) if what in ("a hook", "a forward of its own") else 0)
+        of_all = nullcontext()
+        if what == "a hook of all modules":
+            of_all = register_module_forward_hook(lambda module, *_: seen.append(1) if module in projections else None)
+        with of_all, torch.set_grad_enabled(what == "a backward hook"):
+            logits = ours(input_ids=ids, use_cache=False).logits
+        if what == "a backward hook":
+            logits.float().sum().backward()
+    assert not calls and len(seen) == (len(projections) if "hook" in what or what == "a forward of its own" else 0)

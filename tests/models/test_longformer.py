@@ -441,6 +441,51 @@ def test_projections_are_called_unless_their_weights_say_all(name, way, is_host_
         torch.testing.assert_close(other(**batch)[0], ours(**batch)[0])
 
 
+class _Wrapped(torch.nn.Module):
+    """A projection whose weights nobody can read, as those of quantizers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def _gathered(linear):
+    """A projection whose weight is there while it is called, and at no other time (DeepSpeed's ZeRO-3)."""
+    whole, linear.weight.data = linear.weight.data, torch.empty(0)
+    linear.register_forward_pre_hook(lambda module, _: setattr(module.weight, "data", whole))
+    linear.register_forward_hook(lambda module, _, out: setattr(module.weight, "data", torch.empty(0)))
+    return linear
+
+
+@pytest.mark.parametrize("is_host_bound", [False, True])
+@pytest.mark.parametrize("change", [_Wrapped, _gathered])
+@pytest.mark.parametrize("head", ["LongformerModel", "LEDModel"])
+def test_projections_without_readable_weights(head, change, is_host_bound, monkeypatch):
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: is_host_bound)
+    ours, batch = sparse_hf.sparsify(stock_model(head)).eval(), inputs(head, 50, marks="one")
+    with torch.no_grad():
+        right = ours(**batch)[0]
+        for module in ours.modules():
+            if isinstance(module, GlobalRowsMixin):
+                for name in global_rows.LOCAL + global_rows.GLOBAL:
+                    setattr(module, name, change(getattr(module, name)))
+        torch.testing.assert_close(ours(**batch)[0], right, rtol=1e-5, atol=1e-5)
+
+
+def test_what_autograd_differentiates_is_left_to_it(monkeypatch):
+    """One node would run its forward pass a second time."""
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: True)
+    monkeypatch.setattr(global_rows, "joined_attention", None)
+    ours, batch = sparse_hf.sparsify(stock_model("LongformerModel")), inputs("LongformerModel", 50, marks="few")
+    ours.set_attn_implementation("sparse_reference")
+    found = ours(**batch)[0]
+    monkeypatch.setattr(global_rows, "is_host_bound", lambda states: False)
+    torch.testing.assert_close(found, ours(**batch)[0])
+
+
 @pytest.mark.parametrize("is_host_bound", [False, True])
 # stock writes to what `query` and `query_global` gave, which torch refuses where they have such hooks
 @pytest.mark.parametrize("name", ["key", "value", "key_global", "value_global"])

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...attention import route
+from ...attention.autograd import refuse_second_derivative
 from ...attention.backend import AttentionCall, Backend, Given
 from ...attention.devices import is_autocast
 from ...attention.dropout import NO_DROPOUT, Dropout
@@ -63,11 +63,12 @@ class Asked:
     def route(self, call: AttentionCall) -> Backend:
         """What runs a call, with its plan, decided once a pass."""
         # found by number: a pattern of many heads is slow to compare
-        own = "joined", id(self.pattern), call.q.shape, call.q.dtype, self.backend, bool(self.dropout)
+        numbers, q = (id(self.pattern), id(self.batch)), call.q
+        own = "joined", *numbers, q.shape, q.dtype, q.device, self.backend, bool(self.dropout)
         if own not in self.memo:
             backend = route(call, self.backend)
-            self.memo[own] = self.pattern, backend, call.chosen_plan
-        _, backend, call.chosen_plan = self.memo[own]
+            self.memo[own] = self.pattern, self.batch, backend, call.chosen_plan
+        *_, backend, call.chosen_plan = self.memo[own]
         return backend
 
     def taken(self, out: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class Asked:
 
 def unpacked(packed: Tensor, head_dim: int) -> Any:
     """Three tensors `[B, H, N, D]` that lie side by side in `packed`, `[B, N, 3 * E]`."""
-    batch, length, _ = packed.shape
-    return packed.view(batch, length, 3, -1, head_dim).permute(2, 0, 3, 1, 4).unbind()
+    batch, length, width = packed.shape
+    return packed.view(batch, length, 3, width // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind()
 
 
 def joined_attention(states: Tensor, modules: Sequence[nn.Linear], asked: Asked) -> Tensor:
@@ -116,22 +117,35 @@ class _Joined(torch.autograd.Function):
         return asked.taken(out.transpose(1, 2).flatten(2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        states, weight, packed, out, lse = ctx.saved_tensors
-        call = ctx.asked.call(packed)
-        call.chosen_plan = ctx.plan
-        grad_out = ctx.asked.given_back(grad).unflatten(2, call.q.shape[1::2]).transpose(1, 2)
-        of_packed = torch.empty_like(packed)
-        own = unpacked(of_packed, ctx.asked.head_dim)
-        into = own if ctx.backend.writes_into else None
-        for mine, found in zip(own, ctx.backend.backward(call, Given(out, lse, grad_out, None, into)), strict=False):
-            if into is None:
-                mine.copy_(found)
-        of_packed = of_packed.flatten(0, 1)  # [B * N, 3 * E]
-        grad_states = (of_packed @ weight).view_as(states)
-        of_weights, of_biases = of_packed.t() @ states.flatten(0, 1), of_packed.sum(0)
-        return grad_states, None, None, *of_weights.split(ctx.sizes), *of_biases.split(ctx.sizes)
+        refuse_second_derivative(ctx.backend)
+        if is_autocast(grad):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of what `_Joined` took, but of what nobody asks."""
+    states, weight, packed, out, lse = ctx.saved_tensors
+    call = ctx.asked.call(packed)
+    call.chosen_plan = ctx.plan
+    grad_out = ctx.asked.given_back(grad).unflatten(2, call.q.shape[1::2]).transpose(1, 2)
+    of_packed = torch.empty_like(packed)
+    own = unpacked(of_packed, ctx.asked.head_dim)
+    into = own if ctx.backend.writes_into else None
+    for mine, found in zip(own, ctx.backend.backward(call, Given(out, lse, grad_out, None, into)), strict=False):
+        if into is None:
+            mine.copy_(found)
+    of_packed, count = of_packed.flatten(0, 1), len(ctx.sizes)  # [B * N, 3 * E]
+    of_states, _, _, *of_parameters = ctx.needs_input_grad
+    grad_states = (of_packed @ weight).view_as(states) if of_states else None
+    weights = biases = (None,) * count
+    if any(of_parameters[:count]):
+        weights = (of_packed.t() @ states.flatten(0, 1)).split(ctx.sizes)
+    if any(of_parameters[count:]):
+        biases = of_packed.sum(0).split(ctx.sizes)
+    return grad_states, None, None, *weights, *biases
 
 
 class JoinedProjections(_Module):

@@ -166,6 +166,7 @@ def _check(model: Any) -> None:
         "two stacks": config.is_encoder_decoder,
         "a pattern with marked tokens, which pages do not know of": config.uses_marks,
         "layers that choose keys by content, whose scores pages do not keep": config.chooses_keys,
+        "decode='dense' in its configuration, and pages know one pattern for all tokens": config.decode == "dense",
         "layers with a state of their own, which pages do not keep": model._is_stateful
         or (attending is not None and len(attending) < config.num_hidden_layers),
     }

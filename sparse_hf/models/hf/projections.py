@@ -23,21 +23,26 @@ def is_host_bound(states: Tensor) -> bool:
     """Does a GPU wait for the host at this size? Never said of a graph, which the host does not walk through."""
     if not states.is_cuda or torch.compiler.is_compiling() or states.numel() > MAX_HOST_BOUND_ELEMENTS:
         return False
-    return states.element_size() <= 2 or torch.is_autocast_enabled("cuda")
+    # autocast leaves float64 alone
+    return states.element_size() <= 2 or torch.is_autocast_enabled("cuda") and states.dtype == torch.float32
 
 
-def are_plain(modules: Sequence[nn.Linear]) -> bool:
+def are_plain(modules: Sequence[nn.Module], with_bias: bool = True) -> bool:
     """Are these linear layers whose weights say all: no adapter, no quantized or sharded weight, no hook?
 
     Whoever reads weights instead of calling the module must ask it first.
+
+    Args:
+        with_bias: has each of them a bias, or none?
     """
-    return not hooks._has_any_global_hook() and all(map(_is_plain, modules))
+    return not hooks._has_any_global_hook() and all(_is_plain(module, with_bias) for module in modules)
 
 
-def _is_plain(module: nn.Linear) -> bool:
+def _is_plain(module: nn.Module, with_bias: bool) -> bool:
     if type(module) is not nn.Linear or any(map(vars(module).get, OWN_CALLS)):
         return False
-    return type(module.weight) in PLAIN_TENSORS and type(module.bias) in PLAIN_TENSORS
+    weight, bias = module.weight, module.bias
+    return type(weight) in PLAIN_TENSORS and (type(bias) in PLAIN_TENSORS if with_bias else bias is None)
 
 
 def joined(states: Tensor, modules: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

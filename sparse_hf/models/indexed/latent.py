@@ -16,6 +16,7 @@ from torch import Tensor
 from ...attention.chosen import Latents
 from ...attention.chosen.latent import why_not
 from ..hf.chosen_keys import LATENTS, learning, refuse_graphs
+from ..hf.projections import are_plain
 
 # may the layer that is computed leave its latents as they are?
 _MAY_SHARE: ContextVar[bool] = ContextVar("may share latents", default=False)
@@ -49,29 +50,34 @@ class LatentAttention(torch.nn.Module):
         drops = self.training and getattr(self.config, "attention_dropout", 0) > 0
         autocast = torch.is_autocast_enabled(states.device.type)
         # who learns looks at the keys
-        return _is_plain(self.kv_b_proj, states.device) and not drops and not autocast and learning() is None
+        return self._is_weight(states.device) and not drops and not autocast and learning() is None
+
+    def _is_weight(self, device: torch.device) -> bool:
+        """Is the projection its weight alone, all of which is there?"""
+        projection = self.kv_b_proj
+        if not are_plain([projection], with_bias=False):
+            return False
+        return (
+            projection.weight.shape == (projection.out_features, projection.in_features)
+            and projection.weight.device == device
+        )
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `[B, H, K, D + P]` and values `[B, H, K, E]` of latents `[B, 1, K, L]` and `[B, 1, K, P]`, or what has their shapes."""
-        up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, D + E, L]
-        latents = Latents(kv_nope[:, 0], k_rot[:, 0], *up.split([self.qk_nope_head_dim, self.v_head_dim], 1))
-        batch, _, keys, _ = kv_nope.shape
-        widths = self.qk_nope_head_dim + k_rot.shape[-1], self.v_head_dim
-        if not _MAY_SHARE.get() or why_not(kv_nope, latents):
+        latents = self._latents(kv_nope, k_rot) if _MAY_SHARE.get() else None
+        if latents is None or why_not(kv_nope, latents):
             dense: Any = super()
             return dense.expand_kv(kv_nope, k_rot)
+        batch, _, keys, _ = kv_nope.shape
+        widths = self.qk_nope_head_dim + k_rot.shape[-1], self.v_head_dim
         LATENTS.set(latents)
         key, value = (kv_nope.new_zeros(1, 1, 1, 1).expand(batch, self.num_heads, keys, width) for width in widths)
         return key, value
 
-
-def _is_plain(projection: Any, device: torch.device) -> bool:
-    """Is a projection its weight, and nothing that others put around it, as when weights are shared out or swapped in?"""
-    if type(projection) is not torch.nn.Linear or projection.bias is not None:
-        return False
-    weight, around = projection.weight, (projection._forward_hooks, projection._forward_pre_hooks)
-    is_whole = weight.shape == (projection.out_features, projection.in_features) and weight.device == device
-    return is_whole and "forward" not in vars(projection) and not any(around)
+    def _latents(self, kv_nope: Tensor, k_rot: Tensor) -> Latents:
+        """What keys and values are made of, of a projection that is its weight."""
+        up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, D + E, L]
+        return Latents(kv_nope[:, 0], k_rot[:, 0], *up.split([self.qk_nope_head_dim, self.v_head_dim], 1))
 
 
 @cache

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...attention import BACKENDS
 from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
 from ...attention.scoring import Scoring
-from ...pattern.per_head import PerHead
 from ...plan import NOTHING
 from ..hf.config import SparseConfigMixin
 from ..hf.joined import joined_attention
@@ -64,14 +64,13 @@ class GlobalRowsMixin(_Module):
         if tokens.part is not None:
             return (self._of_part(hidden_states, pattern, tokens.part),)
         joins = is_host_bound(hidden_states) and are_plain(self._projections(LOCAL + GLOBAL))
-        heads = self._projections(LOCAL)[0].weight.shape[0] // self.head_dim
-        local, rows = halves(own_heads(pattern, self, heads, self.num_heads))
         # marked tokens that see every key need no plan, unless weights are drawn or shown
         sees_all = tokens.rows is not None and not (self.training and self.dropout) and not output_attentions
-        both = both_halves(local, rows, heads) if joins and sees_all else None
-        if both is not None:
-            return (self._in_one_node(hidden_states, both, tokens),)
+        one_node = self._in_one_node(hidden_states, pattern, tokens) if joins and sees_all else None
+        if one_node is not None:
+            return (one_node,)
         q, k, v = self._project(LOCAL, hidden_states, joins)
+        local, rows = halves(own_heads(pattern, self, q.shape[2] // self.head_dim, self.num_heads))
         out, weights = self._attend((q, k, v), local, tokens, output_attentions)
         if rows is None or tokens.marks is None:
             out = _by_token(out)
@@ -103,11 +102,19 @@ class GlobalRowsMixin(_Module):
         found = part.marked_rows(replace(call, q=q, k=k, v=v, pattern=rows), out)
         return self._keep_gradients(_by_token(out), states) if found is None else _by_token(found)
 
-    def _in_one_node(self, states: Tensor, pattern: PerHead, tokens: Tokens) -> Tensor:
-        """Attention `[B, N, E]`, where the host is what takes time."""
+    def _in_one_node(self, states: Tensor, pattern: str, tokens: Tokens) -> Tensor | None:
+        """Attention `[B, N, E]` by plain projections, where the host is what takes time.
+
+        None by a pattern without marked rows, and by a backend that autograd differentiates, which would run twice.
+        """
+        heads, backend = self._projections(LOCAL)[0].weight.shape[0] // self.head_dim, backend_of(self.config)
+        both = both_halves(*halves(own_heads(pattern, self, heads, self.num_heads)), heads)
+        by_name = BACKENDS.get(backend)
+        if both is None or by_name is not None and by_name.uses_autograd:
+            return None
         pairs = zip(self._projections(LOCAL), self._projections(GLOBAL), strict=True)
-        scoring, backend, batch = Scoring(self.head_dim**-0.5), backend_of(self.config), tokens.batch
-        asked = AskedOfHalves(pattern, self.head_dim, scoring, batch, backend, batch.memo, tokens=tokens)
+        scoring, batch = Scoring(self.head_dim**-0.5), tokens.batch
+        asked = AskedOfHalves(both, self.head_dim, scoring, batch, backend, batch.memo, tokens=tokens)
         return joined_attention(states, [module for pair in pairs for module in pair], asked)
 
     def _full_rows(self, out: Tensor, states: Tensor, where: MarkedRows) -> Tensor:
