@@ -23,7 +23,8 @@ CROSSES = re.compile(
 def calls_interface(kind: type[nn.Module]) -> bool:
     """Does the `forward` of a class of modules, or the one that it goes on to, ask Transformers' attention interface for its function?"""
     for base in kind.__mro__:
-        code = getattr(inspect.unwrap(vars(base).get("forward")), "__code__", None)
+        forward = vars(base).get("forward")
+        code = None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
         if code is None:
             continue
         if "get_interface" in code.co_names or "super" not in code.co_names:
