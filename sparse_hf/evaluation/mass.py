@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention import HeldPairs
 from ..plan import BlockPlan
 
+# the pairs that a pattern holds: what positions say, or what it has chosen
+Pairs = BlockPlan | HeldPairs
 # queries of a strip, at the least; a GPU takes as many as make so many numbers for all heads
 STRIP, GPU_NUMBERS = 64, 1 << 26
 
@@ -63,9 +66,7 @@ def ranges(length: int) -> list[tuple[int, int]]:
     return edges
 
 
-def kept_mass(
-    q: Tensor, k: Tensor, scores: Scores, own: BlockPlan, plans: Sequence[BlockPlan], is_causal: bool
-) -> Mass:
+def kept_mass(q: Tensor, k: Tensor, scores: Scores, own: Pairs, plans: Sequence[Pairs], is_causal: bool) -> Mass:
     """The weights of q `[H, n, D]` and k `[G, n, D]` under the plan `own` of dense attention, and what `plans` keep of them.
 
     Memory is that of strips, O(n). Heads may have patterns of their own.
@@ -92,11 +93,11 @@ def kept_mass(
     return Mass(dense, kept, lost, sink, length)
 
 
-def strip_of(q: Tensor, plans: Sequence[BlockPlan]) -> int:
+def strip_of(q: Tensor, plans: Sequence[Pairs]) -> int:
     """Queries of a strip: few on a CPU, and on a GPU, which waits for its host between small ones, as many as memory is spent on."""
     if not q.is_cuda:
         return STRIP
-    masks = len(plans) if any(plan.heads for plan in plans) else 1
+    masks = len(plans) if any(isinstance(plan, HeldPairs) or plan.heads for plan in plans) else 1
     return max(STRIP, GPU_NUMBERS // (q.shape[0] * q.shape[1] * masks))
 
 
@@ -108,12 +109,14 @@ class _Strip:
     last: int
     keys: int
 
-    def mask(self, plan: BlockPlan) -> Tensor:
+    def mask(self, plan: Pairs) -> Tensor:
         """The pairs of a plan, `[1 or H, m, K]`."""
+        if isinstance(plan, HeldPairs):
+            return plan.mask(self.first, self.last)[0, :, :, : self.keys]
         of_patterns = [plan.mask(0, p, (self.first, self.last), (0, self.keys)) for p in range(len(plan.patterns))]
         return torch.stack([of_patterns[p] for p in plan.heads or (0,)])
 
-    def masks(self, plans: Sequence[BlockPlan], heads: int) -> Tensor:
+    def masks(self, plans: Sequence[Pairs], heads: int) -> Tensor:
         """The pairs of several, `[P, 1 or H, m, K]`."""
         found = [self.mask(plan) for plan in plans]
         wanted = heads if any(len(mask) > 1 for mask in found) else 1

@@ -100,6 +100,15 @@ def test_coverage_is_that_of_the_weights_of_the_stock_model(head):
     assert found["dense_by_distance"][2] == pytest.approx(float(near), rel=1e-3, abs=1e-6)
 
 
+def test_coverage_of_chosen_keys_is_that_of_the_greatest_weights_of_the_stock_model():
+    dense, pattern = tiny_model("MistralForCausalLM"), "topk(9) & window(None, 0)"
+    found = run(dense, pattern, probes=["coverage"])["coverage"]
+    dense.set_attn_implementation("eager")
+    weights = torch.stack(dense(ids_of(), output_attentions=True).attentions)[:, 0].detach()
+    kept = weights.topk(9).values.sum(-1).mean(-1)
+    torch.testing.assert_close(torch.tensor(found["candidates"][pattern]["by_head"]), kept, rtol=1e-3, atol=1e-4)
+
+
 def test_coverage_of_marked_tokens():
     dense, full_stop = tiny_model("BertModel"), tokenizer()(".")["input_ids"][0]
     settings = Settings(length=200, lengths=(200,), progress=False, global_token_ids=(full_stop,))
