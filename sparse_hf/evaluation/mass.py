@@ -74,9 +74,10 @@ def kept_mass(q: Tensor, k: Tensor, scores: Scores, own: Pairs, plans: Sequence[
     heads, length = q.shape[0], q.shape[1]
     k = k.repeat_interleave(heads // k.shape[0], 0)
     distances = ranges(length)
-    dense = torch.zeros(heads, len(distances), dtype=torch.float64)
-    kept = torch.zeros(len(plans), heads, len(distances), dtype=torch.float64)
-    lost, sink = torch.zeros(len(plans), length, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
+    # added up where they are made: a host that asked for each would wait for a GPU tens of thousands of times
+    dense = q.new_zeros(heads, len(distances), dtype=torch.float64)
+    kept = q.new_zeros(len(plans), heads, len(distances), dtype=torch.float64)
+    lost, sink = q.new_zeros(len(plans), length, dtype=torch.float64), q.new_zeros(heads, dtype=torch.float64)
     step = strip_of(q, plans)
     for first in range(0, length, step):
         last = min(first + step, length)
@@ -86,11 +87,11 @@ def kept_mass(q: Tensor, k: Tensor, scores: Scores, own: Pairs, plans: Sequence[
         for e, bounds in enumerate(distances):
             for keys, within in strip.at(bounds, is_causal, q.device):
                 near = weights[:, :, keys] * within
-                dense[:, e] += near.sum((1, 2)).double().cpu()
+                dense[:, e] += near.sum((1, 2))
                 kept[:, :, e] += _sums(near, masks[..., keys])
         lost[:, : strip.keys] += _by_key(weights, ~masks)
-        sink += outside.double().cpu()
-    return Mass(dense, kept, lost, sink, length)
+        sink += outside
+    return Mass(dense.cpu(), kept.cpu(), lost.cpu(), sink.cpu(), length)
 
 
 def strip_of(q: Tensor, plans: Sequence[Pairs]) -> int:
@@ -112,7 +113,8 @@ class _Strip:
     def mask(self, plan: Pairs) -> Tensor:
         """The pairs of a plan, `[1 or H, m, K]`."""
         if isinstance(plan, HeldPairs):
-            return plan.mask(self.first, self.last)[0, :, :, : self.keys]
+            queries = torch.arange(self.first, self.last, device=plan.call.q.device)
+            return plan.mask(queries)[0, :, :, : self.keys]
         of_patterns = [plan.mask(0, p, (self.first, self.last), (0, self.keys)) for p in range(len(plan.patterns))]
         return torch.stack([of_patterns[p] for p in plan.heads or (0,)])
 
@@ -151,16 +153,12 @@ def attention_weights(q: Tensor, k: Tensor, scores: Scores, allowed: Tensor) -> 
 def _sums(weights: Tensor, masks: Tensor) -> Tensor:
     """Weights `[H, m, K]` within masks `[P, 1 or H, m, K]`, added up: `[P, H]`."""
     numbers, flat = masks.to(weights.dtype).flatten(2), weights.flatten(1)
-    kept = numbers[:, 0] @ flat.mT if numbers.shape[1] == 1 else torch.einsum("hx,phx->ph", flat, numbers)
-    return kept.double().cpu()
+    return numbers[:, 0] @ flat.mT if numbers.shape[1] == 1 else torch.einsum("hx,phx->ph", flat, numbers)
 
 
 def _by_key(weights: Tensor, masks: Tensor) -> Tensor:
     """Weights `[H, m, K]` within masks `[P, 1 or H, m, K]`, added up by key: `[P, K]`."""
     numbers = masks.to(weights.dtype)
-    by_key = (
-        torch.einsum("mk,pmk->pk", weights.sum(0), numbers[:, 0])
-        if numbers.shape[1] == 1
-        else torch.einsum("hmk,phmk->pk", weights, numbers)
-    )
-    return by_key.double().cpu()
+    if numbers.shape[1] == 1:
+        return torch.einsum("mk,pmk->pk", weights.sum(0), numbers[:, 0])
+    return torch.einsum("hmk,phmk->pk", weights, numbers)

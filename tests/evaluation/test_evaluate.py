@@ -284,6 +284,26 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         evaluate(folder, [deep], TEXT, settings=QUICK)
 
 
+def test_texts_and_tokenizers_are_looked_at_before_weights_are_read(tmp_path):
+    folder = saved(tmp_path / "model")
+    other = convert(saved(tmp_path / "other"), tmp_path / "sparse", PATTERN, progress=False)
+    text = (other / "tokenizer.json").read_text().replace('"<mask>"', '"<hidden>"')
+    (other / "tokenizer.json").write_text(text)
+    # whoever reads them says something else
+    (other / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="has other tokens than that of the model"):
+        evaluate(folder, [other], TEXT, settings=QUICK)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="text 1 has 5 tokens"):
+        evaluate(folder, PATTERN, "short", settings=QUICK)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="there is no tokenizer in .*; give one as tokenizer="):
+        evaluate(folder, PATTERN, TEXT, settings=QUICK)
+    with pytest.raises(OSError, match="nothing"):
+        evaluate(tmp_path / "nothing", PATTERN, TEXT, settings=QUICK)
+
+
 def test_the_tokenizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"gives id \d+, and .* has 90 tokens; give the tokenizer of the model"):
         run(dense_model("LlamaForCausalLM", vocab_size=90).eval())
