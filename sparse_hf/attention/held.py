@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..pattern.base import as_pattern
@@ -23,9 +22,9 @@ class HeldPairs:
     call: AttentionCall
     plan: ContentPlan
 
-    def mask(self, first: int, last: int) -> Tensor:
-        """Those of the queries `first` .. `last` - 1, `[B, H, last - first, K]` bool."""
-        return held_by(self.plan, self.call, torch.arange(first, last, device=self.call.q.device))
+    def mask(self, queries: Tensor) -> Tensor:
+        """Those of queries `[m]`, `[B, H, m, K]` bool."""
+        return held_by(self.plan, self.call, queries)
 
 
 def held_pairs(

@@ -113,7 +113,8 @@ class _Strip:
     def mask(self, plan: Pairs) -> Tensor:
         """The pairs of a plan, `[1 or H, m, K]`."""
         if isinstance(plan, HeldPairs):
-            return plan.mask(self.first, self.last)[0, :, :, : self.keys]
+            queries = torch.arange(self.first, self.last, device=plan.call.q.device)
+            return plan.mask(queries)[0, :, :, : self.keys]
         of_patterns = [plan.mask(0, p, (self.first, self.last), (0, self.keys)) for p in range(len(plan.patterns))]
         return torch.stack([of_patterns[p] for p in plan.heads or (0,)])
 

@@ -135,18 +135,18 @@ class Shape:
         tiles = {"BR": heads, "BP": rows // heads, "S": size}
         return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
-    def empty_gradients(self, *of: Tensor) -> list[Tensor]:
-        """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards."""
+    def empty_gradients(self, *of: Tensor, adds: bool = False) -> list[Tensor]:
+        """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards, as are several with `adds`."""
         batch, groups, keys, _ = of[0].shape
-        work = of[0].dtype if self.rows == groups else torch.float32
+        work = of[0].dtype if self.rows == groups and not adds else torch.float32
         return [torch.empty(batch, self.rows, keys, t.shape[3], dtype=work, device=t.device) for t in of]
 
     def of_key_heads(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """`[B, G, K, D]` of each, as keys are."""
         groups, dtype = self.call.k.shape[1], self.call.k.dtype
         if self.rows > groups:
-            grads = [grad.unflatten(1, (groups, -1)).sum(2).to(dtype) for grad in grads]
-        return grads[0], grads[1]
+            grads = [grad.unflatten(1, (groups, -1)).sum(2) for grad in grads]
+        return grads[0].to(dtype), grads[1].to(dtype)
 
     @property
     def numbers(self) -> tuple[float, ...]:
