@@ -131,6 +131,9 @@ def tune(
             f"{len(patterns)} patterns are given; give one, or several with a budget that counts what they take: of pairs, cache or time "
             "(--of)"
         )
+    if settings.held_out:
+        # missing and empty ones are known before any weight is read
+        read_texts(settings.held_out)
     setup = prepare(model, [Candidate(str(one), one) for one in patterns], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:

@@ -94,6 +94,10 @@ def test_a_choice_is_checked_on_texts_that_are_held_out(tmp_path):
     (tmp_path / "other.txt").write_text("Short.")
     with pytest.raises(ValueError, match=r"other\.txt has \d+ tokens, and 96 of each text are read"):
         run(settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
+    (tmp_path / "other.txt").write_text(" ")
+    # there are no weights to be read
+    with pytest.raises(ValueError, match=r"other\.txt is empty"):
+        tune(tmp_path, PATTERN, TEXT, settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
 
 
 def test_it_stands_beside_as_many_layers_evenly_spaced(found):
