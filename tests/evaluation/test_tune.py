@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_hf import Pattern, parse_layers, sparsify, tune
-from sparse_hf.evaluation import Budget, Settings
+from sparse_hf.evaluation import Budget, Settings, search
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.budget import uniform
 from sparse_hf.evaluation.candidates import Candidate
@@ -66,6 +66,21 @@ def test_the_ranking_is_that_of_models_made_sparse_one_by_one(found):
             (p,), (q,) = (answer_logits(setup, one, [question]) for one in (setup.subject.dense, alone))
             wanted.append(float((p.exp() * (p - q)).sum(-1).mean()))
         assert kl == pytest.approx(sum(wanted) / len(wanted), rel=1e-3, abs=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [40, 512])
+def test_what_is_said_at_the_end_of_texts_counts_as_well(found, last, monkeypatch):
+    monkeypatch.setattr(search, "TEXT_TOKENS", last)
+    model, answers = deep_model(), dict(found.result["ranking"])
+    both = run(model, budget=Budget(share=0.4, rank="text")).result["ranking"]
+    ids = torch.tensor([tokenizer()(TEXT)["input_ids"][: SETTINGS.length]])
+    p = model(ids).logits[0, -last:].log_softmax(-1)
+    for layer, kl in both:
+        others = ", ".join(f"{other}=dense" for other in range(LAYERS) if other != layer)
+        q = sparsify(model, PATTERN, others).eval()(ids).logits[0, -last:].log_softmax(-1)
+        assert kl - answers[layer] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2, abs=1e-6)
+    assert sum(kl for _, kl in both) > sum(answers.values())
 
 
 @torch.no_grad()
