@@ -260,6 +260,7 @@ def test_windows_of_the_family_stay():
         ({"budget": Budget(share=0.05, of="pairs")}, "leaves nothing for dense layers"),
         ({"model": "BertForMaskedLM"}, "tune asks questions of recall: SparseBertForMaskedLM says nothing"),
         ({"texts": "short"}, "text 1 has 5 tokens"),
+        ({"pattern": "window(279, 0)"}, "leaves nothing out of 280 tokens, so that there is nothing to choose by"),
     ],
 )
 def test_bad_input(options, message):
