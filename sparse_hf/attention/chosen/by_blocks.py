@@ -21,8 +21,8 @@ from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .gathers import BLOCK_ROWS, LEAST_HEADS, MAX_PARTS, Shape, add_up, block_size, lists_of, options_of_blocks
 
-# blocks of a query that are joined at a time, and rows of queries of a tile
-JOINED, FORWARD_ROWS = 16, 64
+# blocks of a query that are joined at a time, rows of queries of a tile, and numbers that are copied to float32 at once
+JOINED, FORWARD_ROWS, MAX_COPIED = 16, 64, 1 << 25
 
 
 def is_better(call: AttentionCall) -> bool:
@@ -99,7 +99,9 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     grad_q = like(q)
     if not q.numel() or not k.numel():
         return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None
-    delta = (grad_out.float() * given.out.float()).sum(-1)
+    step = max(1, MAX_COPIED // grad_out[:, :, :1].numel())
+    pairs = zip(grad_out.split(step, 2), given.out.split(step, 2), strict=True)
+    delta = torch.cat([(grad.float() * out.float()).sum(-1) for grad, out in pairs], 2)
     if given.grad_lse is not None:
         delta -= given.grad_lse
     pieces, sums = list(_some_queries(call, q.shape[3])), []
