@@ -274,6 +274,10 @@ def test_a_loop_of_another_kind_runs_as_it_is(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.compiles
+# of float32, whose products are to be exact
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+# graphs of an earlier length, which torch records anew
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("cache", ["streaming", "static"])
 def test_compiled_steps_of_a_gpu(cache, monkeypatch):
     """With CUDA graphs, whose replays the host is ahead of."""

@@ -304,5 +304,5 @@ def under(
         out = _weighted(scores.softmax(-1), v).to(q.dtype)
         lse = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
         lse = lse if blind is None else lse.masked_fill(blind[..., 0], -torch.inf)
-    out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    out = out.reshape(*q.shape[:3], v.shape[-1])
     return (out if blind is None else out.masked_fill(blind, 0)), lse
