@@ -218,6 +218,11 @@ class Groups:
 
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
+        band = self.rest.band
+        if band is not None and not band.first and self.content.queries == 1:
+            # the blocks before a query's own, but those that its window holds
+            x, size = group + self.rest.positions.q_offset, self.content.size
+            return ((block < x // size) & (x - block * size >= band.near))[None, None]
         known = self._allowed
         if known is None:
             return self._allows(group, block)

@@ -190,6 +190,9 @@ def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
     if band is not None:
         groups = chosen_blocks.find_groups(rest, content)
         found = groups.choose(q, k)
+        group, block = (torch.arange(n, device=DEVICE) for n in (found.shape[2], groups.keys.first.shape[1]))
+        may = groups.may_choose(group[:, None], block)
+        assert torch.equal(may, groups._allows(group[:, None], block).expand_as(may))
         exact = torch.cat(list(chosen_blocks._keys_of_blocks(found, groups)), 2)
         assert torch.equal(chosen_blocks._keys_by_kernel(found, groups, rest.band), exact) and (exact >= 0).any()
         assert torch.equal(chosen_blocks.block_choice(call, content, rest), exact)
