@@ -72,7 +72,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "model_type": config.model_type,
         "architectures": config.architectures,
         "max_length": most,
-        "positions": family.positions.scheme,
+        "positions": None if config.positions is None else config.positions.scheme,
         "global_token_ids": config.global_token_ids,
         "counted_at": counted,
         "stacks": stacks,
