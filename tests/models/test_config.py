@@ -346,7 +346,9 @@ def test_patterns_that_choose_by_content_run_or_are_refused_at_once(head, patter
     try:
         model = sparse_hf.sparsify(dense_model(head), pattern)
     except ValueError as error:
-        added = r"chooses pairs by products of queries and keys, and sparse_\w+ (adds|caps).*give a pattern of positions"
+        added = (
+            r"chooses pairs by products of queries and keys, and sparse_\w+ (adds|caps).*give a pattern of positions"
+        )
         assert re.search(added, str(error))
         return
     found = model(**inputs(head, "none"))

@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ...pattern import LSH, First, Marked, Pattern, Window, causal, full
+from ...pattern import LSH, Marked, Pattern, Window, full
 from ...pattern.like import PatternLike
+from ...pattern.past import past_of
 from ..names import IMPLEMENTATIONS, Implementation
 from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
 from .positions import Positions
@@ -511,16 +512,7 @@ def past(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_past(text: str) -> str:
-    pattern = Pattern.parse(text)
-    if pattern.heads:
-        return str(type(pattern)(*(_past_of(p) for p in pattern.heads)))
-    return str(_past_of(pattern))
-
-
-def _past_of(pattern: Pattern) -> Pattern:
-    # what is last would change with every token, and answers with a cache would not be those without
-    lasting = pattern.unending()
-    return First(0) if lasting is None else lasting & causal()
+    return str(past_of(Pattern.parse(text)))
 
 
 def check_heads(pattern: Pattern, num_heads: int, where: str) -> None:
