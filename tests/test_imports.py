@@ -20,7 +20,7 @@ ALLOWED = {
     "analysis": {"plan", "pattern", "units"},
     "conversion": {"analysis", "models", "plan", "pattern", "version"},
     "bench": {"train", "models", "attention", "plan", "pattern", "units"},
-    "evaluation": {"bench", "models", "plan", "pattern", "units"},
+    "evaluation": {"attention", "bench", "models", "plan", "pattern", "units"},
     "train": {"models", "parallel", "attention", "plan", "pattern"},
     "testing": set(),
     "registry": set(),

@@ -32,11 +32,13 @@ def test_bits_are_of_each_pixel_behind_those_before_it():
     model = GPT2LMHeadModel(config).eval().to(model_pixels.DEVICE)
     pixels = torch.randint(256, (2, 4, 4))
     found = model_pixels.bits(model, pixels).cpu()
+    # a GPU computes them in bfloat16
+    close = 1e-4 if model_pixels.DEVICE.type == "cpu" else 2e-2
     text = torch.cat([torch.full((2, 1), 256), pixels.flatten(1)], 1).to(model_pixels.DEVICE)
     for row in range(2):
         for place in (0, 7, 15):
             chance = model(text[row : row + 1, : place + 1]).logits[0, -1].softmax(-1)[text[row, place + 1]]
-            assert float(found[row, place]) == pytest.approx(-math.log2(float(chance)), rel=1e-4)
+            assert float(found[row, place]) == pytest.approx(-math.log2(float(chance)), rel=close)
 
 
 def test_ways_have_the_pairs_that_their_names_say():

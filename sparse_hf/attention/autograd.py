@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        refuse_second_derivative(ctx.backend)
+        refuse_second_derivative_of(ctx.backend)
         q, k, v, bias, out, lse = ctx.saved_tensors
         pattern, q_offset, scoring, dropout, batch, recorded, plan = ctx.rest
         scoring = scoring if bias is None else replace(scoring, bias=bias)
@@ -88,12 +88,15 @@ class _Attention(torch.autograd.Function):
         return *ctx.backend.backward(call, given), None, None
 
 
-def refuse_second_derivative(backend: Backend) -> None:
+def refuse_second_derivative(what: str, remedy: str = "call autograd without create_graph=True") -> None:
     """Raise RuntimeError if a backward pass of the caller's own is to be differentiated."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"backend {backend.name!r} has no second derivative; use backend='reference' for create_graph=True"
-        )
+        raise RuntimeError(f"{what} has no second derivative; {remedy}")
+
+
+def refuse_second_derivative_of(backend: Backend) -> None:
+    """The same of attention by a backend."""
+    refuse_second_derivative(f"backend {backend.name!r}", "use backend='reference' for create_graph=True")
 
 
 def _without_tensors(call: AttentionCall) -> tuple:

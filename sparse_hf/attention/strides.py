@@ -34,4 +34,5 @@ def as_tokens_first(t: Tensor) -> Tensor:
 
 def folded(t: Tensor, groups: int) -> Tensor:
     """`[B, G, R * Q, ...]` of `[B, H, Q, ...]`: the query heads of a key head as queries of it, whose keys are not repeated."""
-    return t.unflatten(1, (groups, -1)).flatten(2, 3)
+    # one step for the host, which a decoded token waits for
+    return t.reshape(t.shape[0], groups, t.shape[1] // groups * t.shape[2], *t.shape[3:])

@@ -210,7 +210,7 @@ def _checked(
     synchronize(device)
     first_call_s = time.perf_counter() - begin
     n, bound = q.shape[2], TOLERANCE[shape.dtype]
-    errors = row_error(q, k, v, peer.pattern, out, grad, grad_q)
+    errors = row_error(q, k, v, peer.pattern, out, grad, grad_q, peer.chosen_by(k.detach()))
     known = [error for error in errors if error is not None]
     # NaN is no more than any bound, and no less
     if not all(error <= bound for error in known):

@@ -21,7 +21,14 @@ COMPARED_ROWS = 64
 
 
 def row_error(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, out: Tensor, grad_out: Tensor, grad_q: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_q: Tensor | None,
+    chosen_by: Tensor | None = None,
 ) -> tuple[float, float | None]:
     """Largest relative errors of random rows of output and gradient of q.
 
@@ -33,10 +40,11 @@ def row_error(
         pattern: which pairs there are.
         out, grad_q: what is compared, like q.
         grad_out: the gradient of `out`.
+        chosen_by: the keys by which pairs were chosen; by default `k`.
     """
     chosen = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(0))[:COMPARED_ROWS].sort().values
     chosen = chosen.to(q.device)
-    masks = _masks(q, k, pattern, chosen)
+    masks = _masks(q, k if chosen_by is None else chosen_by, pattern, chosen)
     repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     found = []
     # head by head, so that the rows of one head are all that exists in float64

@@ -151,7 +151,7 @@ def run_generate(asked: Generation, device: str | None = None, out: str | Path |
         with console.status(f"{row['name']}: {_heading(row)}"):
             work = partial(_figures, models, row, asked)
             rows.append({**row, "failed": reason} if reason else measured(row, work, BROKEN))
-        _compare_tokens(rows[-1], given)
+        _compare_tokens(models, rows[-1], given)
         print_row(rows[-1], _figures_text, console)
         _add_ratios(rows)
         fewest = min(r["rows"] for r in rows)
@@ -284,22 +284,41 @@ def _profile(call: Callable[[Clock], None], device: torch.device) -> Row:
     return clock.figures()
 
 
-def _compare_tokens(row: Row, given: dict[Any, Tensor]) -> None:
-    """Of drafted tokens, how many are those of the dense model alone, up to the first other one.
+def _compare_tokens(models: Models, row: Row, given: dict[Any, Tensor]) -> None:
+    """Of the dense model's tokens, how many are those of its first case, up to the first other one, and how close that was.
 
     Args:
         row: of a case that ran; its tokens are taken from it.
-        given: tokens of the dense model by context.
+        given: tokens of the first dense case by context.
     """
     tokens, context = row.pop("given", None), (row["n"], row["rows"])
-    if tokens is None:
+    if tokens is None or row["kind"] == "ours":
         return
-    if row["kind"] == "dense":
-        given.setdefault(context, tokens)
-    elif row["kind"] == "drafted" and context in given:
-        both = min(tokens.shape[1], given[context].shape[1])
-        same = (tokens[0, :both] == given[context][0, :both]).long().cumprod(0).sum()
-        row["same_tokens"], row["compared_tokens"] = int(same), both
+    if context not in given:
+        if row["kind"] == "dense":
+            given[context] = tokens
+        return
+    both = min(tokens.shape[1], given[context].shape[1])
+    tokens, right = tokens[0, :both], given[context][0, :both]
+    same = int((tokens == right).long().cumprod(0).sum())
+    row["same_tokens"], row["compared_tokens"] = same, both
+    if same < both:
+        found = measured({}, lambda: _margin(models, context, right[: same + 1], tokens[same]), BROKEN)
+        row["first_other"] = found
+
+
+@torch.no_grad()
+def _margin(models: Models, context: tuple[int, int], right: Tensor, other: Tensor) -> Row:
+    """By how much the logit of the last of the tokens `right` `[N]` is above that of another, in one pass without a cache.
+
+    The difference counts as a tie where it is that of neighbouring numbers of the dtype.
+    """
+    n, rows = context
+    ids = torch.cat((models.prompt(rows, n)[:1], right[None, :-1].to(models.dense.device)), 1)
+    logits = models.dense(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    best = logits[right[-1]].abs()
+    spacing = float(torch.nextafter(best, torch.full_like(best, torch.inf)) - best)
+    return {"margin": float(logits[right[-1]].float() - logits[other].float()), "spacing": spacing}
 
 
 def _bytes(cache: Cache) -> int:
@@ -364,9 +383,10 @@ def _table(result: Result) -> Figures:
         held = (size(row[key]) for key in ("cache_bytes", "peak_bytes"))
         faster = times(row.get("times_faster_than_best"))
         if row.get("compared_tokens"):
+            at_a_time = f"{row['tokens_a_pass']:.1f} tokens at a time; " if row["kind"] == "drafted" else ""
             table.notes.append(
-                f"{row['name']}, {_heading(row)}: {row['tokens_a_pass']:.1f} tokens at a time; the first {row['same_tokens']:,} of "
-                f"{row['compared_tokens']:,} are those of the dense model alone"
+                f"{row['name']}, {_heading(row)}: {at_a_time}the first {row['same_tokens']:,} of {row['compared_tokens']:,} are those "
+                f"of the dense model alone{_how_close(row.get('first_other'))}"
             )
         table.add(
             _heading(row), row["name"], *spent, f"{row['tokens_per_s']:,.0f}" if row["rows"] > 1 else "", *held, faster
@@ -375,6 +395,12 @@ def _table(result: Result) -> Figures:
     if result["longest_by_shortest"]:
         table.notes.append(f"slowest context's token by fastest's: {joined(result['longest_by_shortest'].items())}")
     return table
+
+
+def _how_close(found: Row | None) -> str:
+    if found is None or found.get("failed"):
+        return ""
+    return f", whose logit of the next is {found['margin']:.2g} above; neighbours are {found['spacing']:.2g} apart"
 
 
 def plot_generate(result: Result, path: Path) -> None:

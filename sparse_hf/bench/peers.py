@@ -40,6 +40,7 @@ class Peer:
         kind: "ours", "blocks" (whole blocks around the pairs asked for), "window" (the window
             alone) or "dense".
         context: what the call and its backward pass run under.
+        chosen_by: of keys, those by which the call chooses its pairs.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Peer:
     kind: Literal["ours", "blocks", "window", "dense"]
     has_backward: bool = True
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    chosen_by: Callable[[Tensor], Tensor] = lambda k: k
 
 
 def peers(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, backends: list[str] | None) -> Iterator[Peer]:

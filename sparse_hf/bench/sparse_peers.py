@@ -1,10 +1,10 @@
 """Sparse attention of other packages, timed beside ours where it is installed.
 
-They are timed only if their pairs are known before the call, so that they can be compared with rows
-in float64: by position, or as blocks that ours chose. So these are missing: fla's NSA without given
-blocks, which chooses pairs itself, fla's MoBA, which does so too and needs flash-attn 2, and LSG's
-sparse tokens, some of which are means of several. flash-sparse-attn 2.0.6 needs a part of Triton's
-repository that no index has.
+They are timed only if their pairs are known, so that they can be compared with rows in float64: by
+position, as blocks that ours chose, or as blocks that they choose by a rule that ours has too, as
+fla's MoBA does. So these are missing: fla's NSA without given blocks, whose scores are its own, and
+LSG's sparse tokens, some of which are means of several. flash-sparse-attn 2.0.6 needs a part of
+Triton's repository that no index has.
 
 Legend: q `[1, H, n, D]`, k and v `[1, G, n, D]`, out like q. What others take is `[1, n, H, D]`.
 """
@@ -145,8 +145,81 @@ def _chosen_blocks(plan: Any, content: TopKBlocks, n: int) -> tuple[Tensor, int]
     return found.masked_fill(found == n, -1).int().transpose(1, 2), size
 
 
+def _chosen_moba(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> Peer | str:
+    """fla's MoBA, which chooses by means of keys, as ours does, and rounds these to the dtype of keys."""
+    form = read_content(pattern)
+    content = form.chosen[0].content
+    rule = ("mean", 1, False)
+    if not isinstance(content, TopKBlocks) or (content.scores, content.queries, content.shares_heads) != rule:
+        return "takes topk_blocks(count, size) alone, by means and for each head"
+    if not leaves_out_future(pattern) or pattern != content & causal():
+        return "is causal, and the pattern is not, or has more"
+    if q.shape[1] != k.shape[1]:
+        return "has as many key heads as query heads"
+    if content.count < 2 or q.shape[2] <= content.size:
+        return "is dense attention where nothing is chosen beside a query's own block"
+    refusal = _gpu_only(q)
+    if refusal is not None:
+        return refusal
+    n, given = q.shape[2], {"chunk_size": content.size, "topk": content.count}
+    ends = torch.tensor([0, n], dtype=torch.int32, device=q.device)
+
+    def call(q, k, v):
+        tokens_first = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        return module.parallel_moba(*tokens_first, cu_seqlens=ends, max_seqlen=n, **given).transpose(1, 2)
+
+    return Peer(name, pattern, call, "blocks", chosen_by=partial(_rounded_means, size=content.size))
+
+
+def _rounded_means(k: Tensor, size: int) -> Tensor:
+    """Keys whose blocks have the means of those of `k`, rounded to its dtype."""
+    means = torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % size)).unflatten(2, (-1, size)).mean(3)
+    return means.repeat_interleave(size, 2)[:, :, : k.shape[2]]
+
+
+def _moba() -> ModuleType:
+    """fla's MoBA, on the FlashAttention 2 that torch carries where flash-attn, which has no wheel, is not installed."""
+    module = import_module("fla.ops.moba.parallel")
+    if vars(module)["flash_attn_varlen_func"] is None:
+        # the first is for texts of one block, which are not timed, but looked for in any call
+        vars(module).update(
+            flash_attn_varlen_func=_fa2_forward,
+            _flash_attn_varlen_forward=_fa2_forward,
+            _flash_attn_varlen_backward=_fa2_backward,
+        )
+    return module
+
+
+def _fa2_forward(
+    *, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, dropout_p
+):  # fmt: skip
+    """As flash-attn 2 has it, and `_fa2_backward` too: names and results are its own."""
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal, False, scale=softmax_scale
+    )
+    return out, lse, unused, state
+
+
+def _fa2_backward(
+    *, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+    causal, dropout_p, **_
+):  # fmt: skip
+    # random state of a dropout that there is none of
+    state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    found = torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal, state,
+        unused, scale=softmax_scale,
+    )  # fmt: skip
+    for to, grad in zip((dq, dk, dv), found, strict=True):
+        to.copy_(grad)
+
+
 def _refuse_choices(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> str:
     return "takes pairs that are known by their positions"
+
+
+def _refuse_positions(name: str, module: ModuleType, pattern: Pattern, q: Tensor, k: Tensor) -> str:
+    return "chooses its blocks by content"
 
 
 def _blocks(pattern: Pattern, n: int) -> BlockTable | str:
@@ -234,7 +307,8 @@ Make = Callable[[str, ModuleType, Pattern, Tensor, Tensor], "Peer | str"]
 # name of the row -> the package, what loads it, and what makes a peer of it or says why it cannot
 PACKAGES: dict[str, tuple[str, Callable[[], ModuleType], Make]] = {
     "fla_nsa": ("fla", partial(import_module, "fla.ops.nsa"), _nsa),
+    "fla_moba": ("fla", _moba, _refuse_positions),
     "lsg": ("lsg_converter", _lsg_layer, _lsg),
 }
 # of patterns that choose blocks from queries and keys
-OF_CHOICES: dict[str, Make] = {"fla_nsa": _chosen_nsa}
+OF_CHOICES: dict[str, Make] = {"fla_nsa": _chosen_nsa, "fla_moba": _chosen_moba}

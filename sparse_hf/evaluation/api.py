@@ -18,7 +18,7 @@ from .probes.base import Setup
 from .probes.table import choose
 from .recall.table import choose_tasks
 from .settings import Settings
-from .subject import Contender, Subject, open_subject
+from .subject import Contender, Subject, open_subject, tokenizer_of
 from .texts import Sample, cut, read_texts
 from .verdict import verdicts
 
@@ -102,9 +102,11 @@ def prepare(
     # what costs nothing is looked at first
     candidates, content = read_candidates(patterns), read_texts(texts)
     memo = {"tasks": choose_tasks(settings.tasks, settings.questions)}
+    tokenizer = tokenizer or tokenizer_of(model)
+    # texts are measured before any weight is read
+    samples = cut(content, tokenizer, settings)
     subject = open_subject(model, candidates, tokenizer, settings)
     _check_lengths(subject, settings)
-    samples = cut(content, subject.tokenizer, settings)
     _check_tokens(subject, samples)
     return Setup(subject, tuple(content), tuple(samples), settings, memo=memo)
 

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention import HeldPairs
 from ..plan import BlockPlan
 
+# the pairs that a pattern holds: what positions say, or what it has chosen
+Pairs = BlockPlan | HeldPairs
 # queries of a strip, at the least; a GPU takes as many as make so many numbers for all heads
 STRIP, GPU_NUMBERS = 64, 1 << 26
 
@@ -63,9 +66,7 @@ def ranges(length: int) -> list[tuple[int, int]]:
     return edges
 
 
-def kept_mass(
-    q: Tensor, k: Tensor, scores: Scores, own: BlockPlan, plans: Sequence[BlockPlan], is_causal: bool
-) -> Mass:
+def kept_mass(q: Tensor, k: Tensor, scores: Scores, own: Pairs, plans: Sequence[Pairs], is_causal: bool) -> Mass:
     """The weights of q `[H, n, D]` and k `[G, n, D]` under the plan `own` of dense attention, and what `plans` keep of them.
 
     Memory is that of strips, O(n). Heads may have patterns of their own.
@@ -73,9 +74,10 @@ def kept_mass(
     heads, length = q.shape[0], q.shape[1]
     k = k.repeat_interleave(heads // k.shape[0], 0)
     distances = ranges(length)
-    dense = torch.zeros(heads, len(distances), dtype=torch.float64)
-    kept = torch.zeros(len(plans), heads, len(distances), dtype=torch.float64)
-    lost, sink = torch.zeros(len(plans), length, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
+    # added up where they are made: a host that asked for each would wait for a GPU tens of thousands of times
+    dense = q.new_zeros(heads, len(distances), dtype=torch.float64)
+    kept = q.new_zeros(len(plans), heads, len(distances), dtype=torch.float64)
+    lost, sink = q.new_zeros(len(plans), length, dtype=torch.float64), q.new_zeros(heads, dtype=torch.float64)
     step = strip_of(q, plans)
     for first in range(0, length, step):
         last = min(first + step, length)
@@ -85,18 +87,18 @@ def kept_mass(
         for e, bounds in enumerate(distances):
             for keys, within in strip.at(bounds, is_causal, q.device):
                 near = weights[:, :, keys] * within
-                dense[:, e] += near.sum((1, 2)).double().cpu()
+                dense[:, e] += near.sum((1, 2))
                 kept[:, :, e] += _sums(near, masks[..., keys])
         lost[:, : strip.keys] += _by_key(weights, ~masks)
-        sink += outside.double().cpu()
-    return Mass(dense, kept, lost, sink, length)
+        sink += outside
+    return Mass(dense.cpu(), kept.cpu(), lost.cpu(), sink.cpu(), length)
 
 
-def strip_of(q: Tensor, plans: Sequence[BlockPlan]) -> int:
+def strip_of(q: Tensor, plans: Sequence[Pairs]) -> int:
     """Queries of a strip: few on a CPU, and on a GPU, which waits for its host between small ones, as many as memory is spent on."""
     if not q.is_cuda:
         return STRIP
-    masks = len(plans) if any(plan.heads for plan in plans) else 1
+    masks = len(plans) if any(isinstance(plan, HeldPairs) or plan.heads for plan in plans) else 1
     return max(STRIP, GPU_NUMBERS // (q.shape[0] * q.shape[1] * masks))
 
 
@@ -108,12 +110,15 @@ class _Strip:
     last: int
     keys: int
 
-    def mask(self, plan: BlockPlan) -> Tensor:
+    def mask(self, plan: Pairs) -> Tensor:
         """The pairs of a plan, `[1 or H, m, K]`."""
+        if isinstance(plan, HeldPairs):
+            queries = torch.arange(self.first, self.last, device=plan.call.q.device)
+            return plan.mask(queries)[0, :, :, : self.keys]
         of_patterns = [plan.mask(0, p, (self.first, self.last), (0, self.keys)) for p in range(len(plan.patterns))]
         return torch.stack([of_patterns[p] for p in plan.heads or (0,)])
 
-    def masks(self, plans: Sequence[BlockPlan], heads: int) -> Tensor:
+    def masks(self, plans: Sequence[Pairs], heads: int) -> Tensor:
         """The pairs of several, `[P, 1 or H, m, K]`."""
         found = [self.mask(plan) for plan in plans]
         wanted = heads if any(len(mask) > 1 for mask in found) else 1
@@ -148,16 +153,12 @@ def attention_weights(q: Tensor, k: Tensor, scores: Scores, allowed: Tensor) -> 
 def _sums(weights: Tensor, masks: Tensor) -> Tensor:
     """Weights `[H, m, K]` within masks `[P, 1 or H, m, K]`, added up: `[P, H]`."""
     numbers, flat = masks.to(weights.dtype).flatten(2), weights.flatten(1)
-    kept = numbers[:, 0] @ flat.mT if numbers.shape[1] == 1 else torch.einsum("hx,phx->ph", flat, numbers)
-    return kept.double().cpu()
+    return numbers[:, 0] @ flat.mT if numbers.shape[1] == 1 else torch.einsum("hx,phx->ph", flat, numbers)
 
 
 def _by_key(weights: Tensor, masks: Tensor) -> Tensor:
     """Weights `[H, m, K]` within masks `[P, 1 or H, m, K]`, added up by key: `[P, K]`."""
     numbers = masks.to(weights.dtype)
-    by_key = (
-        torch.einsum("mk,pmk->pk", weights.sum(0), numbers[:, 0])
-        if numbers.shape[1] == 1
-        else torch.einsum("hmk,phmk->pk", weights, numbers)
-    )
-    return by_key.double().cpu()
+    if numbers.shape[1] == 1:
+        return torch.einsum("mk,pmk->pk", weights.sum(0), numbers[:, 0])
+    return torch.einsum("hmk,phmk->pk", weights, numbers)

@@ -85,19 +85,16 @@ class Subject:
 def open_subject(
     model: PreTrainedModel | str | PathLike[str],
     candidates: list[Candidate],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
 ) -> Subject:
     """Load what is a folder, and make each candidate sparse around the weights that are there.
 
     Raises:
-        ValueError: an encoder-decoder, a family that is sparse by itself, no tokenizer, tokenizers that differ, or no pattern.
+        ValueError: an encoder-decoder, a family that is sparse by itself, tokenizers that differ, or no pattern.
     """
-    name = (model.name_or_path or "") if isinstance(model, PreTrainedModel) else str(model)
     loaded = model if isinstance(model, PreTrainedModel) else _load(model, settings.dtype)
     kind = _kind(loaded)
-    if tokenizer is None:
-        tokenizer = _tokenizer(name)
     if isinstance(loaded.config, SparseConfigMixin) and loaded.config.sparse_attention is not None:
         # what the folder has by itself comes first
         candidates = [Candidate("as saved"), *candidates]
@@ -112,7 +109,9 @@ def open_subject(
     config: Any = contenders[0].config
     positions = config.positions
     limit = positions.length_of(config) if positions.has_table else None
-    return Subject(Path(name).name or "model", kind, tokenizer, tuple(contenders), limit, positions.reach_of(config))
+    return Subject(
+        Path(_name(model)).name or "model", kind, tokenizer, tuple(contenders), limit, positions.reach_of(config)
+    )
 
 
 def _load(source: str | PathLike[str], dtype: str | None) -> PreTrainedModel:
@@ -141,7 +140,20 @@ def _kind(model: PreTrainedModel) -> Kind:
     return "masked" if name.endswith(MASKED) else "encoder"
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _name(model: PreTrainedModel | str | PathLike[str]) -> str:
+    return (model.name_or_path or "") if isinstance(model, PreTrainedModel) else str(model)
+
+
+def tokenizer_of(model: PreTrainedModel | str | PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ValueError: there is none.
+        OSError: there is no model either.
+    """
+    name = _name(model)
+    if not isinstance(model, PreTrainedModel):
+        AutoConfig.from_pretrained(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -160,9 +172,8 @@ def _contender(
             marks = settings.global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
     else:
-        sparse: Any = _load(candidate.folder, settings.dtype)
-        sparse = sparse.to(model.device)
-        _check_alike(candidate.folder, sparse, model, tokenizer)
+        _check_alike(candidate.folder, model, tokenizer)
+        sparse = _load(candidate.folder, settings.dtype).to(model.device)
     return Contender(candidate.name, sparse.eval(), fingerprint(sparse))
 
 
@@ -170,15 +181,15 @@ def _saved_layers(spec: dict) -> list[str]:
     return [spec["patterns"][name] for name in spec["layers"]]
 
 
-def _check_alike(
-    folder: Path, sparse: PreTrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check_alike(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless a checkpoint can stand beside the model: answers are compared token by token."""
-    if not isinstance(sparse.config, SparseConfigMixin):
-        raise ValueError(f"{folder} holds a dense {type(sparse).__name__}; give a sparse checkpoint, or a pattern")
-    if sparse.config.stacks != family_of(model.config.model_type).config_class.from_dense(model.config, full()).stacks:
+    config: Any = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, SparseConfigMixin):
+        named = (config.architectures or [type(config).__name__])[0]
+        raise ValueError(f"{folder} holds a dense {named}; give a sparse checkpoint, or a pattern")
+    if config.stacks != family_of(model.config.model_type).config_class.from_dense(model.config, full()).stacks:
         raise ValueError(f"{folder} has another number of layers than {type(model).__name__}")
-    if _tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+    if tokenizer_of(folder).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer of {folder} has other tokens than that of the model, so that no answer can be compared; convert the "
             "model that is evaluated"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..attention.autograd import refuse_second_derivative
 
 
 @dataclass(eq=False)
@@ -108,8 +109,8 @@ class _Swap(torch.autograd.Function):
         return ranks.swap_values(rows, sent, received)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        refuse_second_derivative("an exchange between processes")
         return ctx.ranks.swap_values(grad, ctx.received, ctx.sent), None, None, None
 
 

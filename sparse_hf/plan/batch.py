@@ -93,26 +93,35 @@ def _fingerprint(t: Tensor | None) -> tuple | None:
 
 
 class PlanCache:
-    """The plans of the last batches by their content; safe for threads."""
+    """The last plans, or tables of them, by what they are of; safe for threads.
 
-    def __init__(self, size: int):
-        self.size, self._plans, self._lock = size, {}, threading.Lock()
+    Args:
+        size: how many are kept.
+        most_bytes: what they hold together at most, of what `put` is told; the last one is kept whatever it holds.
+    """
+
+    def __init__(self, size: int, most_bytes: int = 0):
+        self.size, self.most_bytes, self._plans, self._lock = size, most_bytes, {}, threading.Lock()
 
     def get(self, key: Any) -> Any:
         with self._lock:
             if key not in self._plans:
                 return None
             # the newest stands last
-            plan = self._plans[key] = self._plans.pop(key)
-            return plan
+            self._plans[key] = self._plans.pop(key)
+            return self._plans[key][0]
 
-    def put(self, key: Any, plan: Any) -> Any:
+    def put(self, key: Any, plan: Any, held_bytes: int = 0) -> Any:
         """Keep `plan`, unless another thread was sooner; returns the one that is kept."""
         with self._lock:
-            plan = self._plans.setdefault(key, plan)
-            while len(self._plans) > self.size:
+            plan, _ = self._plans.setdefault(key, (plan, held_bytes))
+            while len(self._plans) > self.size or len(self._plans) > 1 and self.held_bytes > self.most_bytes:
                 self._plans.pop(next(iter(self._plans)))
             return plan
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(held for _, held in self._plans.values())
 
     def clear(self) -> None:
         with self._lock:

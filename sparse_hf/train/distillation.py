@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..attention.autograd import refuse_second_derivative
 from ..models.hf.loss import shifts_labels
 from .deferred_logits import DeferredLogits, PieceLoss, piece_by_piece
 
@@ -106,8 +106,8 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        refuse_second_derivative("the divergence from a teacher")
         (grad,) = ctx.saved_tensors
         return grad * grad_total.to(grad.dtype), None, None, None
 

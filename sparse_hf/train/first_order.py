@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 
-import torch
+from ..attention.autograd import refuse_second_derivative
 
 
 def first_order(backward: Callable) -> Callable:
@@ -13,10 +13,7 @@ def first_order(backward: Callable) -> Callable:
 
     @wraps(backward)
     def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "long_text computes first derivatives alone; call remove() of what it returned for create_graph=True"
-            )
+        refuse_second_derivative("long_text", "call remove() of what it returned for create_graph=True")
         return backward(ctx, *grads)
 
     return checked

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+import sparse_hf
 from sparse_hf import sparse_attention
 from sparse_hf.attention import BACKENDS, attend, merge
 from sparse_hf.attention.autograd import AutogradBackend
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.dispatch import DECODE, DENSE
 from sparse_hf.attention.hashed.reformer import chunked_attention
+from sparse_hf.models.longformer import rows
+from sparse_hf.parallel import exchange
 from sparse_hf.plan.hash_order import Chunking
+from sparse_hf.train import distillation
 from tests import oracle
 from tests.attention.exactness import DEVICE, FP32, call_of, tensors, why_not
+from tests.models import reformers
 
 # each of them other kernels: (pattern, queries, what else is given)
 CALLS = {
@@ -112,6 +118,29 @@ def test_a_second_derivative_of_chunks_is_refused():
     out, _ = chunked_attention(q, k, v, Chunking(16, 1, 0, 16, 0), buckets=torch.zeros(2, 4, 1, 40, dtype=torch.long))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.sum(), (q, k, v), create_graph=True)
+
+
+ONCE = {
+    "the divergence from a teacher": lambda t: distillation._Divergence.apply(t, t.detach(), torch.ones(4) > 0, 1.0),
+    "an exchange between processes": lambda t: exchange._Swap.apply(
+        t, SimpleNamespace(swap_values=lambda t, *_: t), [4], [4]
+    ),
+    "attention of marked tokens": lambda t: rows.write_rows(t[None].exp(), t[:1], torch.tensor([2])),
+    "a stack of reversible layers": lambda t: of_reversible_layers(t),
+}
+
+
+def of_reversible_layers(t):
+    ours = sparse_hf.sparsify(reformers.stock_model("ReformerModel")).train()
+    states = torch.nn.functional.pad(t, (0, ours.config.hidden_size - t.shape[1]))[None]
+    return ours(inputs_embeds=states)[0]
+
+
+@pytest.mark.parametrize("what", ONCE)
+def test_what_is_no_attention_refuses_it_too(what):
+    t = torch.randn(4, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{what} has no second derivative; call autograd without create_graph=True"):
+        torch.autograd.grad(ONCE[what](t).sum(), t, create_graph=True)
 
 
 @pytest.mark.parametrize("pattern", ["window(2, 2) | first(1)", "window(2, 0) | lsh(4, 1, 4)"])

@@ -38,6 +38,23 @@ def parallel_nsa(
     return _attend(*_heads_first(q, k, v), listed & (place <= place[:, None]), scale).transpose(1, 2)
 
 
+def parallel_moba(q, k, v, cu_seqlens, max_seqlen, chunk_size, topk):
+    n = q.shape[1]
+    assert q.shape == k.shape and cu_seqlens.tolist() == [0, n] and max_seqlen == n > chunk_size and topk > 1
+    q, k, v = _heads_first(q, k, v)
+    place = torch.arange(n)
+    chunk = place // chunk_size
+    # its last chunk is chosen by nobody
+    means = torch.stack([k[:, :, chunk == one].mean(2) for one in range(int(chunk[-1]))], 2).float()
+    gate = q.float() @ means.mT
+    gate = gate.masked_fill(torch.arange(means.shape[2]) >= chunk[:, None], -torch.inf)
+    best = gate.topk(min(topk - 1, means.shape[2]), dim=-1)
+    listed = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, best.indices, best.values > -torch.inf)
+    listed = torch.nn.functional.pad(listed, (0, 1))[0][:, :, chunk]
+    held = (listed | (chunk == chunk[:, None])) & (place <= place[:, None])
+    return _attend(q, k, v, held).transpose(1, 2)
+
+
 class LSGSelfAttention(nn.Module):
     def __init__(
         self, config=None, block_size=128, sparsity_factor=8, sparsity_type=None, compute_global_attention=True,

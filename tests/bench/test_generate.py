@@ -145,7 +145,23 @@ def test_drafts_are_counted_beside_the_dense_model_alone():
     dense, draft = result["rows"]
     assert draft["kind"] == "drafted" and draft["same_tokens"] == draft["compared_tokens"] == 64
     assert 1 <= draft["tokens_a_pass"] <= 4 and set(draft["times_faster"]) == {"dense-dynamic"}
-    assert "same_tokens" not in dense and "given" not in draft
+    assert "same_tokens" not in dense and "given" not in draft and "first_other" not in draft
+
+
+def test_how_close_another_token_was_is_told(monkeypatch):
+    made = generate._generate
+
+    def with_another_token(models, case, ids, *args, **given):
+        out = made(models, case, ids, *args, **given)
+        if case.kind == "drafted" and "streamer" in given:
+            out.sequences[0, ids.shape[1] + 3] = 5
+        return out
+
+    monkeypatch.setattr(generate, "_generate", with_another_token)
+    cases = ("dense-dynamic", "dense-static", "draft")
+    _, static, draft = run_generate(asked((50, 1), cases=cases, tokens=64, draft_tokens=3), "cpu")["rows"]
+    assert static["same_tokens"] == static["compared_tokens"] == 64 and "first_other" not in static
+    assert draft["same_tokens"] == 3 and draft["first_other"]["margin"] > 10 * draft["first_other"]["spacing"] > 0
 
 
 def test_other_tokens_than_the_dense_models_are_told():

@@ -250,7 +250,6 @@ def test_flex_attention_runs_on_cpus_without_training(beside):
 
 
 @MASKS
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.gpu
 def test_flex_attention_trains_on_gpus(beside):
     result = beside("sdpa", "flex_attention", device="cuda")

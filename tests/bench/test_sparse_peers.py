@@ -24,11 +24,12 @@ TABLE = "block_table(32, ((0,), (0, 1), (2,), (1, 3), (0, 4), (0, 2, 5), (6,))) 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """Both installed, and a GPU."""
-    for name in ("fla", "fla.ops.nsa"):
+    for name in ("fla", "fla.ops.nsa", "fla.ops.moba.parallel"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     vars(sys.modules["fla.ops.nsa"]).update(vars(stand_ins))
+    vars(sys.modules["fla.ops.moba.parallel"]).update({**vars(stand_ins), "flash_attn_varlen_func": None})
     layers = tmp_path / "lsg_converter" / "attention_layers"
     layers.mkdir(parents=True)
     (tmp_path / "lsg_converter" / "__init__.py").write_text("raise NameError('AlbertEmbeddings')\n")
@@ -171,6 +172,7 @@ def test_a_choice_at_run_time_is_no_call_for_them():
     found = beside("(window(9, 0) | topk(8)) & window(None, 0)")["left_out"]
     assert found == {
         "fla_nsa": "takes topk_blocks(...) alone",
+        "fla_moba": "takes topk_blocks(count, size) alone, by means and for each head",
         "lsg": "takes pairs that are known by their positions",
     }
 
@@ -183,6 +185,47 @@ def test_nsa_has_the_very_blocks_that_ours_chose(text):
     rows = {row["name"]: row for row in beside(f"{text} & window(None, 0)")["rows"]}
     assert set(rows) == {"sdpa_dense", "blockwise", "auto, keys given", "fla_nsa"}
     assert max(max(row["relative_error"], row["relative_error_grad_q"]) for row in rows.values()) < 1e-5
+
+
+@pytest.mark.usefixtures("packages")
+def test_moba_chooses_the_blocks_that_ours_does(monkeypatch):
+    rows = {row["name"]: row for row in beside("topk_blocks(3, 16) & window(None, 0)", 32)["rows"]}
+    assert set(rows) == {"sdpa_dense", "blockwise", "auto, keys given", "fla_moba"}
+    assert max(max(row["relative_error"], row["relative_error_grad_q"]) for row in rows.values()) < 1e-5
+    # what it has of FlashAttention, where its package is missing
+    assert sys.modules["fla.ops.moba.parallel"]._flash_attn_varlen_forward is sparse_peers._fa2_forward
+
+    def other(*tensors, **given):
+        return stand_ins.parallel_moba(*tensors, **{**given, "topk": 2})
+
+    monkeypatch.setattr(sys.modules["fla.ops.moba.parallel"], "parallel_moba", other)
+    with pytest.raises(AssertionError, match="fla_moba at n=200: output and gradient are off by"):
+        beside("topk_blocks(3, 16) & window(None, 0)", 32)
+
+
+def test_moba_is_compared_by_the_means_that_it_rounds():
+    k = torch.randn(1, 2, 70, 8, dtype=torch.bfloat16)
+    found = sparse_peers._rounded_means(k, 32)
+    assert found.shape == k.shape
+    for some in (slice(0, 32), slice(32, 64)):
+        assert torch.equal(found[:, :, some].float().mean(2), k[:, :, some].mean(2).float())
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "reason"),
+    [
+        ("topk_blocks(3, 16, 'bounds')", (4, 4), "takes topk_blocks(count, size) alone, by means and for each head"),
+        ("topk_blocks(3, 16, 'mean', 16)", (4, 4), "takes topk_blocks(count, size) alone, by means and for each head"),
+        ("topk_blocks(3, 16) | window(8, 0)", (4, 4), "is causal, and the pattern is not, or has more"),
+        ("topk_blocks(3, 16)", (4, 2), "has as many key heads as query heads"),
+        ("topk_blocks(1, 16)", (4, 4), "is dense attention where nothing is chosen"),
+        ("topk_blocks(3, 16)", (4, 4), "runs on a GPU, in bf16 or fp16"),
+    ],
+)
+def test_choices_that_moba_does_not_make_say_why(text, heads, reason):
+    q, k = (torch.zeros(1, h, 100, 16, dtype=torch.bfloat16) for h in heads)
+    pattern = Pattern.parse(f"({text}) & window(None, 0)")
+    assert reason in sparse_peers._chosen_moba("fla_moba", stand_ins, pattern, q, k)
 
 
 @pytest.mark.parametrize(

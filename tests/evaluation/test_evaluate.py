@@ -100,6 +100,15 @@ def test_coverage_is_that_of_the_weights_of_the_stock_model(head):
     assert found["dense_by_distance"][2] == pytest.approx(float(near), rel=1e-3, abs=1e-6)
 
 
+def test_coverage_of_chosen_keys_is_that_of_the_greatest_weights_of_the_stock_model():
+    dense, pattern = tiny_model("MistralForCausalLM"), "topk(9) & window(None, 0)"
+    found = run(dense, pattern, probes=["coverage"])["coverage"]
+    dense.set_attn_implementation("eager")
+    weights = torch.stack(dense(ids_of(), output_attentions=True).attentions)[:, 0].detach()
+    kept = weights.topk(9).values.sum(-1).mean(-1)
+    torch.testing.assert_close(torch.tensor(found["candidates"][pattern]["by_head"]), kept, rtol=1e-3, atol=1e-4)
+
+
 def test_coverage_of_marked_tokens():
     dense, full_stop = tiny_model("BertModel"), tokenizer()(".")["input_ids"][0]
     settings = Settings(length=200, lengths=(200,), progress=False, global_token_ids=(full_stop,))
@@ -280,6 +289,26 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     deep = convert(saved(tmp_path / "deep", num_hidden_layers=3), tmp_path / "deeper", PATTERN, progress=False)
     with pytest.raises(ValueError, match="has another number of layers"):
         evaluate(folder, [deep], TEXT, settings=QUICK)
+
+
+def test_texts_and_tokenizers_are_looked_at_before_weights_are_read(tmp_path):
+    folder = saved(tmp_path / "model")
+    other = convert(saved(tmp_path / "other"), tmp_path / "sparse", PATTERN, progress=False)
+    text = (other / "tokenizer.json").read_text().replace('"<mask>"', '"<hidden>"')
+    (other / "tokenizer.json").write_text(text)
+    # whoever reads them says something else
+    (other / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="has other tokens than that of the model"):
+        evaluate(folder, [other], TEXT, settings=QUICK)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="text 1 has 5 tokens"):
+        evaluate(folder, PATTERN, "short", settings=QUICK)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="there is no tokenizer in .*; give one as tokenizer="):
+        evaluate(folder, PATTERN, TEXT, settings=QUICK)
+    with pytest.raises(OSError, match="nothing"):
+        evaluate(tmp_path / "nothing", PATTERN, TEXT, settings=QUICK)
 
 
 def test_the_tokenizer_of_another_model_is_refused():

@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_hf import build_plan
+from sparse_hf import Pattern, build_plan
+from sparse_hf.attention import content_weights, held_pairs
+from sparse_hf.attention.backend import AttentionCall
+from sparse_hf.attention.dropout import NO_DROPOUT
+from sparse_hf.attention.scoring import Scoring
 from sparse_hf.evaluation import mass
 from sparse_hf.evaluation.mass import Scores, kept_mass, ranges
+from sparse_hf.plan import NOTHING
 from sparse_hf.testing import AllocationInterceptor
 from tests.oracle import dense_mask
 
@@ -99,6 +104,39 @@ def test_heads_have_patterns_of_their_own():
         mask = dense_mask(one, 90, 90)[0]
         torch.testing.assert_close(found.kept[p].sum(-1), (weights * mask).sum((1, 2)), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.lost[p], (weights * ~mask).sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+CHOICES = (
+    "(window(7, 0) | first(2) | topk(9)) & window(None, 0)",
+    "(window(7, 0) | topk_blocks(3, 8, 'bounds', 8)) & window(None, 0)",
+    "(window(7, 0) | topk_blocks(2, 16, 'mean')) & window(None, 0)",
+    "(window(7, 0) | vertical_slash(4, 3)) & window(None, 0)",
+    "(window(7, 0) | threshold(0.5)) & window(None, 0)",
+    "(window(7, 0) | lsh(8, 2, 16)) & window(None, 0)",
+)
+
+
+@pytest.mark.parametrize("text", CHOICES)
+def test_what_is_chosen_is_what_attention_computes(text, monkeypatch):
+    """Against the weights of the reference backend under the same choice, beside a pattern of positions."""
+    length = 257
+    q, k = tensors(length)
+    monkeypatch.setattr(mass, "strip_of", lambda q, plans: 37)
+    pairs = [held_pairs(q[None], k[None], text, 2.0), build_plan("window(11, 0)", length)]
+    found = kept_mass(q, k, Scores(2.0), build_plan("window(None, 0)", length), pairs, True)
+    call = AttentionCall(q[None], k[None], k[None], Pattern.parse(text), 0, Scoring(2.0), NO_DROPOUT, NOTHING)
+    held = content_weights(call)[2][0] > 0
+    weights = brute_force(q, k, dense_mask("window(None, 0)", length, length)[0], 2.0)
+    assert 0 < held.sum() < HEADS * length * (length + 1) / 2
+    for p, pairs in enumerate((held, dense_mask("window(11, 0)", length, length)[0])):
+        torch.testing.assert_close(found.kept[p].sum(-1), (weights * pairs).sum((1, 2)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.lost[p], (weights * ~pairs).sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_asks_for_more_than_queries_and_keys_is_refused():
+    q, k = tensors(30)
+    with pytest.raises(NotImplementedError, match=r"topk\(4, 'indexer'\)[^:]*: .*chooses by the scores of an indexer"):
+        held_pairs(q[None], k[None], "topk(4, 'indexer') & window(None, 0)", 0.4)
 
 
 def test_a_query_without_keys_has_no_weight():

@@ -17,7 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
-from sparse_hf.models.hf.streaming_cache import LATE, SPARE
+from sparse_hf.models.hf.streaming_cache import SPARE
 from tests.crosses import slow_but_for
 from tests.models.families import VOCABULARY, dense_model, has_two_stacks, named_cache, one_head
 
@@ -321,7 +321,7 @@ def test_angles_that_change_keep_the_cache(kind, length):
     assert torch.equal(found.sequences, wanted)
     if made is not None:
         assert made.get_seq_length() == length + 19
-        assert kind != "streaming" or {layer.keys.shape[2] for layer in made.layers} == {3 + 20 + SPARE + LATE}
+        assert kind != "streaming" or {layer.keys.shape[2] for layer in made.layers} == {3 + 20 + SPARE}
 
 
 def test_angles_that_change_want_the_whole_text():

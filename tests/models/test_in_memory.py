@@ -157,6 +157,21 @@ def test_models_of_models_say_which_can_be_made_sparse():
         sparse_hf.sparsify(transformers.FNetModel(transformers.FNetConfig(**TINY)), "window(4, 4)")
 
 
+def test_classes_of_ones_own_say_that_nobody_ships_them(monkeypatch):
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own_llama"
+
+    class OwnModel(transformers.LlamaModel):
+        config_class = OwnConfig
+
+    monkeypatch.setitem(transformers.CONFIG_MAPPING._extra_content, "own_llama", OwnConfig)
+    own = {**TINY, "num_key_value_heads": TINY["num_attention_heads"]}
+    with pytest.raises(
+        ValueError, match="'own_llama' has no sparse counterpart: its classes are none that Transformers ships"
+    ):
+        sparse_hf.sparsify(OwnModel(OwnConfig(**own)), "window(4, 0)")
+
+
 def test_who_gives_something_else_is_told_in_a_line():
     with pytest.raises(ValueError, match="got 'gpt2'; load it with from_pretrained"):
         sparse_hf.sparsify("gpt2", "window(4, 0)")

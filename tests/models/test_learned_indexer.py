@@ -280,6 +280,15 @@ def test_the_loss_is_that_of_all_pairs_beside_what_is_near(monkeypatch):
     assert min(halves) < losses.mean() < max(halves)
 
 
+def test_a_second_derivative_of_their_loss_is_refused():
+    _, sparse = pair()
+    with sparse_hf.indexer_losses(sparse) as losses:
+        sparse(ids(), decode="dense", use_cache=False)
+    own = [p for name, p in sparse.named_parameters() if ".indexer." in name]
+    with pytest.raises(RuntimeError, match="the loss of an indexer has no second derivative; call autograd without"):
+        torch.autograd.grad(losses.mean(), own, create_graph=True)
+
+
 def test_kept_attention_is_that_of_all_pairs():
     dense, sparse = pair()
     text = ids()

@@ -138,8 +138,6 @@ def _first_and_gradients(model, batch):
 
 
 @pytest.mark.gpu
-# torch records an empty graph to begin with, and warns of it, and of matrix units that it is not to use
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("head", ["ReformerModel", *TRAINED])
 def test_one_cuda_graph_holds_any_buckets(head, rounds):

@@ -14,11 +14,13 @@ from sparse_hf import StreamingCache
 from sparse_hf.models.hf import model_mixin, stop_check
 from sparse_hf.models.hf.cache import given_cache
 from sparse_hf.models.hf.stop_check import why_not_late
+from sparse_hf.models.hf.streaming_cache import SPARE, SPARE_FOR_DRAFTS
 from tests.crosses import slow_but_for
 from tests.models.families import VOCABULARY, dense_model, named_cache
 from tests.models.test_static_graph import DECODERS
 
 LLAMA, PATTERN, NEW = "LlamaForCausalLM", "window(7, 0) | first(2)", 12
+DEVICES = "sparse_hf.models.hf.late.DEVICES"
 
 
 class Done:
@@ -42,7 +44,7 @@ def late(monkeypatch):
 
     monkeypatch.setattr(torch, "Event", Done)
     monkeypatch.setattr(stop_check, "LateStopCheck", Watched)
-    monkeypatch.setattr(stop_check, "DEVICES", ("cpu",))
+    monkeypatch.setattr(DEVICES, ("cpu",))
     return made
 
 
@@ -87,9 +89,9 @@ def how(**more) -> dict:
 
 
 def plain(model, ids, monkeypatch, **more):
-    """What comes of waiting for each token."""
+    """What comes of waiting for each token, of caches with as many slots."""
     with monkeypatch.context() as m:
-        m.setattr(stop_check, "DEVICES", ())
+        m.setattr(stop_check, "late_tokens", lambda device: 0)
         return model.generate(ids, **more)
 
 
@@ -204,8 +206,23 @@ def test_which_calls_wait(late, model, monkeypatch):
     # the mask says that there are more tokens than ids
     longer = {**cache, "attention_mask": torch.ones(1, 30)}
     assert why_not(learned, longer, 503) is None and "one too many" in why_not(learned, longer, 504)
-    monkeypatch.setattr(stop_check, "DEVICES", ("cuda",))
+    monkeypatch.setattr(DEVICES, ("cuda",))
     assert why_not() == "a cpu is waited for anyway"
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()])
+def test_a_slot_is_kept_for_the_token_behind_the_end_where_there_may_be_one(devices, model, monkeypatch):
+    monkeypatch.setattr(DEVICES, devices)
+    cache = StreamingCache(model.config)
+    for piece in prompt(length=40).split(1, 1):
+        model(piece, **named_cache(model, cache))
+    slots = 2 + 7 + SPARE + len(devices)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {slots}
+    cache.crop(-SPARE - len(devices))
+    with pytest.raises(ValueError, match="can take back 0 of"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    assert {layer.keys.shape[2] for layer in cache.layers} == {slots - SPARE + SPARE_FOR_DRAFTS}
 
 
 def test_what_users_ask_of_tokens_is_asked_of_none_behind_the_end(late, model):
@@ -257,6 +274,10 @@ def test_a_loop_of_another_kind_runs_as_it_is(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.compiles
+# of float32, whose products are to be exact
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+# graphs of an earlier length, which torch records anew
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("cache", ["streaming", "static"])
 def test_compiled_steps_of_a_gpu(cache, monkeypatch):
     """With CUDA graphs, whose replays the host is ahead of."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import sparse_hf
 from sparse_hf import StreamingCache
 from sparse_hf.models.hf.cache import logger as cache_logger
-from sparse_hf.models.hf.streaming_cache import LATE, SPARE
+from sparse_hf.models.hf.streaming_cache import SPARE
 from sparse_hf.testing import AllocationInterceptor
 from tests.crosses import slow_but_for
 from tests.models.families import (
@@ -121,7 +121,7 @@ def test_a_layer_that_sees_all_keeps_all_and_the_others_drop():
     sparse = sparse_model(layers={1: "dense"})
     cache = StreamingCache(sparse.config)
     in_pieces(sparse, text(1, 600), cache)
-    assert [layer.keys.shape[2] for layer in cache.layers] == [3 + 20 + SPARE + LATE, 1024]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3 + 20 + SPARE, 1024]
 
 
 # some rows have padding alone in the first pieces
@@ -195,14 +195,14 @@ def test_memory_does_not_grow(pattern):
     assert made[0] == made[1]
     # two layers of keys and values of 2 heads of 8 numbers, in float32
     layer = cache.layers[0]
-    assert made[0][0] == 2 * 2 * 2 * 8 * 4 * (layer.kept.sinks + layer.kept.left + SPARE + LATE)
+    assert made[0][0] == 2 * 2 * 2 * 8 * 4 * (layer.kept.sinks + layer.kept.left + SPARE)
 
 
 def test_a_long_prompt_is_not_kept_alive():
     sparse = sparse_model()
     cache = StreamingCache(sparse.config)
     in_pieces(sparse, text(1, 500), cache, pieces=(500,))
-    assert held_bytes(cache) == 2 * 2 * 2 * 8 * 4 * (3 + 20 + SPARE + LATE)
+    assert held_bytes(cache) == 2 * 2 * 2 * 8 * 4 * (3 + 20 + SPARE)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_holds_no_more_than_the_pattern_sees():
     sparse = sparse_model(pattern="window(20, 0) | first(3)")
     cache = StreamingCache(sparse.config)
     in_pieces(sparse, text(1, 90), cache)
-    assert all(layer.keys.shape[2] == 3 + 20 + SPARE + LATE for layer in cache.layers)
+    assert all(layer.keys.shape[2] == 3 + 20 + SPARE for layer in cache.layers)
     cache.crop(-1)
     assert cache.get_seq_length() == 89
 
@@ -294,8 +294,8 @@ def test_refuses_to_take_back_more_than_it_can():
     cache = StreamingCache(sparse.config, spare=5)
     in_pieces(sparse, ids[:, :50], cache)
     cache.crop(-3)
-    with pytest.raises(ValueError, match=r"can take back 3 of 47 tokens. Nothing was changed; .*spare=4"):
-        cache.crop(-4)
+    with pytest.raises(ValueError, match=r"can take back 2 of 47 tokens. Nothing was changed; .*spare=3"):
+        cache.crop(-3)
     with pytest.raises(ValueError, match="give a negative number"):
         cache.crop(3)
     with pytest.raises(ValueError, match="spare is 0; it must be a whole number of at least 1"):

@@ -17,10 +17,26 @@ from sparse_hf import Pattern, build_plan, sparse_attention
 from sparse_hf.pattern import blocks
 from sparse_hf.pattern.forms import StrideForm, read_stride
 from sparse_hf.plan import joined_rows, kept, made_apart, regrouped, remembered, split, stages, strided_plan, tile_lists
+from sparse_hf.plan.batch import PlanCache
 from sparse_hf.plan.hash_order import Chunking, plan_chunks
 from tests import oracle
 
 LENGTH = 100
+
+
+def test_the_last_plans_are_kept_within_their_bytes():
+    cache = PlanCache(3, most_bytes=100)
+    for key, held in (("a", 40), ("b", 40), ("c", 10)):
+        assert cache.put(key, key.upper(), held) == key.upper()
+    assert cache.get("a") == "A" and cache.held_bytes == 90
+    # the one that was asked for last stays
+    cache.put("d", "D", 20)
+    assert [cache.get(key) for key in "abcd"] == ["A", None, "C", "D"] and cache.held_bytes == 70
+    # what is larger than all of them is kept alone, until the next comes
+    cache.put("e", "E", 1000)
+    assert [cache.get(key) for key in "acde"] == [None, None, None, "E"]
+    cache.put("f", "F", 0)
+    assert cache.get("e") is None and cache.get("f") == "F"
 
 
 def test_tables_may_be_made_by_another_thread():

@@ -33,6 +33,27 @@ def _segment(offsets, firsts, block_ptr, first_row, segments, limit, l_b, K, P: 
     return row, of_list, block, begin, tl.minimum(tl.load(offsets + at + 1), begin + limit)
 
 
+@triton.jit
+def _block(
+    k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """The keys and values of a block, zeros behind the last."""
+    key = block * S + tl.arange(0, S)
+    k = gather(k_ptr + b * k_b + g * k_g, key, key < K, k_n, D, BD)
+    return k, gather(v_ptr + b * v_b + g * v_g, key, key < K, v_n, E, BE)
+
+
+@triton.jit
+def _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
+    """The pairs of a tile with a query, their places in the choice of blocks, their queries, and which keys those chose."""
+    pair = start + tl.arange(0, BP * BR) // BR
+    real = pair < end
+    place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=real, other=0).to(tl.int64)
+    chosen = index_ptr + of_list * Q * N + place[:, None] * S + tl.arange(0, S)[None, :]
+    return real, place, place // (N // S), tl.load(chosen, mask=real[:, None], other=-1) >= 0
+
+
 @triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
 def forward(
     q_ptr, k_ptr, v_ptr, index_ptr, part_out, part_lse, place_ptr, offsets, firsts, block_ptr,
@@ -50,19 +71,12 @@ def forward(
         return
     own = tl.program_id(1).to(tl.int64)
     b, g = row_of(P, H, G, row)
-    s, m = tl.arange(0, S), tl.arange(0, BP * BR)
-    key = block * S + s
-    k = gather(k_ptr + b * k_b + g * k_g, key, key < K, k_n, D, BD)
-    v = gather(v_ptr + b * v_b + g * v_g, key, key < K, v_n, E, BE)
+    k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     for start in range(begin, end, BP):
-        pair = start + m // BR
-        place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
-        query = place // (N // S)
-        chosen = index_ptr + of_list * Q * N + place[:, None] * S + s[None, :]
-        there = tl.load(chosen, mask=(pair < end)[:, None], other=-1) >= 0
+        is_pair, place, query, there = _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP, BR, S)
         for first in range(0, R, BR):
-            r = first + m % BR
-            real = (pair < end) & (r < R)
+            r = first + tl.arange(0, BP * BR) % BR
+            real = is_pair & (r < R)
             q = gather(q_ptr + b * q_b, (row % P * R + r) * q_h + query * q_n, real, 1, D, BD)
             scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
             scores = tl.where(there, scores, float("-inf"))
@@ -148,21 +162,15 @@ def gradients(
         return
     own = tl.program_id(1).to(tl.int64)
     b, g = row_of(P, H, G, row)
-    s, m = tl.arange(0, S), tl.arange(0, BP * BR)
-    key = block * S + s
-    k = gather(k_ptr + b * k_b + g * k_g, key, key < K, k_n, D, BD)
-    v = gather(v_ptr + b * v_b + g * v_g, key, key < K, v_n, E, BE)
+    k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     sum_k = tl.zeros((S, BD), tl.float32)
     sum_v = tl.zeros((S, BE), tl.float32)
     for start in range(begin, end, BP):
-        pair = start + m // BR
-        place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
-        query = place // (N // S)
-        chosen = index_ptr + of_list * Q * N + place[None, :] * S + s[:, None]
-        there = tl.load(chosen, mask=(pair < end)[None, :], other=-1) >= 0
+        is_pair, place, query, there = _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP, BR, S)
+        there = tl.trans(there)
         for first in range(0, R, BR):
-            r = first + m % BR
-            h, real = row % P * R + r, (pair < end) & (r < R)
+            r = first + tl.arange(0, BP * BR) % BR
+            h, real = row % P * R + r, is_pair & (r < R)
             q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD)
             do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE)
             at = (b * H + h) * Q + query
@@ -179,7 +187,7 @@ def gradients(
                 of_q = tl.dot(tl.trans(change.to(k.dtype)), k, input_precision=PRECISION) * scale
                 to = part_q + ((own * Q * (N // S) + place) * R + r)[:, None] * D + tl.arange(0, BD)[None, :]
                 tl.store(to, of_q.to(part_q.dtype.element_ty), mask=real[:, None] & (tl.arange(0, BD)[None, :] < D))
-    at = (own * segments + tl.program_id(0)) * S + s[:, None]
+    at = (own * segments + tl.program_id(0)) * S + tl.arange(0, S)[:, None]
     d, e = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :]
     tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
     tl.store(part_v + at * E + e, sum_v, mask=e < E)

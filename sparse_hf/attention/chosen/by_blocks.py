@@ -11,16 +11,18 @@ N chosen keys of a query in blocks of S, D and E head dims of keys and values.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..backend import AttentionCall, Given, Gradients, Results
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .gathers import BLOCK_ROWS, LEAST_HEADS, MAX_PARTS, Shape, add_up, block_size, lists_of, options_of_blocks
 
-# blocks of a query that are joined at a time, and rows of queries of a tile
-JOINED, FORWARD_ROWS = 16, 64
+# blocks of a query that are joined at a time, rows of queries of a tile, and numbers that are copied to float32 at once
+JOINED, FORWARD_ROWS, MAX_COPIED = 16, 64, 1 << 25
 
 
 def is_better(call: AttentionCall) -> bool:
@@ -32,6 +34,16 @@ def is_better(call: AttentionCall) -> bool:
     # so many rows of queries chose a block in the mean, times its keys
     rows = heads * index.shape[2] * index.shape[3]
     return heads < LEAST_HEADS and rows >= LEAST_HEADS * call.k.shape[2]
+
+
+def _some_queries(call: AttentionCall, numbers: int) -> Iterator[tuple[slice, AttentionCall]]:
+    """The queries in turn, so many that what each of a row of heads has `numbers` of for a block is no more than exists at once."""
+    index = call.plan.index
+    blocks = index.shape[3] // block_size(call) * Shape(call, index).heads["R"]
+    step = max(1, MAX_PARTS // max(1, blocks * numbers))
+    for first in range(0, index.shape[2], step):
+        some = slice(first, first + step)
+        yield some, replace(call, q=call.q[:, :, some], chosen_plan=replace(call.plan, index=index[:, :, some]))
 
 
 def _rows(shape: Shape, numbers: int) -> Iterator[tuple[int, int]]:
@@ -49,13 +61,20 @@ def _places(shape: Shape, size: int) -> int:
 
 def forward(call: AttentionCall) -> Results:
     """Out `[B, H, Q, E]` and lse `[B, H, Q]`."""
+    out = like(call.q, call.v.shape[3])
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    for some, part in _some_queries(call, call.v.shape[3]) if out.numel() else ():
+        lse[:, :, some] = _forward(part, out[:, :, some])
+    return out, lse
+
+
+def _forward(call: AttentionCall, out: Tensor) -> Tensor:
+    """Lse; out is written."""
     from . import block_kernels
 
     shape, size = Shape.of(call), block_size(call)
     q, k, v = (readable(t) for t in (call.q, call.k, call.v))
-    out, lse = like(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if not out.numel():
-        return out, lse
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
     blocks = shape.index.shape[3] // size
     for first, count in _rows(shape, places * v.shape[3]):
@@ -71,24 +90,39 @@ def forward(call: AttentionCall) -> Results:
             (q.shape[2], blocks, first),
             {"H": heads["H"], "P": heads["P"], "R": heads["R"], "BN": JOINED, "E": v.shape[3], "BE": shape.dims["BE"]}, num_warps=2,
         )  # fmt: skip
-    return out, lse
+    return lse
 
 
 def backward(call: AttentionCall, given: Given) -> Gradients:
     """Gradients of q, k and v."""
+    q, k, v, grad_out = call.q, call.k, call.v, readable(given.some_grad_out)
+    grad_q = like(q)
+    if not q.numel() or not k.numel():
+        return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None
+    step = max(1, MAX_COPIED // grad_out[:, :, :1].numel())
+    pairs = zip(grad_out.split(step, 2), given.out.split(step, 2), strict=True)
+    delta = torch.cat([(grad.float() * out.float()).sum(-1) for grad, out in pairs], 2)
+    if given.grad_lse is not None:
+        delta -= given.grad_lse
+    pieces, sums = list(_some_queries(call, q.shape[3])), []
+    for some, part in pieces:
+        found = _backward(part, *(t[:, :, some] for t in (grad_out, given.lse, delta, grad_q)), adds=len(pieces) > 1)
+        sums = [sum_.add_(of_some) for sum_, of_some in zip(sums, found, strict=True)] if sums else found
+    return grad_q, *Shape.of(call).of_key_heads(sums), None
+
+
+def _backward(
+    call: AttentionCall, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor, adds: bool
+) -> list[Tensor]:
+    """Gradients of the keys and values of rows of heads, `adds` of which are added up; that of q is written."""
     from . import block_kernels
 
     shape, size = Shape.of(call), block_size(call)
-    q, k, v, grad_out = (readable(t) for t in (call.q, call.k, call.v, given.some_grad_out))
-    grad_q, lse = like(q), given.lse.contiguous()
-    if not q.numel() or not k.numel():
-        return grad_q.zero_(), like(k).zero_(), like(v).zero_(), None
-    delta = (grad_out.float() * given.out.float()).sum(-1)
-    if given.grad_lse is not None:
-        delta -= given.grad_lse
+    q, k, v = (readable(t) for t in (call.q, call.k, call.v))
+    lse, delta = lse.contiguous(), delta.contiguous()
     lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
     segments, widths = lists.key.shape[2], k.shape[3] + v.shape[3]
-    grads = shape.empty_gradients(k, v)
+    grads = shape.empty_gradients(k, v, adds=adds)
     for first, count in _rows(shape, places * q.shape[3] + segments * size * widths):
         of_queries = q.new_zeros(count, places, q.shape[3])
         parts = [torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)]
@@ -104,4 +138,4 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
             {"P": heads["P"], "R": heads["R"], "BN": JOINED, "D": q.shape[3], "BD": power_of_two(q.shape[3])}, num_warps=2,
         )  # fmt: skip
         add_up(shape, size, lists, parts, grads, first)
-    return grad_q, *shape.of_key_heads(grads), None
+    return grads

@@ -18,17 +18,15 @@ from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 from .pieces import rows_of
 
-# chosen keys of a tile, rows of queries of a tile of a key, and segments that are added at a time
-TILE, CHOOSERS, ADDED = 32, 32, 4
+# chosen keys of a tile, and where two tiles on their way fit any GPU; rows of queries of a tile of a key, and segments that are added
+# at a time
+TILE, LARGE_TILE, CHOOSERS, ADDED = 32, 64, 32, 4
 # heads of a tile: the matrix units take 16 rows at least
 LEAST_HEADS, MOST_HEADS = 16, 64
 # queries of a segment at least
 LEAST_CHOOSERS = 64
 # numbers that segments write at once
 MAX_PARTS = 1 << 27
-# kernels that go block by block are exact in Triton's interpreter and compile for an H100, and have not run on a GPU yet: nothing
-# takes them there before tests/attention/composite/test_chosen.py::test_blocks_on_a_gpu has passed
-HAVE_RUN_ON_A_GPU = False
 # blocks of keys whose gradients are made together: sizes, rows of queries of a tile, and queries of a segment
 BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
 # head dims of them, and numbers of a block that four warps hold
@@ -120,7 +118,20 @@ class Shape:
     def constants(self) -> dict:
         """Of the kernels that walk the keys of a query."""
         cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
-        return {**self.heads, "BR": self.heads_of_tile, "BN": TILE, **self.dims, **cap}
+        tile = LARGE_TILE if self.has_large_tiles else TILE
+        return {**self.heads, "BR": self.heads_of_tile, "BN": tile, **self.dims, **cap}
+
+    @property
+    def has_large_tiles(self) -> bool:
+        """Do the kernels that walk the keys of a query take many at a time?"""
+        return self.call.q.dtype in HALF_TYPES and max(self.call.q.shape[3], self.call.v.shape[3]) <= MAX_BLOCK_DIM
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How these are run: the fastest on an H200."""
+        if not self.has_large_tiles:
+            return {"num_warps": 4}
+        return {"num_warps": 2 if self.heads_of_tile == LEAST_HEADS else 4, "num_stages": 2}
 
     @property
     def of_keys(self) -> dict:
@@ -135,18 +146,18 @@ class Shape:
         tiles = {"BR": heads, "BP": rows // heads, "S": size}
         return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
-    def empty_gradients(self, *of: Tensor) -> list[Tensor]:
-        """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards."""
+    def empty_gradients(self, *of: Tensor, adds: bool = False) -> list[Tensor]:
+        """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards, as are several with `adds`."""
         batch, groups, keys, _ = of[0].shape
-        work = of[0].dtype if self.rows == groups else torch.float32
+        work = of[0].dtype if self.rows == groups and not adds else torch.float32
         return [torch.empty(batch, self.rows, keys, t.shape[3], dtype=work, device=t.device) for t in of]
 
     def of_key_heads(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """`[B, G, K, D]` of each, as keys are."""
         groups, dtype = self.call.k.shape[1], self.call.k.dtype
         if self.rows > groups:
-            grads = [grad.unflatten(1, (groups, -1)).sum(2).to(dtype) for grad in grads]
-        return grads[0], grads[1]
+            grads = [grad.unflatten(1, (groups, -1)).sum(2) for grad in grads]
+        return grads[0].to(dtype), grads[1].to(dtype)
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -161,8 +172,6 @@ class Shape:
 
 def block_size(call: AttentionCall) -> int:
     """The keys of a block of the choice, where their gradients are made together; else 1."""
-    if call.q.is_cuda and not HAVE_RUN_ON_A_GPU:
-        return 1
     size, dim = call.plan.size, max(call.q.shape[3], call.v.shape[3])
     if size not in BLOCK_SIZES or dim > MAX_BLOCK_DIM or call.q.dtype not in HALF_TYPES:
         return 1
@@ -202,7 +211,7 @@ def forward(call: AttentionCall) -> Results:
         of_batch = shape.batch_step * q.shape[2] * shape.index.shape[3]
         launch(
             kernels.forward, shape.grid, (q, k, v, shape.index, out, lse), strides_of(q, k, v, out),
-            (*shape.numbers, of_batch), shape.constants, num_warps=4,
+            (*shape.numbers, of_batch), shape.constants, **shape.options,
         )  # fmt: skip
     return out, lse
 
@@ -227,7 +236,7 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
         kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.index, lse, given_lse, delta, grad_q),
         strides_of(grad_out, q, k, v, out, grad_q),
         (*shape.numbers, shape.batch_step * q.shape[2] * shape.index.shape[3]),
-        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, num_warps=4,
+        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.options,
     )  # fmt: skip
     return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import refuse_second_derivative
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
 
@@ -102,8 +102,8 @@ class LatentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative("attention over chosen latents")
         query, chosen, out, sums, lse, *parts = ctx.saved_tensors
         grad_query, *grads = _Gradients(query, ctx.kind(*parts), chosen, (out, sums, lse), ctx.scale).of(grad_out)
         return grad_query, None, None, None, *grads

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...pattern import Threshold
 from ..autograd import AutogradBackend
 from ..backend import AttentionCall, Backend, Results
-from ..slots.new_tokens import under
+from ..slots.new_tokens import products, under
 from ..strides import folded
 from .chosen_blocks import Blocks
 from .chosen_rest import Rest
@@ -73,7 +73,7 @@ def few_weighty(call: AttentionCall, content: Threshold, rest: Rest) -> FewPlan:
     """The pairs of positions and of kept tiles, and what is left out."""
     (batch, heads, queries, _), keys, offset = call.q.shape, call.k.shape[2], rest.positions.q_offset
     wide = torch.promote_types(call.q.dtype, torch.float32)
-    scores = folded(call.q, call.k.shape[1]).to(wide) @ call.k.to(wide).mT * call.scoring.scale  # [B, G, R Q, K]
+    scores = products(folded(call.q, call.k.shape[1]), call.k, wide) * call.scoring.scale  # [B, G, R Q, K]
     scores = scores.unflatten(2, (-1, queries)).flatten(1, 2)  # [B, H, Q, K]
     if call.scoring.softcap is not None:
         scores = (scores / call.scoring.softcap).tanh() * call.scoring.softcap

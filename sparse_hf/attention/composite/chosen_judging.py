@@ -82,6 +82,6 @@ def judge(call: AttentionCall, share: float, kinds: Kinds, tell: bool) -> tuple[
 
     run(kernels.judge, visits.offsets, visits.mixed, visits.others)
     # only those that are left, and none of positions alone
-    left = Flags(flags).listed(kinds.alone, flags, (1, 0, 1, 0), None)
+    left = Flags(lambda: flags).listed(kinds.alone, flags, (1, 0, 1, 0), None)
     run(kernels.judge_again, left.offsets, left.others)
     return flags, lost if tell else None

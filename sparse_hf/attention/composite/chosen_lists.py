@@ -7,8 +7,8 @@ Legend: B batch, H query heads, C heads of the choice; Nq and Nk tiles of querie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...pattern import EMPTY, PARTIAL, Pattern
 from ...pattern.base import Marks
 from ...plan import BlockPlan
+from ...plan.batch import PlanCache
 from ...plan.cache import kept, made, remembered
 from ...plan.tile_lists import UNLIMITED, Lists, TileLists, least_of_program, masks_of, segments_of
 from ..backends.triton import walk
@@ -25,8 +26,8 @@ from ..launch import launch, power_of_two
 # tiles of a plane whose kinds are kept, tiles in it that a pattern cuts, and masks, which 16 bits number; larger planes are listed
 # from tables, where the host's time no longer counts
 MAX_TILES, MAX_CUT, MAX_MASKS = 1 << 24, 1 << 20, (1 << 15) - 2
-# tiles whose kinds are found at once, and planes that are kept
-TILES_AT_ONCE, PLANES_KEPT = 1 << 22, 4
+# tiles whose kinds are found at once; planes that are kept when nobody uses them any more, and the bytes of all but the last of them
+TILES_AT_ONCE, PLANES_KEPT, MAX_PLANE_BYTES = 1 << 22, 4, 1 << 27
 # lines of keys that are walked as they are: of so many query tiles, no host is told how long they became
 MAX_WHOLE_LINE = 256
 # others that a program looks at at once, and its warps
@@ -75,19 +76,31 @@ class Kinds:
     def masks_by_key(self) -> Tensor:
         return self.masks.transpose(1, 2).contiguous()
 
+    @property
+    def most_bytes(self) -> int:
+        """What this holds with all that is made of it when asked for."""
+        joint, beside = self.by_query.joint, self.by_query.beside
+        return 2 * (joint.nbytes + beside.nbytes + self.masks.nbytes) + beside.nbytes
+
     @kept
     def held(self) -> Tensor:
         """Tiles of each line of queries that positions hold pairs of, on the CPU, `[Nq]`."""
         return (self.by_query.beside >= 0).sum(1).cpu()
 
 
-@lru_cache(maxsize=PLANES_KEPT)
+PLANES = PlanCache(PLANES_KEPT, MAX_PLANE_BYTES)
+
+
 def find_kinds(beside: BlockPlan, cut: Pattern) -> Kinds | None:
     """The kinds of the tiles of a plan of positions, all of whose pairs are alike for batch rows and heads, and of what may be chosen
     beside it; None where they are too many."""
     if not 0 < beside.q_blocks * beside.kv_blocks <= MAX_TILES:
         return None
-    return made(_make_kinds, beside, cut)
+    found = PLANES.get((beside, cut))
+    if found is None:
+        kinds = made(_make_kinds, beside, cut)
+        found = PLANES.put((beside, cut), (kinds,), kinds.most_bytes if kinds else 0)
+    return found[0]
 
 
 def _make_kinds(beside: BlockPlan, cut: Pattern) -> Kinds | None:
@@ -159,13 +172,14 @@ class Flags:
     """Which blocks of keys each group of queries chose.
 
     Attributes:
-        flags: `[B, C, T, at least M]` uint8, not 0 where it did; contiguous in the last dimension.
+        make: gives `[B, C, T, at least M]` uint8, not 0 where it did, contiguous in the last dimension. It grows with the product of
+            lengths, and is made anew for either pass, so that nobody holds it between them.
         tiles: tiles of a group, and of a block.
         shift: tiles of the first group that come before the first query.
         heads_of_row: query heads that share one of C.
     """
 
-    flags: Tensor
+    make: Callable[[], Tensor]
     tiles: tuple[int, int] = (1, 1)
     shift: int = 0
     heads_of_row: int = 1
@@ -176,17 +190,18 @@ class Flags:
         Args:
             most: tiles that a line of queries chose at most; None: they are counted, and the host waits.
         """
-        rows = self.flags.shape[0] * self.flags.shape[1]
+        flags = self.make()
+        rows, device = flags.shape[0] * flags.shape[1], flags.device
         cut = None if most is None else known_cut(kinds, most, rows, self.heads_of_row)
-        by_query = self.listed(kinds.by_query, self.flags, (self.tiles[0], self.shift, self.tiles[1], 0), cut)
+        by_query = self.listed(kinds.by_query, flags, (self.tiles[0], self.shift, self.tiles[1], 0), cut)
 
         def by_key() -> Lists:
-            flags, sides = self.flags.transpose(2, 3).contiguous(), (self.tiles[1], 0, self.tiles[0], self.shift)
+            flags, sides = self.make().transpose(2, 3).contiguous(), (self.tiles[1], 0, self.tiles[0], self.shift)
             entries = len(by_query.others)
             is_short = by_query.lines <= MAX_WHOLE_LINE
             return self.listed(kinds.by_key, flags, sides, _whole(entries, flags.device) if is_short else None)
 
-        of_heads = torch.arange(rows * self.heads_of_row, dtype=torch.int32, device=self.flags.device)
+        of_heads = torch.arange(rows * self.heads_of_row, dtype=torch.int32, device=device)
         of_heads = of_heads if self.heads_of_row == 1 else of_heads // self.heads_of_row
         return TileLists(kinds.masks.shape[1], of_heads, by_query, by_key, kinds.masks, kinds.masks_by_key)
 
@@ -213,6 +228,18 @@ class Flags:
         masks = torch.empty_like(others)
         run(offsets, others, masks, WRITE=True)
         return Lists(offsets, masked, others, masks, lines, cut.limit, cut.segments, cut.long)
+
+
+def packed(flags: Tensor) -> Tensor:
+    """Flags `[..., n]`, 0 or 1, as bits: `[..., n / 8]` uint8."""
+    flags = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (flags << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, count: int) -> Tensor:
+    """The first `count` flags of `packed`."""
+    flags = bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return flags.flatten(-2)[..., :count].contiguous()
 
 
 def may_list(device: torch.device) -> bool:

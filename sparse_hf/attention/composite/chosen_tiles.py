@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,9 +105,9 @@ class ChosenTiles(BlockPlan):
         if kinds is None:
             return None
         assert self.found is not None
-        flags = flags_of(self.found, -(-self.kv_blocks // self.tiles[1]))
+        make = partial(flags_of, self.found, -(-self.kv_blocks // self.tiles[1]))
         heads_of_table = len(self.heads) // len(self.patterns)
-        return Flags(flags, self.tiles, self.shift, heads_of_table).lists(kinds, self.found.shape[-1] * self.tiles[1])
+        return Flags(make, self.tiles, self.shift, heads_of_table).lists(kinds, self.found.shape[-1] * self.tiles[1])
 
     @property
     def _kinds(self) -> Kinds | None:

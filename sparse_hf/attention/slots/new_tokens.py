@@ -35,6 +35,8 @@ from .ring import NO_RING, Ring, held_places, slots_of
 MAX_TOKENS = 128
 # query heads of a key head times new tokens, whose sums fit into a program's registers
 MAX_ROWS = 64
+# numbers of keys, or of values, that are copied to a wider dtype at once
+MAX_WIDENED = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +256,27 @@ def _opened(mask: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor | Non
     return mask, blind if is_some else None
 
 
+def products(queries: Tensor, k: Tensor, work: torch.dtype) -> Tensor:
+    """`[B, G, n, K]` of queries `[B, G, n, D]` and keys `[B, G, K, D]`, in `work`; of these no copy exists as a whole."""
+    queries = queries.to(work)
+    found = [queries @ some.to(work).mT for some in _widened(k, work)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """`[B, G, n, E]` of weights `[B, G, n, K]` and values `[B, G, K, E]`, in the dtype of weights."""
+    values = _widened(v, weights.dtype)
+    parts = zip(weights.split([some.shape[2] for some in values], -1), values, strict=True)
+    first, *others = (part @ some.to(weights.dtype) for part, some in parts)
+    return sum(others, first)
+
+
+def _widened(t: Tensor, work: torch.dtype) -> tuple[Tensor, ...]:
+    """Tokens of `[B, G, K, D]`, so many at a time as are copied to `work` at once."""
+    of_token = t.shape[0] * t.shape[1] * t.shape[3]
+    return (t,) if t.dtype == work else t.split(max(1, MAX_WIDENED // max(1, of_token)), 2)
+
+
 def under(
     tensors: tuple[Tensor, Tensor, Tensor], opened: Tensor, blind: Tensor | None, bias: Tensor | None, scoring: Scoring,
     wants_lse: bool, work: torch.dtype = torch.float32,
@@ -272,14 +295,14 @@ def under(
     if scoring.softcap is None and bias is None and not wants_lse:
         out = scaled_dot_product_attention(queries, k, v, opened, scale=scoring.scale)
     else:
-        scores = queries.to(work) @ k.to(work).mT * scoring.scale
+        scores = products(queries, k, work) * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         if bias is not None:
             scores = scores + folded(bias.to(work).expand(q.shape[0], -1, -1, -1), groups)
         scores = scores.masked_fill(~opened, -torch.inf)
-        out = (scores.softmax(-1) @ v.to(work)).to(q.dtype)
+        out = _weighted(scores.softmax(-1), v).to(q.dtype)
         lse = scores.logsumexp(-1).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
         lse = lse if blind is None else lse.masked_fill(blind[..., 0], -torch.inf)
-    out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    out = out.reshape(*q.shape[:3], v.shape[-1])
     return (out if blind is None else out.masked_fill(blind, 0)), lse

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...attention import held_pairs
 from ...pattern import Pattern
 from ...plan import BlockPlan, build_plan
-from ..mass import Scores, kept_mass, ranges
+from ..mass import Pairs, Scores, kept_mass, ranges
 from ..observe import layer_of, observed
 from ..pieces import Finished, Found, Piece
 from ..subject import Contender
@@ -34,15 +35,15 @@ class Coverage:
     """Of each layer's attention weights in the dense model, the share on pairs that a candidate holds; the rest is lost.
 
     Shares are means over queries, each of which has a whole of 1. They say what a pattern cuts off before any layer has answered
-    otherwise; what comes of it is `divergence`.
+    otherwise; what comes of it is `divergence`. Patterns that choose by content choose from the dense model's queries and keys.
     """
 
     name: ClassVar[str] = "coverage"
 
     def why_not(self, setup: Setup) -> str | None:
-        by_content = next((one.name for one in setup.candidates if _uses_content(setup, one)), None)
-        if by_content is not None:
-            return f"{by_content!r} chooses its pairs from queries and keys, so that coverage cannot say which it holds"
+        by_indexer = next((one.name for one in setup.candidates if _uses_indexer(setup, one)), None)
+        if by_indexer is not None:
+            return f"{by_indexer!r} chooses its pairs by an indexer of its own, which the dense model does not have"
         return None
 
     def pieces(self, setup: Setup) -> Iterator[Piece]:
@@ -75,8 +76,8 @@ class Coverage:
         }
 
 
-def _uses_content(setup: Setup, contender: Contender) -> bool:
-    return any(Pattern.parse(text).uses_content for text in contender.layer_patterns(setup.subject.is_causal))
+def _uses_indexer(setup: Setup, contender: Contender) -> bool:
+    return any(Pattern.parse(text).uses_indexer for text in contender.layer_patterns(setup.subject.is_causal))
 
 
 @torch.inference_mode()
@@ -123,24 +124,28 @@ class _Watched:
             raise NotImplementedError("coverage knows no bias by distance; leave it out of the probes")
         number = layer_of(module, len(self.layers))
         scores = Scores.of(q, arguments)
-        own = self._plan(self.setup.subject.dense, module, q.device)
-        plans = [self._plan(one, module, q.device) for one in self.setup.candidates]
-        mass = kept_mass(q[0], k[0], scores, own, plans, self.setup.subject.is_causal)
+        own, *pairs = (
+            self._pairs(one, module, q, k, scores) for one in (self.setup.subject.dense, *self.setup.candidates)
+        )
+        mass = kept_mass(q[0], k[0], scores, own, pairs, self.setup.subject.is_causal)
         whole = mass.queries
         self.layers[number] = mass.dense / whole, mass.kept / whole
         self.lost += mass.lost
 
-    def _plan(self, contender: Contender, module: Any, device: torch.device) -> BlockPlan:
+    def _pairs(self, contender: Contender, module: Any, q: Tensor, k: Tensor, scores: Scores) -> Pairs:
         """The pairs of a candidate's layer; layers that share their weights do not know which they are."""
         text = contender.config.layer_pattern(module.__dict__.get("layer_idx"), self.setup.subject.is_causal)
         marked = contender.config.global_token_ids
+        if Pattern.parse(text).uses_content:
+            return held_pairs(q[:1], k[:1], text, scores.scale, scores.softcap, self._marks(marked, q.device))
         key = f"{text} {marked}"
         if key not in self.plans:
-            marks = torch.isin(self.sample.ids, torch.tensor(marked)) if marked else None
-            marks = None if marks is None else marks.to(device)
-            length = self.sample.ids.shape[1]
-            self.plans[key] = build_plan(text, length, length, marks=marks, device=device)
+            length, marks = self.sample.ids.shape[1], self._marks(marked, q.device)
+            self.plans[key] = build_plan(text, length, length, marks=marks, device=q.device)
         return self.plans[key]
+
+    def _marks(self, marked: Sequence[int], device: torch.device) -> Tensor | None:
+        return torch.isin(self.sample.ids, torch.tensor(marked)).to(device) if marked else None
 
 
 def _named(lost: Tensor, sample: Sample, setup: Setup) -> list[list[Any]]:

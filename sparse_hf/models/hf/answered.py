@@ -20,6 +20,7 @@ from ...attention.backend import AttentionCall
 from ...attention.dropout import Dropout
 from ...attention.operator import has_no_content
 from ...attention.scoring import Scoring
+from ...attention.slots.new_tokens import Filled, slots_attention
 from ...pattern import Pattern
 from ...pattern.base import as_pattern
 from ...plan import BatchInfo
@@ -28,11 +29,12 @@ from .chosen_keys import LATENTS, LEARNING
 from .indexer import INDEXED
 from .layer_call import LayerCall, tokens_first
 from .mask_request import MaskRequest
+from .streaming_cache import StreamingCache
 
 # attributes of an attention module that say how it reads its mask
 READ_OF_MODULE = ("is_decoder", "is_causal", "is_cross_attention", "has_relative_attention_bias")
 # arguments that mean something else in each layer
-OF_ONE_LAYER = (LAYERS_SEE, INDEXED, "turned_sinks", "computed_by", "position_bias")
+OF_ONE_LAYER = (LAYERS_SEE, INDEXED, "turned_sinks", "computed_by", "position_bias", "alibi_slopes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,24 @@ class AnsweredLayer:
         return tokens_first(attention(call, self.backend)[0])
 
 
+@dataclass(frozen=True, eq=False)
+class AnsweredSlots:
+    """The call of a layer over the slots of a streaming cache as they lie, without its tensors; `told` as of `AnsweredLayer`."""
+
+    pattern: str
+    scoring: Scoring
+    filled: Filled
+    told: Mapping[str, Any]
+
+    def joins(self, module: Any) -> bool:
+        """Never: the cache has the keys of a layer by now."""
+        return False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Attention `[B, Q, H, D]`, which drops no weights: nobody trains behind such a cache."""
+        return tokens_first(slots_attention(query, key, value, self.filled, self.pattern, self.scoring)[0])
+
+
 def asked_alike(
     module: Any, sizes: tuple[torch.Size, torch.Size, torch.device], request: Any, how: tuple, told: Mapping[str, Any]
 ) -> tuple | None:  # fmt: skip
@@ -93,8 +113,7 @@ def asked_alike(
 def remember_answer(layer: LayerCall, call: AttentionCall, alike: tuple) -> None:
     """Have later layers of the pass find a call that was answered, if it has nothing of its own beside tensors and dropout."""
     request, told = layer.request, layer.kwargs
-    is_bare = layer.scoring.bias is None and layer.sinks is None and layer.filled is None and layer.opaque is None
-    if not is_bare or not isinstance(request.q_offset, int) or any(told.get(name) is not None for name in OF_ONE_LAYER):
+    if not _is_bare(layer) or layer.filled is not None or not isinstance(request.q_offset, int):
         return
     pattern, is_whole = as_pattern(layer.pattern), False
     if not has_no_content(call.q) and call.q.shape[2] == call.k.shape[2] and not pattern.uses_content:
@@ -104,3 +123,19 @@ def remember_answer(layer: LayerCall, call: AttentionCall, alike: tuple) -> None
     request.memo[alike] = AnsweredLayer(
         pattern, request.q_offset, layer.scoring, call.batch, layer.backend, told, layer.module, is_whole
     )  # fmt: skip
+
+
+def remember_slots(layer: LayerCall, cache: StreamingCache, alike: tuple) -> None:
+    """The same of a call over the slots of a cache, where none of its layers holds tokens of its own choice."""
+    filled, own = layer.filled, layer.stack.patterns[layer.module.layer_idx]
+    assert filled is not None
+    if not _is_bare(layer) or filled.marks is not None or filled.oldest is not None:
+        return
+    kept = {kept for kept, pattern in zip(cache.patterns, layer.stack.patterns, strict=False) if pattern == own}
+    if kept == {layer.pattern}:
+        layer.request.memo[alike] = AnsweredSlots(layer.pattern, layer.scoring, filled, layer.kwargs)
+
+
+def _is_bare(layer: LayerCall) -> bool:
+    has_own = any(layer.kwargs.get(name) is not None for name in OF_ONE_LAYER)
+    return layer.scoring.bias is None and layer.sinks is None and layer.opaque is None and not has_own

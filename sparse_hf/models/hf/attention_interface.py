@@ -29,7 +29,7 @@ from ...attention.slots.new_tokens import Filled
 from ...pattern import Pattern, full
 from ...pattern.base import as_pattern
 from ...plan import NOTHING, BlockPlan, build_plan
-from .answered import asked_alike, remember_answer
+from .answered import asked_alike, remember_answer, remember_slots
 from .cache import LAYERS_SEE
 from .chosen_keys import choice_of, chosen_attention, learning, made_of_latents, tell_learning
 from .config import IMPLEMENTATIONS, SparseConfigMixin
@@ -71,7 +71,7 @@ def sparse_mask(
             "the cache has dropped keys of its own accord (a sliding cache); use a DynamicCache, of which sparse attention "
             "reads only the keys that its pattern holds, or a StreamingCache, which drops what no pattern holds"
         )
-    if attention_mask is not None and attention_mask.shape[-1] < kv_length:
+    if attention_mask is not None and _is_shorter(attention_mask, kv_length):
         short = kv_length - attention_mask.shape[-1]
         attention_mask = torch.nn.functional.pad(attention_mask, (0, short), value=False)
     if attention_mask is not None and attention_mask.is_meta:
@@ -83,6 +83,15 @@ def sparse_mask(
     own = frozenset() if config is None else config.own_mask_functions
     kind = TensorLikeRequest if config is not None and config.chooses_keys else MaskRequest
     return kind(attention_mask, mask_function, q_offset, own=own, said=said, shape=(batch_size, kv_length))
+
+
+def _is_shorter(mask: Tensor, length: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return mask.shape[-1] < length
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    # older versions of OPT make ones as long as the text, which a graph of a step does not know, and which nobody reads there
+    return guard_or_false(mask.shape[-1] < length)
 
 
 def sparse_attention_forward(
@@ -145,6 +154,8 @@ def sparse_attention_forward(
     layer.filled = streaming.filled(module.layer_idx, query.shape[2])
     part = to_pinned(layer, streaming)
     if streaming.in_place:
+        if alike is not None and part is None:
+            remember_slots(layer, streaming, alike)
         return over_streaming_slots(layer, part), None
     layer.request = request.of_held(streaming, module.layer_idx, query, key)
     return _in_order(layer, part, wants_weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -33,6 +34,8 @@ VERSION = "graph_version"
 # attributes of a model that say nothing of what it computes
 OWN = {VERSION, "_compiled_state", "_compiled_call", "_last_compile_config", "_previous_max_cache_length"}
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+# what hooks are kept in: there are none in nearly all attributes of a module
+HOOKS = frozenset((OrderedDict, dict, set))
 _VERSIONS = count(1)
 # tokens at most that a draft goes on with: the last one of a draft that was right to its end, and the one behind it
 DRAFT_BEGINS = 2
@@ -98,7 +101,9 @@ def draft_on(model: Any, input_ids: Tensor, generation_config: Any, kwargs: dict
         return None
     if not model._valid_auto_compile_criteria(kwargs, generation_config):
         return None
-    forward, outputs = model.get_compiled_call(generation_config.compile_config), None
+    # the loop that this pass comes before has just asked whether the model is the same
+    forward = getattr(model, "_compiled_call", None) or model.get_compiled_call(generation_config.compile_config)
+    outputs = None
     for length in range(held + 1, tokens + 1):
         inputs = model.prepare_inputs_for_generation(
             input_ids[:, :length], next_sequence_length=1, **first_tokens(kwargs, length)
@@ -122,6 +127,8 @@ def state_of(model: nn.Module) -> tuple:
 
 def _plain(value: Any, seen: set[int]) -> Any:
     """A value as something that can be compared and holds no tensor."""
+    if type(value) in HOOKS and not value:
+        return ()
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):

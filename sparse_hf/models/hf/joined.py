@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import route
-from ...attention.autograd import refuse_second_derivative
+from ...attention.autograd import refuse_second_derivative_of
 from ...attention.backend import AttentionCall, Backend, Given
 from ...attention.devices import is_autocast
 from ...attention.dropout import NO_DROPOUT, Dropout
@@ -118,7 +118,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivative(ctx.backend)
+        refuse_second_derivative_of(ctx.backend)
         if is_autocast(grad):
             with torch.autocast(grad.device.type, enabled=False):
                 return _gradients(ctx, grad)

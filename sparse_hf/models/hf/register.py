@@ -16,7 +16,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...registry import ENTRIES, LazyTable
-from ..derived.entry import has_layers
+from ..derived.entry import configurations, has_layers
 from ..derived.off_interface import OFF_THE_INTERFACE
 from . import attention_interface  # noqa: F401  # registers our attention with Transformers
 from .auto_classes import auto_classes, known_names
@@ -261,6 +261,8 @@ def _reason(model_type: str) -> str:
     """Why a model type is not in the table, read off Transformers' own source."""
     if model_type not in CONFIG_MAPPING:
         return "Transformers does not know it either"
+    if model_type not in configurations():
+        return "its classes are none that Transformers ships, and only those are tried: have its layers call sparse_hf.sparse_attention"
     if not has_layers(model_type):
         made = "make each of these sparse by itself"
         if find_composed(model_type) is not None:

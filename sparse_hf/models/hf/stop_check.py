@@ -18,6 +18,7 @@ from transformers import Cache, PrefixConstrainedLogitsProcessor
 from transformers.generation import utils
 
 from .cache import cached_tokens, given_cache, room_of
+from .late import late_tokens
 from .marks import prompt_length
 from .streaming_cache import StreamingCache
 
@@ -30,8 +31,6 @@ Parent: Any = getattr(utils, CHECK, object)
 ARGUMENTS = ["self", "input_ids", "max_length", "cache", "cache_is_returned", "streamer"]
 # whose criteria and processors may be asked of a token behind the end
 OWN_PACKAGES = ("transformers", __name__.partition(".")[0])
-# devices that compute while the host goes on
-DEVICES = ("cuda", "xpu")
 
 
 def why_not_late(
@@ -51,7 +50,7 @@ def why_not_late(
         return "drafts are short"
     if kwargs.get("synced_gpus"):
         return "processes wait for each other at every token"
-    if model.device.type not in DEVICES:
+    if not late_tokens(model.device):
         return f"a {model.device.type} is waited for anyway"
     if model.config.is_encoder_decoder or not model._valid_auto_compile_criteria(kwargs, generation_config):
         return "steps are not compiled, and the host takes longer for them than the device"

@@ -33,8 +33,6 @@ Positioning = Literal["true", "cache", "auto"]
 POSITIONS = get_args(Positioning)
 # new tokens that are computed with nothing but themselves copied, and tokens that can always be taken back
 SPARE = 1
-# tokens that `generate` takes back by itself, where it learns late that a text has ended
-LATE = 1
 # the same where drafts of an assistant are taken back
 SPARE_FOR_DRAFTS = 64
 
@@ -42,10 +40,10 @@ SPARE_FOR_DRAFTS = 64
 class StreamingCache(Cache):
     """For `model.generate(ids, cache=StreamingCache(model.config))`, and for passes by hand, of any number of tokens.
 
-    Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + spare + 1` tokens per layer and
-    row, from the first pass on, and of marked tokens and summaries as they come; a pass of more than `spare` tokens needs that of its own
-    tokens more while it runs. Padding is on the left, before all tokens of its row. Weights that `sparse_reference` gives are those
-    of the keys that are held, as they lie.
+    Where Transformers is older, the argument is `past_key_values`. Memory is that of `sinks + left + spare` tokens per layer and row,
+    from the first pass on, on a GPU of one more, which `generate` takes back itself, and of marked tokens and summaries as they come;
+    a pass of more than `spare` tokens needs that of its own tokens more while it runs. Padding is on the left, before all tokens of its
+    row. Weights that `sparse_reference` gives are those of the keys that are held, as they lie.
 
     Copies (`copy.deepcopy`) go on with a shared prefix on their own. `crop(-n)` takes n tokens back, at least `spare` of them.
 
@@ -76,7 +74,7 @@ class StreamingCache(Cache):
         if positions not in POSITIONS:
             raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(map(repr, POSITIONS))}")
         self.patterns = _patterns(config)
-        super().__init__(layers=[_layer(kept, spare + LATE) for kept in _kept(self.patterns)])
+        super().__init__(layers=[_layer(kept, spare) for kept in _kept(self.patterns)])
         # tokens of padding before each row `[B]`, None where there are none
         self.padding: Tensor | None = None
         # the marks of the tokens of this pass `[B, Q]`, None where there are none

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...attention.slots.ring import Ring, positions_in, slots_of
 from .kept import Kept
+from .late import late_tokens
 
 # slots for tokens that all keys may be read of again, before more are needed
 LEAST_ROOM = 256
@@ -40,6 +41,8 @@ class StreamingLayer(CacheLayerMixin):
     def __init__(self, kept: Kept, spare: int):
         super().__init__()
         self.kept, self.spare = kept, spare
+        # slots for tokens that `generate` takes back by itself, where the device is known
+        self.late = 0
         # of a layer that keeps all: slots that are wanted
         self.wanted = 0
         with torch.inference_mode(False):
@@ -59,7 +62,7 @@ class StreamingLayer(CacheLayerMixin):
     def ring(self) -> Ring:
         if self.kept.left is None:
             return Ring(0, max(self.wanted, LEAST_ROOM) if self.keys is None else self.keys.shape[2])
-        return Ring(self.kept.sinks, self.kept.left + self.kept.period - 1 + self.spare)
+        return Ring(self.kept.sinks, self.kept.left + self.kept.period - 1 + self.spare + self.late)
 
     @property
     def rows(self) -> int | None:
@@ -75,6 +78,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device = key_states.device
+        self.late = late_tokens(self.device)
         # tensors of inference mode could be written to in no other
         with torch.inference_mode(False):
             self.keys, self.values = (

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ...attention.autograd import refuse_second_derivative
 from ...attention.backend import AttentionCall
 from ...attention.chosen import IndexerScores, Limits
 from ...attention.composite.chosen_rest import find_rest
@@ -87,8 +87,8 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, given: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative("the loss of an indexer")
         found = (t * given for t in ctx.saved_tensors)
         return None, None, *(t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...attention.autograd import refuse_second_derivative
 from .tokens import MarkedRows
+
+# what is said to have no second derivative
+WHAT = "attention of marked tokens"
 
 
 def write_rows(out: Tensor, rows: Tensor, marked: Tensor) -> Tensor:
@@ -29,8 +32,8 @@ class _Written(torch.autograd.Function):
         return written(out, rows, marked)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative(WHAT)
         (marked,) = ctx.saved_tensors
         return *split_gradient(grad, marked), None
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .rows import marked_only, split_gradient, written
+from ...attention.autograd import refuse_second_derivative
+from .rows import WHAT, marked_only, split_gradient, written
 from .tokens import MarkedRows
 
 
@@ -57,8 +57,8 @@ class _Rows(torch.autograd.Function):
         return written(out, marked_only(rows, where), where.marked)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative(WHAT)
         states, w_query, w_key, w_value, marked, q, directions, shares, means = ctx.saved_tensors
         where, (heads, _, head_dim), width = ctx.where, q.shape, states.shape[2]
         grad_out, given = split_gradient(grad, where.marked)

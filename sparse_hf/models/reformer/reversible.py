@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.reformer.modeling_reformer import (
@@ -28,6 +27,7 @@ from transformers.models.reformer.modeling_reformer import (
     ReformerOnlyLMHead,
 )
 
+from ...attention.autograd import refuse_second_derivative
 from ...attention.devices import is_autocast
 from ..hf.processes import owes_gradients
 from .attention import SparseReformerCache, Text
@@ -236,8 +236,8 @@ class _Reversible(torch.autograd.Function):
         return first, second
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_first: Tensor, grad_second: Tensor):
+        refuse_second_derivative("a stack of reversible layers")
         first, second, *trained = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(trained)
         # the generators go on as if nothing had been drawn again

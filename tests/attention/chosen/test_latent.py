@@ -122,3 +122,15 @@ def test_gradients_of_published_widths_on_a_gpu(dtype, monkeypatch):
     for one, other, right in zip(found, again, wanted, strict=True):
         assert torch.equal(one, other)
         assert float((one.cpu().double() - right).norm() / right.norm()) < (2e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_second_derivative_is_refused():
+    query, latents, index, _ = drawn(torch.float16)
+    query = query.to(DEVICE).requires_grad_()
+    on_device = Latents(*(t.to(DEVICE) for t in (latents.latent, latents.turned, latents.up_key, latents.up_value)))
+    out = attend_latent(query, on_device, index.to(DEVICE), scale=0.3)
+    with pytest.raises(
+        RuntimeError, match="attention over chosen latents has no second derivative; call autograd without"
+    ):
+        torch.autograd.grad(out.sum(), query, create_graph=True)

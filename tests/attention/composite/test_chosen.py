@@ -161,23 +161,23 @@ def test_packed_equals_separate(text):
     torch.testing.assert_close(packed, torch.cat([ours(t).logits for t in (one, two)], 1), rtol=1e-4, atol=1e-5)
 
 
-# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query
+# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query, else some queries at
+# a time in either pass
 OF_BLOCKS = [
     ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (16, 1, 16), 1),
-    ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (4, 2, 16), 2),
-    ("(window(5, 0) | topk_blocks(3, 16, 'bounds')) & window(40, 0)", (2, 1, 24), 2),
-    ("topk_blocks(2, 32, 'mean', 1, 'group')", (6, 2, 16), 2),
+    ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (4, 2, 16), 6),
+    ("(window(5, 0) | topk_blocks(3, 16, 'bounds')) & window(40, 0)", (2, 1, 24), 4),
+    ("topk_blocks(2, 32, 'mean', 1, 'group')", (6, 2, 16), 6),
 ]
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("text", "shape", "times"), OF_BLOCKS)
 def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
-    # wherever this runs
-    monkeypatch.setattr(gathers, "HAVE_RUN_ON_A_GPU", True)
     monkeypatch.setattr(gathers, "BLOCK_CHOOSERS", 10)
-    for module in (gathers, by_blocks):
-        monkeypatch.setattr(module, "MAX_PARTS", 8000)
+    monkeypatch.setattr(gathers, "MAX_PARTS", 8000)
+    monkeypatch.setattr(by_blocks, "MAX_PARTS", 1200)
+    monkeypatch.setattr(by_blocks, "MAX_COPIED", 300)
     made, of_blocks = [], gathers._choosers_of_blocks
     monkeypatch.setattr(gathers, "_choosers_of_blocks", lambda *given: made.append(given) or of_blocks(*given))
     given = tensors(shape, 26, 26, torch.float16)
@@ -195,8 +195,7 @@ def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "per", "shape"), [(64, "group", (32, 2, 128)), (64, "head", (4, 4, 64)), (128, "group", (8, 2, 80))]
 )
-def test_blocks_on_a_gpu(dtype, size, per, shape, monkeypatch):
-    monkeypatch.setattr(gathers, "HAVE_RUN_ON_A_GPU", True)
+def test_blocks_on_a_gpu(dtype, size, per, shape):
     text = f"topk_blocks(4, {size}, 'mean', 1, '{per}') & window(None, 0)"
     given = tensors(shape, 1100, 1100, dtype, "cuda")
     call = plain_call(*given, Pattern.parse(text))

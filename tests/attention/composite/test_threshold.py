@@ -12,10 +12,11 @@ import sparse_hf
 from sparse_hf import Pattern, Threshold, mass_left_out, sparse_attention
 from sparse_hf.analysis import describe
 from sparse_hf.attention import left_out
-from sparse_hf.attention.composite import chosen_few, chosen_judging, chosen_threshold
+from sparse_hf.attention.composite import chosen_few, chosen_judging, chosen_lists, chosen_threshold
 from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.scoring import Scoring
+from sparse_hf.attention.slots import new_tokens
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.exactness import DEVICE, call_of, compare, compare_choice, leaves, tensors
@@ -205,11 +206,33 @@ def test_kernels_judge_as_the_definition_does(text, sizes, monkeypatch):
     assert isinstance(wanted, chosen_threshold.WeightyTiles) and len(wanted.codes)
     assert torch.equal(plan.codes, wanted.codes)
     torch.testing.assert_close(lost, wanted_lost, rtol=1e-4, atol=1e-6)
+    # a bit for each tile is all that is held of the product of lengths
+    assert plan.bits.shape == (*plan.flags().shape[:3], -(-plan.kv_blocks // 8)) and plan.bits.dtype == torch.uint8
     # those that kernels walk
     tiles, mask = plan.own_lists(plan.block_size), wanted.to_dense().cpu()
     for group, one in enumerate(mask.flatten(0, 1)):
         assert torch.equal(drawn_out(tiles.by_query, tiles.masks, group, one.shape), one)
         assert torch.equal(drawn_out(tiles.by_key, tiles.masks_by_key, group, one.T.shape), one.T)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 41])
+def test_flags_are_held_as_bits(count):
+    flags = (torch.rand(2, 3, count) < 0.5).to(torch.uint8)
+    bits = chosen_lists.packed(flags)
+    assert bits.shape == (2, 3, -(-count // 8)) and torch.equal(chosen_lists.unpacked(bits, count), flags)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_a_few_queries_copy_a_few_keys_at_a_time(softcap, monkeypatch):
+    given = tensors((4, 2, 16), 3, 100, torch.float16)
+    wanted = sparse_attention(*given, CAUSAL, softcap=softcap, return_lse=True)
+    # seven keys of two heads of 16
+    monkeypatch.setattr(new_tokens, "MAX_WIDENED", 7 * 2 * 2 * 16)
+    with AllocationInterceptor(100) as seen:
+        found = sparse_attention(*given, CAUSAL, softcap=softcap, return_lse=True)
+    assert seen.largest < given[1].numel()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.usefixtures("interpreted")
