@@ -230,7 +230,7 @@ def test_no_length_is_advised_that_is_too_short():
     with pytest.raises(ValueError, match=r"text 1 has 5 tokens, and 96 of each text are read; give longer texts$"):
         run(unwilling(), texts="short")
     with pytest.raises(ValueError, match=r"or a smaller length \(--length \d\d\)$"):
-        run(unwilling(), texts="the court " * 25, settings=Settings(length=96, progress=False))
+        run(unwilling(), texts="x" * 50, settings=Settings(length=96, progress=False))
 
 
 def test_positions_that_are_not_there_are_refused():
