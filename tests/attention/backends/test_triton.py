@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_hf import build_plan, sparse_attention
-from sparse_hf.attention.backends.triton import backend
 from sparse_hf.attention.backends.triton.walk import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32
 from sparse_hf.attention.dispatch import BACKENDS
 from sparse_hf.attention.launch import Launch
@@ -51,37 +50,6 @@ def test_exact_where_tiles_have_many_entries(pattern, monkeypatch):
     for name, value in TINY_PROGRAMS.items():
         monkeypatch.setattr(lists, name, value)
     compare("triton", pattern, 200, "left_padding", (4, 2, 16), torch.float32, DEVICE)
-
-
-def test_more_rows_than_a_launch_takes_go_in_pieces(monkeypatch):
-    # two batch rows of four heads, one at a time
-    monkeypatch.setattr(backend, "MAX_ROWS", 4)
-    compare("triton", "window(20, 0) | first(2)", 70, "plain", (4, 2, 32), torch.float32, DEVICE)
-
-
-def test_rows_that_differ_are_not_taken_in_pieces(monkeypatch):
-    monkeypatch.setattr(backend, "MAX_ROWS", 4)
-    q, k, v = tensors((4, 2, 32), 40, 40, torch.float32, DEVICE)
-    mask = torch.ones(len(q), 40, dtype=torch.bool, device=DEVICE)
-    sparse_attention(q, k, v, "window(9, 0)", key_padding_mask=mask, backend="triton")
-    mask[0, :3] = False
-    with pytest.raises(NotImplementedError, match=r"batch rows times heads are \d+, and a launch takes 4"):
-        sparse_attention(q, k, v, "window(9, 0)", key_padding_mask=mask, backend="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["window(9, 0)", "window(3, 0) | stride(8)"])
-def test_rows_beyond_the_limit_of_a_grid(pattern):
-    shape = (17_000 if "stride" not in pattern else 2_100, 4, 64, 32)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    out = sparse_attention(q, k, v, pattern, backend="triton")
-    out.float().square().sum().backward()
-    last = [t[-2:].detach().clone().requires_grad_() for t in (q, k, v)]
-    alone = sparse_attention(*last, pattern, backend="triton")
-    alone.float().square().sum().backward()
-    torch.testing.assert_close(out[-2:], alone)
-    for whole, own in zip((q, k, v), last, strict=True):
-        torch.testing.assert_close(whole.grad[-2:], own.grad)
 
 
 @pytest.mark.parametrize("block_size", [5, 16, 96, 128])

@@ -8,7 +8,7 @@ Legend: B batch, H query heads, G key heads, Q queries, K keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from ...scoring import Scoring
 from ...strides import like, readable
 from .walk import Walk, why_unfit
 
-# batch rows times heads that one launch can have: CUDA's limit of a grid's second side
-MAX_ROWS = 65_535
 # places of a tile: windows are cut to it with little waste, and registers hold what a tile sums up
 TILE, SMALLER_TILES = 64, (16, 32)
 
@@ -36,12 +34,6 @@ class Triton(Backend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.scoring.bias is not None:
             return "its kernels have no relative bias; use backend='flex'"
-        rows = call.q.shape[0] * call.q.shape[1]
-        if rows > MAX_ROWS and (call.dropout or call.blocks.batch_rows > 1):
-            return (
-                f"batch rows times heads are {rows:,}, and a launch takes {MAX_ROWS:,}; in pieces it goes where rows are alike and nothing "
-                "is dropped: give fewer rows at once"
-            )
         return why_unfit(call.q, call.v, padded=True)
 
     def is_fastest(self, call: AttentionCall) -> bool:
@@ -51,22 +43,19 @@ class Triton(Backend):
     def forward(self, call: AttentionCall) -> Results:
         q, k, v = _readable(call, call.q, call.k, call.v)
         out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        for piece in _pieces(q, k, v, out, lse) if q.numel() else ():
-            _walk(call, piece[0].shape[0]).forward(*piece, call.dropout)
+        if q.numel():
+            _walk(call).forward(q, k, v, out, lse, call.dropout)
         return _cut(out, call.v), lse
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
         q, k, v, out, grad_out = _readable(call, call.q, call.k, call.v, given.out, given.some_grad_out)
         is_one_width = call.q.shape[3] == call.v.shape[3]
         grads = given.into if given.into is not None and is_one_width else (like(q), like(k), like(v))
-        if not q.numel():
+        if q.numel():
+            _walk(call).backward((q, k, v), (out, given.lse), (grad_out, given.grad_lse), grads, call.dropout)
+        else:
             for grad in grads:
                 grad.zero_()
-        # anything will do where there is no gradient of lse
-        grad_lse = given.lse if given.grad_lse is None else given.grad_lse
-        for piece in _pieces(q, k, v, out, given.lse, grad_out, grad_lse, *grads) if q.numel() else ():
-            of_lse = None if given.grad_lse is None else piece[6]
-            _walk(call, piece[0].shape[0]).backward(piece[:3], piece[3:5], (piece[5], of_lse), piece[7:], call.dropout)
         return _cut(grads[0], call.q), _cut(grads[1], call.k), _cut(grads[2], call.v), None
 
 
@@ -79,24 +68,15 @@ def _readable(call: AttentionCall, *tensors: Tensor) -> Sequence[Tensor]:
     return [readable(t) for t in tensors]
 
 
-def _pieces(q: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All tensors for as many batch rows at a time as a launch takes: all of them, unless they are very many."""
-    count = MAX_ROWS // q.shape[1]
-    if q.shape[0] <= count:
-        yield q, *others
-        return
-    yield from zip(*(t.split(count) for t in (q, *others)), strict=True)
-
-
 def _cut(t: Tensor, to: Tensor) -> Tensor:
     """`t` with as many numbers a head as `to` has."""
     # a slice of all of them would be one more view, in every call
     return t if t.shape[3] == to.shape[3] else t[..., : to.shape[3]]
 
 
-def _walk(call: AttentionCall, batch: int) -> Walk:
+def _walk(call: AttentionCall) -> Walk:
     scoring = call.scoring
-    return _found_walk(call.blocks, batch, call.q.shape[1], scoring.scale, scoring.softcap)
+    return _found_walk(call.blocks, call.q.shape[0], call.q.shape[1], scoring.scale, scoring.softcap)
 
 
 @remembered
