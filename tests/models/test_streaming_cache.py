@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
+from sparse_hf.models.hf.answered import remember_slots
 from sparse_hf.models.hf.cache import logger as cache_logger
 from sparse_hf.models.hf.streaming_cache import SPARE
 from sparse_hf.testing import AllocationInterceptor
@@ -241,6 +242,32 @@ def test_refuses_another_models_cache():
     wide, ids = sparse_model(pattern="window(30, 0)"), text()
     with pytest.raises(ValueError, match=r"make it of this model's own configuration, StreamingCache\(model.config\)"):
         in_pieces(wide, ids, StreamingCache(sparse_model().config))
+
+
+def test_refuses_a_cache_whose_later_layers_keep_other_keys():
+    """Layers that ask alike go by the answer of the first, if the cache keeps the same for all of them; here as many slots."""
+    ids, other = text(), sparse_model(layers={1: "window(23, 0)"})
+    cache = StreamingCache(other.config)
+    with torch.no_grad():
+        other(ids, **named_cache(other, cache))
+        with pytest.raises(ValueError, match=r"and the pattern of layer 1 is"):
+            sparse_model()(ids[:, :1], **named_cache(other, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "found"), [({}, 1), ({0: "window(9, 0)"}, 2)])
+def test_layers_that_ask_alike_are_found_out_about_once(layers, found, monkeypatch):
+    model, ids = sparse_model(layers=layers), text()
+    right = model(ids).logits[:, -1]
+    cache, calls = StreamingCache(model.config), []
+    model(ids[:, :-1], **named_cache(model, cache))
+    monkeypatch.setattr(
+        "sparse_hf.models.hf.attention_interface.remember_slots",
+        lambda *given, go_on=remember_slots: (calls.append(1), go_on(*given)),
+    )
+    got = model(ids[:, -1:], **named_cache(model, cache)).logits[:, -1]
+    torch.testing.assert_close(got, right, **LIMIT)
+    assert len(calls) == found
 
 
 def test_refuses_padding_that_it_cannot_keep_apart():
