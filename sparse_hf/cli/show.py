@@ -89,13 +89,13 @@ def show(
 
 def _check_folder(patterns: list[str]) -> None:
     """Raise ValueError for the name of a folder that is not there, which no pattern looks like."""
-    from ..pattern import Pattern, PatternError
+    from ..analysis import describe
 
     if len(patterns) > 1 or "(" in patterns[0]:
         return
     try:
-        Pattern.parse(patterns[0])
-    except PatternError:
+        describe(patterns[0], 1)
+    except ValueError:
         raise ValueError(
             f"{patterns[0]!r} is no folder here, and no pattern like 'window(255, 0) | first(4)'; `sparse-hf convert` writes folders"
         ) from None
