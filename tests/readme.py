@@ -15,9 +15,9 @@ STEPS = (
     ("Longformer, Transformers' -> ours", "h200/2026-11-27-models-longformer", "longformer", 16384, "step_s"),
     ("Whisper's encoder, 300 s of sound, dense -> a window of 10 s", "h200/2026-11-30-models-whisper", "whisper", 15000, "step_s"),
     ("a decoder of 1B, dense -> a window of 1,024, 4 sinks", "h200/2026-11-25-models-decoder-1b", "llama_1b", 65536, "step_s"),
-    ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate-late",
+    ("a token of such a decoder, dense, static cache -> window of 4,096, streaming cache", "h200/2026-11-30-generate-static",
      None, 32768, "token_s"),
-    ("", "h200/2026-11-30-generate", None, 262144, "token_s"),
+    ("", "h200/2026-11-30-generate-static", None, 262144, "token_s"),
 )  # fmt: skip
 ON_A_CPU = (
     f"2 CPU cores, forward, 2 layers: BERT, dense -> {WINDOW}",

@@ -164,11 +164,15 @@ def test_how_close_another_token_was_is_told(monkeypatch):
     assert draft["same_tokens"] == 3 and draft["first_other"]["margin"] > 10 * draft["first_other"]["spacing"] > 0
 
 
-def test_other_tokens_than_the_dense_models_are_told():
+def test_other_tokens_than_the_dense_models_are_told(monkeypatch):
+    monkeypatch.setattr(
+        generate, "_margin", lambda models, context, right, other: {"tokens": (right.tolist(), int(other))}
+    )
     given = {(50, 1): torch.tensor([[1, 2, 3, 4]])}
     row = {"n": 50, "rows": 1, "kind": "drafted", "given": torch.tensor([[1, 2, 9, 4, 5]])}
-    generate._compare_tokens(row, given)
+    generate._compare_tokens(None, row, given)
     assert (row["same_tokens"], row["compared_tokens"]) == (2, 4)
+    assert row["first_other"] == {"tokens": ([1, 2, 3], 9)}
 
 
 def test_a_token_is_taken_apart():

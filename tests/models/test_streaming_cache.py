@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import sparse_hf
 from sparse_hf import StreamingCache
+from sparse_hf.models.hf.answered import remember_slots
 from sparse_hf.models.hf.cache import logger as cache_logger
 from sparse_hf.models.hf.streaming_cache import SPARE
 from sparse_hf.testing import AllocationInterceptor
@@ -243,6 +244,32 @@ def test_refuses_another_models_cache():
         in_pieces(wide, ids, StreamingCache(sparse_model().config))
 
 
+def test_refuses_a_cache_whose_later_layers_keep_other_keys():
+    """Layers that ask alike go by the answer of the first, if the cache keeps the same for all of them; here as many slots."""
+    ids, other = text(), sparse_model(layers={1: "window(23, 0)"})
+    cache = StreamingCache(other.config)
+    with torch.no_grad():
+        other(ids, **named_cache(other, cache))
+        with pytest.raises(ValueError, match=r"and the pattern of layer 1 is"):
+            sparse_model()(ids[:, :1], **named_cache(other, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "found"), [({}, 1), ({0: "window(9, 0)"}, 2)])
+def test_layers_that_ask_alike_are_found_out_about_once(layers, found, monkeypatch):
+    model, ids = sparse_model(layers=layers), text()
+    right = model(ids).logits[:, -1]
+    cache, calls = StreamingCache(model.config), []
+    model(ids[:, :-1], **named_cache(model, cache))
+    monkeypatch.setattr(
+        "sparse_hf.models.hf.attention_interface.remember_slots",
+        lambda *given, go_on=remember_slots: (calls.append(1), go_on(*given)),
+    )
+    got = model(ids[:, -1:], **named_cache(model, cache)).logits[:, -1]
+    torch.testing.assert_close(got, right, **LIMIT)
+    assert len(calls) == found
+
+
 def test_refuses_padding_that_it_cannot_keep_apart():
     sparse, ids = sparse_model(), text(2, 50)
     real = torch.ones_like(ids)
@@ -354,6 +381,40 @@ def test_a_prompt_read_in_inference_mode():
     with torch.no_grad():
         found = sparse(ids[:, 50:], **named_cache(sparse, cache)).logits
         torch.testing.assert_close(found, sparse(ids, use_cache=False).logits[:, 50:], **LIMIT)
+
+
+MODES = (torch.enable_grad, torch.inference_mode, torch.no_grad)
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, "fixed(8, 2)", "summary(8, 2) | window(9, 0)"])
+@pytest.mark.parametrize("pieces", [(20, 1, 1), (3, 25, 7)])
+def test_modes_in_turn(pattern, pieces):
+    sparse, ids = sparse_model(pattern=pattern), text()
+    cache, begin = StreamingCache(sparse.config), 0
+    wanted = sparse(ids, use_cache=False).logits
+    for mode, size in zip(MODES * 2, pieces * 2, strict=True):
+        with mode():
+            found = sparse(ids[:, begin : begin + size], **named_cache(sparse, cache)).logits
+            torch.testing.assert_close(found, wanted[:, begin : begin + size], **LIMIT)
+        begin += size
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, "summary(8, 2) | window(9, 0)"])
+@pytest.mark.parametrize("change", [copy.deepcopy, "batch_select_indices", "batch_repeat_interleave", "reorder_cache"])
+def test_changed_in_inference_mode_and_used_in_another(pattern, change):
+    sparse, ids = sparse_model(pattern=pattern), text(1)
+    cache = StreamingCache(sparse.config)
+    with torch.no_grad():
+        sparse(ids[:, :50], **named_cache(sparse, cache))
+    with torch.inference_mode():
+        if callable(change):
+            cache = change(cache)
+        else:
+            getattr(cache, change)(1 if "repeat" in change else torch.tensor([0]))
+    with torch.no_grad():
+        found = [sparse(ids[:, a:b], **named_cache(sparse, cache)).logits for a, b in ((50, 51), (51, 90))]
+        cache.crop(-1)
+        torch.testing.assert_close(torch.cat(found, 1), sparse(ids, use_cache=False).logits[:, 50:], **LIMIT)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

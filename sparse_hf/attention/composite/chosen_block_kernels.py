@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
+
 # the mean; that of what is above zero and that of what is below; the largest and the smallest number
 MEAN, SIDES, BOUNDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -21,7 +23,7 @@ def pool(
     BN: tl.constexpr,
 ):  # fmt: skip
     """What a block of a head is, in float32: `D` numbers of MEAN, else 2 `D`."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.program_id(0), second_program().to(tl.int64)
     d = tl.arange(0, BD)
     t_ptr += row // H * t_b + row % H * t_h
     first = block * size

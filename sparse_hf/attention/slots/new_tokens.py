@@ -113,7 +113,9 @@ def _by_shared_mask(
             opened = torch.zeros_like(opened, dtype=q.dtype).masked_fill_(~opened, -torch.inf)
         filled.shared[own] = opened, blind
     opened, blind = filled.shared[own]
-    return under((q, k[:, :, :keys], v[:, :, :keys]), opened, blind, None, scoring, wants_lse)
+    if keys < k.shape[2]:
+        k, v = k[:, :, :keys], v[:, :, :keys]
+    return under((q, k, v), opened, blind, None, scoring, wants_lse)
 
 
 # a graph takes the answer as a constant instead of tracing the parser

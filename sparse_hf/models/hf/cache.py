@@ -366,7 +366,7 @@ def keep_all(cache: Cache | None, new: int, length: int = 0) -> None:
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    if cache is None:
+    if cache is None or isinstance(cache, StreamingCache):
         return
     # masks are made for all layers by the length of one
     static = (layer for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding)
