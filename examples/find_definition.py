@@ -5,8 +5,8 @@ begins. Its signature is there word for word, as far back as its file. Asked are
 sparse ones with the same weights, and the dense model without the code, which has to guess.
 
     python examples/find_definition.py                         # SmolLM2, 4,096 tokens of this package's plans
-    python examples/find_definition.py --model your/coder --package transformers.generation --length 32768 \
-        --window 2048 --out found.json --plot found.png
+    python examples/find_definition.py --model your/coder --package transformers.utils --length 32768 \
+        --window 1024 --out found.json --plot found.png
     python examples/find_definition.py --tiny                  # seconds, with a random model
 
 It prints the loss of signatures, and how many are said word for word. Without --model it needs the
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_hf
 from examples.checkpoints import checkpoint
 from examples.remember import cache_name, opened
-from examples.studies import canvas, keep, save
+from examples.studies import DEVICE, canvas, keep, save
 from sparse_hf.bench import environment
 
 # shorter signatures say too little
@@ -112,21 +112,21 @@ def asked(
         return model(input_ids=ids[None], use_cache=True, **{name: cache}).logits[0].float()
 
     code = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = torch.tensor(code.input_ids)
+    ids = torch.tensor(code.input_ids, device=model.device)
     for piece in ids.split(PIECE):
         model(input_ids=piece[None], use_cache=True, logits_to_keep=1, **{name: cache})
     begins, found = torch.tensor([begin for begin, _ in code.offset_mapping]), []
     for one in wanted:
         question = tokenizer(f"\n# {one.name}, as it is defined above:\ndef {one.name}(", add_special_tokens=False)
-        answer = tokenizer(one.signature, add_special_tokens=False).input_ids
-        row = question.input_ids + answer
-        said = read(torch.tensor(row))[len(question.input_ids) - 1 : -1]
+        answer = torch.tensor(tokenizer(one.signature, add_special_tokens=False).input_ids, device=model.device)
+        row = torch.tensor([*question.input_ids, *answer.tolist()], device=model.device)
+        said = read(row)[len(question.input_ids) - 1 : -1]
         cache.crop(-len(row))
         found.append({
             "name": one.name,
             "distance": int((begins >= one.at).sum()),
-            "loss": float(cross_entropy(said, torch.tensor(answer))),
-            "said": bool((said.argmax(-1) == torch.tensor(answer)).all()),
+            "loss": float(cross_entropy(said, answer)),
+            "said": bool((said.argmax(-1) == answer).all()),
         })  # fmt: skip
     return found
 
@@ -170,8 +170,9 @@ def main(arguments: list[str] | None = None) -> dict:
     folder = args.model or (None if args.tiny else str(checkpoint("smollm2")))
     if args.layers is None and not args.model and not args.tiny:
         args.layers = CHOSEN
-    found = {"environment": environment(torch.device("cpu")), "model": Path(folder or "tiny").name}
-    found |= measure(*opened(folder, args.tiny), args)
+    found = {"environment": environment(DEVICE), "model": Path(folder or "tiny").name}
+    model, tokenizer = opened(folder, args.tiny)
+    found |= measure(model.to(DEVICE), tokenizer, args)
     questions = len(next(iter(found["ways"].values()))["questions"])
     print(f"{found['tokens']:,} tokens of {found['files']} files of {args.package}, {questions} definitions")
     for name, way in found["ways"].items():

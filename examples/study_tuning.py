@@ -57,7 +57,7 @@ def texts(names: tuple[str, ...], options: argparse.Namespace) -> list[str]:
 def candidates(search: Search, share: float, options: argparse.Namespace) -> list[Candidate]:
     """What stands beside the dense model for a budget: chosen layers and heads, even spacing, wider windows, and nothing."""
     own, length = search.pattern, options.length
-    spendings = {by: Spending(search, Budget(share=share, by=by), length) for by in options.by}
+    spendings = {by: Spending(search, Budget(share=share, by=by, rank=options.rank), length) for by in options.by}
     chosen = {by: choose(spending) for by, spending in spendings.items()}
     dense, by_layers = chosen["layers"]
     wider = uniform(own, spendings["layers"].pairs(dense), length)
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, seed: int, results: Results) -> None:
     """Of one seed an entry for each budget: layers and heads are chosen, and all candidates answer other questions."""
     own, settings = Pattern.parse(options.pattern), settings_of(options, 2 * seed, 1)
     setup = prepare(options.model, [Candidate("local", own)], texts(CHOSEN_BY, options), None, settings)
-    search = search_of(setup, own, options.work / "chosen")
+    search = search_of(setup, own, options.work / "chosen", with_text=options.rank == "text")
     for share in options.budgets:
         name, begin = f"seed {seed}, {share:g}", time.perf_counter()
         if name in results.entries:
@@ -189,6 +189,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--by", nargs="+", choices=("layers", "heads"), default=["layers", "heads"], help="what is chosen"
     )
+    parser.add_argument(
+        "--rank", choices=("answers", "text"), default="answers", help="by what layers are ranked, see Budget"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tasks", nargs="+", default=["short", "ruler"], help="of recall")
     parser.add_argument("--length", type=int, help="tokens of a question: 8192; of --tiny 300")
@@ -217,7 +220,7 @@ def main(arguments: list[str] | None = None) -> dict:
     results = Results(options.out, {
         "checkpoint": "tiny" if options.tiny else CHECKPOINTS[options.checkpoint].package, "pattern": options.pattern,
         "dtype": options.dtype, "length": options.length, "tasks": options.tasks, "repeats": options.repeats,
-        "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
+        **({} if options.rank == "answers" else {"rank": options.rank}), "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
     })  # fmt: skip
     for seed in options.seeds:
         measure(options, seed, results)

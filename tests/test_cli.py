@@ -57,6 +57,35 @@ def test_show_prints_a_picture_and_numbers(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_show_draws_what_a_decoder_computes(tmp_path):
+    pattern = "window(9, 9) | first(4)"
+    cut = run("show", pattern, "--length", "200", "--causal")
+    # four tokens see their past, the others sinks too, as far as the window does not hold them
+    assert (
+        "1,984 (" not in cut.stdout
+        and f"{sum(min(q + 1, 10) + min(4, max(0, q - 9)) for q in range(200)):,} (" in cut.stdout
+    )
+    assert "to every earlier token" in cut.stdout and "│ up to 200 │" in cut.stdout and "│    20,100 │" in cut.stdout
+    dense_model("LlamaForCausalLM").save_pretrained(tmp_path / "dense")
+    assert run("convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--pattern", pattern).returncode == 0
+    drawn = run("show", str(tmp_path / "out"), "--length", "200")
+    table = cut.stdout[cut.stdout.index("queries downward") : cut.stdout.index("FLOPs")]
+    assert table in drawn.stdout
+    heads, width = dense_model("LlamaForCausalLM").config.num_attention_heads, 8
+    assert json.loads(run("show", str(tmp_path / "out"), "--json").stdout)["num_heads"] == heads
+    assert describe(pattern, 200, num_heads=heads, head_dim=width, is_causal=True).dense_kept_bytes == 4 * heads * 200
+
+
+@pytest.mark.parametrize("options", [(), ("--causal",)])
+@pytest.mark.parametrize("length", ["512", "65536"])
+def test_the_table_of_show_fits_80_columns(length, options):
+    shown = run("show", "window(255, 0) | first(4)", "--length", length, *options).stdout
+    labels = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert "kept beside q, k, v, out" in labels and all(len(line) <= 80 for line in shown.splitlines())
+    # nothing but the reach goes on in a second line
+    assert labels.count("") <= 1
+
+
 def test_convert_writes_a_folder(tmp_path):
     dense_model("LlamaForCausalLM").save_pretrained(tmp_path / "dense")
     out = str(tmp_path / "out")

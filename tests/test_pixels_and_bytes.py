@@ -74,6 +74,14 @@ def test_bytes_that_differ_are_told_apart_by_frequency():
     assert read_bytes.by_frequency(shelf, 8, read_bytes.asked_about(shelf, 8, 3), args) == 1
 
 
+def test_a_reader_learns_who_wrote_a_page():
+    args = argparse.Namespace(steps=40, batch=8, latents=8, rate=3e-3)
+    learned, held_out = read_bytes.shelves(is_tiny=True)
+    model = read_bytes.reader(128, 2, args)
+    read_bytes.train(model, learned, 128, args)
+    assert read_bytes.right(model, *read_bytes.asked_about(held_out, 128, 6), 4) > 0.9
+
+
 def test_bytes_run_in_small(tmp_path, capsys):
     out, picture = tmp_path / "bytes.json", tmp_path / "bytes.png"
     found = read_bytes.main(["--tiny", "--out", str(out), "--plot", str(picture)])

@@ -20,6 +20,7 @@ from rich.text import Text
 from ..pattern import EMPTY, FULL, PARTIAL, First, Pattern
 from ..pattern.base import Marks, as_pattern
 from ..pattern.forms import StrideForm, read_stride
+from ..pattern.past import past_of
 from ..plan import BlockPlan, build_plan
 from ..plan.strided import is_worth_regrouping
 from ..units import size
@@ -39,7 +40,11 @@ ROWS_AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Description:
-    """A pattern at one length, for one layer, in numbers. FLOPs count the pattern's own pairs; bytes are per layer."""
+    """A pattern at one length, for one layer, in numbers. FLOPs count the pattern's own pairs; bytes are per layer.
+
+    What is kept for gradients beside queries, keys, values and the output is a number per query and head, and the block table; of
+    dense attention, as SDPA computes it, these numbers.
+    """
 
     pattern: str
     length: int
@@ -53,7 +58,9 @@ class Description:
     flops_step: int
     dense_flops_forward: int
     table_bytes: int
-    score_bytes: int
+    dense_pairs: int
+    kept_bytes: int
+    dense_kept_bytes: int
 
 
 def describe(
@@ -64,6 +71,7 @@ def describe(
     head_dim: int = 64,
     block_size: int = 128,
     marked: Sequence[int] = (),
+    is_causal: bool = False,
 ) -> Description:
     """Count what a pattern holds at a length.
 
@@ -73,6 +81,7 @@ def describe(
         length: tokens n.
         num_heads, head_dim, block_size: of the layer.
         marked: positions that `marked()` speaks of.
+        is_causal: whether the layer is a decoder's, which computes of any pattern the pairs that look back.
 
     Raises:
         ValueError: a bad pattern, or a length below 1.
@@ -82,15 +91,20 @@ def describe(
         >>> round(facts.density, 3), facts.layers_to_reach
         (0.122, 2)
     """
+    pattern = _as_computed(pattern, is_causal)
     plan = _plan(pattern, length, block_size, marked)
-    chosen = as_pattern(pattern).most_keys
-    counts = (plan.row_counts() + chosen).clamp(max=length)
+    chosen = pattern.most_keys
+    most = torch.arange(1, length + 1) if is_causal else torch.full((length,), length)
+    counts = torch.minimum(plan.row_counts() + chosen, most)
     pairs = int(counts.sum() // counts.shape[1])
     full = int(plan.full.sum())
     partial = len(plan.full) - full
     found = None if chosen else reach([plan])
+    table = sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full))
+    # the logarithm of the sum of a query's weights, in 32 bits
+    sums = 4 * num_heads * length
     return Description(
-        pattern=str(as_pattern(pattern)),
+        pattern=str(pattern),
         length=length,
         pairs=pairs,
         density=float(counts.double().mean()) / length,
@@ -100,14 +114,26 @@ def describe(
         reach_note="depends on queries and keys" if found is None else _reach_note(found),
         flops_forward=4 * head_dim * num_heads * pairs,
         flops_step=14 * head_dim * num_heads * pairs,
-        dense_flops_forward=4 * head_dim * num_heads * length * length,
-        table_bytes=sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full)),
-        score_bytes=4 * num_heads * length * length,
+        dense_flops_forward=4 * head_dim * num_heads * int(most.sum()),
+        table_bytes=table,
+        dense_pairs=int(most.sum()),
+        kept_bytes=sums + table,
+        dense_kept_bytes=sums,
     )
 
 
+def _as_computed(pattern: Pattern | str, is_causal: bool) -> Pattern:
+    """A pattern as a layer computes it."""
+    return past_of(as_pattern(pattern)) if is_causal else as_pattern(pattern)
+
+
 def describe_stack(
-    patterns: Sequence[Pattern | str], length: int, *, block_size: int = 128, marked: Sequence[int] = ()
+    patterns: Sequence[Pattern | str],
+    length: int,
+    *,
+    block_size: int = 128,
+    marked: Sequence[int] = (),
+    is_causal: bool = False,
 ) -> Reach:
     """After how many layers every token reaches every other, if layers have these patterns in turn, over and over.
 
@@ -117,7 +143,7 @@ def describe_stack(
     Args:
         patterns: a pattern or its text for each layer; where a model has more layers, they begin anew.
         length: tokens n; exact up to 16,384, see `sparse_hf.analysis.reach`.
-        block_size, marked: as in `describe`.
+        block_size, marked, is_causal: as in `describe`.
 
     Raises:
         ValueError: no pattern, a bad one, or a length below 1.
@@ -128,16 +154,15 @@ def describe_stack(
     """
     if not patterns:
         raise ValueError("patterns is empty; give a pattern for each layer")
-    return reach([_plan(pattern, length, block_size, marked) for pattern in patterns])
+    return reach([_plan(_as_computed(pattern, is_causal), length, block_size, marked) for pattern in patterns])
 
 
 def render_stack(patterns: Sequence[Pattern | str], length: int, **options) -> Group:
     """Picture and numbers of every pattern of a stack, as `render`, and what its layers reach together."""
     parts = [render(pattern, length, **options) for pattern in patterns]
-    found = describe_stack(
-        patterns, length, block_size=options.get("block_size", 128), marked=options.get("marked", ())
-    )
-    names = ", then ".join(str(as_pattern(pattern)) for pattern in patterns)
+    shared = {key: options[key] for key in ("block_size", "marked", "is_causal") if key in options}
+    found = describe_stack(patterns, length, **shared)
+    names = ", then ".join(str(_as_computed(pattern, options.get("is_causal", False))) for pattern in patterns)
     return Group(*parts, Text(f"layers with {names}, in turn: {_reach_note(found)}", style="bold"))
 
 
@@ -150,6 +175,7 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         window(1, 0)   at 4 tokens
     """
     facts = describe(pattern, length, **options)
+    pattern = _as_computed(pattern, options.get("is_causal", False))
     plan = _plan(pattern, length, options.get("block_size", 128), options.get("marked", ()))
     parts: list = [Text(f"{facts.pattern}   at {length:,} tokens", style="bold")]
     for p, one in enumerate(_drawn(pattern, plan)):
@@ -164,7 +190,7 @@ def render(pattern: Pattern | str, length: int, *, width: int = 64, **options) -
         Text(f"queries downward, keys to the right; {SHADES[FULL]} every pair, {SHADES[PARTIAL]} some, blank none")
     )
     parts.append(_numbers(facts))
-    chosen = as_pattern(pattern).most_keys
+    chosen = pattern.most_keys
     if chosen:
         parts.append(
             Text(
@@ -183,6 +209,7 @@ def save_png(
     *,
     block_size: int = 128,
     marked: Sequence[int] = (),
+    is_causal: bool = False,
     **_,
 ) -> Path:
     """Draw the pattern to a PNG file, a dot for each pair, or for a few of them where the text is long.
@@ -204,6 +231,7 @@ def save_png(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+    pattern = _as_computed(pattern, is_causal)
     plan = _plan(pattern, length, block_size, marked)
     drawn = _drawn(pattern, plan)
     cells = min(length, MAX_CELLS)
@@ -330,17 +358,18 @@ def _numbers(facts: Description) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     least, mean, most = facts.keys_per_query
     n = facts.length
-    table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{n * n:,}")
-    table.add_row("keys per query, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", f"{n:,}")
-    table.add_row("blocks empty / partial / full", " / ".join(f"{b:,}" for b in facts.blocks), "")
-    table.add_row("layers until all tokens are reached", facts.reach_note, "1")
+    dense_keys = f"{n:,}" if facts.dense_pairs == n * n else f"up to {n:,}"
+    table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{facts.dense_pairs:,}")
+    table.add_row("keys, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", dense_keys)
+    table.add_row("blocks, empty/partial/full", " / ".join(f"{b:,}" for b in facts.blocks), "")
+    table.add_row("layers to reach all tokens", facts.reach_note, "1")
     table.add_row(
-        "FLOPs per layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
+        "FLOPs of a layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
     )
     table.add_row(
-        "FLOPs per layer, with backward",
+        "FLOPs, with backward",
         f"{facts.flops_step / 1e9:,.2f} G",
         f"{facts.dense_flops_forward * 3.5 / 1e9:,.2f} G",
     )
-    table.add_row("block table, or scores, per layer", size(facts.table_bytes), size(facts.score_bytes))
+    table.add_row("kept beside q, k, v, out", size(facts.kept_bytes), size(facts.dense_kept_bytes))
     return table

@@ -19,6 +19,8 @@ _compiled: dict[tuple, Any] = {}
 MAX_COMPILED = 4096
 # addresses that are multiples of so many bytes are what kernels are compiled for; others are left to Triton
 ALIGNMENT_BYTES = 16
+# programs that CUDA takes on the second axis of a grid, and on the third
+MOST_PROGRAMS = 65_535
 
 
 class Launch:
@@ -26,13 +28,14 @@ class Launch:
 
     A call gives `tensors`, all of one device, and `numbers`, of which dtypes, types and how many there are do not change. `numbers` are
     those that the kernel is not specialized for, integers and floats; `constants` come last in its signature, in that order, and tell
-    with the dtypes which `options` there are.
+    with the dtypes which `options` there are. Kernels ask `second_program` where they are on the second axis of the grid, which may be
+    longer than CUDA takes.
     """
 
     def __init__(
         self, kernel, grid: tuple[int, int], fixed: Sequence[Tensor], strides: Sequence[int], constants: dict, **options: int
     ):  # fmt: skip
-        self.kernel, self.grid, self.options, self.constants = kernel, grid, options, constants
+        self.kernel, self.grid, self.options, self.constants = kernel, spread(grid), options, constants
         self.fixed, self.strides, self.values = tuple(fixed), tuple(strides), tuple(constants.values())
         # tensors of `fixed` live as long as this, and so do their addresses
         self._addresses = tuple(t.data_ptr() for t in self.fixed)
@@ -74,7 +77,7 @@ class Launch:
         """Find what runs the kernel that was compiled for such tensors and numbers, if it was."""
         compiled = _compiled.get(self._key(tensors, numbers))
         if compiled is not None:
-            self._run = runner(compiled, (*self.grid, 1))
+            self._run = runner(compiled, self.grid)
         return self._run is not None
 
     def _key(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple:
@@ -82,6 +85,22 @@ class Launch:
         # a scale may be 1 or 1.0, and a length may need 64 bits
         types = tuple(["f" if isinstance(n, float) else -(1 << 31) <= n < 1 << 31 for n in numbers])
         return id(self.kernel), tensors[0].device.index, self.strides, dtypes, types, *self.values
+
+
+def spread(grid: tuple[int, int]) -> tuple[int, int, int]:
+    """A grid whose second axis is spread over two, as equally as `second_program` takes it.
+
+    Raises:
+        ValueError: a number of programs that cannot be divided so.
+    """
+    first, second = grid
+    parts = next((n for n in range(-(-second // MOST_PROGRAMS), MOST_PROGRAMS + 1) if n and second % n == 0), 1)
+    if second // parts > MOST_PROGRAMS:
+        raise ValueError(
+            f"{second:,} rows of heads are more than a GPU takes at once, and cannot be divided into equal parts: give a batch of another "
+            "size, such as one row less"
+        )
+    return first, second // parts, parts
 
 
 def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int | None, tuple], None]:

@@ -137,7 +137,8 @@ def tune(
     rank: Annotated[
         str,
         typer.Option(
-            help="By what layers are ranked: answers (a pass for each layer and question) or attention (a pass for each question)."
+            help="By what layers are ranked: answers (a pass for each layer and question), text (answers, and what is said at the "
+            "end of the texts) or attention (a pass for each question)."
         ),
     ] = "answers",
     length: Length = 2048,

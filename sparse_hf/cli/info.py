@@ -66,19 +66,28 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     for stack, count in config.stacks.items():
         past = sees_past_only(stack, causal)
         texts = [config.layer_pattern(layer, past, stack) for layer in range(count)]
-        stacks.append({"stack": stack, "layers": count, **_stack(texts, config.layer_patterns(stack), counted)})
+        stacks.append(
+            {"stack": stack, "layers": count, "is_causal": past, **_stack(texts, config.layer_patterns(stack), counted)}
+        )
     return {
         "folder": str(folder),
         "model_type": config.model_type,
         "architectures": config.architectures,
         "max_length": most,
-        "positions": family.positions.scheme,
+        "positions": None if config.positions is None else config.positions.scheme,
         "global_token_ids": config.global_token_ids,
         "counted_at": counted,
+        **dict(zip(("num_heads", "head_dim"), _heads(config), strict=True)),
         "stacks": stacks,
         "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
         "warnings": checkpoint_warnings(Path(folder), config, causal, length),
     }
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Query heads, and numbers per head."""
+    text = config.get_text_config(decoder=True)
+    return text.num_attention_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _stack(texts: Sequence[str], names: Sequence[str], length: int) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _cache(config: Any, length: int) -> dict[str, Any]:
 
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = _heads(config)[1]
     dtype = config.dtype
     token = 2 * heads * width * (4 if dtype is None else dtype.itemsize)
     layers = text.num_hidden_layers

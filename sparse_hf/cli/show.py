@@ -25,10 +25,17 @@ def show(
     length: Annotated[
         int | None, typer.Option(help="Tokens; by default 4,096, or as many as a checkpoint takes.")
     ] = None,
-    num_heads: Annotated[int, typer.Option(help="Query heads, for FLOPs and memory.")] = 12,
-    head_dim: Annotated[int, typer.Option(help="Numbers per head, for FLOPs.")] = 64,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Query heads, for FLOPs and memory; by default 12, or those of a checkpoint.")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Numbers per head, for FLOPs; by default 64, or those of a checkpoint.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per block of the plan.")] = 128,
     marked: Annotated[str, typer.Option(help="Positions that marked() speaks of, like '0,17'.")] = "",
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Of a decoder, which computes the pairs that look back; checkpoints know.")
+    ] = False,
     png: Annotated[Path | None, typer.Option(help="Also draw the pattern to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and no picture.")] = False,
 ) -> None:
@@ -43,32 +50,39 @@ def show(
         with Console(stderr=True).status("counting pairs"):
             found = read_info(patterns[0], length)
         tokens = int(found["counted_at"])
-        patterns = list(dict.fromkeys(part["pattern"] for stack in found["stacks"] for part in stack["patterns"]))
+        parts = [(part["pattern"], stack["is_causal"]) for stack in found["stacks"] for part in stack["patterns"]]
+        drawn = list(dict.fromkeys(parts))
     else:
         found, tokens = None, 4096 if length is None else length
-    if png and len(patterns) > 1:
-        raise ValueError(f"--png draws one pattern, and there are {len(patterns)}; draw them one by one")
+        drawn = [(pattern, causal) for pattern in patterns]
+    if png and len(drawn) > 1:
+        raise ValueError(f"--png draws one pattern, and there are {len(drawn)}; draw them one by one")
+    known = {"num_heads": 12, "head_dim": 64} if found is None else found
     options = {
-        "num_heads": num_heads,
-        "head_dim": head_dim,
+        "num_heads": known["num_heads"] if num_heads is None else num_heads,
+        "head_dim": known["head_dim"] if head_dim is None else head_dim,
         "block_size": block_size,
         "marked": tuple(numbers(marked)),
     }
     if as_json:
-        typer.echo(json.dumps(_numbers(patterns, tokens, options) if found is None else found, indent=2))
+        typer.echo(
+            json.dumps(
+                _numbers(patterns, tokens, {**options, "is_causal": causal}) if found is None else found, indent=2
+            )
+        )
     else:
         several = len(patterns) > 1 and found is None
         with Console(stderr=True).status("counting pairs"):
             pictures = (
-                [render_stack(patterns, tokens, **options)]
+                [render_stack(patterns, tokens, is_causal=causal, **options)]
                 if several
-                else [render(p, tokens, **options) for p in patterns]
+                else [render(p, tokens, is_causal=past, **options) for p, past in drawn]
             )
         Console().print(*pictures, sep="\n")
         if found is not None:
             print_lines(info_lines(found))
     if png:
-        save_png(patterns[0], tokens, png, **options)
+        save_png(drawn[0][0], tokens, png, is_causal=drawn[0][1], **options)
         Console(stderr=True).print(f"drawn to {png}")
 
 
@@ -76,6 +90,6 @@ def _numbers(patterns: list[str], length: int, options: dict[str, Any]) -> dict[
     """The numbers of each pattern, and what layers with them in turn reach together."""
     from ..analysis import describe, describe_stack
 
-    shared = {key: options[key] for key in ("block_size", "marked")}
+    shared = {key: options[key] for key in ("block_size", "marked", "is_causal")}
     each = [asdict(describe(pattern, length, **options)) for pattern in patterns]
     return {"patterns": each, "together": asdict(describe_stack(patterns, length, **shared))}

@@ -135,12 +135,13 @@ def checkpoint_warnings(
     folder: Path, config: SparseConfigMixin, is_causal: bool, length: int | None = None
 ) -> list[str]:
     """What `convert` says of a checkpoint, said of one that is there, which reads `length` tokens or all that it takes."""
-    family, report = family_of(config.model_type), folder / REPORT
-    limit = family.positions.reach_of(config)
+    family, positions, report = family_of(config.model_type), config.positions, folder / REPORT
+    assert positions is not None
+    limit = positions.reach_of(config)
     # without a report, what the model takes is what it was made for
     made_for = (read_json(report).get("max_length") or [limit])[0] if report.is_file() else limit
     tokens = limit if length is None else length
-    if family.positions.has_table and limit is not None and tokens is not None and tokens > limit:
+    if positions.has_table and limit is not None and tokens is not None and tokens > limit:
         past_table = f"the table of positions ends at {limit:,} tokens, and texts of {tokens:,} are refused; convert with more (max_length)"
         return [past_table, *checkpoint_warnings(folder, config, is_causal)]
     return [

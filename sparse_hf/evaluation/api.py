@@ -15,7 +15,7 @@ from .candidates import DENSE, Candidate, read_candidates
 from .evaluation import Evaluation
 from .pieces import Finished, Found, finish
 from .probes.base import Setup
-from .probes.table import choose
+from .probes.table import check_names, choose
 from .recall.table import choose_tasks
 from .settings import Settings
 from .subject import Contender, Subject, open_subject, tokenizer_of
@@ -67,9 +67,10 @@ def evaluate(
         >>> [one["candidate"] for one in found.result["verdicts"]]
         ['window(31, 0) | first(4)']
     """
-    settings = settings or Settings()
+    settings, names = settings or Settings(), None if probes is None else list(probes)
+    check_names(names or ())
     setup = prepare(model, patterns, texts, tokenizer, settings)
-    chosen, left_out = choose(None if probes is None else list(probes), setup)
+    chosen, left_out = choose(names, setup)
     folder = None if out is None else Path(out)
     begin = time.perf_counter()
     pieces = [piece for probe in chosen for piece in probe.pieces(setup)]

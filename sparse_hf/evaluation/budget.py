@@ -12,7 +12,7 @@ from ..plan import build_plan
 
 Of = Literal["layers", "pairs", "cache", "time"]
 By = Literal["layers", "heads", "both"]
-Rank = Literal["answers", "attention"]
+Rank = Literal["answers", "text", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,10 @@ class Budget:
             computes; the bytes of its cache; the seconds that it takes to read a text of the longest length, measured here and now.
             Of all but layers, what the pattern itself takes is part of it, and what is chosen never takes more.
         by: what stays dense: whole layers, groups of heads that share keys, or whichever moves answers less.
-        rank: by what layers are ranked: "answers" makes each local alone, a pass for each layer and question; "attention" looks
-            at the weights on the tokens that answers copy, a pass for each question. Heads are ranked by attention.
+        rank: by what layers are ranked: "answers" makes each local alone, a pass for each layer and question; "text" counts the
+            last tokens of the texts beside the answers, so that layers that no answer needs are chosen by perplexity;
+            "attention" looks at the weights on the tokens that answers copy, a pass for each question. Heads are ranked by
+            attention.
 
     Raises:
         ValueError: a share outside 0 .. 1, an unknown word, or bytes of the cache by heads.

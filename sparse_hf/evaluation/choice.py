@@ -47,7 +47,8 @@ def best_choice(setup: Setup, patterns: Sequence[Pattern], budget: Budget, folde
     told: list[Found] = []
     refused: TooLittleError | None = None
     for pattern, local in zip(patterns, setup.candidates[-len(patterns) :], strict=True):
-        spending = Spending(search_of(setup, pattern, folder, local), budget, max(setup.settings.all_lengths))
+        search = search_of(setup, pattern, folder, local, with_text=budget.rank == "text")
+        spending = Spending(search, budget, max(setup.settings.all_lengths))
         try:
             choices.append(Choice(spending, *choose(spending)))
         except TooLittleError as error:
@@ -64,14 +65,16 @@ def best_choice(setup: Setup, patterns: Sequence[Pattern], budget: Budget, folde
     return Choice(best.spending, best.dense, {**best.found, "patterns": told})
 
 
-def search_of(setup: Setup, pattern: Pattern, folder: Path | None, local: Contender | None = None) -> Search:
-    """A search by the questions of `setup`; `local` has `pattern` in every layer, by default the last candidate.
+def search_of(
+    setup: Setup, pattern: Pattern, folder: Path | None, local: Contender | None = None, with_text: bool = False
+) -> Search:
+    """A search by the questions of `setup`, and by its texts where they count, too.
 
-    Pieces are kept in `folder`.
+    `local` has `pattern` in every layer, by default the last candidate. Pieces are kept in `folder`.
     """
     questions = [question for _, question in questions_of(setup)]
     local = local or setup.candidates[-1]
-    return Search(setup, questions, local, pattern, None if folder is None else folder / PIECES)
+    return Search(setup, questions, local, pattern, None if folder is None else folder / PIECES, with_text)
 
 
 def evenly_spaced(search: Search, count: int) -> str:
@@ -93,7 +96,7 @@ def choose(spending: Spending) -> tuple[list[Unit], Found]:
     needs_heads = budget.by != "layers" or budget.rank == "attention"
     heads = search.copied if needs_heads else {}
     if budget.by != "heads":
-        if budget.rank == "answers":
+        if budget.rank != "attention":
             ranking = [[layer, kl] for layer, kl in search.ranking.items()]
             steps = [[layer, kl] for layer, kl in search.choose(count)]
             units["layers"] = [Unit(layer) for layer, _ in steps]

@@ -5,7 +5,7 @@ Legend: A tokens of an answer, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from .texts import tokenize
 
 # layers that are tried in each step, the first ones of the ranking that are left
 TRIED = 3
+# tokens at the end of each text whose answers are compared where texts count, too
+TEXT_TOKENS = 512
 
 
 class Unit(NamedTuple):
@@ -45,6 +47,7 @@ class Search:
         local: a contender with `pattern` in every layer.
         pattern: of what is not dense.
         folder: of finished pieces, None to keep none.
+        with_text: do the texts' own last tokens count as well? What they say moves by is added to what the answers do.
     """
 
     setup: Setup
@@ -52,6 +55,7 @@ class Search:
     local: Contender
     pattern: Pattern
     folder: Path | None
+    with_text: bool = False
 
     @cached_property
     def layers(self) -> list[int]:
@@ -128,20 +132,30 @@ class Search:
         return self.setup.subject.dense.config.layer_patterns("")
 
     def losses(self, sets: Sequence[Sequence[Unit]]) -> list[float]:
-        """The KL of the answers with each of these sets dense."""
-        asked = [question.digest for question in self.questions]
+        """How far answers move with each of these sets dense (KL), and what is said at the end of the texts, where that counts."""
         all_patterns = [self.patterns(dense) for dense in sets]
+        asked = {"questions": [question.digest for question in self.questions]}
+        found = self._moved(all_patterns, "answers", asked, self._answers)
+        if not self.with_text:
+            return found
+        read = {"texts": [sample.digest for sample in self.setup.samples]}
+        of_text = self._moved(all_patterns, "text", read, self._ends)
+        return [a + b for a, b in zip(found, of_text, strict=True)]
+
+    def _moved(
+        self,
+        all_patterns: Sequence[list[str]],
+        name: str,
+        what: dict[str, Any],
+        said: Callable[[Contender], Iterator[Tensor]],
+    ) -> list[float]:
+        """For each set of patterns the KL of what is `said` with them, a mean over tokens and then over what it depends on."""
         pieces = [
             Piece(
-                "tune",
-                "answers",
-                {"patterns": patterns, "questions": asked},
-                self.weights,
-                (i,),
-                partial(self._measured, patterns),
+                "tune", name, {"patterns": patterns, **what}, self.weights, (i,), partial(self._measured, patterns, name, said)
             )
             for i, patterns in enumerate(all_patterns)
-        ]
+        ]  # fmt: skip
         return [one.found["kl"] for one in finish(pieces, self.folder, self.setup.settings.progress)]
 
     def lay_out(self, patterns: Sequence[str]) -> None:
@@ -150,26 +164,30 @@ class Search:
         config.sparse_attention = config.describe(self.pattern, patterns)
 
     @torch.inference_mode()
-    def _measured(self, patterns: Sequence[str]) -> dict[str, Any]:
+    def _measured(
+        self, patterns: Sequence[str], name: str, said: Callable[[Contender], Iterator[Tensor]]
+    ) -> dict[str, Any]:
         self.lay_out(patterns)
-        kl = []
-        for given, whole in zip(self._answers(self.local), self._dense_answers, strict=True):
+        memo, key, kl = self.setup.memo, f"dense {name}", []
+        if key not in memo:
+            memo[key] = [found.cpu() for found in said(self.setup.subject.dense)]
+        for given, whole in zip(said(self.local), memo[key], strict=True):
             wanted = whole.to(given.device)
             kl.append((wanted.exp() * (wanted - given)).sum(-1).mean())
         return {"kl": float(torch.stack(kl).mean())}
-
-    @property
-    def _dense_answers(self) -> list[Tensor]:
-        memo = self.setup.memo
-        if "dense answers" not in memo:
-            memo["dense answers"] = [found.cpu() for found in self._answers(self.setup.subject.dense)]
-        return memo["dense answers"]
 
     def _answers(self, contender: Contender) -> Iterator[Tensor]:
         """The answers to all questions, of which some are read together."""
         count = self.setup.settings.batch
         for at in range(0, len(self.questions), count):
             yield from answer_logits(self.setup, contender, self.questions[at : at + count])
+
+    def _ends(self, contender: Contender) -> Iterator[Tensor]:
+        """The log-probabilities `[A, V]` at the last tokens of each text."""
+        for sample in self.setup.samples:
+            ids = sample.ids.to(contender.model.device)
+            logits = contender.model(input_ids=ids, use_cache=False, **last_alone(contender.model, TEXT_TOKENS)).logits
+            yield logits[0, -TEXT_TOKENS:].float().log_softmax(-1)
 
 
 @torch.inference_mode()

@@ -106,7 +106,8 @@ def open_subject(
     contenders = [Contender(DENSE, dense, fingerprint(dense))]
     for candidate in candidates:
         contenders.append(_contender(candidate, loaded, tokenizer, settings))
-    config, positions = contenders[0].config, family_of(loaded.config.model_type).positions
+    config: Any = contenders[0].config
+    positions = config.positions
     limit = positions.length_of(config) if positions.has_table else None
     return Subject(
         Path(_name(model)).name or "model", kind, tokenizer, tuple(contenders), limit, positions.reach_of(config)
@@ -172,7 +173,8 @@ def _contender(
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
     else:
         _check_alike(candidate.folder, model, tokenizer)
-        sparse = _load(candidate.folder, settings.dtype).to(model.device)
+        sparse = _load(candidate.folder, settings.dtype)
+        torch.nn.Module.to(sparse, model.device)
     return Contender(candidate.name, sparse.eval(), fingerprint(sparse))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .settings import Settings
+from .settings import SHORTEST, Settings
 
 # characters of a token at the most, so that no more of a long file is read than is needed
 CHARACTERS = 16
@@ -83,9 +83,9 @@ def cut(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, settings: Set
         content = text.content if settings.samples > 1 else text.content[: CHARACTERS * length]
         ids = tokenize(tokenizer, content)
         if len(ids) < length:
+            smaller = f", or a smaller length (--length {len(ids)})" if len(ids) >= SHORTEST else ""
             raise ValueError(
-                f"{text.name} has {len(ids):,} tokens, and {length:,} of each text are read; give longer texts, or a "
-                f"smaller length (--length {len(ids)})"
+                f"{text.name} has {len(ids):,} tokens, and {length:,} of each text are read; give longer texts{smaller}"
             )
         room = len(ids) - length
         starts = [round(i * room / max(settings.samples - 1, 1)) for i in range(settings.samples)]

@@ -16,7 +16,7 @@ from ..pattern import Pattern
 from ..pattern.like import PatternLike
 from ..units import duration
 from .api import evaluate, prepare
-from .budget import Budget, uniform
+from .budget import Budget, pairs_share, uniform
 from .candidates import Candidate
 from .choice import best_choice, evenly_spaced
 from .evaluation import Evaluation, as_text
@@ -131,6 +131,10 @@ def tune(
             f"{len(patterns)} patterns are given; give one, or several with a budget that counts what they take: of pairs, cache or time "
             "(--of)"
         )
+    _check_leaves_out(patterns, max(settings.length, *settings.all_lengths))
+    if settings.held_out:
+        # missing and empty ones are known before any weight is read
+        read_texts(settings.held_out)
     setup = prepare(model, [Candidate(str(one), one) for one in patterns], texts, tokenizer, settings)
     reason = Recall().why_not(setup)
     if reason is not None:
@@ -169,6 +173,16 @@ def tune(
         write_json(result, folder / FILE)
         write_json({"pattern": str(own), "layers": chosen["layers"]}, folder / LAYERS_FILE)
     return Tuning(str(own), chosen["layers"], beats[EVERY], beats.get(UNIFORM), result, held_out)
+
+
+def _check_leaves_out(patterns: Sequence[Pattern], length: int) -> None:
+    """Raise ValueError for a pattern that holds all pairs of the longest text, so that no layer would be missed."""
+    for pattern in patterns:
+        if not pattern.uses_content and pairs_share(pattern, length) == 1:
+            raise ValueError(
+                f"{pattern} leaves nothing out of {length:,} tokens, so that there is nothing to choose by; ask about longer texts "
+                "(--length, --lengths), or narrow the pattern"
+            )
 
 
 def _check_of(setup: Setup) -> Settings:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..pattern import First, Pattern
+from ..pattern.forms import WindowForm, read_window
 from ..plan import build_plan
 from ..plan.heard import heard
 from .layers import dense_layers
@@ -16,6 +17,8 @@ from .pieces import Found
 from .probes.base import Setup
 from .subject import Contender
 
+# a text that is longer than any
+LONGEST = 1 << 40
 # what is lost at the most where a candidate is safe as it is: perplexity and the loss of hidden tokens, perplexity of tokens that
 # need the far past, recall, answers, cosine
 MOST_PERPLEXITY, MOST_LONG, LEAST_RECALL, LEAST_SAME, LEAST_COSINE = 1.02, 1.1, 0.9, 0.9, 0.98
@@ -71,15 +74,50 @@ def _verdict(setup: Setup, contender: Contender, results: dict[str, Found]) -> F
     verdict = UNKNOWN if not losses else SAFE
     if any(loss.is_too_much for loss in losses):
         verdict = BROKEN if any(loss.is_far for loss in losses) else HEAL
+    reasons = [loss.text for loss in losses]
+    if losses and (longest := _longest_whole(setup, contender)) is not None:
+        verdict = UNKNOWN
+        reasons.append(
+            f"it leaves out nothing of {longest:,} tokens, so that this says nothing of it: ask about longer texts (--length, --lengths)"
+        )
     found = hearing(contender, setup.subject.is_causal, setup.settings.length)
     return {
         "candidate": contender.name,
         "verdict": verdict,
-        "reasons": [loss.text for loss in losses],
+        "reasons": reasons,
         "hears": None if found is None else {"length": found.length, "tokens": found.heard, "back": found.back},
         "cannot_hear": _cannot_hear(setup, contender, found),
-        "remedies": [] if verdict == SAFE else list(_remedies(setup, contender, results, found)),
+        "remedies": [] if verdict in (SAFE, UNKNOWN) else list(_remedies(setup, contender, results, found)),
     }
+
+
+def _longest_whole(setup: Setup, contender: Contender) -> int | None:
+    """The longest text that was read, where a pattern holds all pairs of it that dense attention has, and fewer of longer ones."""
+    is_causal = setup.subject.is_causal
+    pairs = [
+        (own, dense)
+        for own, dense in zip(
+            contender.layer_patterns(is_causal), setup.subject.dense.layer_patterns(is_causal), strict=True
+        )
+        if own != dense and not _is_of_any_length(own)
+    ]
+    if not pairs or any(Pattern.parse(own).uses_content for own, _ in pairs):
+        return None
+    longest = max(setup.settings.length, *setup.settings.all_lengths)
+    return longest if all(_is_alike(*both, longest) for both in dict.fromkeys(pairs)) else None
+
+
+def _is_alike(own: str, dense: str, length: int) -> bool:
+    """Do two patterns hold as many pairs? A query in the middle, which takes no time, is asked first."""
+    plans, middle = [build_plan(text, length) for text in (own, dense)], length // 2
+    a, b = (plan.mask(0, 0, (middle, middle + 1), (0, length)) for plan in plans)
+    return torch.equal(a, b) and plans[0].density == plans[1].density
+
+
+def _is_of_any_length(text: str) -> bool:
+    """Does a pattern hold the whole past, however long a text is?"""
+    form = read_window(Pattern.parse(text), LONGEST)
+    return isinstance(form, WindowForm) and form.window is not None and form.window.left is None
 
 
 @dataclass(frozen=True)

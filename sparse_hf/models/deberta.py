@@ -9,7 +9,7 @@ Legend: B batch, H heads, N tokens, D head dim, S rows of the table; m queries o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from .dense_families import EMBEDDED
 from .derived.attention_modules import number_attention
 from .hf.attention_interface import sparse_mask
 from .hf.config import SparseConfigMixin
-from .hf.positions import Positions
+from .hf.positions import ChosenPositions, Positions
 from .hf.register import register_family
 
 
@@ -235,11 +235,13 @@ class SparseDebertaV2Encoder(StackMixin, DebertaV2Encoder):
     """The stack of DeBERTa-v2 and -v3."""
 
 
-class ChosenPositions:
-    """The `positions` of a configuration: without `position_biased_input` there is no table of them."""
-
-    def __get__(self, config: Any, owner: type) -> Positions:
-        return EMBEDDED if config is None or config.position_biased_input else Positions("relative")
+def positions_of(config: Any) -> Positions:
+    """How a configuration has it: without `position_biased_input` there is no table of positions."""
+    # its scores are of states and distances
+    weighs = config.relative_attention
+    if not config.position_biased_input:
+        return Positions("relative" if weighs else "none")
+    return replace(EMBEDDED, weighs_distances=weighs)
 
 
 OF_HEADS = {"number_layers": number_attention, "keeps_arguments": True}
@@ -255,4 +257,4 @@ register_family(
     parts={DebertaV2Attention: SparseDebertaV2Attention, DebertaV2Encoder: SparseDebertaV2Encoder},
     of_heads=OF_HEADS,
 )
-SparseDebertaConfig.positions = SparseDebertaV2Config.positions = ChosenPositions()  # pyright: ignore[reportAttributeAccessIssue]
+SparseDebertaConfig.positions = SparseDebertaV2Config.positions = ChosenPositions(EMBEDDED, positions_of)  # pyright: ignore[reportAttributeAccessIssue]

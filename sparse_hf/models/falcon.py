@@ -14,10 +14,10 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
-from .alibi import alibi_arguments
+from .alibi import ALIBI, alibi_arguments
 from .hf.cache import of_streaming
 from .hf.config import IMPLEMENTATIONS, SparseConfigMixin
-from .hf.positions import ROTARY
+from .hf.positions import ROTARY, ChosenPositions
 from .hf.register import register_family
 
 
@@ -62,4 +62,7 @@ register_family(
     ROTARY,
     parts={FalconAttention: SparseFalconAttention},
     of_heads={"keeps_arguments": True},
+)
+SparseFalconConfig.positions = ChosenPositions(  # pyright: ignore[reportAttributeAccessIssue]
+    ROTARY, lambda config: ALIBI if config.alibi else ROTARY
 )

@@ -4,6 +4,8 @@ All layers share a learned bias by distance, which Transformers' class computes 
 distances a head.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import MPNetConfig
@@ -46,7 +48,7 @@ class SparseMPNetEncoder(MPNetEncoder):
 
 register_family(
     SparseMPNetConfig,
-    BEHIND_PADDING_ID,
+    replace(BEHIND_PADDING_ID, weighs_distances=True),
     parts={MPNetSelfAttention: SparseMPNetSelfAttention, MPNetEncoder: SparseMPNetEncoder},
     of_heads={"number_layers": number_attention, "keeps_arguments": True},
 )

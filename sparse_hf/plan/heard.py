@@ -24,16 +24,20 @@ def heard(plans: Sequence[BlockPlan], token: int) -> Tensor:
     length = plans[0].kv_len
     found = torch.zeros(length, dtype=torch.bool)
     found[token] = True
+    # of layers that are alike, queries are asked once
+    asked: dict[int, Tensor] = {}
     for plan in reversed(plans):
         if bool(found.all()):
             break
-        found = found | _seen(plan, found)
+        new = found & ~asked.get(id(plan), torch.zeros_like(found))
+        asked[id(plan)] = found
+        found = _with_keys(plan, new, found)
     return found
 
 
-def _seen(plan: BlockPlan, queries: Tensor) -> Tensor:
-    """The keys that some of the queries see, `[n]` bool."""
-    seen = torch.zeros(plan.kv_len, dtype=torch.bool)
+def _with_keys(plan: BlockPlan, queries: Tensor, found: Tensor) -> Tensor:
+    """What is found, and the keys that some of the queries see, `[n]` bool."""
+    seen = found.clone()
     for row, runs in enumerate(plan.runs[: len(plan.patterns) * plan.q_blocks]):
         p, i = divmod(row, plan.q_blocks)
         q_range = plan.block_range(i, i, plan.q_len)
@@ -41,6 +45,8 @@ def _seen(plan: BlockPlan, queries: Tensor) -> Tensor:
         if not bool(asked.any()):
             continue
         for run in runs:
+            if bool(seen[slice(*plan.block_range(run.first, run.last, plan.kv_len))].all()):
+                continue
             partial = {block for first, last in run.partial for block in range(first, last + 1)}
             for block in range(run.first, run.last + 1):
                 k_range = plan.block_range(block, block, plan.kv_len)

@@ -226,6 +226,13 @@ def test_bad_input_is_refused_before_any_pass(given, message):
     assert message in str(caught.value)
 
 
+def test_no_length_is_advised_that_is_too_short():
+    with pytest.raises(ValueError, match=r"text 1 has 5 tokens, and 96 of each text are read; give longer texts$"):
+        run(unwilling(), texts="short")
+    with pytest.raises(ValueError, match=r"or a smaller length \(--length \d\d\)$"):
+        run(unwilling(), texts="x" * 50, settings=Settings(length=96, progress=False))
+
+
 def test_positions_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="400 tokens are asked about, and .* has 300 positions; .*max_length=400"):
         run(unwilling("BertModel", max_position_embeddings=300), settings=Settings(length=400, progress=False))

@@ -12,6 +12,7 @@ import pytest
 import sparse_hf
 from sparse_hf.evaluation import Settings, evaluate
 from sparse_hf.evaluation.layers import dense_layers, layer_ranges
+from sparse_hf.evaluation.report.figures import Figure, Letters, figures
 from sparse_hf.evaluation.report.svg import Axis, Grid, Series, heat_map, lines, points, shade
 from sparse_hf.evaluation.report.table import rows
 from sparse_hf.units import size
@@ -117,6 +118,29 @@ def width_of(columns: int) -> float:
     names = [str(i) for i in range(columns)]
     drawn = heat_map(Grid(["niah_multiquery"], names, [[1.0] * columns], cell=(40, 22)), "about")
     return float(ElementTree.fromstring(drawn).get("viewBox").split()[2])
+
+
+def kl_picture(*by_position: list[float]) -> Figure:
+    """The picture of divergences by position, of candidates that have these."""
+    found = {
+        "edges": [0, 8, 16],
+        "candidates": {f"p{i}": {"kl_by_position": kl, "hidden_error": [0.0, 0.1]} for i, kl in enumerate(by_position)},
+    }
+    letters = Letters(["dense", *found["candidates"]])
+    return next(figures({"probes": {"divergence": found}}, letters))
+
+
+def test_one_that_goes_astray_does_not_hide_the_others():
+    near, other = [0.0, 0.02], [0.03, 0.04]
+    assert "nothing is drawn" not in kl_picture(near, other).text
+    far = kl_picture(near, other, [0.9, 1.0])
+    assert "Below 0.0001 nothing is drawn." in far.text
+    # where the axis grows by factors, the others are as far apart from each other as that
+    (*_, first), (*_, second), _ = (
+        [float(place.split(",")[1]) for place in points.split()]
+        for points in re.findall(r'points="([^"]*)"', far.picture)
+    )
+    assert first - second > 20
 
 
 def test_maps_of_many_columns_fit_beside_each_other():

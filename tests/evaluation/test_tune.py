@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_hf import Pattern, parse_layers, sparsify, tune
-from sparse_hf.evaluation import Budget, Settings
+from sparse_hf.evaluation import Budget, Settings, search
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.budget import uniform
 from sparse_hf.evaluation.candidates import Candidate
@@ -69,6 +69,21 @@ def test_the_ranking_is_that_of_models_made_sparse_one_by_one(found):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("last", [40, 512])
+def test_what_is_said_at_the_end_of_texts_counts_as_well(found, last, monkeypatch):
+    monkeypatch.setattr(search, "TEXT_TOKENS", last)
+    model, answers = deep_model(), dict(found.result["ranking"])
+    both = run(model, budget=Budget(share=0.4, rank="text")).result["ranking"]
+    ids = torch.tensor([tokenizer()(TEXT)["input_ids"][: SETTINGS.length]])
+    p = model(ids).logits[0, -last:].log_softmax(-1)
+    for layer, kl in both:
+        others = ", ".join(f"{other}=dense" for other in range(LAYERS) if other != layer)
+        q = sparsify(model, PATTERN, others).eval()(ids).logits[0, -last:].log_softmax(-1)
+        assert kl - answers[layer] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2, abs=1e-6)
+    assert sum(kl for _, kl in both) > sum(answers.values())
+
+
+@torch.no_grad()
 def test_answers_are_compared_token_by_token():
     model, tokens = tiny_model(), tokenizer()
     setup = prepare(model, [Candidate("local", PATTERN)], TEXT, tokens, SETTINGS)
@@ -94,6 +109,10 @@ def test_a_choice_is_checked_on_texts_that_are_held_out(tmp_path):
     (tmp_path / "other.txt").write_text("Short.")
     with pytest.raises(ValueError, match=r"other\.txt has \d+ tokens, and 96 of each text are read"):
         run(settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
+    (tmp_path / "other.txt").write_text(" ")
+    # there are no weights to be read
+    with pytest.raises(ValueError, match=r"other\.txt is empty"):
+        tune(tmp_path, PATTERN, TEXT, settings=replace(SETTINGS, held_out=(tmp_path / "other.txt",)))
 
 
 def test_it_stands_beside_as_many_layers_evenly_spaced(found):
@@ -241,6 +260,7 @@ def test_windows_of_the_family_stay():
         ({"budget": Budget(share=0.05, of="pairs")}, "leaves nothing for dense layers"),
         ({"model": "BertForMaskedLM"}, "tune asks questions of recall: SparseBertForMaskedLM says nothing"),
         ({"texts": "short"}, "text 1 has 5 tokens"),
+        ({"pattern": "window(279, 0)"}, "leaves nothing out of 280 tokens, so that there is nothing to choose by"),
     ],
 )
 def test_bad_input(options, message):

@@ -52,6 +52,19 @@ def test_the_verdict_goes_by_what_is_lost(given, verdict):
     assert bool(found["remedies"]) == (verdict != "safe as it is")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "verdict"),
+    [("window(94, 0)", "safe as it is"), ("window(95, 0)", "nothing measured"), ("window(None, 0)", "safe as it is")],
+)
+def test_what_leaves_nothing_out_is_not_called_safe(pattern, verdict):
+    found = judged(figures(name=pattern), pattern)
+    assert found["verdict"] == verdict
+    assert any("leaves out nothing of 96 tokens" in reason for reason in found["reasons"]) == (
+        verdict == "nothing measured"
+    )
+    assert not found["remedies"]
+
+
 def test_reasons_name_the_figures():
     found = judged(figures(perplexity=12.0, recall=0.25))
     assert found["reasons"][0] == "perplexity 12.00, dense 10.00 (+20.0%)"

@@ -163,3 +163,13 @@ def test_a_cache_that_would_not_be_used_is_refused(made):
     ):
         model.generate(ids, **how, **given)
     assert torch.equal(model.generate(ids, **how, **given, use_cache=True), wanted)
+
+
+def test_positions_are_those_that_a_falcon_has():
+    slopes = sparse_hf.sparsify(dense_model("FalconForCausalLM"), "window(9, 0) | first(2)").config
+    angles = sparse_hf.sparsify(dense_model("FalconForCausalLM", alibi=False), "window(9, 0) | first(2)").config
+    assert (slopes.positions.scheme, angles.positions.scheme) == ("alibi", "rotary")
+    assert slopes.positions.reach_of(slopes) is None
+    assert sparse_hf.StreamingCache(slopes, positions="auto").turns_from is None
+    with pytest.raises(ValueError, match="sparse_falcon has positions that are alibi"):
+        sparse_hf.StreamingCache(slopes, positions="cache")

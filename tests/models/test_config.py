@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -336,3 +337,33 @@ def test_what_is_set_on_the_configuration_for_caches_is_set_on_the_models(head):
     for copied in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert type(copied) is type(config) and copied.to_dict() == config.to_dict()
     assert getattr(config, "layer_types", None) == types
+
+
+@pytest.mark.parametrize("head", one_head())
+@pytest.mark.parametrize("pattern", ["lsh(4) | window(3, 3)", "topk(8) | window(3, 3)", "threshold(0.1)"])
+@torch.no_grad()
+def test_patterns_that_choose_by_content_run_or_are_refused_at_once(head, pattern):
+    try:
+        model = sparse_hf.sparsify(dense_model(head), pattern)
+    except ValueError as error:
+        added = (
+            r"chooses pairs by products of queries and keys, and sparse_\w+ (adds|caps).*give a pattern of positions"
+        )
+        assert re.search(added, str(error))
+        return
+    found = model(**inputs(head, "none"))
+    assert all(t.isfinite().all() for t in found.values() if isinstance(t, torch.Tensor))
+
+
+def test_what_positions_weigh_is_read_from_the_configuration():
+    def refused(head: str, pattern: str, **changes) -> bool:
+        try:
+            sparse_hf.sparsify(dense_model(head, **changes), pattern)
+        except ValueError:
+            return True
+        return False
+
+    assert refused("FalconForCausalLM", "topk(8)", alibi=True) and not refused("FalconForCausalLM", "topk(8)")
+    assert refused("Gemma2ForCausalLM", "lsh(4)")
+    assert not refused("Gemma2ForCausalLM", "lsh(4)", attn_logit_softcapping=None)
+    assert not refused("DebertaV2Model", "topk(8)", relative_attention=False)

@@ -383,6 +383,40 @@ def test_a_prompt_read_in_inference_mode():
         torch.testing.assert_close(found, sparse(ids, use_cache=False).logits[:, 50:], **LIMIT)
 
 
+MODES = (torch.enable_grad, torch.inference_mode, torch.no_grad)
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, "fixed(8, 2)", "summary(8, 2) | window(9, 0)"])
+@pytest.mark.parametrize("pieces", [(20, 1, 1), (3, 25, 7)])
+def test_modes_in_turn(pattern, pieces):
+    sparse, ids = sparse_model(pattern=pattern), text()
+    cache, begin = StreamingCache(sparse.config), 0
+    wanted = sparse(ids, use_cache=False).logits
+    for mode, size in zip(MODES * 2, pieces * 2, strict=True):
+        with mode():
+            found = sparse(ids[:, begin : begin + size], **named_cache(sparse, cache)).logits
+            torch.testing.assert_close(found, wanted[:, begin : begin + size], **LIMIT)
+        begin += size
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, "summary(8, 2) | window(9, 0)"])
+@pytest.mark.parametrize("change", [copy.deepcopy, "batch_select_indices", "batch_repeat_interleave", "reorder_cache"])
+def test_changed_in_inference_mode_and_used_in_another(pattern, change):
+    sparse, ids = sparse_model(pattern=pattern), text(1)
+    cache = StreamingCache(sparse.config)
+    with torch.no_grad():
+        sparse(ids[:, :50], **named_cache(sparse, cache))
+    with torch.inference_mode():
+        if callable(change):
+            cache = change(cache)
+        else:
+            getattr(cache, change)(1 if "repeat" in change else torch.tensor([0]))
+    with torch.no_grad():
+        found = [sparse(ids[:, a:b], **named_cache(sparse, cache)).logits for a, b in ((50, 51), (51, 90))]
+        cache.crop(-1)
+        torch.testing.assert_close(torch.cat(found, 1), sparse(ids, use_cache=False).logits[:, 50:], **LIMIT)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_refuses_another_number_of_rows(rows):
     sparse = sparse_model()

@@ -28,6 +28,9 @@ def test_heard_is_the_product_of_the_masks(texts, length):
         wanted = (step @ wanted > 0).float()
     for token in {0, length // 2, length - 1}:
         assert torch.equal(heard(plans, token), wanted[token].bool())
+        # layers that are alike share a plan
+        shared = dict(zip(texts, plans, strict=True))
+        assert torch.equal(heard([shared[text] for text in texts], token), wanted[token].bool())
 
 
 def test_windows_add_up():

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
 from .kernels import LOG2_E, capped, gather, row_of, slope
 
 
@@ -24,7 +25,7 @@ def _segment(offsets, firsts, block_ptr, first_row, segments, limit, l_b, K, P: 
              S: tl.constexpr):  # fmt: skip
     """The row of heads of a program, its list, its block, or one behind all, and where its part of the list begins and ends."""
     segment = tl.program_id(0).to(tl.int64)
-    row, blocks = first_row + tl.program_id(1).to(tl.int64), tl.cdiv(K, S)
+    row, blocks = first_row + second_program().to(tl.int64), tl.cdiv(K, S)
     b, c = row_of(P, H, C, row)
     of_list = b * l_b + c
     block = tl.load(block_ptr + of_list * segments + segment).to(tl.int64)
@@ -69,7 +70,7 @@ def forward(
     )
     if block >= tl.cdiv(K, S):
         return
-    own = tl.program_id(1).to(tl.int64)
+    own = second_program().to(tl.int64)
     b, g = row_of(P, H, G, row)
     k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     for start in range(begin, end, BP):
@@ -97,7 +98,7 @@ def join(
     H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one query of the heads of a row, of its `N` blocks."""
-    query, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    query, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     e, n = tl.arange(0, BE), tl.arange(0, BN)
     for r in range(R):
@@ -129,7 +130,7 @@ def add(
     P: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one query of the heads of a row, of what its `N` blocks gave."""
-    query, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    query, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     d, n = tl.arange(0, BD), tl.arange(0, BN)
     for r in range(R):
@@ -160,7 +161,7 @@ def gradients(
     )
     if block >= tl.cdiv(K, S):
         return
-    own = tl.program_id(1).to(tl.int64)
+    own = second_program().to(tl.int64)
     b, g = row_of(P, H, G, row)
     k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     sum_k = tl.zeros((S, BD), tl.float32)

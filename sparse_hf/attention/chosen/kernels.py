@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -32,10 +34,10 @@ def _program(
 ):  # fmt: skip
     """The query of a program, its batch row, key head and head of the choice, its heads, and which of them there are."""
     tiles: tl.constexpr = (R + BR - 1) // BR
-    query, row = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64)
+    query, row = tl.program_id(0).to(tl.int64), (second_program() // tiles).to(tl.int64)
     b, g = row_of(P, H, G, row)
     _, c = row_of(P, H, C, row)
-    r = tl.program_id(1) % tiles * BR + tl.arange(0, BR)
+    r = second_program() % tiles * BR + tl.arange(0, BR)
     return query, b, g, c, row % P * R + r, r < R
 
 
@@ -159,7 +161,7 @@ def gradients_of_keys(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one segment add to the gradients of its key and value, in float32."""
-    segment, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    segment, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     b, g = row_of(P, H, G, row)
     _, c = row_of(P, H, C, row)
@@ -204,7 +206,7 @@ def add_segments(
     E: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Add the segments of one key, in order, which are those of its block."""
-    key, own = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    key, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     b, c = row_of(P, H, C, row)
     firsts += (b * l_b + c) * (tl.cdiv(K, S) + 1) + key // S

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
 from .kernels import LOG2_E, absorbed, gather
 
 # keys that are looked at at once for the last one
@@ -51,7 +52,7 @@ def forward(
 ):  # fmt: skip
     """Out `[BR, L]` and lse of one query, for some heads. Tiles of one query stand side by side, so that they share a cache."""
     tiles: tl.constexpr = (H + BR - 1) // BR
-    query, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
+    query, b = (tl.program_id(0) // tiles).to(tl.int64), second_program().to(tl.int64)
     h = tl.program_id(0) % tiles * BR + tl.arange(0, BR)
     real = h < H
     q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, L, BL)

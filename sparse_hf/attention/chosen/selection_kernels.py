@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
+
 # digits of a score's 32 bits, from the highest
 DIGITS, DIGIT_BITS, DIGIT_VALUES = tl.constexpr(4), tl.constexpr(8), tl.constexpr(256)
 
@@ -24,11 +26,11 @@ def indexer_scores(
 ):  # fmt: skip
     """The sum over heads of `weight * relu(q @ k)`, of a tile; tiles of no query's past are left as they are."""
     tiles = tl.cdiv(K, BN)
-    b = (tl.program_id(1) // tiles).to(tl.int64)
-    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) % tiles * BN + tl.arange(0, BN)
+    b = (second_program() // tiles).to(tl.int64)
+    m, n = tl.program_id(0) * BM + tl.arange(0, BM), second_program() % tiles * BN + tl.arange(0, BN)
     d = tl.arange(0, BD)
     last = tl.program_id(0) * BM + BM - 1 + offset
-    if IS_CAUSAL and tl.program_id(1) % tiles * BN > last:
+    if IS_CAUSAL and second_program() % tiles * BN > last:
         return
     box = (n[:, None] < K) & (d[None, :] < D)
     k = tl.load(k_ptr + b * k_b + n[:, None].to(tl.int64) * k_n + d[None, :], mask=box, other=0.0)
@@ -62,7 +64,7 @@ def select(
     scores_ptr, index_ptr, index_r, index_n, offset, Q, K, count, IS_CAUSAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The keys of one query with the highest scores, in ascending order; of equal scores the lower key."""
-    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query, row = tl.program_id(0), second_program().to(tl.int64)
     scores_ptr += (row * Q + query) * K
     index_ptr += row * index_r + query.to(tl.int64) * index_n
     end = K

@@ -1,6 +1,6 @@
-"""A Triton kernel that says what blocks of neighbouring tokens are, in one pass over the tokens.
+"""Triton kernels that say what blocks of neighbouring tokens are, and list the keys of those that were chosen, in one pass each.
 
-Legend: B batch, H heads, D head dim; M blocks, of `size` tokens each.
+Legend: B batch, H heads, C heads of the choice, D head dim; M blocks, of `size` tokens each, of which c are chosen; T groups of queries.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..programs import second_program
 
 # the mean; that of what is above zero and that of what is below; the largest and the smallest number
 MEAN, SIDES, BOUNDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -21,7 +23,7 @@ def pool(
     BN: tl.constexpr,
 ):  # fmt: skip
     """What a block of a head is, in float32: `D` numbers of MEAN, else 2 `D`."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.program_id(0), second_program().to(tl.int64)
     d = tl.arange(0, BD)
     t_ptr += row // H * t_b + row % H * t_h
     first = block * size
@@ -48,3 +50,24 @@ def pool(
     tl.store(out_ptr, one, mask=d < D)
     if WHAT != MEAN:
         tl.store(out_ptr + D, two, mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["queries", "groups", "count", "size", "per_group", "offset", "length", "near", "far", "first"]
+)
+def list_keys(
+    found, keys, queries, groups, count, size, per_group, offset, length, near, far, first, BN: tl.constexpr
+):  # fmt: skip
+    """The keys of the blocks `[B, C, T, c]` of a query, `[B, C, Q, c * size]`, -1 for those that it may not choose (`Band`)."""
+    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = (query + offset) // per_group - offset // per_group
+    found += (row * groups + group) * count
+    keys += (row * queries + query) * count * size
+    for start in range(0, count * size, BN):
+        n = start + tl.arange(0, BN)
+        inside = n < count * size
+        block = tl.load(found + n // size, mask=inside, other=-1)
+        key = block * size + n % size
+        behind = query + offset - key
+        may = (block >= 0) & (key < length) & (key >= first) & (behind >= near) & (behind <= far)
+        tl.store(keys + n, tl.where(may, key, -1), mask=inside)

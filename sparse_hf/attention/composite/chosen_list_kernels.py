@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..programs import second_program
+
 
 @triton.jit(
     do_not_specialize=[
@@ -35,7 +37,7 @@ def list_tiles(
     Counts of lines go to `offsets`, behind a zero; where `WRITE`, `offsets` says where each line begins. Of a tile that is chosen the
     kind is that in `joint`, else that in `beside`: -1 holds nothing, 0 all pairs, and more is 1 + the number of a mask.
     """
-    line, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    line, row = tl.program_id(0), second_program().to(tl.int64)
     at = row * lines + line
     flags += row * flag_row + ((line + shift_line) // per_line).to(tl.int64) * flag_line
     of_line = line.to(tl.int64) * columns

@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
-from ...pattern.forms import EVERYTHING
+from ...pattern import First, Pattern
+from ...pattern.forms import EVERYTHING, read_window
 from ...plan import BlockPlan
 from ...plan.cache import kept
 from ...plan.lsh import leaves_out_future, sequence_bounds
@@ -20,6 +20,15 @@ from ..chosen.best_keys import Limits
 
 # of so many plans
 RESTS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys that are at least `near` and at most `far` tokens before a query, and not among the `first`."""
+
+    near: int
+    far: int
+    first: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +48,29 @@ class Rest:
         """May query q choose key k, by index? Of their joint shape, with four dimensions; the first is B or 1."""
         b = self._rows(4)
         return self.cut.allows(b, 0, q, k) & ~self.positions.allows(b, 0, q, k)
+
+    @kept
+    def band(self) -> Band | None:
+        """What queries of a single text may choose, where they choose of the past, by distance and the first keys alone."""
+        positions, length = self.positions.patterns[0], self.positions.kv_len
+        cut = read_window(self.cut.patterns[0], length)
+        if (
+            not self.positions.is_bare
+            or not self.is_causal
+            or isinstance(cut, str)
+            or cut.has_globals
+            or cut.window is None
+        ):
+            return None
+        most = length if cut.window.left is None else cut.window.left
+        if positions == First(0):
+            return Band(0, most, 0)
+        held = read_window(positions, length, of_any_reach=True)
+        if isinstance(held, str) or held.marked or held.clip.left is not None:
+            return None
+        if held.window is None:
+            return Band(0, most, held.first)
+        return None if held.window.left is None else Band(held.window.left + 1, most, held.first)
 
     @property
     def limits(self) -> Limits:

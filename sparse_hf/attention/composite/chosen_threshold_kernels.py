@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 
 from ..backends.triton.kernels import _rows, _score
+from ..programs import second_program
 
 
 @triton.jit
 def _queries(q_ptr, q_b, q_h, q_n, q_len, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """The queries of a program's line, where they stand, and which of them there are."""
-    row = tl.program_id(1).to(tl.int64)
+    row = second_program().to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
     q_ptr += row // H * q_b + row % H * q_h
     return _rows(q_ptr, place, place < q_len, q_n, tl.arange(0, BD), D), row * q_len + place, place < q_len
@@ -84,7 +85,7 @@ def judge(
 
     Of a line the first `mixed` tiles have pairs of positions or a mask; all pairs of the others are judged.
     """
-    line, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    line, row = tl.program_id(0), second_program().to(tl.int64)
     q, spot, exists = _queries(q_ptr, q_b, q_h, q_n, q_len, H, S, D, BD)
     k_ptr += row // H * k_b + row % H // R * k_g
     flags += (row * lines + line) * columns
@@ -119,7 +120,7 @@ def judge_again(
     BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take back the flags of listed tiles that weigh little beside the top, and where `TELL` add what is lost with them."""
-    line, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    line, row = tl.program_id(0), second_program().to(tl.int64)
     q, spot, exists = _queries(q_ptr, q_b, q_h, q_n, q_len, H, S, D, BD)
     k_ptr += row // H * k_b + row % H // R * k_g
     flags += (row * lines + line) * columns

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...pattern import First
 from ...pattern.forms import CutContent, read_content
 from ...plan import BlockPlan, find_plan
 from ..autograd import AutogradBackend
@@ -32,6 +33,11 @@ class ContentPlan:
 
     positions: BlockPlan
     chosen: Any
+
+    @property
+    def is_all_chosen(self) -> bool:
+        """Do positions alone hold nothing?"""
+        return self.positions.patterns == (First(0),)
 
     @property
     def joined(self) -> BlockPlan | None:
@@ -119,7 +125,8 @@ class ContentPairs(Backend):
         positions, chosen = (
             call.part(call.q, call.k, call.v, one, call.dropout) for one in (plan.positions, plan.chosen)
         )
-        return [(self.pick(positions), positions), (self.kind.backend, chosen)]
+        of_choice = self.kind.backend, chosen
+        return [of_choice] if plan.is_all_chosen else [(self.pick(positions), positions), of_choice]
 
 
 class DenseContentPairs(AutogradBackend, ContentPairs):

@@ -30,6 +30,7 @@ from ..backends.flash.column_kernels import (
     tile_of,
 )
 from ..launch import launch, strides_of
+from ..programs import second_program
 from .marked_places import Places
 
 # programs that keep a GPU busy, and marked keys that a program adds up
@@ -127,7 +128,7 @@ def _gradients_of_queries(
     HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    b, h = (second_program() // H).to(tl.int64), (second_program() % H).to(tl.int64)
     count = tl.load(counts + b)
     if count == 0:
         return
@@ -167,7 +168,7 @@ def _gradients_of_keys(
     scale, scale_log2, left, right, N, P, S,
     H: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    b, h = (second_program() // H).to(tl.int64), (second_program() % H).to(tl.int64)
     tiles = tl.cdiv(tl.load(counts + b), BC)
     # P is no less than the tiles that there can be
     spans = tl.minimum(S, P // tl.maximum(tiles, 1))
@@ -199,7 +200,7 @@ def _gradients_of_keys(
         sum_v += tl.dot(tl.trans(weights.to(do.dtype)), do)
     # [B * H, P, BC, D]
     c = tl.arange(0, BC)
-    sums = ((tl.program_id(1).to(tl.int64) * P + tl.program_id(0)) * BC + c[:, None]) * D + d[None, :]
+    sums = ((second_program().to(tl.int64) * P + tl.program_id(0)) * BC + c[:, None]) * D + d[None, :]
     tl.store(dk_ptr + sums, sum_k * scale, mask=(d < D)[None, :])
     tl.store(dv_ptr + sums, sum_v, mask=(d < D)[None, :])
 
@@ -211,7 +212,7 @@ def _add_up(
     BD: tl.constexpr,
 ):  # fmt: skip
     groups = H // R
-    b, g = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
+    b, g = (second_program() // groups).to(tl.int64), (second_program() % groups).to(tl.int64)
     tile, first = tl.program_id(0) // (BC // BA), tl.program_id(0) % (BC // BA) * BA
     count = tl.load(counts + b)
     if tile * BC + first >= count:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, power_of_two, strides_of
+from ..programs import second_program, second_programs
 from ..scoring import Scoring
 from ..strides import like, readable
 from .reach import Reach
@@ -45,7 +46,7 @@ def split(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse, in float32, of the keys of one split, for all rows of a key head."""
-    part, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    part, pair = tl.program_id(0), second_program().to(tl.int64)
     b, g = pair // G, pair % G
     seen = tl.load(seen_ptr).to(tl.int32)
     begin = 0
@@ -95,7 +96,7 @@ def split(
         top = new_top
     lse = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), float("-inf"))
     out = out / tl.where(weight > 0, weight, 1.0)[:, None]
-    spot = (part * tl.num_programs(1) + pair) * BM + m
+    spot = (part * second_programs() + pair) * BM + m
     tl.store(lse_ptr + spot, lse)
     tl.store(out_ptr + spot[:, None] * BD + d[None, :], out)
 
@@ -107,9 +108,9 @@ def join(
     BS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row of a key head."""
-    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, pair = tl.program_id(0), second_program().to(tl.int64)
     s, d = tl.arange(0, BS), tl.arange(0, BD)
-    spot = (s * tl.num_programs(1) + pair) * BM + row
+    spot = (s * second_programs() + pair) * BM + row
     lse = tl.load(part_lse + spot, mask=s < splits, other=float("-inf"))
     top = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(top > float("-inf"), top, 0.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .base import Probe, Setup
 from .cost import Cost
 from .coverage import Coverage
@@ -19,16 +21,20 @@ PROBES: dict[str, Probe] = {
 }
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no probe's."""
+    unknown = next((name for name in names if name not in PROBES), None)
+    if unknown is not None:
+        raise ValueError(f"there is no probe {unknown!r}; there are {', '.join(PROBES)}")
+
+
 def choose(names: list[str] | None, setup: Setup) -> tuple[list[Probe], dict[str, str]]:
     """The probes that are run, and why others are not; without names all that the model can be asked,
     and the harness if there are tasks for it.
 
     Raises:
-        ValueError: an unknown name, or one that the model or the texts cannot be asked.
+        ValueError: one that the model or the texts cannot be asked.
     """
-    unknown = next((name for name in names or () if name not in PROBES), None)
-    if unknown is not None:
-        raise ValueError(f"there is no probe {unknown!r}; there are {', '.join(PROBES)}")
     chosen, left_out = [], {}
     # nobody misses a harness who named no task for it
     of_all = [name for name in PROBES if name != Harness.name or setup.settings.harness]

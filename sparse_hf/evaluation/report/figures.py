@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from ...units import size
 from ..pieces import Found
 from .svg import Axis, Grid, Series, heat_map, lines, points
+
+# an axis grows by factors where the greatest value is so many times the middle one; divergences that are drawn there at the least
+FACTORS, LEAST_KL = 20, 1e-4
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,20 @@ def _masked(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
 
 
 def _divergence(found: Found, result: Found, letters: Letters) -> Iterator[Figure]:
-    yield from _lines_by_position(
-        found, "kl_by_position", letters, "KL to the dense answers, by position", "0 where the answers are those of dense attention.",
-        Axis("KL (nats)", from_zero=True),
-    )  # fmt: skip
+    title, text = "KL to the dense answers, by position", "0 where the answers are those of dense attention."
+    values = [value for one in found["candidates"].values() for value in one.get("kl_by_position", ()) if value]
+    if values and max(values) > FACTORS * statistics.median(values):
+        # one that goes far astray would press all others on the zero line
+        text = f"{text} Below {LEAST_KL:g} nothing is drawn."
+        shown = {
+            name: {"kl_by_position": [value if (value or 0) >= LEAST_KL else None for value in one["kl_by_position"]]}
+            for name, one in found["candidates"].items()
+        }
+        yield from _lines_by_position(
+            {**found, "candidates": shown}, "kl_by_position", letters, title, text, Axis("KL (nats)", log=True)
+        )
+    else:
+        yield from _lines_by_position(found, "kl_by_position", letters, title, text, Axis("KL (nats)", from_zero=True))
     yield from _lines_by_position(
         found,
         "same_by_position",

@@ -53,7 +53,7 @@ figure svg { height: auto; display: block; max-width: none }
 figure svg.wide { width: 100%; min-width: 20rem }
 figcaption { font-size: .85rem; color: #333 }
 .legend { list-style: none; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
-  gap: .1rem .8rem; font-size: .9rem }
+  gap: .1rem .8rem; font-size: .9rem; align-items: start }
 .legend li { display: flex; gap: .5rem; align-items: baseline; overflow-wrap: anywhere }
 .swatch { flex: none; align-self: center }
 small, footer { color: #444; font-size: .8rem }

@@ -77,7 +77,7 @@ def summary_tables(result: Found) -> Iterator[Table]:
         if len(headings) == 1:
             continue
         title = f"{result['model']['name']}, {length:,} tokens"
-        table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
+        table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1), title=title, title_justify="left")
         for heading in headings:
             table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading), overflow="fold")
         for row in written:

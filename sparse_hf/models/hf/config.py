@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ...pattern import First, Marked, Pattern, Window, causal, full
+from ...pattern import LSH, Marked, Pattern, Window, full
 from ...pattern.like import PatternLike
+from ...pattern.past import past_of
 from ..names import IMPLEMENTATIONS, Implementation
 from .layer_spec import LayersLike, as_pattern, describe_layers, fit_names, name_of, named_layers
 from .positions import Positions
@@ -360,6 +361,7 @@ class SparseConfigMixin(_Config):
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"sparse_attention.global_token_ids is {ids}; it must be a list of token ids")
         self.check_decode(self.decode)
+        self._validate_content(patterns.values())
         self._validate_indexer(patterns.values())
         if ids and not self.uses_marks:
             raise ValueError("sparse_attention.global_token_ids is set, but no pattern has marked(); add `| marked()`")
@@ -378,6 +380,21 @@ class SparseConfigMixin(_Config):
         if not is_known or not all(type(value) is int and value > 0 for value in said.values()):
             raise ValueError(
                 f"indexer is {said}; it needs {' and '.join(INDEXER)} and may have share, whole numbers from 1, like {INDEXER}"
+            )
+
+    def _validate_content(self, patterns: Iterable[Pattern]) -> None:
+        choosing = next((pattern for pattern in patterns if pattern.uses_content), None)
+        if choosing is None or self.implies_pattern:
+            return
+        added = None
+        if self.positions is not None and self.positions.weighs_distances:
+            added = "adds a weight of the distance to these"
+        elif LSH.word in str(choosing) and getattr(self, "attn_logit_softcapping", None) is not None:
+            added = "caps these (attn_logit_softcapping)"
+        if added is not None:
+            raise ValueError(
+                f"{choosing} chooses pairs by products of queries and keys, and {self.model_type} {added}: give a pattern of positions, "
+                "like 'window(255, 0) | first(4)'"
             )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
@@ -495,16 +512,7 @@ def past(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_past(text: str) -> str:
-    pattern = Pattern.parse(text)
-    if pattern.heads:
-        return str(type(pattern)(*(_past_of(p) for p in pattern.heads)))
-    return str(_past_of(pattern))
-
-
-def _past_of(pattern: Pattern) -> Pattern:
-    # what is last would change with every token, and answers with a cache would not be those without
-    lasting = pattern.unending()
-    return First(0) if lasting is None else lasting & causal()
+    return str(past_of(Pattern.parse(text)))
 
 
 def check_heads(pattern: Pattern, num_heads: int, where: str) -> None:

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from ...attention.slots.far_keys import FarKeys
 from .kept import Kept, Pinned
-from .streaming_layer import StreamingLayer, joined, put, rounded_up, taken
+from .streaming_layer import StreamingLayer, joined, put, rounded_up, taken, writable
 
 # slots for marked tokens, of whom there are few
 LEAST_PINS = 32
@@ -185,11 +185,11 @@ class PinningLayer(StreamingLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._each(lambda t: t.repeat_interleave(repeats, 0))
+        self._each(lambda t: writable(t.repeat_interleave(repeats, 0)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._each(lambda t: t[indices.to(t.device)])
+        self._each(lambda t: writable(t[indices.to(t.device)]))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -211,4 +211,4 @@ def _written(held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     if not (new.requires_grad or held.requires_grad):
         put(held, slots, new)
         return held
-    return held.scatter(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]), new)
+    return writable(held.scatter(2, slots[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]), new))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Positions:
         skips_padding: whether padding takes no positions.
         checked_by_model: whether the model itself refuses ids and lengths that it cannot take.
         grows: whether a table can be made longer; of some derived families nobody knows which rows are positions.
+        weighs_distances: whether layers add a number of the distance to the scores of pairs; "relative" and "alibi" always do.
 
     Examples:
         >>> Positions("learned", tables=("position_embeddings.weight",)).has_table, Positions("rotary").has_table
@@ -51,6 +53,11 @@ class Positions:
     skips_padding: bool = False
     checked_by_model: bool = False
     grows: bool = True
+    weighs_distances: bool = False
+
+    def __post_init__(self):
+        if self.scheme in ("relative", "alibi"):
+            object.__setattr__(self, "weighs_distances", True)
 
     @property
     def has_table(self) -> bool:
@@ -83,6 +90,16 @@ class Positions:
 
 
 ROTARY = Positions("rotary")
+
+
+class ChosenPositions:
+    """The `positions` of a family whose configurations choose them: those of the class, and of each by `choose`."""
+
+    def __init__(self, of_class: Positions, choose: Callable[[Any], Positions]):
+        self.of_class, self.choose = of_class, choose
+
+    def __get__(self, config: Any, owner: type) -> Positions:
+        return self.of_class if config is None else self.choose(config)
 
 
 def changing_angles(config: Any) -> str | None:

@@ -84,7 +84,8 @@ def sparsify(
     _check_derived(family, model)
     config = family.config_class.from_dense(model.config, pattern, layers, global_token_ids, decode, indexer)
     sparse = _around_weights(model, config)
-    for warning in hearing_warnings(config, is_causal(model), family.positions.reach_of(config), stacks_of(sparse)):
+    positions = config.positions or family.positions
+    for warning in hearing_warnings(config, is_causal(model), positions.reach_of(config), stacks_of(sparse)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
     _name_no_folder(sparse)

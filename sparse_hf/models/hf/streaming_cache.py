@@ -12,6 +12,7 @@ Legend: B batch; a token's number counts from the start of the text, padding inc
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
@@ -102,6 +103,14 @@ class StreamingCache(Cache):
         self.settled = False
         # are the tokens of this pass written among the slots, which attention reads as they lie?
         self.in_place = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        # what is copied in inference mode could be written to in no other
+        with torch.inference_mode(False):
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @property
     def own_layers(self) -> list[StreamingLayer]:

@@ -280,12 +280,12 @@ class StreamingLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (t.repeat_interleave(repeats, 0) for t in (self.keys, self.values))
+            self.keys, self.values = (writable(t.repeat_interleave(repeats, 0)) for t in (self.keys, self.values))
             self.stay_in_place()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (t[indices] for t in (self.keys, self.values))
+            self.keys, self.values = (writable(t[indices]) for t in (self.keys, self.values))
             self.stay_in_place()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -320,5 +320,13 @@ def joined(held: Tensor, new: Tensor, index: Tensor, fresh: Tensor) -> Tensor:
     """Slots `held`, but for those that are `fresh` `[B or 1, S]`, which get the new tokens of an `index`."""
     written = torch.where(fresh[:, None, :, None], taken(new, index), held)
     if new.requires_grad or held.requires_grad:
-        return written
+        return writable(written)
     return held.copy_(written)
+
+
+def writable(t: Tensor) -> Tensor:
+    """A new tensor as one that later passes can write to: those of inference mode could be written to in no other."""
+    if is_compiling() or not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()

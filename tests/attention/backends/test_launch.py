@@ -10,6 +10,8 @@ import torch
 
 from sparse_hf import sparse_attention
 from sparse_hf.attention import launch as module
+from tests import oracle
+from tests.attention.exactness import DEVICE, tensors
 
 
 class Kernel:
@@ -53,7 +55,7 @@ def test_the_same_call_is_found_again_with_all_its_arguments(kernel):
     # numbers that do not specialize may change, and tensors do
     assert call(kernel, b, number=7) == "again"
     first, second = kernel.calls
-    assert first[1:] == ((2, 5), (a, 64, 1, 3, 0.5), {"H": 4, "S": 16, "num_warps": 4})
+    assert first[1:] == ((2, 5, 1), (a, 64, 1, 3, 0.5), {"H": 4, "S": 16, "num_warps": 4})
     assert second[1:] == ((2, 5, 1), (b.data_ptr(), 64, 1, 7, 0.5, 4, 16), {"stream": None})
 
 
@@ -232,3 +234,49 @@ def test_triton_s_own_way_is_known():
     results = [sparse_attention(q, k, v, "window(9, 9) | first(1)", backend="triton") for _ in range(3)]
     assert all(torch.equal(results[0], one) for one in results[1:])
     assert any(module._beneath(compiled, (1, 1, 1)) is not None for compiled in module._compiled.values())
+
+
+@pytest.mark.parametrize(
+    ("grid", "wanted"),
+    [
+        ((7, 65_535), (7, 65_535, 1)),
+        ((7, 65_536), (7, 32_768, 2)),
+        # 24 texts, 256 classes of positions, 14 heads
+        ((7, 24 * 256 * 14), (7, 43_008, 2)),
+        ((7, 3 * 65_537), (7, 3, 65_537)),
+        ((7, 1), (7, 1, 1)),
+        ((7, 0), (7, 0, 1)),
+    ],
+)
+def test_a_long_axis_is_spread_over_two(grid, wanted):
+    """CUDA takes 65,535 programs on the second axis and on the third; batch x heads x classes of a stride may be more."""
+    if max(wanted[1:]) > module.MOST_PROGRAMS:
+        with pytest.raises(ValueError, match="196,611 rows of heads are more than a GPU takes at once.*another size"):
+            module.spread(grid)
+    else:
+        assert module.spread(grid) == wanted
+
+
+# patterns of no other test: launches are kept with their plans
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("pattern", ["window(19, 21) | first(2)", "stride(5) & window(61, 0)"])
+def test_kernels_compute_the_same_on_an_axis_that_is_spread(pattern, monkeypatch):
+    q, k, v = tensors((6, 2, 16), 130, 130, torch.float32, DEVICE)
+    spread, seen = module.spread, []
+    monkeypatch.setattr(module, "MOST_PROGRAMS", 4)
+    monkeypatch.setattr(module, "spread", lambda grid: seen.append(spread(grid)) or seen[-1])
+    got, right = (
+        oracle.gradients(lambda *t, by=by: sparse_attention(*t, pattern, backend=by, return_lse=True), q, k, v)
+        for by in ("triton", "blockwise")
+    )
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    assert any(parts > 1 for _, _, parts in seen)
+
+
+@pytest.mark.gpu
+def test_more_rows_of_heads_than_an_axis_takes():
+    q = torch.randn(70_000, 1, 20, 16, device="cuda", dtype=torch.bfloat16)
+    got = sparse_attention(q, q, q, "window(3, 0)", backend="triton")
+    right = sparse_attention(q[-100:], q[-100:], q[-100:], "window(3, 0)", backend="triton")
+    assert torch.equal(got[-100:], right)

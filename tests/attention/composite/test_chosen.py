@@ -11,10 +11,12 @@ import sparse_hf
 from sparse_hf import Pattern, sparse_attention
 from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, selection
 from sparse_hf.attention.composite import chosen as composite
-from sparse_hf.attention.composite import chosen_scores
-from sparse_hf.attention.composite.content import held_by
-from sparse_hf.attention.dispatch import content_plan
+from sparse_hf.attention.composite import chosen_blocks, chosen_scores
+from sparse_hf.attention.composite.chosen_rest import Band, find_rest
+from sparse_hf.attention.composite.content import ContentPairs, held_by, positions_plan
+from sparse_hf.attention.dispatch import content_plan, route
 from sparse_hf.bench.exactness import plain_call
+from sparse_hf.pattern.forms import read_content
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention import choices
@@ -159,6 +161,49 @@ def test_packed_equals_separate(text):
     places = torch.cat([torch.arange(50), torch.arange(37)])[None]
     packed = ours(torch.cat([one, two], 1), position_ids=places).logits
     torch.testing.assert_close(packed, torch.cat([ours(t).logits for t in (one, two)], 1), rtol=1e-4, atol=1e-5)
+
+
+# and what of the distances and the first keys is left to choose from; None where that is not all that there is to say
+BANDS = {
+    "topk_blocks(3, 8) & window(None, 0)": (0, 60, 0),
+    "(window(6, 0) | first(2) | topk_blocks(3, 8)) & window(None, 0)": (7, 60, 2),
+    "(first(9) | topk_blocks(3, 8, 'mean', 4)) & window(None, 0)": (0, 60, 9),
+    "(window(0, 0) | topk_blocks(2, 16, 'mean', 16)) & window(40, 0)": (1, 40, 0),
+    "topk_blocks(3, 8)": None,
+    "(stride(3) | topk_blocks(3, 8)) & window(None, 0)": None,
+    "((first(4) & window(20, 0)) | topk_blocks(3, 8)) & window(None, 0)": None,
+    "(window(None, 0) | topk_blocks(3, 8)) & window(None, 0)": None,
+}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("queries", [60, 23])
+@pytest.mark.parametrize(("text", "band"), BANDS.items())
+def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
+    monkeypatch.setattr(chosen_blocks, "MAX_LISTED_KEYS", 16)
+    q, k, _ = (t.to(DEVICE) for t in tensors((4, 2, 16), queries, 60, torch.float32))
+    call = plain_call(q, k, k, Pattern.parse(text))
+    call.q_offset = 60 - queries
+    positions, ((content, cut),) = positions_plan(call), read_content(call.pattern).chosen
+    rest = find_rest(positions, cut, 2)
+    assert rest.band == (None if band is None else Band(*band))
+    if band is not None:
+        groups = chosen_blocks.find_groups(rest, content)
+        found = groups.choose(q, k)
+        group, block = (torch.arange(n, device=DEVICE) for n in (found.shape[2], groups.keys.first.shape[1]))
+        may = groups.may_choose(group[:, None], block)
+        assert torch.equal(may, groups._allows(group[:, None], block).expand_as(may))
+        exact = torch.cat(list(chosen_blocks._keys_of_blocks(found, groups)), 2)
+        assert torch.equal(chosen_blocks._keys_by_kernel(found, groups, rest.band), exact) and (exact >= 0).any()
+        assert torch.equal(chosen_blocks.block_choice(call, content, rest), exact)
+
+
+def test_positions_without_pairs_are_not_attended_to():
+    q, k, v = tensors((4, 2, 16), 60, 60, torch.float32)
+    for text, count in (("topk(3)", 1), ("topk(3) | window(2, 0)", 2)):
+        call = plain_call(q, k, v, Pattern.parse(f"({text}) & window(None, 0)"))
+        backend = route(call, "auto")
+        assert isinstance(backend, ContentPairs) and len(backend._parts(call)) == count
 
 
 # with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query, else some queries at

@@ -17,6 +17,7 @@ from torch import Tensor
 from ....plan import Split, remembered
 from ...backend import Given
 from ...launch import launch, strides_of
+from ...programs import second_program, second_programs
 from .column_reach import reach
 
 LOG2_E = 1.4426950408889634
@@ -193,7 +194,7 @@ def _absorb(
     MANY: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     s = (tl.program_id(0) // spans).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
+    h = second_program().to(tl.int64)
     b = tl.load(sequences + s * 5).to(tl.int64)
     first = tl.load(sequences + s * 5 + 1) + tl.program_id(0) % spans * BM
     last = tl.load(sequences + s * 5 + 2)
@@ -240,7 +241,7 @@ def _gradients(
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     s = (tl.program_id(0) // spans).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
+    h = second_program().to(tl.int64)
     b = tl.load(sequences + s * 5).to(tl.int64)
     first = tl.load(sequences + s * 5 + 1) + tl.program_id(0) % spans * span
     last = tl.minimum(tl.load(sequences + s * 5 + 2), first + span)
@@ -274,6 +275,6 @@ def _gradients(
         sum_k += tl.dot(tl.trans(change), q)
         sum_v += tl.dot(tl.trans(weights.to(do.dtype)), do)
     # [S, spans, H, C, D]
-    sums = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) + h) * C + c[:, None]) * D + d[None, :]
+    sums = ((tl.program_id(0).to(tl.int64) * second_programs() + h) * C + c[:, None]) * D + d[None, :]
     tl.store(dk_ptr + sums, sum_k * scale, mask=inside)
     tl.store(dv_ptr + sums, sum_v, mask=inside)

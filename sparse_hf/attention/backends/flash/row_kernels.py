@@ -18,6 +18,7 @@ from torch import Tensor
 from ....plan import Split
 from ...backend import Given
 from ...launch import launch, strides_of
+from ...programs import second_program, second_programs
 from .column_kernels import LOG2_E, options, padded, portions
 
 TILE = 64
@@ -64,7 +65,7 @@ def _row_gradients(
     HAS_GRAD_LSE: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     s = (tl.program_id(0) // tiles).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
+    g = second_program().to(tl.int64)
     b = tl.load(sequences + s * 5).to(tl.int64)
     first_q, last_q = tl.load(sequences + s * 5 + 1), tl.load(sequences + s * 5 + 2)
     first = tl.load(sequences + s * 5 + 3) + tl.program_id(0) % tiles * BN
@@ -97,7 +98,7 @@ def _row_gradients(
         sum_v += tl.dot(weights.to(do.dtype), do)
         sum_k += tl.dot(change, q)
         # [S, tiles, H, C, D]
-        sums = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) * R + h) * C + c[:, None]) * D + d[None, :]
+        sums = ((tl.program_id(0).to(tl.int64) * second_programs() * R + h) * C + c[:, None]) * D + d[None, :]
         tl.store(dq_ptr + sums, tl.dot(tl.trans(change), k) * scale, mask=(c[:, None] < C) & (d[None, :] < D))
     at_dk = dk_ptr + b * dk_b + key * dk_n + g * dk_g + d[None, :]
     at_dv = dv_ptr + b * dv_b + key * dv_n + g * dv_g + d[None, :]

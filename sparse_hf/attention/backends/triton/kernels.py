@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...programs import second_program, second_programs
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # what a query may see of tokens in another order: all, its past and itself, its past, all but itself
 ALL, PAST_AND_SELF, PAST, OTHERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -70,7 +72,7 @@ def _item(segments, cut, CUT: tl.constexpr):
 @triton.jit
 def _spots_of_part(item, row, S: tl.constexpr):
     """Where a segment of a head of a batch row writes to."""
-    return (item.to(tl.int64) * tl.num_programs(1) + row) * S + tl.arange(0, S)
+    return (item.to(tl.int64) * second_programs() + row) * S + tl.arange(0, S)
 
 
 @triton.jit
@@ -153,7 +155,7 @@ def forward(
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a line of one head; of a segment of it, in float32, to memory of its own."""
-    row = tl.program_id(1).to(tl.int64)
+    row = second_program().to(tl.int64)
     item, i, number, is_part = _item(segments, cut, CUT)
     group = tl.load(groups + row)
     line = group * lines + i
@@ -255,7 +257,7 @@ def gradients_of_queries(
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a line's queries, and delta = sum(grad_out * out) - grad_lse of each, which the next kernel reads."""
-    row = tl.program_id(1).to(tl.int64)
+    row = second_program().to(tl.int64)
     item, i, number, is_part = _item(segments, cut, CUT)
     group = tl.load(groups + row)
     line = group * lines + i
@@ -364,7 +366,7 @@ def gradients_of_keys(
     S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a line's keys and values from all query heads that read them."""
-    of_keys = tl.program_id(1).to(tl.int64)
+    of_keys = second_program().to(tl.int64)
     item, j, number, is_part = _item(segments, cut, CUT)
     b, g = of_keys // (H // R), of_keys % (H // R)
     n, d = tl.arange(0, S), tl.arange(0, BD)
@@ -419,8 +421,8 @@ def merge_segments(
     H: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Merge the segments of tiles with many entries into their out and lse."""
-    row = tl.program_id(1).to(tl.int64)
-    rows = row * 0 + tl.num_programs(1)
+    row = second_program().to(tl.int64)
+    rows = row * 0 + second_programs()
     at = long + tl.program_id(0) * 3
     tile, first, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     m, d = tl.arange(0, S), tl.arange(0, BD)
@@ -463,8 +465,8 @@ def add_segments(
     H: tl.constexpr, TWO: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients that segments found, in a fixed order, to one tensor or `TWO`, of `H` heads."""
-    row = tl.program_id(1).to(tl.int64)
-    rows = row * 0 + tl.num_programs(1)
+    row = second_program().to(tl.int64)
+    rows = row * 0 + second_programs()
     at = long + tl.program_id(0) * 3
     tile, first, count = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     place = tile.to(tl.int64) * S + tl.arange(0, S)
