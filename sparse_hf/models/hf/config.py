@@ -395,8 +395,8 @@ class SparseConfigMixin(_Config):
                 added = "caps these (attn_logit_softcapping)"
             if added is not None:
                 raise ValueError(
-                    f"{choosing} chooses pairs by products of queries and keys, and {self.model_type} {added}: give a pattern of positions, "
-                    "like 'window(255, 0) | first(4)'"
+                    f"{choosing} chooses pairs by products of queries and keys, and {self.model_type} {added}: give a pattern of "
+                    "positions, like 'window(255, 0) | first(4)'"
                 )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
