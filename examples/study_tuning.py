@@ -60,9 +60,12 @@ def candidates(search: Search, share: float, options: argparse.Namespace) -> lis
     spendings = {by: Spending(search, Budget(share=share, by=by, rank=options.rank), length) for by in options.by}
     chosen = {by: choose(spending) for by, spending in spendings.items()}
     dense, by_layers = chosen["layers"]
+    made = [Candidate(f"{by}, chosen", own, found["layers"]) for by, (_, found) in chosen.items()]
+    if options.alone:
+        return made
     wider = uniform(own, spendings["layers"].pairs(dense), length)
     return [
-        *(Candidate(f"{by}, chosen", own, found["layers"]) for by, (_, found) in chosen.items()),
+        *made,
         Candidate("evenly spaced", own, evenly_spaced(search, by_layers["count"])),
         *([Candidate("wider window", wider)] if wider is not None else []),
         Candidate(NONE, own),
@@ -115,6 +118,12 @@ def by_task(found: dict) -> dict[str, float]:
 def questions(found: dict) -> int:
     cells = sum(map(len, found["probes"]["recall"]["candidates"][DENSE]["tasks"].values()))
     return cells * found["settings"]["repeats"]
+
+
+def called(name: str) -> str:
+    """A checkpoint's package; one that is in pieces is called by its own name."""
+    package = CHECKPOINTS[name].package
+    return name if "," in package else package
 
 
 def settings_of(options: argparse.Namespace, seed: int, repeats: int) -> Settings:
@@ -171,6 +180,8 @@ def plot(content: dict, path: Path) -> None:
             for share, of_share in values:
                 axis.plot([share] * len(of_share), of_share, ".", color=f"C{i}", markersize=3)
         for name, style in ((DENSE, "-"), (NONE, ":")):
+            if (name, None) not in found:
+                continue
             axis.axhline(
                 statistics.mean(found[name, None][key]), color="black", linestyle=style, linewidth=1, label=name
             )
@@ -192,6 +203,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rank", choices=("answers", "text"), default="answers", help="by what layers are ranked, see Budget"
     )
+    parser.add_argument("--alone", action="store_true", help="what is chosen beside the dense model, and nothing else")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tasks", nargs="+", default=["short", "ruler"], help="of recall")
     parser.add_argument("--length", type=int, help="tokens of a question: 8192; of --tiny 300")
@@ -218,7 +230,7 @@ def main(arguments: list[str] | None = None) -> dict:
         tiny.write(options.work)
     options.model = str(options.work / "my-llama" if options.tiny else checkpoint(options.checkpoint))
     results = Results(options.out, {
-        "checkpoint": "tiny" if options.tiny else CHECKPOINTS[options.checkpoint].package, "pattern": options.pattern,
+        "checkpoint": "tiny" if options.tiny else called(options.checkpoint), "pattern": options.pattern,
         "dtype": options.dtype, "length": options.length, "tasks": options.tasks, "repeats": options.repeats,
         **({} if options.rank == "answers" else {"rank": options.rank}), "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
     })  # fmt: skip

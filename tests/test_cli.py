@@ -250,6 +250,10 @@ def test_bench_refuses_before_any_work(arguments, message):
     [
         (["show", "windw(1, 2)"], "unknown word 'windw'"),
         (["show", "window(1, 2)", "--length", "0"], "length is 0"),
+        (
+            ["show", "no/such-folder"],
+            "'no/such-folder' is no folder here, and no pattern like 'window(255, 0) | first(4)'",
+        ),
         (["show", "marked()", "--marked", "x"], "'x' is not a whole number"),
         (["show", "first(1)", "--png", "/nowhere/p.png"], "is no folder; make it first"),
         (["convert", "/nowhere", "out", "--pattern", "first(1)"], "is no folder with a checkpoint"),

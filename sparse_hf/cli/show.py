@@ -55,6 +55,7 @@ def show(
     else:
         found, tokens = None, 4096 if length is None else length
         drawn = [(pattern, causal) for pattern in patterns]
+        _check_folder(patterns)
     if png and len(drawn) > 1:
         raise ValueError(f"--png draws one pattern, and there are {len(drawn)}; draw them one by one")
     known = {"num_heads": 12, "head_dim": 64} if found is None else found
@@ -84,6 +85,20 @@ def show(
     if png:
         save_png(drawn[0][0], tokens, png, is_causal=drawn[0][1], **options)
         Console(stderr=True).print(f"drawn to {png}")
+
+
+def _check_folder(patterns: list[str]) -> None:
+    """Raise ValueError for the name of a folder that is not there, which no pattern looks like."""
+    from ..analysis import describe
+
+    if len(patterns) > 1 or "(" in patterns[0]:
+        return
+    try:
+        describe(patterns[0], 1)
+    except ValueError:
+        raise ValueError(
+            f"{patterns[0]!r} is no folder here, and no pattern like 'window(255, 0) | first(4)'; `sparse-hf convert` writes folders"
+        ) from None
 
 
 def _numbers(patterns: list[str], length: int, options: dict[str, Any]) -> dict[str, Any]:

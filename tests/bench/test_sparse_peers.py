@@ -212,31 +212,20 @@ def test_moba_is_compared_by_the_means_that_it_rounds():
 
 
 @pytest.mark.parametrize(
-    ("text", "heads", "reason"),
+    ("name", "text", "heads", "reason"),
     [
-        ("topk_blocks(3, 16, 'bounds')", (4, 4), "takes topk_blocks(count, size) alone, by means and for each head"),
-        ("topk_blocks(3, 16, 'mean', 16)", (4, 4), "takes topk_blocks(count, size) alone, by means and for each head"),
-        ("topk_blocks(3, 16) | window(8, 0)", (4, 4), "is causal, and the pattern is not, or has more"),
-        ("topk_blocks(3, 16)", (4, 2), "has as many key heads as query heads"),
-        ("topk_blocks(1, 16)", (4, 4), "is dense attention where nothing is chosen"),
-        ("topk_blocks(3, 16)", (4, 4), "runs on a GPU, in bf16 or fp16"),
+        ("fla_nsa", "topk_blocks(3, 16)", (16, 1), "one choice for all query heads of a key head"),
+        ("fla_nsa", "topk_blocks(3, 16, per='group')", (8, 1), "and there are 8"),
+        ("fla_nsa", "topk_blocks(3, 16, per='group') | window(8, 0)", (16, 1), "takes topk_blocks(...) alone"),
+        ("fla_moba", "topk_blocks(3, 16, 'bounds')", (4, 4), "alone, by means and for each head"),
+        ("fla_moba", "topk_blocks(3, 16, 'mean', 16)", (4, 4), "alone, by means and for each head"),
+        ("fla_moba", "topk_blocks(3, 16) | window(8, 0)", (4, 4), "is causal, and the pattern is not, or has more"),
+        ("fla_moba", "topk_blocks(3, 16)", (4, 2), "has as many key heads as query heads"),
+        ("fla_moba", "topk_blocks(1, 16)", (4, 4), "is dense attention where nothing is chosen"),
+        ("fla_moba", "topk_blocks(3, 16)", (4, 4), "runs on a GPU, in bf16 or fp16"),
     ],
 )
-def test_choices_that_moba_does_not_make_say_why(text, heads, reason):
+def test_choices_that_a_package_cannot_take_say_why(name, text, heads, reason):
     q, k = (torch.zeros(1, h, 100, 16, dtype=torch.bfloat16) for h in heads)
     pattern = Pattern.parse(f"({text}) & window(None, 0)")
-    assert reason in sparse_peers._chosen_moba("fla_moba", stand_ins, pattern, q, k)
-
-
-@pytest.mark.parametrize(
-    ("text", "heads", "reason"),
-    [
-        ("topk_blocks(3, 16)", (16, 1), "one choice for all query heads of a key head"),
-        ("topk_blocks(3, 16, per='group')", (8, 1), "and there are 8"),
-        ("topk_blocks(3, 16, per='group') | window(8, 0)", (16, 1), "takes topk_blocks(...) alone"),
-    ],
-)
-def test_choices_that_nsa_cannot_take_say_why(text, heads, reason):
-    q, k = (torch.zeros(1, h, 100, 16, dtype=torch.bfloat16) for h in heads)
-    pattern = Pattern.parse(f"({text}) & window(None, 0)")
-    assert reason in sparse_peers._chosen_nsa("fla_nsa", stand_ins, pattern, q, k)
+    assert reason in sparse_peers.OF_CHOICES[name](name, stand_ins, pattern, q, k)

@@ -173,3 +173,16 @@ def test_positions_are_those_that_a_falcon_has():
     assert sparse_hf.StreamingCache(slopes, positions="auto").turns_from is None
     with pytest.raises(ValueError, match="sparse_falcon has positions that are alibi"):
         sparse_hf.StreamingCache(slopes, positions="cache")
+
+
+@pytest.mark.parametrize("head", ALIBI)
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "streaming"])
+def test_slopes_with_every_cache(head, padding, kind):
+    model = sparse_hf.sparsify(dense_model(head), "window(9, 0) | first(2)")
+    ids = torch.randint(3, 90, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    ask = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    found = model.generate(ids, use_cache=True, cache_implementation=kind, **ask)
+    assert torch.equal(found, model.generate(ids, use_cache=False, **ask))

@@ -431,3 +431,16 @@ def test_dense_decoding_is_saved_and_wants_all_keys(tmp_path):
     with pytest.raises(ValueError, match="pattern of layer 0 is window"):
         sparse = sparse_model()
         sparse.generate(text(), **named_cache(sparse, StreamingCache(sparse.config)), decode="dense", **GREEDY)
+
+
+@pytest.mark.parametrize("kind", [StreamingCache, DynamicCache])
+def test_a_padded_prompt_read_by_hand(kind):
+    model, ids = sparse_model(), text(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :19] = 0
+    cache = StreamingCache(model.config) if kind is StreamingCache else kind()
+    positions = (mask[:, :40].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(ids[:, :40], attention_mask=mask[:, :40], position_ids=positions, **named_cache(model, cache))
+    found = model.generate(ids, attention_mask=mask, **named_cache(model, cache), **GREEDY)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))

