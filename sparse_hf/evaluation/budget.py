@@ -60,7 +60,8 @@ def pairs_share(pattern: Pattern, length: int) -> float:
     if pattern.heads:
         return sum(pairs_share(head, length) for head in pattern.heads) / len(pattern.heads)
     plan = build_plan(str(pattern & causal()), length, length)
-    return plan.density * length * length / (length * (length + 1) / 2)
+    # of whole numbers, so that a pattern that holds all of them has 1
+    return plan.pairs / (length * (length + 1) // 2)
 
 
 def cache_share(pattern: Pattern, length: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from sparse_hf import Pattern, parse_layers, sparsify, tune
 from sparse_hf.evaluation import Budget, Settings, search
 from sparse_hf.evaluation.api import prepare
-from sparse_hf.evaluation.budget import uniform
+from sparse_hf.evaluation.budget import pairs_share, uniform
 from sparse_hf.evaluation.candidates import Candidate
 from sparse_hf.evaluation.heads import copied_attention, copies, groups_of
 from sparse_hf.evaluation.probes.recall import questions_of
@@ -269,6 +269,14 @@ def test_bad_input(options, message):
     with pytest.raises(ValueError) as caught:
         run(**options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [111, 280, 1000])
+@pytest.mark.parametrize("pattern", ["full()", "window(1023, 0) | first(4)", "per_head(window(1023, 0), full())"])
+def test_all_pairs_are_all_of_any_length(pattern, length):
+    """Of a share that is rounded, none of them would be told from a pattern that leaves pairs out."""
+    assert pairs_share(Pattern.parse(pattern), length) == 1
+    assert pairs_share(Pattern.parse(f"window({length - 2}, 0)"), length) < 1
 
 
 def test_the_command_goes_on_from_its_folder(tmp_path):

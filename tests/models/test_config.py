@@ -356,14 +356,16 @@ def test_patterns_that_choose_by_content_run_or_are_refused_at_once(head, patter
 
 
 def test_what_positions_weigh_is_read_from_the_configuration():
-    def refused(head: str, pattern: str, **changes) -> bool:
+    def refused(head: str, pattern: str, layers=None, **changes) -> bool:
         try:
-            sparse_hf.sparsify(dense_model(head, **changes), pattern)
+            sparse_hf.sparsify(dense_model(head, **changes), pattern, layers=layers)
         except ValueError:
             return True
         return False
 
     assert refused("FalconForCausalLM", "topk(8)", alibi=True) and not refused("FalconForCausalLM", "topk(8)")
     assert refused("Gemma2ForCausalLM", "lsh(4)")
+    # behind one that may be
+    assert refused("Gemma2ForCausalLM", "topk(8)", {1: "lsh(4)"}) and not refused("Gemma2ForCausalLM", "topk(8)")
     assert not refused("Gemma2ForCausalLM", "lsh(4)", attn_logit_softcapping=None)
     assert not refused("DebertaV2Model", "topk(8)", relative_attention=False)

@@ -59,7 +59,7 @@ def list_keys(
     found, keys, queries, groups, count, size, per_group, offset, length, near, far, first, BN: tl.constexpr
 ):  # fmt: skip
     """The keys of the blocks `[B, C, T, c]` of a query, `[B, C, Q, c * size]`, -1 for those that it may not choose (`Band`)."""
-    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query, row = tl.program_id(0), second_program().to(tl.int64)
     group = (query + offset) // per_group - offset // per_group
     found += (row * groups + group) * count
     keys += (row * queries + query) * count * size

@@ -10,8 +10,9 @@ tiles of pairs; Nq and Nk tiles of the plan, which may be others. A piece has r 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,10 +176,11 @@ class FlaggedTiles(ChosenTiles):
     kinds: Kinds | None = None
     bits: Tensor | None = None
 
-    def flags(self) -> Tensor:
-        """`[B, H, Nq, Nk]` uint8, 1 where a tile is kept."""
+    @property
+    def flags(self) -> Callable[[], Tensor]:
+        """Gives `[B, H, Nq, Nk]` uint8, 1 where a tile is kept; lists that are kept with this call it, and so it must not hold this."""
         assert self.bits is not None
-        return unpacked(self.bits, self.kv_blocks)
+        return partial(unpacked, self.bits, self.kv_blocks)
 
     @kept
     def codes(self) -> Tensor:

@@ -383,19 +383,21 @@ class SparseConfigMixin(_Config):
             )
 
     def _validate_content(self, patterns: Iterable[Pattern]) -> None:
-        choosing = next((pattern for pattern in patterns if pattern.uses_content), None)
-        if choosing is None or self.implies_pattern:
+        if self.implies_pattern:
             return
-        added = None
-        if self.positions is not None and self.positions.weighs_distances:
-            added = "adds a weight of the distance to these"
-        elif LSH.word in str(choosing) and getattr(self, "attn_logit_softcapping", None) is not None:
-            added = "caps these (attn_logit_softcapping)"
-        if added is not None:
-            raise ValueError(
-                f"{choosing} chooses pairs by products of queries and keys, and {self.model_type} {added}: give a pattern of positions, "
-                "like 'window(255, 0) | first(4)'"
-            )
+        weighs = self.positions is not None and self.positions.weighs_distances
+        caps = getattr(self, "attn_logit_softcapping", None) is not None
+        for choosing in (pattern for pattern in patterns if pattern.uses_content):
+            added = None
+            if weighs:
+                added = "adds a weight of the distance to these"
+            elif caps and LSH.word in str(choosing):
+                added = "caps these (attn_logit_softcapping)"
+            if added is not None:
+                raise ValueError(
+                    f"{choosing} chooses pairs by products of queries and keys, and {self.model_type} {added}: give a pattern of "
+                    "positions, like 'window(255, 0) | first(4)'"
+                )
 
     def _validate_stack(self, stack: str, names: list, patterns: dict[str, Pattern]) -> None:
         where = f"sparse_attention.layers[{stack!r}]" if stack else "sparse_attention.layers"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +274,17 @@ def test_kernels_compute_the_same_on_an_axis_that_is_spread(pattern, monkeypatch
     for one, other in zip(got, right, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     assert any(parts > 1 for _, _, parts in seen)
+
+
+def test_kernels_ask_for_a_number_on_the_second_axis_alone():
+    """`program_id(1)` is part of it, where the axis is spread."""
+    root = Path(module.__file__).parent
+    asking = [
+        str(file.relative_to(root))
+        for file in root.rglob("*.py")
+        if re.search(r"(program_id|num_programs)\([^0)]", file.read_text()) and file.name != "programs.py"
+    ]
+    assert not asking
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sparse_hf.attention.composite.content import held_by
 from sparse_hf.attention.dispatch import content_plan
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.attention.slots import new_tokens
+from sparse_hf.plan.tile_lists import tile_lists
 from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention.exactness import DEVICE, call_of, compare, compare_choice, leaves, tensors
@@ -213,6 +216,21 @@ def test_kernels_judge_as_the_definition_does(text, sizes, monkeypatch):
     for group, one in enumerate(mask.flatten(0, 1)):
         assert torch.equal(drawn_out(tiles.by_query, tiles.masks, group, one.shape), one)
         assert torch.equal(drawn_out(tiles.by_key, tiles.masks_by_key, group, one.T.shape), one.T)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_is_kept_of_a_choice_goes_with_its_last_user():
+    given = [t.to(DEVICE) for t in tensors((2, 1, 16), 64, 64, torch.float32)]
+    plan = content_plan(call_of(*given, CAUSAL)).joined
+    assert isinstance(plan, chosen_threshold.FlaggedTiles)
+    tile_lists(plan, plan.block_size, 2, 2)
+    gone = weakref.ref(plan)
+    gc.disable()
+    try:
+        del plan
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 41])
