@@ -36,6 +36,7 @@ OF_EVALUATION = {
 OTHERS = {
     "make_cards": {"sparse_hf.conversion.card"}, "export": {"sparse_hf.conversion.export"}, "checkpoints": {"sparse_hf.conversion.gguf"},
     "study_healing_long": OF_EVALUATION, "study_tuning": OF_EVALUATION,
+    "chosen_mass": {"sparse_hf.attention", "sparse_hf.evaluation.mass", "sparse_hf.evaluation.observe"},
 }  # fmt: skip
 
 

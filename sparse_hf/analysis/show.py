@@ -353,7 +353,8 @@ def _picture(pattern: Pattern, length: int, cells: int, marked: Sequence[int]) -
 
 
 def _numbers(facts: Description) -> Table:
-    table = Table(show_header=True)
+    layers, _, unit = facts.reach_note.partition(" (")
+    table = Table(show_header=True, caption=f"layers are counted {unit[:-1]}" if unit else None)
     for column in ("", "sparse", "dense"):
         table.add_column(column, justify="left" if not column else "right")
     least, mean, most = facts.keys_per_query
@@ -362,7 +363,7 @@ def _numbers(facts: Description) -> Table:
     table.add_row("pairs", f"{facts.pairs:,} ({facts.density:.3%})", f"{facts.dense_pairs:,}")
     table.add_row("keys, least / mean / most", f"{least:,} / {mean:,.1f} / {most:,}", dense_keys)
     table.add_row("blocks, empty/partial/full", " / ".join(f"{b:,}" for b in facts.blocks), "")
-    table.add_row("layers to reach all tokens", facts.reach_note, "1")
+    table.add_row("layers to reach all tokens", layers, "1")
     table.add_row(
         "FLOPs of a layer, forward", f"{facts.flops_forward / 1e9:,.2f} G", f"{facts.dense_flops_forward / 1e9:,.2f} G"
     )

@@ -339,7 +339,7 @@ def test_checkpointing_changes_no_gradient():
     ("head", "message"),
     [
         ("BertForMaskedLM", "is no decoder, and its layers see what comes"),
-        ("T5ForConditionalGeneration", "is no dense decoder of one stack"),
+        ("T5ForConditionalGeneration", "sparse_t5 adds a weight of the distance to these: give a pattern of positions"),
         ("BartForConditionalGeneration", "is no dense decoder of one stack"),
     ],
 )
