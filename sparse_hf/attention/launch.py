@@ -94,8 +94,10 @@ def spread(grid: tuple[int, int]) -> tuple[int, int, int]:
         ValueError: a number of programs that cannot be divided so.
     """
     first, second = grid
-    parts = next((n for n in range(-(-second // MOST_PROGRAMS), MOST_PROGRAMS + 1) if n and second % n == 0), 1)
-    if second // parts > MOST_PROGRAMS:
+    if second <= MOST_PROGRAMS:
+        return first, second, 1
+    parts = next((n for n in range(-(-second // MOST_PROGRAMS), MOST_PROGRAMS + 1) if second % n == 0), None)
+    if parts is None:
         raise ValueError(
             f"{second:,} rows of heads are more than a GPU takes at once, and cannot be divided into equal parts: give a batch of another "
             "size, such as one row less"
