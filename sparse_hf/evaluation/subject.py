@@ -173,8 +173,8 @@ def _contender(
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
     else:
         _check_alike(candidate.folder, model, tokenizer)
-        sparse = _load(candidate.folder, settings.dtype)
-        torch.nn.Module.to(sparse, model.device)
+        sparse: Any = _load(candidate.folder, settings.dtype)
+        sparse = sparse.to(model.device)
     return Contender(candidate.name, sparse.eval(), fingerprint(sparse))
 
 
