@@ -11,7 +11,6 @@ stretched by YaRN, and nothing is trained.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,10 @@ from examples.checkpoints import checkpoint
 from examples.texts import moby_dick
 from sparse_hf.attention import HeldPairs, held_pairs
 from sparse_hf.bench import chosen_device, environment, result_path, write_json
+from sparse_hf.conversion.positions import scale_rope, set_length
 from sparse_hf.evaluation.mass import Scores, attention_weights
 from sparse_hf.evaluation.observe import layer_of, observed
+from sparse_hf.models.hf.register import family_of
 
 PATTERNS = (
     "window(127, 0)",
@@ -92,15 +93,10 @@ class Shares:
 
 def stretched(config: PreTrainedConfig, length: int) -> PreTrainedConfig:
     """The configuration for texts of that length: as it is, or with YaRN."""
-    trained = config.max_position_embeddings
-    if length <= trained:
-        return config
-    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or config.rope_theta
-    config.rope_parameters = {
-        "rope_type": "yarn", "rope_theta": theta, "factor": float(math.ceil(length / trained)),
-        "original_max_position_embeddings": trained,
-    }  # fmt: skip
-    config.max_position_embeddings = math.ceil(length / trained) * trained
+    family = family_of(config.model_type)
+    old, new = set_length(config, family.positions, max(length, config.max_position_embeddings))
+    if new != old:
+        scale_rope(config, family, "yarn", old, new)
     return config
 
 

@@ -36,7 +36,10 @@ OF_EVALUATION = {
 OTHERS = {
     "make_cards": {"sparse_hf.conversion.card"}, "export": {"sparse_hf.conversion.export"}, "checkpoints": {"sparse_hf.conversion.gguf"},
     "study_healing_long": OF_EVALUATION, "study_tuning": OF_EVALUATION,
-    "chosen_mass": {"sparse_hf.attention", "sparse_hf.evaluation.mass", "sparse_hf.evaluation.observe"},
+    "chosen_mass": {
+        "sparse_hf.attention", "sparse_hf.evaluation.mass", "sparse_hf.evaluation.observe",
+        "sparse_hf.conversion.positions", "sparse_hf.models.hf.register",
+    },
 }  # fmt: skip
 
 
