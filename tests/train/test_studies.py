@@ -270,11 +270,10 @@ def test_streaming_reads_a_text_in_every_way(tmp_path):
 
 @pytest.mark.slow
 def test_indexers_are_trained_and_stand_beside_what_needs_no_training(tmp_path):
-    content = run(study_indexer, tmp_path)
+    content = run(study_indexer, tmp_path, "--steps", "30")
     entries = content["entries"]
     assert list(entries) == list(study_indexer.ENTRIES) and "recalled" not in entries["indexer, new"]
-    # so few steps teach hardly anything
-    assert entries["indexer, alone"]["mass"] > entries["indexer, new"]["mass"] - 0.01
+    assert entries["indexer, alone"]["mass"] >= entries["indexer, new"]["mass"]
     assert all(entries[name]["perplexity"] > 1 for name in entries if name != "indexer, new")
     # windows of so short a text hold nearly the same
     assert entries["dense"]["perplexity"] == pytest.approx(entries["indexer, all"]["perplexity"], rel=0.05)
