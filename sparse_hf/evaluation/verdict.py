@@ -249,7 +249,10 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
     elif found is not None and not found.is_whole:
         need = -(-found.length // len(texts))
         yield f"to hear {found.length:,} tokens through {len(texts)} layers takes windows of {need:,} tokens, or dense layers between"
-    yield "heal it with its dense model as teacher (examples/heal.py), on texts as long as those that it will read"
+    how = "heal it with its dense model as teacher (examples/heal.py)"
+    if not setup.subject.is_causal:
+        how = "train it for its task (examples/run_classification.py, run_qa.py, or run_mlm.py)"
+    yield f"{how}, on texts as long as those that it will read"
 
 
 def worst_layers(name: str, results: dict[str, Found], sparse: Sequence[int]) -> list[int]:
