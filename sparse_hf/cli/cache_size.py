@@ -23,7 +23,7 @@ def cache_size(config: Any, family: Family, model: PreTrainedModel, length: int)
     dtype = config.dtype or torch.float32
     try:
         layers = [numbers * dtype.itemsize for numbers in _numbers(config, model, length)]
-    except NotImplementedError:
+    except RuntimeError:
         # a family whose own code asks for numbers in the middle of a pass
         return {"dtype": None, "bytes_per_token": None, "bytes": None}
     # those that `topk(..., 'indexer')` gives a model, which the dense one has not
