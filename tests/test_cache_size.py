@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 import sparse_hf
@@ -14,8 +16,9 @@ from tests.models import families, indexers
 from tests.models.families import named_cache
 
 LENGTH = 96
-# which asks for numbers in the middle of a pass
-UNKNOWN = "Qwen4ExpForCausalLM"
+# which ask for numbers in the middle of a pass, OPT in the oldest supported version of Transformers
+IS_OLD = Version(transformers.__version__) < Version("5.24")
+UNKNOWN = {"Qwen4ExpForCausalLM", *(["OPTForCausalLM"] if IS_OLD else ())}
 CASES = [
     *((families, head, "window(7, 0) | first(2)") for head in families.one_head(generating=True) if families.is_decoder(head)),
     (families, "LlamaForCausalLM", "topk(3, 'indexer')"),
@@ -36,7 +39,7 @@ def test_the_bytes_of_a_cache_are_those_of_a_pass(room, head, pattern):
     model = sparse_hf.sparsify(room.dense_model(head), pattern).eval()
     family = sparse_hf.family_of(model.config.model_type)
     found = cache_size(model.config, family, meta_model(family, model.config.to_dict()), LENGTH)
-    if head == UNKNOWN:
+    if head in UNKNOWN:
         assert found["bytes"] is None
         return
     cache = DynamicCache(config=model.config)
@@ -49,5 +52,5 @@ def test_the_bytes_of_a_cache_are_those_of_a_pass(room, head, pattern):
 def test_info_of_families_that_choose_keys(head, tmp_path):
     sparse_hf.sparsify(indexers.dense_model(head)).save_pretrained(tmp_path)
     lines = list(info_lines(read_info(str(tmp_path), LENGTH)))
-    told = "not counted" if head == UNKNOWN else "for all keys"
+    told = "not counted" if head in UNKNOWN else "for all keys"
     assert any(line.startswith("cache of a row") and told in line for line in lines)
