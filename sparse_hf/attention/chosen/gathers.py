@@ -6,7 +6,8 @@ H / P; Q queries, K keys, N chosen keys of a query, D and E head dims of keys an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,11 +83,11 @@ class Shape:
     """What all kernels are told of a call."""
 
     call: AttentionCall
-    index: Tensor
 
-    @classmethod
-    def of(cls, call: AttentionCall) -> Shape:
-        return cls(call, call.plan.index.int().contiguous())
+    @cached_property
+    def table(self) -> Tensor:
+        """The choice, `[B or 1, C, Q, N / S]`, with S keys of a number."""
+        return self.call.plan.table
 
     @property
     def rows(self) -> int:
@@ -112,14 +113,15 @@ class Shape:
     @property
     def heads(self) -> dict[str, int]:
         q, k, rows = self.call.q, self.call.k, self.rows
-        return {"H": q.shape[1], "G": k.shape[1], "C": self.index.shape[1], "P": rows, "R": q.shape[1] // rows}
+        return {"H": q.shape[1], "G": k.shape[1], "C": self.call.plan.shape[1], "P": rows, "R": q.shape[1] // rows}
 
     @property
     def constants(self) -> dict:
         """Of the kernels that walk the keys of a query."""
         cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
         tile = LARGE_TILE if self.has_large_tiles else TILE
-        return {**self.heads, "BR": self.heads_of_tile, "BN": tile, **self.dims, **cap}
+        tiles = {"BR": self.heads_of_tile, "BN": tile, "S": self.call.plan.per_entry}
+        return {**self.heads, **tiles, **self.dims, **cap}
 
     @property
     def has_large_tiles(self) -> bool:
@@ -143,7 +145,7 @@ class Shape:
     def of_blocks(self, size: int, rows: int) -> dict:
         """Of those that go block by block."""
         heads = min(rows, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": rows // heads, "S": size}
+        tiles = {"BR": heads, "BP": rows // heads, "S": size, "HAS_KEYS": self.call.plan.per_entry == 1}
         return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def empty_gradients(self, *of: Tensor, adds: bool = False) -> list[Tensor]:
@@ -162,12 +164,23 @@ class Shape:
     @property
     def numbers(self) -> tuple[float, ...]:
         q, scoring = self.call.q, self.call.scoring
-        return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.index.shape[3]
+        return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.call.plan.shape[3]
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Where the first query is, and what of its blocks it sees."""
+        return self.call.plan.offset, *astuple(self.call.plan.band)
+
+    @property
+    def row_step(self) -> int:
+        """How many numbers of the table lie between batch rows; none where they share one."""
+        plan = self.call.plan
+        return self.batch_step * plan.shape[2] * (plan.shape[3] // plan.per_entry)
 
     @property
     def batch_step(self) -> int:
         """How many lists of the choice lie between batch rows; none where they share one."""
-        return self.index.shape[1] if self.index.shape[0] > 1 else 0
+        return self.call.plan.shape[1] if self.call.plan.shape[0] > 1 else 0
 
 
 def block_size(call: AttentionCall) -> int:
@@ -179,17 +192,15 @@ def block_size(call: AttentionCall) -> int:
     return size if shared_bytes(call.q.device) >= needed else 1
 
 
-def _choosers_of_blocks(index: Tensor, size: int, num_keys: int) -> Choosers:
-    """The lists of blocks of a choice, with places in the choice of blocks."""
-    last = index.unflatten(-1, (-1, size)).amax(-1)  # [B or 1, C, Q, N / S]
-    block = last.where(last < 0, last // size)
-    return choosers(block.flatten(2)[..., None], -(-num_keys // size), BLOCK_CHOOSERS)
+def _choosers_of_blocks(blocks: Tensor, num_blocks: int) -> Choosers:
+    """The lists of chosen blocks `[B or 1, C, Q, N / S]`, with places in them."""
+    return choosers(blocks.flatten(2)[..., None], num_blocks, BLOCK_CHOOSERS)
 
 
 def lists_of(shape: Shape, size: int) -> Choosers:
     """The lists of keys, or of blocks of keys."""
-    keys = shape.call.k.shape[2]
-    return choosers(shape.index, keys) if size == 1 else _choosers_of_blocks(shape.index, size, keys)
+    plan, keys = shape.call.plan, shape.call.k.shape[2]
+    return choosers(plan.index, keys) if size == 1 else _choosers_of_blocks(plan.blocks, -(-keys // size))
 
 
 def options_of_blocks(size: int, k: Tensor, v: Tensor) -> dict[str, int]:
@@ -198,7 +209,7 @@ def options_of_blocks(size: int, k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def _shape(call: AttentionCall) -> tuple[Shape, Tensor, Tensor, Tensor]:
-    return Shape.of(call), readable(call.q), readable(call.k), readable(call.v)
+    return Shape(call), readable(call.q), readable(call.k), readable(call.v)
 
 
 def forward(call: AttentionCall) -> Results:
@@ -208,10 +219,9 @@ def forward(call: AttentionCall) -> Results:
     shape, q, k, v = _shape(call)
     out, lse = like(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
-        of_batch = shape.batch_step * q.shape[2] * shape.index.shape[3]
         launch(
-            kernels.forward, shape.grid, (q, k, v, shape.index, out, lse), strides_of(q, k, v, out),
-            (*shape.numbers, of_batch), shape.constants, **shape.options,
+            kernels.forward, shape.grid, (q, k, v, shape.table, out, lse), strides_of(q, k, v, out),
+            (*shape.numbers, shape.row_step, *shape.limits), shape.constants, **shape.options,
         )  # fmt: skip
     return out, lse
 
@@ -233,9 +243,9 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     # anything will do where it is not read
     given_lse = lse if grad_lse is None else grad_lse.contiguous()
     launch(
-        kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.index, lse, given_lse, delta, grad_q),
+        kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.table, lse, given_lse, delta, grad_q),
         strides_of(grad_out, q, k, v, out, grad_q),
-        (*shape.numbers, shape.batch_step * q.shape[2] * shape.index.shape[3]),
+        (*shape.numbers, shape.row_step, *shape.limits),
         {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.options,
     )  # fmt: skip
     return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
@@ -250,12 +260,12 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
     lists = lists_of(shape, size)
     rows, segments = k.shape[0] * shape.rows, lists.key.shape[2]
     some = max(1, MAX_PARTS // (segments * size * (k.shape[3] + v.shape[3])))
-    kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
+    kernel, given, constants, options, limits = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}, ()
     if size > 1:
         # anything will do where nothing is written
-        kernel, given = block_kernels.gradients, (*tensors[:4], shape.index, *tensors[4:], q)
+        kernel, given = block_kernels.gradients, (*tensors[:4], shape.table, *tensors[4:], q)
         constants = {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": False, "PRECISION": "ieee"}
-        options = options_of_blocks(size, k, v)
+        options, limits = options_of_blocks(size, k, v), shape.limits
     for first in range(0, rows, some):
         count = min(some, rows - first)
         parts = [
@@ -263,7 +273,7 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
         ]  # fmt: skip
         launch(
             kernel, (segments, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, **options,
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step, *limits), constants, **options,
         )  # fmt: skip
         add_up(shape, size, lists, parts, grads, first)
     return shape.of_key_heads(grads)

@@ -6,7 +6,8 @@ is added up by one program, and the segments of a key are added in order. Keys t
 
 Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
 H / P; Q queries, K keys, N chosen keys of a query, S keys of a block, D and E head dims of keys and values; `BR` heads, `BN` chosen
-keys and `BP` queries of a tile. Scores are powers of two.
+keys and `BP` queries of a tile. Scores are powers of two. The choice is a table of keys, or of blocks, of which a query sees the keys
+that are from `near` to `far` before its place, which is counted from `offset`, and not below `low`.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -48,12 +49,26 @@ def gather(ptr, token, exists, stride, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _keys(index, start, N, K, BN: tl.constexpr):
-    """The next chosen keys of a query, and which of them there are."""
+def in_band(key, behind, K, near, far, low):
+    """Which keys there are that are so far behind a query, of those that it may see."""
+    return (key >= low) & (key < K) & (behind >= near) & (behind <= far)
+
+
+@triton.jit
+def _keys(table, start, place, N, K, near, far, low, BN: tl.constexpr, S: tl.constexpr):
+    """The next chosen keys of a query at `place`, and which of them there are."""
     n = start + tl.arange(0, BN)
-    key = tl.load(index + n, mask=n < N, other=-1)
-    there = (key >= 0) & (key < K)
-    return tl.where(there, key, 0).to(tl.int64), there
+    if S == 1:
+        key = tl.load(table + n, mask=n < N, other=-1)
+        there = (key >= 0) & (key < K)
+    else:
+        if S % BN == 0:
+            # all of one block, side by side
+            key = tl.load(table + start // S) * S + (start % S + tl.arange(0, BN))
+        else:
+            key = tl.load(table + n // S, mask=n < N, other=-1) * S + n % S
+        there = in_band(key, place - key, K, near, far, low)
+    return key.to(tl.int64), there
 
 
 @triton.jit
@@ -84,23 +99,23 @@ def slope(scores, cap, HAS_CAP: tl.constexpr):
     return tl.full(scores.shape, 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "offset", "near", "far", "low", "scale", "cap"])
 def forward(
-    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n,
-    scale, cap, Q, K, N, i_b,
+    scale, cap, Q, K, N, i_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one query, for `BR` of the heads that read the same keys."""
     query, b, g, c, h, real = _program(H, G, C, P, R, BR)
     q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
-    index = index_ptr + b * i_b + (c * Q + query) * N
+    table = table_ptr + b * i_b + (c * Q + query) * (N // S)
     out = tl.zeros((BR, BE), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     for start in range(0, N, BN):
-        key, there = _keys(index, start, N, K, BN)
+        key, there = _keys(table, start, query + offset, N, K, near, far, low, BN, S)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
@@ -115,13 +130,13 @@ def forward(
     tl.store(lse_ptr + (b * H + h) * Q + query, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "offset", "near", "far", "low", "scale", "cap"])
 def gradients_of_queries(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, index_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n,
-    scale, cap, Q, K, N, i_b,
+    scale, cap, Q, K, N, i_b, offset, near, far, low,
     HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
     HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one query, for `BR` of the heads that read the same keys, and delta, which that of keys reads."""
@@ -136,10 +151,10 @@ def gradients_of_queries(
     if HAS_GRAD_LSE:
         delta -= tl.load(dlse_ptr + at, mask=real, other=0.0)
     tl.store(delta_ptr + at, delta, mask=real)
-    index = index_ptr + b * i_b + (c * Q + query) * N
+    table = table_ptr + b * i_b + (c * Q + query) * (N // S)
     total = tl.zeros((BR, BD), tl.float32)
     for start in range(0, N, BN):
-        key, there = _keys(index, start, N, K, BN)
+        key, there = _keys(table, start, query + offset, N, K, near, far, low, BN, S)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)

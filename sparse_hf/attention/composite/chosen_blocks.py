@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -23,17 +23,18 @@ from ...plan.cache import kept
 from ..backend import AttentionCall
 from ..backends.triton.walk import why_unfit
 from ..chosen.best_keys import Limits, choose
+from ..chosen.choice import Choice, ChosenBlocks, ChosenKeys
 from ..chosen.scores import DotScores
 from ..chosen.selection import is_able
 from ..launch import launch, power_of_two, strides_of
 from ..strides import readable
-from .chosen_rest import Band, Rest
+from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
 # keys of blocks that are looked at at once, on the CPU and elsewhere, and numbers that are pooled at once
 MAX_KEYS, MAX_KEYS_ELSEWHERE, MAX_POOLED = 1 << 20, 1 << 23, 1 << 26
-# tokens that a kernel pools at once, and keys that one lists at once
-MAX_POOLED_TOKENS, MAX_LISTED_KEYS = 64, 1024
+# tokens that a kernel pools at once
+MAX_POOLED_TOKENS = 64
 # pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
 MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
@@ -311,29 +312,16 @@ def find_groups(rest: Rest, content: TopKBlocks) -> Groups:
     return Groups(rest, content, rest.positions.q_len)
 
 
-def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
-    """The keys of each query, `[B, C, Q, c * S]` int32, -1 for none."""
+def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Choice:
+    """The blocks of each query where their keys are known from numbers alone, else its keys, `[B, C, Q, c * S]`."""
     groups = find_groups(rest, content)
-    found = groups.choose(call.q, call.k)
-    if rest.band is not None and is_able(found.device):
-        return _keys_by_kernel(found, groups, rest.band)
-    return torch.cat(list(_keys_of_blocks(found, groups)), 2)
-
-
-def _keys_by_kernel(found: Tensor, groups: Groups, band: Band) -> Tensor:
-    """The keys `[B, C, Q, c * S]` of blocks `[B, C, T, c]` of a single text."""
-    from . import chosen_block_kernels as kernels
-
-    found, content, positions = found.int().contiguous(), groups.content, groups.rest.positions
-    batch, heads, of_text, count = found.shape
-    keys = found.new_empty(batch, heads, groups.queries, count * content.size)
-    if keys.numel():
-        numbers = (
-            groups.queries, of_text, count, content.size, content.queries, positions.q_offset, positions.kv_len, *astuple(band),
-        )  # fmt: skip
-        constants = {"BN": min(MAX_LISTED_KEYS, power_of_two(keys.shape[3]))}
-        launch(kernels.list_keys, (groups.queries, batch * heads), (found, keys), (), numbers, constants)
-    return keys
+    found, positions = groups.choose(call.q, call.k), rest.positions
+    if rest.band is not None and content.size > 1:
+        blocks = found.int() if content.queries == 1 else found.int()[:, :, groups.of_query[0]]
+        return ChosenBlocks(blocks, content.size, rest.band, positions.q_offset, positions.kv_len)
+    # blocks of texts that begin elsewhere do so too
+    size = content.size if positions.is_bare else 1
+    return ChosenKeys(torch.cat(list(_keys_of_blocks(found, groups)), 2), size)
 
 
 def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:

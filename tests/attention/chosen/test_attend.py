@@ -7,7 +7,7 @@ import torch
 
 from sparse_hf.attention.chosen import attend_chosen, backend, pieces
 from sparse_hf.attention.chosen.api import chosen_call
-from sparse_hf.attention.chosen.backend import ChosenKeys
+from sparse_hf.attention.chosen.choice import ChosenKeys
 from sparse_hf.attention.dropout import NO_DROPOUT
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.testing import AllocationInterceptor
