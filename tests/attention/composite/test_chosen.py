@@ -9,10 +9,11 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, selection
+from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, pieces, selection
+from sparse_hf.attention.chosen.choice import Band, ChosenBlocks
 from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_blocks, chosen_scores
-from sparse_hf.attention.composite.chosen_rest import Band, find_rest
+from sparse_hf.attention.composite.chosen_rest import find_rest
 from sparse_hf.attention.composite.content import ContentPairs, held_by, positions_plan
 from sparse_hf.attention.dispatch import content_plan, route
 from sparse_hf.bench.exactness import plain_call
@@ -113,6 +114,25 @@ def test_no_tensor_has_two_lengths(text, length, monkeypatch):
     assert not seen.quadratic
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("per", "heads"), [("head", (2, 1)), ("group", (4, 2))])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_keys_of_blocks_are_not_written_out(by_kernels, per, heads, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_GATHERED", 1 << 15)
+    for room in (gathers, by_blocks):
+        monkeypatch.setattr(room, "MAX_PARTS", 1 << 15)
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    if not by_kernels:
+        monkeypatch.setattr(gathers, "why_not", lambda call: "asked not to")
+    q, k, v = (t.to(DEVICE).requires_grad_() for t in tensors((*heads, 16), 300, 300, torch.float16))
+    text = f"topk_blocks(4, 64, 'mean', 1, '{per}') & window(None, 0)"
+    with AllocationInterceptor(300) as seen:
+        sparse_attention(q, k, v, text).float().sum().backward()
+    choosing = len(q) * (heads[1] if per == "group" else heads[0])
+    # in bytes, of which the interpreter makes copies
+    assert seen.largest < choosing * 300 * 4 * 64
+
+
 def test_scores_find_large_products():
     torch.manual_seed(0)
     k = torch.randn(1, 2, 1024, 32)
@@ -179,8 +199,7 @@ BANDS = {
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("queries", [60, 23])
 @pytest.mark.parametrize(("text", "band"), BANDS.items())
-def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
-    monkeypatch.setattr(chosen_blocks, "MAX_LISTED_KEYS", 16)
+def test_keys_of_blocks_are_known_from_numbers(text, band, queries):
     q, k, _ = (t.to(DEVICE) for t in tensors((4, 2, 16), queries, 60, torch.float32))
     call = plain_call(q, k, k, Pattern.parse(text))
     call.q_offset = 60 - queries
@@ -194,8 +213,12 @@ def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
         may = groups.may_choose(group[:, None], block)
         assert torch.equal(may, groups._allows(group[:, None], block).expand_as(may))
         exact = torch.cat(list(chosen_blocks._keys_of_blocks(found, groups)), 2)
-        assert torch.equal(chosen_blocks._keys_by_kernel(found, groups, rest.band), exact) and (exact >= 0).any()
-        assert torch.equal(chosen_blocks.block_choice(call, content, rest), exact)
+        choice = chosen_blocks.block_choice(call, content, rest)
+        assert isinstance(choice, ChosenBlocks) and (exact >= 0).any()
+        assert torch.equal(choice.index, exact)
+        assert torch.equal(choice.of_queries(slice(5, 20)).index, exact[:, :, 5:20])
+        head, some = torch.tensor([1, 0], device=DEVICE), torch.tensor([7, 2, 2], device=DEVICE)
+        assert torch.equal(choice.keys(1, head, some), exact[1, head][:, some])
 
 
 def test_positions_without_pairs_are_not_attended_to():
