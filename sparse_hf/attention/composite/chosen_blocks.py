@@ -217,13 +217,17 @@ class Groups:
         block = first[..., None] + torch.arange(self.content.own_blocks, device=first.device)
         return block.masked_fill(block > last[..., None], -1)
 
+    @kept
+    def limits(self) -> Limits:
+        """Which blocks each group may choose beside its own."""
+        band, size = self.rest.band, self.content.size
+        if band is None or band.first or self.content.queries > 1:
+            return Limits(allows=self.may_choose)
+        # blocks before a query's own, but those that its window holds: all that begin so far before it
+        return Limits(q_offset=self.rest.positions.q_offset - max(size, band.near), size=size)
+
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
-        band = self.rest.band
-        if band is not None and not band.first and self.content.queries == 1:
-            # the blocks before a query's own, but those that its window holds
-            x, size = group + self.rest.positions.q_offset, self.content.size
-            return ((block < x // size) & (x - block * size >= band.near))[None, None]
         known = self._allowed
         if known is None:
             return self._allows(group, block)
@@ -256,15 +260,15 @@ class Groups:
         return allowed & (held != FULL)
 
     def choose(self, q: Tensor, k: Tensor) -> Tensor:
-        """The blocks of each group, its own last, `[B, C, T, c]`, -1 for none."""
+        """The blocks of each group, its own last, `[B, C, T, c]` int32, -1 for none."""
         heads = (k if self.content.shares_heads else q).shape[1]
-        own = self.own[:, None].expand(q.shape[0], heads, -1, -1)
+        own = self.own[:, None].int().expand(q.shape[0], heads, -1, -1)
         others = self.content.count - own.shape[-1]
         if others < 1:
             return own
         scorer = self._antidiagonals(q, k) if self.content.scores == "antidiagonal" else DotScores(*self._scored(q, k))
-        found = choose(scorer, others, Limits(allows=self.may_choose))
-        return torch.cat([found.long(), own], -1)
+        found = choose(scorer, others, self.limits)
+        return torch.cat([found, own], -1)
 
     def _antidiagonals(self, q: Tensor, k: Tensor) -> AntidiagonalScores:
         side, offset = ANTIDIAGONAL, self.rest.positions.q_offset
@@ -317,7 +321,7 @@ def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Choice
     groups = find_groups(rest, content)
     found, positions = groups.choose(call.q, call.k), rest.positions
     if rest.band is not None and content.size > 1:
-        blocks = found.int() if content.queries == 1 else found.int()[:, :, groups.of_query[0]]
+        blocks = found if content.queries == 1 else found[:, :, groups.of_query[0]]
         return ChosenBlocks(blocks, content.size, rest.band, positions.q_offset, positions.kv_len)
     # blocks of texts that begin elsewhere do so too
     size = content.size if positions.is_bare else 1
@@ -335,7 +339,7 @@ def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
     for q in torch.arange(groups.queries, device=found.device).split(
         max(1, most // (batch * heads * count * blocks.size))
     ):
-        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, C, m, c]
+        block = found[b[:, None, None], h[:, None], of_query[:, None, q]].long()  # [B, C, m, c]
         first, last = (t[row, block.clamp(min=0)][..., None] for t in (blocks.first, blocks.last))
         keys = first + inside  # [B, C, m, c, S]
         there = (keys <= last) & (block >= 0)[..., None]
