@@ -25,8 +25,10 @@ MAX_SCORES = 1 << 27
 BLOCK, TILE_QUERIES, TILE_KEYS = 4096, 64, 128
 # the same of products, and dimensions of them at a time
 PRODUCT_QUERIES, PRODUCT_KEYS, PRODUCT_DIM = 64, 64, 32
+# so many keys are compared at once with others of as many queries
+FEW_KEYS, FEW_QUERIES = 2048, 4
 # warps of a program
-WARPS_OF_SCORES, WARPS_OF_CHOICE = 4, 8
+WARPS_OF_SCORES, WARPS_OF_CHOICE, WARPS_OF_FEW = 4, 8, 4
 # head dims of an indexer
 MAX_HEAD_DIM = 256
 
@@ -124,7 +126,16 @@ def _select(scores: Tensor, found: Tensor, end: tuple[int, int] | None) -> None:
     from . import selection_kernels
 
     batch, heads, some, keys = scores.shape
-    if found.numel():
+    if not found.numel():
+        return
+    if keys <= FEW_KEYS:
+        launch(
+            selection_kernels.select_of_few, (-(-some // FEW_QUERIES), batch * heads), (scores, found), (found.stride(1), found.stride(2)),
+            (*(end or (0, 1)), some, keys, found.shape[3]),
+            {"IS_CAUSAL": end is not None, "BM": FEW_QUERIES, "BN": max(32, power_of_two(keys)), "BC": power_of_two(found.shape[3])},
+            num_warps=WARPS_OF_FEW,
+        )  # fmt: skip
+    else:
         launch(
             selection_kernels.select, (some, batch * heads), (scores, found), (found.stride(1), found.stride(2)),
             (*(end or (0, 1)), some, keys, found.shape[3]),

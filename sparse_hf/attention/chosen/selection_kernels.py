@@ -15,7 +15,7 @@ import triton.language as tl
 from ..programs import second_program
 
 # digits of a score's 32 bits, from the highest
-DIGITS, DIGIT_BITS, DIGIT_VALUES = tl.constexpr(4), tl.constexpr(8), tl.constexpr(256)
+BITS, DIGITS, DIGIT_BITS, DIGIT_VALUES = tl.constexpr(32), tl.constexpr(4), tl.constexpr(8), tl.constexpr(256)
 
 
 @triton.jit(do_not_specialize=["offset", "size", "Q", "K"])
@@ -75,6 +75,14 @@ def dot_scores(
 
 
 @triton.jit
+def _end(query, offset, size, K, IS_CAUSAL: tl.constexpr):
+    """How many of the first keys begin no later than where a query is."""
+    if IS_CAUSAL:
+        return tl.where(query + offset < 0, 0, tl.minimum(K, (query + offset) // size + 1))
+    return query * 0 + K
+
+
+@triton.jit
 def _ordered(scores_ptr, n, end):
     """Scores as whole numbers in their order, and which of them may be chosen."""
     x = tl.load(scores_ptr + n, mask=n < end, other=float("-inf"))
@@ -93,9 +101,7 @@ def select(
     query, row = tl.program_id(0), second_program().to(tl.int64)
     scores_ptr += (row * Q + query) * K
     index_ptr += row * index_r + query.to(tl.int64) * index_n
-    end = K
-    if IS_CAUSAL:
-        end = tl.where(query + offset < 0, 0, tl.minimum(K, (query + offset) // size + 1))
+    end = _end(query, offset, size, K, IS_CAUSAL)
     threshold = tl.full((), 0, tl.uint32)
     missing = count
     value = tl.arange(0, DIGIT_VALUES)
@@ -128,3 +134,31 @@ def select(
     for start in range(0, count, BN):
         n = start + tl.arange(0, BN)
         tl.store(index_ptr + n, -1, mask=(n >= taken) & (n < count))
+
+
+@triton.jit(do_not_specialize=["offset", "size", "Q", "K", "count"])
+def select_of_few(
+    scores_ptr, index_ptr, index_r, index_n, offset, size, Q, K, count,
+    IS_CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same of `BM` queries, all of whose scores are at hand: the threshold is found bit by bit."""
+    query, row = tl.program_id(0) * BM + tl.arange(0, BM), second_program().to(tl.int64)
+    n, c = tl.arange(0, BN)[None, :], tl.arange(0, BC)[None, :]
+    end = tl.where(query < Q, _end(query, offset, size, K, IS_CAUSAL), 0)
+    order, may = _ordered(scores_ptr + (row * Q + query)[:, None] * K, n, end[:, None])
+    # below whatever may be chosen
+    order = tl.where(may, order, 0)
+    taken = tl.minimum(count, tl.sum(may.to(tl.int32), 1))
+    threshold, one = tl.full((BM,), 0, tl.uint32), tl.full((BM,), 1, tl.uint32)
+    for step in tl.static_range(BITS):
+        shift = BITS - 1 - step
+        higher = threshold | (one << shift)
+        enough = tl.sum((order >= higher[:, None]).to(tl.int32), 1) >= taken
+        threshold = tl.where(enough, higher, threshold)
+    above, same = order > threshold[:, None], (order == threshold[:, None]).to(tl.int32)
+    missing = taken - tl.sum(above.to(tl.int32), 1)
+    chosen = above | ((same > 0) & (tl.cumsum(same, 1) <= missing[:, None]))
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    index_ptr += row * index_r + query.to(tl.int64)[:, None] * index_n
+    tl.store(index_ptr + place, tl.broadcast_to(n, (BM, BN)), mask=chosen)
+    tl.store(index_ptr + tl.broadcast_to(c, (BM, BC)), -1, mask=(query < Q)[:, None] & (c >= taken[:, None]) & (c < count))

@@ -78,9 +78,11 @@ def test_zeros_of_either_sign_are_equal():
 
 @pytest.mark.cross
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("few", [0, 60])
 @pytest.mark.parametrize("count", [1, 7, 60])
 @pytest.mark.parametrize("kind", ["normal", "ties", "below zero", "two keys"])
-def test_kernels_equal_brute_force(kind, count, monkeypatch):
+def test_kernels_equal_brute_force(kind, count, few, monkeypatch):
+    monkeypatch.setattr(selection, "FEW_KEYS", few)
     monkeypatch.setattr(selection, "BLOCK", 16)
     monkeypatch.setattr(selection, "MAX_SCORES", 600)
     scores = torch.randn(2, 2, 4, 60)
