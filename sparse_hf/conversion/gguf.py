@@ -49,12 +49,14 @@ def dequantise(source: Source, out: Path) -> None:
     """Write the checkpoint in a file that `read_gguf` has checked to the folder `out` as float32 safetensors.
 
     Raises:
-        ValueError: the file lacks weights of its architecture, which Transformers would draw at random.
+        ValueError: the file lacks weights of its architecture, which Transformers would draw at random, or asks for a token before
+            each text that this version of Transformers does not read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     folder, name = str(source.folder), source.name
+    tokenizer = _read_tokenizer(source.folder / name)
     # without `dequantize` the model would stay packed, and could not be saved
     quantization = GgufConfig(gguf_file=name, dequantize=True)
     # with what was found, it returns two
@@ -69,7 +71,22 @@ def dequantise(source: Source, out: Path) -> None:
             f"{type(model).__name__}; convert the checkpoint that the file was made from"
         )
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     # what Transformers read off the file, completed
     config = {**source.config, "dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_tokenizer(file: Path) -> Any:
+    """The tokenizer of a file, that begins texts as the file says."""
+    import transformers
+
+    from .gguf_header import begins_texts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    if begins_texts(file) and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        raise ValueError(
+            f"{file} says that texts begin with a token of their own, and Transformers {transformers.__version__} reads a tokenizer without "
+            "it, by which other answers come; install transformers>=5.24"
+        )
+    return tokenizer

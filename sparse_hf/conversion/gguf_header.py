@@ -55,6 +55,14 @@ def read_header(file: Path) -> Header:
     return Header(file.name, keys, factors)
 
 
+def begins_texts(file: Path) -> bool:
+    """Does a file say that its tokenizer puts a token before each text?"""
+    import gguf
+
+    said = gguf.GGUFReader(str(file)).fields.get("tokenizer.ggml.add_bos_token")
+    return said is not None and bool(said.contents())
+
+
 def complete(config: dict[str, Any], header: Header) -> dict[str, Any]:
     """The configuration that Transformers read, with what it left out.
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_hf
 from sparse_hf.conversion import describe_conversion
@@ -280,6 +282,23 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
     with pytest.raises(ValueError, match="has no weights for model.layers.1.mlp.up_proj.weight of LlamaForCausalLM"):
         sparse_hf.convert(file, tmp_path / "sparse", WIDE, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_begin_as_the_file_says(begins, tmp_path):
+    file = write(tmp_path / "m.gguf", "llama", ("add_bos_token", begins))
+    if begins and not reads_how_texts_begin():
+        with pytest.raises(ValueError, match="texts begin with a token of their own.*5.24"):
+            converted(file)
+        assert not (tmp_path / "sparse").exists()
+        return
+    converted(file)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sparse")
+    assert (tokenizer("t5")["input_ids"][:1] == [1]) == begins
+
+
+def reads_how_texts_begin() -> bool:
+    return Version(transformers.__version__) >= Version("5.24")
 
 
 def test_the_report_says_what_was_read(tmp_path):
