@@ -71,7 +71,9 @@ class Limits:
 
     def last_key(self, queries: slice, num_keys: int) -> int:
         """How many of the first keys have any that one of the queries may choose, at most."""
-        return num_keys if self.q_offset is None else max(0, min(num_keys, (queries.stop - 1 + self.q_offset) // self.size + 1))
+        if self.q_offset is None:
+            return num_keys
+        return max(0, min(num_keys, (queries.stop - 1 + self.q_offset) // self.size + 1))
 
     def seen(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """Bool that broadcasts to `[B, C, m, n]`; None for all."""

@@ -19,6 +19,9 @@ import triton.language as tl
 from ..programs import second_program
 from .kernels import LOG2_E, capped, gather, in_band, row_of, slope
 
+# what differs from call to call, of the kernels that go over segments
+NUMBERS = "scale cap Q K N first_row segments limit l_b offset near far low".split()
+
 
 @triton.jit
 def _segment(offsets, firsts, block_ptr, first_row, segments, limit, l_b, K, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
@@ -64,8 +67,7 @@ def _queries(
     return real, place, query, there
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "offset", "near", "far", "low", "scale",
-                             "cap"])
+@triton.jit(do_not_specialize=NUMBERS)
 def forward(
     q_ptr, k_ptr, v_ptr, table_ptr, part_out, part_lse, place_ptr, offsets, firsts, block_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
@@ -85,7 +87,7 @@ def forward(
     k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     # one loop, whose loads are on their way before they are needed
     turns: tl.constexpr = (R + BR - 1) // BR
-    for turn in range(0, tl.cdiv(end - begin, BP) * turns):
+    for turn in range(tl.cdiv(end - begin, BP) * turns):
         start = begin + turn // turns * BP
         is_pair, place, query, there = _queries(
             place_ptr, table_ptr, of_list, block, start, end, Q, K, N, offset, near, far, low, BP, BR, S, HAS_KEYS
@@ -157,8 +159,7 @@ def add(
         tl.store(to, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "offset", "near", "far", "low", "scale",
-                             "cap"])
+@triton.jit(do_not_specialize=NUMBERS)
 def gradients(
     do_ptr, q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr, delta_ptr, part_q, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
@@ -182,7 +183,7 @@ def gradients(
     sum_k = tl.zeros((S, BD), tl.float32)
     sum_v = tl.zeros((S, BE), tl.float32)
     turns: tl.constexpr = (R + BR - 1) // BR
-    for turn in range(0, tl.cdiv(end - begin, BP) * turns):
+    for turn in range(tl.cdiv(end - begin, BP) * turns):
         start = begin + turn // turns * BP
         is_pair, place, query, there = _queries(
             place_ptr, table_ptr, of_list, block, start, end, Q, K, N, offset, near, far, low, BP, BR, S, HAS_KEYS

@@ -17,21 +17,20 @@ from ..backends.triton.walk import why_unfit
 from ..devices import HALF_TYPES, shared_bytes
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
+from . import tiles
 from .pieces import rows_of
+from .tiles import Tile
 
-# chosen keys of a tile, and where two tiles on their way fit any GPU; rows of queries of a tile of a key, and segments that are added
-# at a time
-TILE, LARGE_TILE, CHOOSERS, ADDED = 32, 64, 32, 4
+# rows of queries of a tile of a key, and segments that are added at a time
+CHOOSERS, ADDED = 32, 4
 # heads of a tile: the matrix units take 16 rows at least
 LEAST_HEADS, MOST_HEADS = 16, 64
 # queries of a segment at least
 LEAST_CHOOSERS = 64
-# numbers that segments write at once
-MAX_PARTS = 1 << 27
-# blocks of keys whose gradients are made together: sizes, rows of queries of a tile, and queries of a segment
-BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
-# head dims of them, and numbers of a block that four warps hold
-MAX_BLOCK_DIM, MAX_OF_FOUR_WARPS = 128, 64 * 128
+# bytes of what segments write at once
+MAX_PART_BYTES = 1 << 29
+# blocks of keys whose gradients are made together: sizes, queries of a segment, and head dims
+BLOCK_SIZES, BLOCK_CHOOSERS, MAX_BLOCK_DIM = (16, 32, 64, 128), 512, 128
 # shared memory that such a block takes, and a larger one
 SHARED_BYTES = 99 << 10, 227 << 10
 
@@ -119,9 +118,8 @@ class Shape:
     def constants(self) -> dict:
         """Of the kernels that walk the keys of a query."""
         cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
-        tile = LARGE_TILE if self.has_large_tiles else TILE
-        tiles = {"BR": self.heads_of_tile, "BN": tile, "S": self.call.plan.per_entry}
-        return {**self.heads, **tiles, **self.dims, **cap}
+        tile = {"BR": self.heads_of_tile, "BN": self.tile.side, "S": self.call.plan.per_entry}
+        return {**self.heads, **tile, **self.dims, **cap}
 
     @property
     def has_large_tiles(self) -> bool:
@@ -129,24 +127,26 @@ class Shape:
         return self.call.q.dtype in HALF_TYPES and max(self.call.q.shape[3], self.call.v.shape[3]) <= MAX_BLOCK_DIM
 
     @property
-    def options(self) -> dict[str, int]:
-        """How these are run: the fastest on an H200."""
-        if not self.has_large_tiles:
-            return {"num_warps": 4}
-        return {"num_warps": 2 if self.heads_of_tile == LEAST_HEADS else 4, "num_stages": 2}
+    def tile(self) -> Tile:
+        """Of these."""
+        return tiles.of_query(self.heads_of_tile, is_wide=not self.has_large_tiles, least_heads=LEAST_HEADS)
+
+    def tile_of_block(self, size: int, *, backward: bool) -> Tile:
+        """Of those that go block by block."""
+        return tiles.of_block(size, max(self.call.q.shape[3], self.call.v.shape[3]), backward=backward)
 
     @property
     def of_keys(self) -> dict:
         """Of the kernel that makes the gradients of a key."""
         heads = min(CHOOSERS // 2, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": CHOOSERS // heads}
-        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+        tile = {"BR": heads, "BP": CHOOSERS // heads}
+        return {**self.heads, **tile, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def of_blocks(self, size: int, rows: int) -> dict:
         """Of those that go block by block."""
         heads = min(rows, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": rows // heads, "S": size, "HAS_KEYS": self.call.plan.per_entry == 1}
-        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+        tile = {"BR": heads, "BP": rows // heads, "S": size, "HAS_KEYS": self.call.plan.per_entry == 1}
+        return {**self.heads, **tile, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def empty_gradients(self, *of: Tensor, adds: bool = False) -> list[Tensor]:
         """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards, as are several with `adds`."""
@@ -188,7 +188,7 @@ def block_size(call: AttentionCall) -> int:
     size, dim = call.plan.size, max(call.q.shape[3], call.v.shape[3])
     if size not in BLOCK_SIZES or dim > MAX_BLOCK_DIM or call.q.dtype not in HALF_TYPES:
         return 1
-    needed = SHARED_BYTES[size * dim > MAX_OF_FOUR_WARPS]
+    needed = SHARED_BYTES[size * dim > tiles.MAX_OF_FOUR_WARPS]
     return size if shared_bytes(call.q.device) >= needed else 1
 
 
@@ -201,11 +201,6 @@ def lists_of(shape: Shape, size: int) -> Choosers:
     """The lists of keys, or of blocks of keys."""
     plan, keys = shape.call.plan, shape.call.k.shape[2]
     return choosers(plan.index, keys) if size == 1 else _choosers_of_blocks(plan.blocks, -(-keys // size))
-
-
-def options_of_blocks(size: int, k: Tensor, v: Tensor) -> dict[str, int]:
-    """How a program is run that has a block of keys and values."""
-    return {"num_warps": 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8, "num_stages": 2}
 
 
 def _shape(call: AttentionCall) -> tuple[Shape, Tensor, Tensor, Tensor]:
@@ -221,7 +216,7 @@ def forward(call: AttentionCall) -> Results:
     if out.numel():
         launch(
             kernels.forward, shape.grid, (q, k, v, shape.table, out, lse), strides_of(q, k, v, out),
-            (*shape.numbers, shape.row_step, *shape.limits), shape.constants, **shape.options,
+            (*shape.numbers, shape.row_step, *shape.limits), shape.constants, **shape.tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -246,7 +241,7 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
         kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.table, lse, given_lse, delta, grad_q),
         strides_of(grad_out, q, k, v, out, grad_q),
         (*shape.numbers, shape.row_step, *shape.limits),
-        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.options,
+        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.tile.options,
     )  # fmt: skip
     return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
 
@@ -259,13 +254,14 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
     size, grads = block_size(shape.call), shape.empty_gradients(k, v)
     lists = lists_of(shape, size)
     rows, segments = k.shape[0] * shape.rows, lists.key.shape[2]
-    some = max(1, MAX_PARTS // (segments * size * (k.shape[3] + v.shape[3])))
+    some = max(1, MAX_PART_BYTES // (4 * segments * size * (k.shape[3] + v.shape[3])))
     kernel, given, constants, options, limits = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}, ()
     if size > 1:
         # anything will do where nothing is written
         kernel, given = block_kernels.gradients, (*tensors[:4], shape.table, *tensors[4:], q)
-        constants = {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": False, "PRECISION": "ieee"}
-        options, limits = options_of_blocks(size, k, v), shape.limits
+        tile, limits = shape.tile_of_block(size, backward=True), shape.limits
+        constants = {**shape.of_blocks(size, tile.side), "OF_QUERIES": False, "PRECISION": "ieee"}
+        options = tile.options
     for first in range(0, rows, some):
         count = min(some, rows - first)
         parts = [

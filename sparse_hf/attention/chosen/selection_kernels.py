@@ -161,4 +161,5 @@ def select_of_few(
     place = tl.cumsum(chosen.to(tl.int32), 1) - 1
     index_ptr += row * index_r + query.to(tl.int64)[:, None] * index_n
     tl.store(index_ptr + place, tl.broadcast_to(n, (BM, BN)), mask=chosen)
-    tl.store(index_ptr + tl.broadcast_to(c, (BM, BC)), -1, mask=(query < Q)[:, None] & (c >= taken[:, None]) & (c < count))
+    left = (query < Q)[:, None] & (c >= taken[:, None]) & (c < count)
+    tl.store(index_ptr + tl.broadcast_to(c, (BM, BC)), -1, mask=left)

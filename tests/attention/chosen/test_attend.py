@@ -80,7 +80,7 @@ def test_scores(how):
 @pytest.mark.parametrize(("shape", "how"), [*((shape, {}) for shape in SHAPES), (SHAPES[1], {"soft_cap": 2.0})])
 def test_kernels_equal_dense_attention(shape, how, monkeypatch):
     monkeypatch.setattr(backend.gathers, "LEAST_CHOOSERS", 4)
-    monkeypatch.setattr(backend.gathers, "MAX_PARTS", 2000)
+    monkeypatch.setattr(backend.gathers, "MAX_PART_BYTES", 8000)
     compare(shape, (8, 10, 4), torch.float32, DEVICE, batch=2 if shape == SHAPES[1] else 1, **how)
 
 
@@ -213,6 +213,11 @@ def test_blocks_go_together_where_a_gpu_has_the_memory(monkeypatch):
     assert [size_of(64, 128), size_of(128, 128), size_of(64, 128, 32), size_of(24, 64), size_of(64, 160)] == [
         (64, True), (128, True), (64, False), (1, False), (1, False),
     ]  # fmt: skip
+    # nor do they backward, however many queries there are
+    monkeypatch.setattr(backend.by_blocks, "LEAST_CHOSEN", 2 * 300 * 2)
+    assert size_of(64, 128, 32) == (64, True) and size_of(24, 64, 32) == (1, False)
+    monkeypatch.setattr(backend.by_blocks, "LEAST_CHOSEN", 2 * 300 * 2 + 1)
+    assert size_of(64, 128, 32) == (64, False)
     for bytes_, wanted in ((200 << 10, (64, 1)), (64 << 10, (1, 1))):
         monkeypatch.setattr(backend.gathers, "shared_bytes", lambda device, bytes_=bytes_: bytes_)
         assert (size_of(64, 128)[0], size_of(128, 128)[0]) == wanted

@@ -123,7 +123,12 @@ def test_kernels_of_an_indexer(dtype, monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float16, torch.float32)], ids=str)
 def test_kernels_of_products(dtypes, monkeypatch):
-    for name, value in (("PRODUCT_QUERIES", 16), ("PRODUCT_KEYS", 16), ("PRODUCT_DIM", 16), ("MAX_SCORES", 2 * 4 * 20 * 37)):
+    for name, value in (
+        ("PRODUCT_QUERIES", 16),
+        ("PRODUCT_KEYS", 16),
+        ("PRODUCT_DIM", 16),
+        ("MAX_SCORES", 2 * 4 * 20 * 37),
+    ):
         monkeypatch.setattr(selection, name, value)
     query, key = (torch.randn(2, h, n, 24).to(dtype) for h, n, dtype in ((4, 35, dtypes[0]), (2, 37, dtypes[1])))
     scorer = DotScores(query.to(DEVICE), key.to(DEVICE))
@@ -140,7 +145,9 @@ def test_kernels_of_products(dtypes, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2], ids=str
+)
 def test_products_on_a_gpu(dtypes):
     query, key = (torch.randn(2, h, n, 200).to(dtype) for h, n, dtype in ((8, 300, dtypes[0]), (2, 700, dtypes[1])))
     exact = DotScores(query.double(), key.double()).scores(slice(0, 300), slice(0, 700))

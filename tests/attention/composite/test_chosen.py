@@ -120,7 +120,7 @@ def test_no_tensor_has_two_lengths(text, length, monkeypatch):
 def test_keys_of_blocks_are_not_written_out(by_kernels, per, heads, monkeypatch):
     monkeypatch.setattr(pieces, "MAX_GATHERED", 1 << 15)
     for room in (gathers, by_blocks):
-        monkeypatch.setattr(room, "MAX_PARTS", 1 << 15)
+        monkeypatch.setattr(room, "MAX_PART_BYTES", 1 << 16)
     monkeypatch.setattr(selection, "is_able", lambda device: False)
     if not by_kernels:
         monkeypatch.setattr(gathers, "why_not", lambda call: "asked not to")
@@ -244,8 +244,8 @@ OF_BLOCKS = [
 @pytest.mark.parametrize(("text", "shape", "times"), OF_BLOCKS)
 def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
     monkeypatch.setattr(gathers, "BLOCK_CHOOSERS", 10)
-    monkeypatch.setattr(gathers, "MAX_PARTS", 8000)
-    monkeypatch.setattr(by_blocks, "MAX_PARTS", 1200)
+    monkeypatch.setattr(gathers, "MAX_PART_BYTES", 32_000)
+    monkeypatch.setattr(by_blocks, "MAX_PART_BYTES", 2400)
     monkeypatch.setattr(by_blocks, "MAX_COPIED", 300)
     made, of_blocks = [], gathers._choosers_of_blocks
     monkeypatch.setattr(gathers, "_choosers_of_blocks", lambda *given: made.append(given) or of_blocks(*given))
