@@ -17,10 +17,7 @@ import triton
 import triton.language as tl
 
 from ..programs import second_program
-from .kernels import LOG2_E, capped, gather, in_band, row_of, slope
-
-# what differs from call to call, of the kernels that go over segments
-NUMBERS = "scale cap Q K N first_row segments limit l_b offset near far low".split()
+from .kernels import LOG2_E, OF_SEGMENTS, capped, gather, in_band, row_of, slope
 
 
 @triton.jit
@@ -67,7 +64,7 @@ def _queries(
     return real, place, query, there
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def forward(
     q_ptr, k_ptr, v_ptr, table_ptr, part_out, part_lse, place_ptr, offsets, firsts, block_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
@@ -159,7 +156,7 @@ def add(
         tl.store(to, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def gradients(
     do_ptr, q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr, delta_ptr, part_q, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,

@@ -66,6 +66,8 @@ def choosers(index: Tensor, num_keys: int, limit: int | None = None) -> Choosers
     limit = max(LEAST_CHOOSERS, chosen) if limit is None else limit
     key = index.flatten(2)
     key = key.where((key >= 0) & (key < num_keys), num_keys)
+    # sorted sooner
+    key = key.short() if num_keys < torch.iinfo(torch.int16).max else key
     ordered, order = key.sort(dim=-1, stable=True)
     step = torch.arange(num_keys + 1, dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1).contiguous()
     offsets = torch.searchsorted(ordered, step, out_int32=True)
@@ -140,6 +142,7 @@ class Shape:
         """Of the kernel that makes the gradients of a key."""
         heads = min(CHOOSERS // 2, power_of_two(self.heads["R"]))
         tile = {"BR": heads, "BP": CHOOSERS // heads}
+        tile["S"] = self.call.plan.per_entry
         return {**self.heads, **tile, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def of_blocks(self, size: int, rows: int) -> dict:
@@ -251,15 +254,18 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
     from . import block_kernels, kernels
 
     grad_out, q, k, v = tensors[:4]
-    size, grads = block_size(shape.call), shape.empty_gradients(k, v)
+    whole, grads = block_size(shape.call), shape.empty_gradients(k, v)
+    # else a program has one key, of a block or alone
+    size = shape.call.plan.per_entry if whole == 1 else whole
     lists = lists_of(shape, size)
     rows, segments = k.shape[0] * shape.rows, lists.key.shape[2]
     some = max(1, MAX_PART_BYTES // (4 * segments * size * (k.shape[3] + v.shape[3])))
-    kernel, given, constants, options, limits = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}, ()
-    if size > 1:
+    kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
+    programs = segments * size
+    if whole > 1:
         # anything will do where nothing is written
         kernel, given = block_kernels.gradients, (*tensors[:4], shape.table, *tensors[4:], q)
-        tile, limits = shape.tile_of_block(size, backward=True), shape.limits
+        tile, programs = shape.tile_of_block(size, backward=True), segments
         constants = {**shape.of_blocks(size, tile.side), "OF_QUERIES": False, "PRECISION": "ieee"}
         options = tile.options
     for first in range(0, rows, some):
@@ -268,8 +274,8 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
             torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
         ]  # fmt: skip
         launch(
-            kernel, (segments, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step, *limits), constants, **options,
+            kernel, (programs, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step, *shape.limits), constants, **options,
         )  # fmt: skip
         add_up(shape, size, lists, parts, grads, first)
     return shape.of_key_heads(grads)

@@ -21,6 +21,10 @@ import triton.language as tl
 from ..programs import second_program
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# what differs from call to call, of kernels that go over segments
+OF_SEGMENTS = [
+    "scale", "cap", "Q", "K", "N", "first_row", "segments", "limit", "l_b", "offset", "near", "far", "low",
+]  # fmt: skip
 
 
 @triton.jit
@@ -167,25 +171,26 @@ def gradients_of_queries(
     tl.store(at, (total * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & (d < D))
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def gradients_of_keys(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, part_k, part_v, query_ptr, offsets, firsts, key_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
-    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of one segment add to the gradients of its key and value, in float32."""
-    segment, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
+    """What the queries of one segment add to the gradients of its key and value, or of one of those of its block, in float32."""
+    segment, own = (tl.program_id(0) // S).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     b, g = row_of(P, H, G, row)
     _, c = row_of(P, H, C, row)
     of_list = b * l_b + c
-    key = tl.load(key_ptr + of_list * segments + segment).to(tl.int64)
+    block, blocks = tl.load(key_ptr + of_list * segments + segment).to(tl.int64), tl.cdiv(K, S)
+    key = block * S + tl.program_id(0) % S
     if key >= K:
         return
-    offsets += of_list * (K + 1) + key
-    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (K + 1) + key)) * limit
+    offsets += of_list * (blocks + 1) + block
+    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (blocks + 1) + block)) * limit
     end = tl.minimum(tl.load(offsets + 1), begin + limit)
     d, e, m = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, BP * BR)
     k = tl.load(k_ptr + b * k_b + g * k_g + key * k_n + d, mask=d < D, other=0.0).to(tl.float32)
@@ -194,10 +199,14 @@ def gradients_of_keys(
     sum_v = tl.zeros((BE,), tl.float32)
     for start in range(begin, end, BP):
         pair = start + m // BR
-        query = tl.load(query_ptr + of_list * Q * N + pair, mask=pair < end, other=0).to(tl.int64)
+        query = tl.load(query_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
+        there = pair < end
+        if S > 1:
+            query = query // (N // S)
+            there = there & in_band(key, query + offset - key, K, near, far, low)
         for first in range(0, R, BR):
             r = first + m % BR
-            h, real = row % P * R + r, (pair < end) & (r < R)
+            h, real = row % P * R + r, there & (r < R)
             q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD).to(tl.float32)
             do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE).to(tl.float32)
             at = (b * H + h) * Q + query
@@ -209,7 +218,7 @@ def gradients_of_keys(
             change = weights * (tl.sum(do * v[None, :], 1) - delta) * slope(scores, cap, HAS_CAP)
             sum_k += tl.sum(q * change[:, None], 0)
             sum_v += tl.sum(do * weights[:, None], 0)
-    at = own * segments + segment
+    at = own * segments * S + tl.program_id(0)
     tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
     tl.store(part_v + at * E + e, sum_v, mask=e < E)
 

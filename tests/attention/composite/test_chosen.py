@@ -9,7 +9,7 @@ import torch
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, pieces, selection
+from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, pieces, selection, tiles
 from sparse_hf.attention.chosen.choice import Band, ChosenBlocks
 from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_blocks, chosen_scores
@@ -230,14 +230,31 @@ def test_positions_without_pairs_are_not_attended_to():
         assert isinstance(backend, ContentPairs) and len(backend._parts(call)) == count
 
 
-# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query, else some queries at
-# a time in either pass
+# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query or no tile has such
+# blocks, else some queries at a time in either pass
 OF_BLOCKS = [
     ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (16, 1, 16), 1),
+    ("(window(5, 0) | first(2) | topk_blocks(3, 8)) & window(None, 0)", (2, 1, 16), 1),
+    ("topk_blocks(3, 12, 'bounds', 1, 'group') & window(None, 0)", (4, 2, 16), 1),
     ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (4, 2, 16), 6),
     ("(window(5, 0) | topk_blocks(3, 16, 'bounds')) & window(40, 0)", (2, 1, 24), 4),
     ("topk_blocks(2, 32, 'mean', 1, 'group')", (6, 2, 16), 6),
 ]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_heads_that_fill_several_tiles_of_a_block(monkeypatch):
+    monkeypatch.setattr(by_blocks, "LEAST_CHOSEN", 0)
+    monkeypatch.setattr(tiles, "FORWARD", (tiles.Tile(8, 4, 2),) * 2)
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    text, given = (
+        "(window(5, 0) | topk_blocks(3, 16, 'mean', 1, 'group')) & window(None, 0)",
+        tensors((20, 1, 16), 20, 26, torch.float16),
+    )
+    call = plain_call(*(t.to(DEVICE) for t in given), Pattern.parse(text))
+    call.q_offset = 6
+    mask = held_by(content_plan(call), call, torch.arange(20, device=DEVICE)).cpu()
+    compare_choice(text, given, mask, torch.float16, backend="triton")
 
 
 @pytest.mark.usefixtures("interpreted")
