@@ -24,11 +24,11 @@ for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_
 said = gguf.GGUFReader(f"{sys.argv[1]}/m.gguf").fields["tokenizer.ggml.add_bos_token"].contents()
 ids = AutoTokenizer.from_pretrained(sys.argv[1], gguf_file="m.gguf")("ab ab")["input_ids"]
 print("transformers", transformers.__version__, "add_bos_token", said, "ids", ids)
-sys.exit((ids[:1] == [1]) != (sys.argv[2] == "begins"))
+seen = (ids[:1] == [1]) == (sys.argv[2] == "begins")
+print("as described" if seen else "CHANGED")
+sys.exit(not seen)
 PY
-for version in "5.17.0 begins-not" "5.24.0 begins"; do
-  set -- $version
-  "$work/venv/bin/pip" install -q torch==2.13.0 "transformers==$1" gguf==0.19.0 sentencepiece==0.2.3
-  "$work/venv/bin/python" "$work/m.py" "$work" "$2" || { echo CHANGED; exit 1; }
-done
-echo "as described"
+"$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.17.0 gguf==0.19.0 sentencepiece==0.2.3
+"$work/venv/bin/python" "$work/m.py" "$work" begins-not
+"$work/venv/bin/pip" install -q transformers==5.24.0
+"$work/venv/bin/python" "$work/m.py" "$work" begins

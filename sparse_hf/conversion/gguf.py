@@ -86,7 +86,7 @@ def _read_tokenizer(file: Path) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     if begins_texts(file) and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         raise ValueError(
-            f"{file} says that texts begin with a token of their own, and Transformers {transformers.__version__} reads a tokenizer without "
-            "it, by which other answers come; install transformers>=5.24"
+            f"{file} says that texts begin with a token of their own, which Transformers {transformers.__version__} does not read, so that "
+            "answers would be others; install transformers>=5.24"
         )
     return tokenizer
