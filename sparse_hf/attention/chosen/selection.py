@@ -91,7 +91,7 @@ def dot_scores(scorer: DotScores, queries: slice, end: tuple[int, int] | None) -
     found = torch.empty(batch, heads, some, keys, dtype=torch.float32, device=query.device)
     if found.numel():
         launch(
-            selection_kernels.dot_scores, (-(-some // PRODUCT_QUERIES), batch * heads * -(-keys // PRODUCT_KEYS)), (query, key, found),
+            selection_kernels.dot_scores, (-(-some // PRODUCT_QUERIES) * -(-keys // PRODUCT_KEYS), batch * heads), (query, key, found),
             strides_of(query, key), (*(end or (0, 1)), some, keys),
             {"IS_CAUSAL": end is not None, "C": heads, "G": key.shape[1], "D": dim, "BD": min(PRODUCT_DIM, max(16, power_of_two(dim))),
              "BM": PRODUCT_QUERIES, "BN": PRODUCT_KEYS, "PRECISION": "tf32x3"}, num_warps=WARPS_OF_SCORES,

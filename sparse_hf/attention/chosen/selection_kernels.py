@@ -53,9 +53,8 @@ def dot_scores(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`q @ k`, of a tile; tiles of keys that begin behind all queries are left as they are."""
-    tiles = tl.cdiv(K, BN)
-    row = (second_program() // tiles).to(tl.int64)
-    first_query, first_key = tl.program_id(0) * BM, second_program() % tiles * BN
+    tiles, row = tl.cdiv(K, BN), second_program().to(tl.int64)
+    first_query, first_key = tl.program_id(0) // tiles * BM, tl.program_id(0) % tiles * BN
     if IS_CAUSAL and first_key * size > first_query + BM - 1 + offset:
         return
     m, n = tl.arange(0, BM), tl.arange(0, BN)
