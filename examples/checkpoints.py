@@ -86,6 +86,11 @@ class Checkpoint:
         assets = self.asset.pieces if isinstance(self.asset, Parts) else (self.asset,)
         return ", ".join(f"{asset.package}=={asset.version}" for asset in assets)
 
+    @property
+    def title(self) -> str:
+        """Its package; one that is in pieces is called by its own name."""
+        return self.name if isinstance(self.asset, Parts) else self.package
+
 
 def checkpoint(name: str) -> Path:
     """The folder of a checkpoint, made on first use.

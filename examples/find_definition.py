@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def plot(found: dict, path: Path) -> None:
     """The loss of each signature by how far back it stands."""
-    title = f"{found['model']}: signatures of {found['package']}, {found['tokens']:,} tokens, window {found['window']}"
+    title = f"{found['model']}, window {found['window']}:\nsignatures of {found['package']}, {found['tokens']:,} tokens"
     figure, (axis,) = canvas(1, title)
     # without the code nothing is far
     places = [row["distance"] for row in found["ways"]["dense"]["questions"]]

@@ -75,7 +75,7 @@ def real(name: str) -> Case:
     """The study of a checkpoint."""
     of = replace(
         study_healing.REAL,
-        name=CHECKPOINTS[name].package,
+        name=CHECKPOINTS[name].title,
         load=lambda: AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32),
         tokenizer=lambda: AutoTokenizer.from_pretrained(checkpoint(name)),
     )

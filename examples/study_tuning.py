@@ -120,12 +120,6 @@ def questions(found: dict) -> int:
     return cells * found["settings"]["repeats"]
 
 
-def called(name: str) -> str:
-    """A checkpoint's package; one that is in pieces is called by its own name."""
-    package = CHECKPOINTS[name].package
-    return name if "," in package else package
-
-
 def settings_of(options: argparse.Namespace, seed: int, repeats: int) -> Settings:
     made = Settings(
         length=options.length, lengths=(options.length,), tasks=tuple(options.tasks), repeats=repeats, batch=options.batch,
@@ -230,7 +224,7 @@ def main(arguments: list[str] | None = None) -> dict:
         tiny.write(options.work)
     options.model = str(options.work / "my-llama" if options.tiny else checkpoint(options.checkpoint))
     results = Results(options.out, {
-        "checkpoint": "tiny" if options.tiny else called(options.checkpoint), "pattern": options.pattern,
+        "checkpoint": "tiny" if options.tiny else CHECKPOINTS[options.checkpoint].title, "pattern": options.pattern,
         "dtype": options.dtype, "length": options.length, "tasks": options.tasks, "repeats": options.repeats,
         **({} if options.rank == "answers" else {"rank": options.rank}), "chosen_by": list(CHOSEN_BY), "checked_on": list(CHECKED_ON),
     })  # fmt: skip

@@ -34,7 +34,7 @@ TUNED, RECALLED = "h200/2026-11-30-evaluate-tuned-smollm2-8k", (
     ("SmolLM2-135M asked for what stands in 8,192 tokens", "no layer dense"),
     ("the same, a quarter of the layers dense, chosen by `sparse-hf tune`", "tuned"),
 )  # fmt: skip
-STREAMED = "h200/2026-11-30-study-streaming"
+STREAMED, INDEXED = "h200/2026-11-30-study-streaming", "h200/2026-11-30-study-indexer-qwen"
 
 
 def read(name: str) -> dict:
@@ -97,8 +97,7 @@ def long_texts() -> list[str]:
 
 
 def quality() -> str:
-    demo, healing = "cpu-2-cores/2026-11-24-demo", "h200/2026-11-25-study-healing"
-    books = {name: f"{row['perplexity']:.2f}" for name, row in read(healing)["entries"].items()}
+    demo = "cpu-2-cores/2026-11-24-demo"
     novel = [f"{read(demo)[f'decoder {kind}']['quality']:.2f}" for kind in ("dense", "sparse")]
     dense, sparse = (read(demo)[f"encoder {kind}"]["embedding"] for kind in ("dense", "sparse"))
     cosine = sum(a * b for a, b in zip(dense, sparse, strict=True))
@@ -106,8 +105,6 @@ def quality() -> str:
         "| | pattern | dense -> sparse | measured |",
         "|---|---|---|---|",
         f"| SmolLM2-135M, 8,192 tokens of a novel | {SINKS} | perplexity {' -> '.join(novel)} | {link(demo)} |",
-        f"| the same, four other books, both trained for 200 steps | {SINKS} | perplexity {books['dense, trained']} -> "
-        f"{books['sparse, trained']} | {link(healing)} |",
         rf"| all-MiniLM-L6-v2, grown to 4,096 tokens | `window(128, 128) \| first(1)` | cosine of embeddings {cosine:.3f} | {link(demo)} |",
     ]
     for label, candidate in RECALLED:
@@ -121,6 +118,16 @@ def quality() -> str:
     lines.append(
         '| SmolLM2-135M, made for 8,192 tokens, at the end of 65,536, `positions="cache"` | `window(1019, 0) \\| first(4)` | '
         f"perplexity {last[0]:,.0f} -> {last[1]:.2f} | {link(STREAMED)} |"
+    )
+    chosen = read(INDEXED)["entries"]
+    numbers = [
+        " -> ".join(text.format(chosen[one][key]) for one in ("dense", "window", "indexer, alone"))
+        for key, text in (("perplexity", "{:.2f}"), ("recalled", "{:.0%}"))
+    ]
+    lines.append(
+        "| Qwen2.5-Coder-0.5B, facts in 8,192 and 32,768 tokens: dense -> window and sinks -> those and an indexer, trained for 500 steps | "
+        r"`window(127, 0) \| first(4) \| topk(2048, 'indexer')` | "
+        f"perplexity {numbers[0]}, said word for word {numbers[1]} | {link(INDEXED)} |"
     )
     return "\n".join(lines)
 
