@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 import sparse_hf
 from examples import texts, tiny
+from sparse_hf.models.hf.hearing import is_causal
 from sparse_hf.train import MarkHeaders, TellAll
 
 logger = logging.get_logger("transformers.examples")
@@ -115,8 +116,8 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
 
     Raises:
         ValueError: a family or head that is not supported, a dense model without a pattern, a
-            sparse one with another, a pattern that cannot be read, or fewer positions than a row
-            has tokens.
+            sparse one with another, a pattern that cannot be read, fewer positions than a row
+            has tokens, or an encoder that would learn next tokens.
     """
     with training_args.main_process_first(desc="converting the model"):
         source, pattern = _source(auto_class, kind, model_args, training_args, changes)
@@ -141,7 +142,13 @@ def load_model(auto_class, kind: str, model_args: ModelArguments, training_args,
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return auto_class.from_pretrained(source, **changes), tokenizer
+    model = auto_class.from_pretrained(source, **changes)
+    if kind == "decoder" and not is_causal(model):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is an encoder, whose tokens see those that they would have to foretell; train it with "
+            "run_mlm.py, or for its task"
+        )
+    return model, tokenizer
 
 
 def _converted(source: str, most: int | None, pattern: str | None, model_args: ModelArguments, training_args) -> str:

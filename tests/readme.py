@@ -125,7 +125,7 @@ def quality() -> str:
         for key, text in (("perplexity", "{:.2f}"), ("recalled", "{:.0%}"))
     ]
     lines.append(
-        "| Qwen2.5-Coder-0.5B, facts in 8,192 and 32,768 tokens: dense -> window and sinks -> those and an indexer, trained for 500 steps | "
+        "| Qwen2.5-Coder-0.5B, facts in 8,192 and 32,768 tokens: dense -> window and sinks -> those and an indexer of 500 steps | "
         r"`window(127, 0) \| first(4) \| topk(2048, 'indexer')` | "
         f"perplexity {numbers[0]}, said word for word {numbers[1]} | {link(INDEXED)} |"
     )

@@ -21,7 +21,7 @@ from ..pattern import EMPTY, FULL, PARTIAL, First, Pattern
 from ..pattern.base import Marks, as_pattern
 from ..pattern.forms import StrideForm, read_stride
 from ..pattern.past import past_of
-from ..plan import BlockPlan, build_plan
+from ..plan import BlockPlan, build_plan, most_row_counts
 from ..plan.strided import is_worth_regrouping
 from ..units import size
 from .reach import Reach, reach
@@ -93,13 +93,12 @@ def describe(
     """
     pattern = _as_computed(pattern, is_causal)
     plan = _plan(pattern, length, block_size, marked)
-    chosen = pattern.most_keys
     most = torch.arange(1, length + 1) if is_causal else torch.full((length,), length)
-    counts = torch.minimum(plan.row_counts() + chosen, most)
+    counts = most_row_counts(pattern, length, marks=_marks(length, marked), block_size=block_size)
     pairs = int(counts.sum() // counts.shape[1])
     full = int(plan.full.sum())
     partial = len(plan.full) - full
-    found = None if chosen else reach([plan])
+    found = None if pattern.uses_content else reach([plan])
     table = sum(t.numel() * t.element_size() for t in (plan.row_offsets, plan.columns, plan.full))
     # the logarithm of the sum of a query's weights, in 32 bits
     sums = 4 * num_heads * length
@@ -235,7 +234,8 @@ def save_png(
     plan = _plan(pattern, length, block_size, marked)
     drawn = _drawn(pattern, plan)
     cells = min(length, MAX_CELLS)
-    density = min(1.0, plan.density + as_pattern(pattern).most_keys / length)
+    counts = most_row_counts(pattern, length, marks=_marks(length, marked), block_size=block_size)
+    density = float(counts.double().mean()) / length
     side = -(-length // cells)
     unit = "a dot is a pair" if side == 1 else f"a dot is up to {side} x {side} pairs"
     heads = [", ".join(str(h) for h, own in enumerate(plan.heads) if own == p) for p in range(len(drawn))]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..attention import BACKENDS
 from ..pattern import Pattern, causal, full
-from ..plan import build_plan
+from ..plan import build_plan, most_row_counts
 from ..units import duration, times
 from .exactness import row_error
 from .measure import DTYPES, Timer, check_dtype, chosen_device, measured, peak_bytes, synchronize
-from .peers import Peer, leaves_out_future, peers
+from .peers import Peer, peers
 from .plot import plot_result, readable
 from .results import Result, Row, environment, result_path, slopes, write_json
 from .sparse_peers import sparse_peers
@@ -227,21 +227,11 @@ def _pairs(pattern: str, n: int) -> int:
         return n * n
     asked = Pattern.parse(pattern)
     if asked.uses_content:
-        return _most_pairs(asked, n)
+        return int(most_row_counts(asked, n).sum())
     plan = build_plan(pattern, n)
     # of heads with patterns of their own the mean
     counts, heads = plan.row_counts().sum((0, 2)).tolist(), plan.heads or (0,)
     return round(sum(counts[p] for p in heads) / len(heads))
-
-
-def _most_pairs(pattern: Pattern, n: int) -> int:
-    """How many pairs a pattern has at most that chooses keys by content."""
-    known = pattern.without_content()
-    counts = torch.full((n,), pattern.most_keys)
-    if known is not None:
-        counts = counts + build_plan(known, n).row_counts()[0, 0]
-    most = torch.arange(1, n + 1) if leaves_out_future(pattern) else torch.tensor(n)
-    return int(torch.minimum(counts, most).sum())
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:

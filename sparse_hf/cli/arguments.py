@@ -55,17 +55,31 @@ def read_layers(text: str | None) -> str | None:
     Raises:
         ValueError: a file that says no layers.
     """
-    if text is None or not text.endswith(".json"):
-        return text
+    return _tuned(text)["layers"] if text is not None and text.endswith(".json") else text
+
+
+def read_pattern(pattern: str | None, layers: str | None) -> str | None:
+    """What `--pattern` says, or, if it says nothing, the file that `tune` wrote and `--layers` names."""
+    return (
+        _tuned(layers).get("pattern")
+        if pattern is None and layers is not None and layers.endswith(".json")
+        else pattern
+    )
+
+
+def _tuned(text: str) -> dict[str, str]:
+    """The content of `layers.json`."""
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {text}; --layers takes layers.json of sparse-hf tune, or ranges like '0-3=dense'"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["layers"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} says no layers; --layers takes layers.json of sparse-hf tune") from error
+    return found
 
 
 def read_lengths(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import PATTERN_HELP, TOKENS_HELP, read_layers, read_tokens
+from .arguments import PATTERN_HELP, TOKENS_HELP, read_layers, read_pattern, read_tokens
 from .paragraphs import print_lines
 
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")]
@@ -27,7 +27,9 @@ def convert(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)', or layers.json of tune."),
+        typer.Option(
+            help="Other patterns for some layers: '0-3=dense, 8=window(64, 0)', or layers.json of tune, which also says the pattern."
+        ),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Positions of the result; by default as many as before.")
@@ -72,6 +74,7 @@ def convert(
 
     from ..conversion import describe_conversion, report_text
 
+    pattern = read_pattern(pattern, layers)
     options = {
         "layers": read_layers(layers),
         "max_length": max_length,

@@ -123,7 +123,9 @@ def tune(
         ),
     ],
     text: Texts = None,
-    budget: Annotated[float, typer.Option(help="The share that stays dense, or that may be spent (--of).")] = 0.25,
+    budget: Annotated[
+        str, typer.Option(help="The share that stays dense, or that may be spent (--of), like 0.25 or 25%.")
+    ] = "0.25",
     of: Annotated[
         str,
         typer.Option(
@@ -177,7 +179,7 @@ def tune(
         length=length, samples=samples, lengths=lengths, depths=depths, repeats=repeats, tasks=tasks, seed=seed,
         questions=tuple(questions or ()), held_out=tuple(held_out or ()), batch=batch, dtype=dtype,
     )  # fmt: skip
-    spent = Budget(share=budget, of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
+    spent = Budget(share=read_budget(budget), of=cast(Any, of), by=cast(Any, by), rank=cast(Any, rank))
     folder = out or Path(f"{Path(model).name}-tuning")
     with _interruptible(folder):
         found = tune(model, pattern, _given(text), budget=spent, out=folder, settings=settings)
@@ -217,6 +219,13 @@ def _depth(word: str) -> float:
         return float(word)
     except ValueError:
         raise ValueError(f"--depths has {word!r}; give shares of a text, like '0.1,0.5,0.9'") from None
+
+
+def read_budget(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"--budget is {text!r}; give a share, like 0.25 or 25%") from None
 
 
 @contextmanager

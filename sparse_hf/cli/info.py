@@ -51,6 +51,7 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
     from ..conversion.prepare import checkpoint_warnings
     from ..models import SparseConfigMixin, family_of
     from ..models.hf.hearing import is_causal
+    from .cache_size import cache_size
 
     config = AutoConfig.from_pretrained(read_folder(folder, weights=False))
     if not isinstance(config, SparseConfigMixin):
@@ -79,14 +80,18 @@ def read_info(folder: str, length: int | None) -> dict[str, Any]:
         "counted_at": counted,
         **dict(zip(("num_heads", "head_dim"), _heads(config), strict=True)),
         "stacks": stacks,
-        "cache": _cache(config, counted) if model.can_generate() and set(config.stacks) == {""} else None,
+        "cache": cache_size(config, family, model, counted)
+        if model.can_generate() and set(config.stacks) == {""}
+        else None,
         "warnings": checkpoint_warnings(Path(folder), config, causal, length),
     }
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Query heads, and numbers per head."""
+    """Query heads, and numbers per head; of layers that differ in them, those of the first."""
     text = config.get_text_config(decoder=True)
+    own = getattr(text, "per_layer_config", None)
+    text = own[0] if own else text
     return text.num_attention_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
@@ -123,29 +128,6 @@ def _repeated(texts: Sequence[str]) -> Sequence[str]:
     return texts[:size]
 
 
-def _cache(config: Any, length: int) -> dict[str, Any]:
-    """Bytes of keys and values of one row at a length: all of them, and with a streaming cache."""
-    from ..models import StreamingCache
-
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = _heads(config)[1]
-    dtype = config.dtype
-    token = 2 * heads * width * (4 if dtype is None else dtype.itemsize)
-    layers = text.num_hidden_layers
-    found = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes_per_token": layers * token,
-        "bytes": layers * token * length,
-    }
-    try:
-        cache = StreamingCache(config)
-    except ValueError as error:
-        return {**found, "streaming_bytes": None, "why_not_streaming": str(error)}
-    slots = (length if layer.keeps_all else min(length, layer.ring.slots) for layer in cache.own_layers)
-    return {**found, "streaming_bytes": token * sum(slots)}
-
-
 def info_lines(found: dict[str, Any]) -> Iterator[str]:
     """The same for people."""
     yield f"{found['folder']}: {found['model_type']}, {', '.join(found['architectures'] or ['no architecture named'])}"
@@ -177,6 +159,9 @@ def _reach(stack: dict[str, Any]) -> str:
 
 def _cache_lines(cache: dict[str, Any] | None, at: str) -> Iterator[str]:
     if cache is None:
+        return
+    if cache["bytes"] is None:
+        yield "cache of a row: not counted, since a model of this family cannot be asked without its weights"
         return
     yield f"cache of a row {at}, {cache['dtype']}: {size(cache['bytes'])} for all keys ({cache['bytes_per_token']:,} bytes a token)"
     if cache["streaming_bytes"] is None:

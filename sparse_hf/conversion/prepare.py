@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..models.derived.check import check_once
 from ..models.hf.config import SparseConfigMixin
 from ..models.hf.hearing import hearing_warnings, is_causal
-from ..models.hf.indexer import Indexer
+from ..models.hf.indexer import UNTRAINED, Indexer
 from ..models.hf.layer_spec import LayersLike
 from ..models.hf.model_mixin import SparseMixin
 from ..models.hf.register import Family, family_of
@@ -28,7 +28,6 @@ from .token_ids import token_ids
 from .weights import Work
 
 REPORT = "conversion.json"
-UNTRAINED = "indexers have new weights, which choose keys at random: train them with sparse_hf.train.train_indexer before the model is used"
 
 
 @dataclass(frozen=True)

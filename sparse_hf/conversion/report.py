@@ -10,7 +10,7 @@ import transformers
 
 from ..models.names import STREAMING
 from ..pattern import Marked, Pattern
-from ..plan import build_plan
+from ..plan import build_plan, most_row_counts
 from ..version import __version__
 from .carry import has_tokenizer
 from .check import sees_past_only
@@ -101,8 +101,8 @@ def _density(text: str, length: int) -> tuple[float, int]:
     pattern = Pattern.parse(text)
     if pattern.uses_content:
         known = pattern.without_content()
-        density, tokens = (0.0, length) if known is None else _density(str(known), length)
-        return min(1.0, density + pattern.most_keys / tokens), tokens
+        tokens = length if known is None else _density(str(known), length)[1]
+        return float(most_row_counts(pattern, tokens).double().mean()) / tokens, tokens
     lengths = [length]
     while lengths[-1] > SHORTEST_PLAN:
         lengths.append(lengths[-1] // 2)

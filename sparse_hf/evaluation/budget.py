@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ..models.hf.kept import read_kept
 from ..pattern import First, Pattern, PerHead, Window, causal
 from ..pattern.forms import WindowForm, read_window
-from ..plan import build_plan
+from ..plan import most_row_counts
 
 Of = Literal["layers", "pairs", "cache", "time"]
 By = Literal["layers", "heads", "both"]
@@ -56,12 +56,19 @@ class Budget:
 
 
 def pairs_share(pattern: Pattern, length: int) -> float:
-    """The share of a decoder's pairs that a pattern holds, a mean over heads."""
+    """The share of a decoder's pairs that a pattern holds, a mean over heads; of those that are chosen by content at most."""
     if pattern.heads:
         return sum(pairs_share(head, length) for head in pattern.heads) / len(pattern.heads)
-    plan = build_plan(str(pattern & causal()), length, length)
     # of whole numbers, so that a pattern that holds all of them has 1
-    return plan.pairs / (length * (length + 1) // 2)
+    return int(most_row_counts(pattern & causal(), length).sum()) / (length * (length + 1) // 2)
+
+
+def surely_holds_all(pattern: Pattern, length: int) -> bool:
+    """Does a decoder's pattern hold all pairs of a text, whatever is chosen by content?"""
+    if pattern.heads:
+        return all(surely_holds_all(head, length) for head in pattern.heads)
+    least = most_row_counts(pattern & causal(), length, chosen=pattern.least_chosen(length))
+    return int(least.sum()) == length * (length + 1) // 2
 
 
 def cache_share(pattern: Pattern, length: int) -> float:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..models.hf.config import SparseConfigMixin
+from ..models.hf.indexer import has_new_indexers
 from ..models.hf.register import family_of
 from ..models.hf.sparsify import sparsify
 from ..pattern import full
@@ -35,11 +36,15 @@ SAMPLED = 8
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A candidate with its model. `weights` tells its weights and pattern apart from others."""
+    """A candidate with its model. `weights` tells its weights and pattern apart from others.
+
+    `is_untrained` says that it chooses keys by indexers whose weights are new.
+    """
 
     name: str
     model: PreTrainedModel
     weights: str
+    is_untrained: bool = False
 
     @property
     def config(self) -> SparseConfigMixin:
@@ -167,7 +172,8 @@ def _contender(
         if candidate.pattern is None:
             # a model that is sparse already keeps its own
             spec = model.config.sparse_attention
-            sparse = sparsify(model, full(), _saved_layers(spec), spec.get("global_token_ids") or ())
+            marks = spec.get("global_token_ids") or ()
+            sparse = sparsify(model, full(), _saved_layers(spec), marks, spec.get("decode"))
         else:
             marks = settings.global_token_ids if "marked" in f"{candidate.pattern} {candidate.layers}" else ()
             sparse = sparsify(model, candidate.pattern, candidate.layers, marks, candidate.decode)
@@ -175,7 +181,8 @@ def _contender(
         _check_alike(candidate.folder, model, tokenizer)
         sparse: Any = _load(candidate.folder, settings.dtype)
         sparse = sparse.to(model.device)
-    return Contender(candidate.name, sparse.eval(), fingerprint(sparse))
+    is_untrained = candidate.folder is None and has_new_indexers(sparse, model)
+    return Contender(candidate.name, sparse.eval(), fingerprint(sparse), is_untrained)
 
 
 def _saved_layers(spec: dict) -> list[str]:

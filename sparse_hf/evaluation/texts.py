@@ -63,6 +63,8 @@ def read_texts(texts: str | Path | Sequence[str | Path]) -> list[Text]:
 def _read(what: str | Path, number: int) -> Text:
     if isinstance(what, str):
         return Text(f"text {number + 1}", what)
+    if what.is_dir():
+        raise ValueError(f"{what} is a folder; give the files in it, one by one")
     if not what.is_file():
         raise FileNotFoundError(f"there is no text {what}")
     try:

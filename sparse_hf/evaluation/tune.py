@@ -16,7 +16,7 @@ from ..pattern import Pattern
 from ..pattern.like import PatternLike
 from ..units import duration
 from .api import evaluate, prepare
-from .budget import Budget, pairs_share, uniform
+from .budget import Budget, surely_holds_all, uniform
 from .candidates import Candidate
 from .choice import best_choice, evenly_spaced
 from .evaluation import Evaluation, as_text
@@ -118,7 +118,8 @@ def tune(
 
     Raises:
         ValueError: a model that says nothing, a budget outside 0 .. 1, of more layers than can be dense, or of less than the pattern
-            alone takes, several patterns for a budget of layers, and as `evaluate`.
+            alone takes, several patterns for a budget of layers, a pattern that chooses by content where attention ranks, indexers that
+            are not trained, and as `evaluate`.
 
     Examples:
         >>> found = tune("my-llama", "window(1023, 0) | first(4)", [Path("contract.txt")])  # doctest: +SKIP
@@ -132,6 +133,12 @@ def tune(
             "(--of)"
         )
     _check_leaves_out(patterns, max(settings.length, *settings.all_lengths))
+    by_content = next((one for one in patterns if one.uses_content), None)
+    if by_content is not None and (budget.by != "layers" or budget.rank == "attention"):
+        raise ValueError(
+            f"{by_content} chooses keys by content, and the attention by which heads, or layers, are ranked is told apart by positions; "
+            "choose layers by what answers lose (--by layers --rank answers)"
+        )
     if settings.held_out:
         # missing and empty ones are known before any weight is read
         read_texts(settings.held_out)
@@ -139,6 +146,12 @@ def tune(
     reason = Recall().why_not(setup)
     if reason is not None:
         raise ValueError(f"tune asks questions of recall: {reason}")
+    untrained = next((one.name for one in setup.candidates if one.is_untrained), None)
+    if untrained is not None:
+        raise ValueError(
+            f"{untrained} has indexers with new weights, which choose at random; train them (sparse_hf.train.train_indexer), and tune the "
+            "folder of what is trained"
+        )
     check = _check_of(setup)
     folder = None if out is None else Path(out)
     choice = best_choice(setup, patterns, budget, folder)
@@ -178,7 +191,7 @@ def tune(
 def _check_leaves_out(patterns: Sequence[Pattern], length: int) -> None:
     """Raise ValueError for a pattern that holds all pairs of the longest text, so that no layer would be missed."""
     for pattern in patterns:
-        if not pattern.uses_content and pairs_share(pattern, length) == 1:
+        if surely_holds_all(pattern, length):
             raise ValueError(
                 f"{pattern} leaves nothing out of {length:,} tokens, so that there is nothing to choose by; ask about longer texts "
                 "(--length, --lengths), or narrow the pattern"

@@ -10,7 +10,7 @@ import torch
 
 from ..pattern import First, Pattern
 from ..pattern.forms import WindowForm, read_window
-from ..plan import build_plan
+from ..plan import build_plan, most_row_counts
 from ..plan.heard import heard
 from .layers import dense_layers
 from .pieces import Found
@@ -75,6 +75,12 @@ def _verdict(setup: Setup, contender: Contender, results: dict[str, Found]) -> F
     if any(loss.is_too_much for loss in losses):
         verdict = BROKEN if any(loss.is_far for loss in losses) else HEAL
     reasons = [loss.text for loss in losses]
+    if contender.is_untrained:
+        verdict = UNKNOWN
+        reasons.append(
+            "its indexers have new weights and choose at random, so that this says nothing of it: train them "
+            "(sparse_hf.train.train_indexer), and give the folder of what is trained as --pattern"
+        )
     if losses and (longest := _longest_whole(setup, contender)) is not None:
         verdict = UNKNOWN
         reasons.append(
@@ -101,7 +107,7 @@ def _longest_whole(setup: Setup, contender: Contender) -> int | None:
         )
         if own != dense and not _is_of_any_length(own)
     ]
-    if not pairs or any(Pattern.parse(own).uses_content for own, _ in pairs):
+    if not pairs:
         return None
     longest = max(setup.settings.length, *setup.settings.all_lengths)
     return longest if all(_is_alike(*both, longest) for both in dict.fromkeys(pairs)) else None
@@ -109,6 +115,10 @@ def _longest_whole(setup: Setup, contender: Contender) -> int | None:
 
 def _is_alike(own: str, dense: str, length: int) -> bool:
     """Do two patterns hold as many pairs? A query in the middle, which takes no time, is asked first."""
+    pattern = Pattern.parse(own)
+    if pattern.uses_content:
+        least = most_row_counts(pattern, length, chosen=pattern.least_chosen(length))
+        return torch.equal(least, most_row_counts(dense, length))
     plans, middle = [build_plan(text, length) for text in (own, dense)], length // 2
     a, b = (plan.mask(0, 0, (middle, middle + 1), (0, length)) for plan in plans)
     return torch.equal(a, b) and plans[0].density == plans[1].density
@@ -239,7 +249,10 @@ def _remedies(setup: Setup, contender: Contender, results: dict[str, Found], fou
     elif found is not None and not found.is_whole:
         need = -(-found.length // len(texts))
         yield f"to hear {found.length:,} tokens through {len(texts)} layers takes windows of {need:,} tokens, or dense layers between"
-    yield "heal it with its dense model as teacher (examples/heal.py), on texts as long as those that it will read"
+    how = "heal it with its dense model as teacher (examples/heal.py)"
+    if not setup.subject.is_causal:
+        how = "train it for its task (examples/run_classification.py, run_qa.py, or run_mlm.py)"
+    yield f"{how}, on texts as long as those that it will read"
 
 
 def worst_layers(name: str, results: dict[str, Found], sparse: Sequence[int]) -> list[int]:

@@ -205,8 +205,16 @@ class Pattern:
         """How many keys a query may get that are chosen at run time."""
         return 0
 
+    def least_chosen(self, length: int) -> int:
+        """How many of the keys that the rest of a pattern leaves out of such a text a query surely gets, if there are so many."""
+        return 0
+
     def without_content(self) -> Pattern | None:
         """The pairs that are not chosen at run time, None if there are none."""
+        return self
+
+    def with_all_content(self) -> Pattern:
+        """The pattern with all pairs that may be chosen at run time."""
         return self
 
     @staticmethod
@@ -334,6 +342,9 @@ class _Joined(Pattern, has_word=False):
     def without_content(self) -> Pattern | None:
         return self._rejoined([part.without_content() for part in self.parts])
 
+    def with_all_content(self) -> Pattern:
+        return reduce(partial(_join, type(self)), [part.with_all_content() for part in self.parts])
+
     @property
     def grain(self) -> int:
         return math.gcd(*(part.grain for part in self.parts))
@@ -357,6 +368,9 @@ class Union(_Joined, has_word=False):
     def most_keys(self) -> int:
         return sum(part.most_keys for part in self.parts)
 
+    def least_chosen(self, length: int) -> int:
+        return sum(part.least_chosen(length) for part in self.parts)
+
     def allows(self, q, k, marks=None):
         return reduce(torch.Tensor.__or__, [part.allows(q, k, marks) for part in self.parts])
 
@@ -375,6 +389,9 @@ class Intersection(_Joined, has_word=False):
     @property
     def most_keys(self) -> int:
         return min((part.most_keys for part in self.parts if part.uses_content), default=0)
+
+    def least_chosen(self, length: int) -> int:
+        return min((part.least_chosen(length) for part in self.parts if part.uses_content), default=0)
 
     def allows(self, q, k, marks=None):
         return reduce(torch.Tensor.__and__, [part.allows(q, k, marks) for part in self.parts])

@@ -58,6 +58,9 @@ class TopK(Content):
     def most_keys(self) -> int:
         return self.count
 
+    def least_chosen(self, length: int) -> int:
+        return self.count
+
 
 @dataclass(frozen=True)
 class TopKBlocks(Content):
@@ -132,6 +135,10 @@ class TopKBlocks(Content):
     def most_keys(self) -> int:
         return max(self.count, self.own_blocks) * self.size
 
+    def least_chosen(self, length: int) -> int:
+        # what the rest of a pattern holds of a block counts, too
+        return length if self.count * self.size >= length else 0
+
 
 @dataclass(frozen=True)
 class VerticalSlash(Content):
@@ -160,6 +167,9 @@ class VerticalSlash(Content):
     @property
     def most_keys(self) -> int:
         return self.columns + self.diagonals
+
+    def least_chosen(self, length: int) -> int:
+        return self.columns
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .base import PARTIAL, Pattern, joint
+from .primitives import Window
 
 
 class Content(Pattern, has_word=False):
@@ -26,6 +27,9 @@ class Content(Pattern, has_word=False):
 
     def without_content(self):
         return None
+
+    def with_all_content(self):
+        return Window(None, None)
 
     def reachable(self, k, q):
         return joint(q, k)

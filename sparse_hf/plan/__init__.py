@@ -6,6 +6,7 @@ from .block_plan import BlockPlan, MaskFunction, Run
 from .cache import kept, made, made_apart, remembered
 from .gathered import Gathered, Stage, stages
 from .lookup import PlanKey, find_plan, find_strided_plan
+from .most_pairs import most_row_counts
 from .per_head import AnyPlan, ByHeads, joined_rows
 from .sequences import Sequences, find_sequences
 from .strided import Regrouped, regrouped, strided_plan
@@ -33,6 +34,7 @@ __all__ = [
     "kept",
     "made",
     "made_apart",
+    "most_row_counts",
     "of_batch",
     "regrouped",
     "remembered",

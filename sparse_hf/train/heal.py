@@ -65,6 +65,9 @@ class HealingTrainer(Trainer):
         edges: Sequence[int] = (),
         **kwargs,
     ):
+        config = getattr(args[0] if args else kwargs.get("model"), "config", None)
+        # Trainer takes it from its own arguments, and a folder that is saved would say so
+        self.used_cache = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
         if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
             raise ValueError(f"edges is {list(edges)}; it must be growing positions from 1")
@@ -278,6 +281,8 @@ def run_trainer(
     healed = trainer.accelerator.unwrap_model(trainer.model)
     if not is_spread:
         forget_preparation(healed)
+    if trainer.used_cache is not None:
+        healed.config.use_cache = trainer.used_cache
     return Healed(healed.merge_and_unload() if with_lora else healed, first.metrics, after, whole)
 
 

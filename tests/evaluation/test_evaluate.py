@@ -277,6 +277,17 @@ def test_folders_stand_beside_each_other(tmp_path):
     assert own["candidates"][1]["layers"] == [PATTERN] * 2
 
 
+def test_a_folder_decodes_as_it_says(tmp_path):
+    """Prompts by the pattern, answers as the dense model says them."""
+    folder = saved(tmp_path / "dense")
+    sparse = convert(folder, tmp_path / "sparse", PATTERN, decode="dense", progress=False)
+    asked = {"settings": QUICK, "probes": ["recall"]}
+    wanted = evaluate(folder, {"reader": f"{PATTERN}; decode=dense", "alone": PATTERN}, TEXT, **asked).result
+    own = evaluate(sparse, (), TEXT, **asked).result["probes"]["recall"]["candidates"]["as saved"]
+    wanted = wanted["probes"]["recall"]["candidates"]
+    assert own == wanted["reader"] != wanted["alone"]
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     folder = saved(tmp_path / "model")
     with pytest.raises(ValueError, match="holds a dense LlamaForCausalLM; give a sparse checkpoint"):

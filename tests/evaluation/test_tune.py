@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparse_hf import Pattern, parse_layers, sparsify, tune
+from sparse_hf.cli.evaluate import read_budget
 from sparse_hf.evaluation import Budget, Settings, search
 from sparse_hf.evaluation.api import prepare
 from sparse_hf.evaluation.budget import pairs_share, uniform
@@ -21,7 +22,7 @@ from sparse_hf.evaluation.search import answer_logits
 from sparse_hf.evaluation.subject import Contender
 from sparse_hf.evaluation.tune import EVERY, NONE, TUNED, UNIFORM, _verdict
 from sparse_hf.pattern import causal
-from tests.evaluation.tiny import TEXT, tiny_model, tokenizer
+from tests.evaluation.tiny import QUICK, TEXT, tiny_model, tokenizer
 from tests.test_cli import run as run_command
 
 PATTERN, LAYERS = "window(9, 0) | first(2)", 5
@@ -286,21 +287,70 @@ def test_the_command_goes_on_from_its_folder(tmp_path):
     (tmp_path / "other.txt").write_text(TEXT[50:])
     arguments = (
         "tune", str(tmp_path / "model"), "--pattern", PATTERN, "--text", str(tmp_path / "text.txt"), "--length", "96", "--lengths",
-        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "0.4", "--out", str(tmp_path / "out"), "--held-out",
+        "280", "--depths", "0.2", "--tasks", "passkey", "--budget", "40%", "--out", str(tmp_path / "out"), "--held-out",
         str(tmp_path / "other.txt"), "--batch", "2", "--dtype", "float32",
     )  # fmt: skip
     first = run_command(*arguments)
     assert first.returncode == 0, first.stderr
     assert "layers='0=dense, 2=dense'" in first.stdout and (tmp_path / "out" / "report.html").exists()
     # what it wrote is given to convert
-    made = ("--pattern", PATTERN, "--layers", str(tmp_path / "out" / "layers.json"))
+    made = ("--layers", str(tmp_path / "out" / "layers.json"))
     converted = run_command("convert", str(tmp_path / "model"), str(tmp_path / "sparse"), *made)
     assert converted.returncode == 0, converted.stderr
-    names = json.loads((tmp_path / "sparse" / "config.json").read_text())["sparse_attention"]["layers"]
-    assert names == ["dense", "sparse", "dense", "sparse", "sparse"]
+    found = json.loads((tmp_path / "sparse" / "config.json").read_text())["sparse_attention"]
+    assert (
+        found["layers"] == ["dense", "sparse", "dense", "sparse", "sparse"] and found["patterns"]["sparse"] == PATTERN
+    )
     wrong = run_command("convert", str(tmp_path / "model"), "unused", "--pattern", PATTERN, "--layers", "absent.json")
     assert wrong.returncode and "there is no file absent.json" in wrong.stderr
     pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pieces").iterdir()}
     again = run_command(*arguments, "--json")
     assert json.loads(again.stdout)["layers"] == "0=dense, 2=dense"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pieces").iterdir()} == pieces
+
+
+CHOSEN = "window(3, 0) | topk(4)"
+
+
+@pytest.mark.parametrize("of", ["layers", "pairs"])
+def test_layers_beside_a_choice_by_content(of):
+    found = tune(
+        tiny_model(num_hidden_layers=3),
+        CHOSEN,
+        TEXT,
+        budget=Budget(share=0.7, of=of),
+        tokenizer=tokenizer(),
+        settings=QUICK,
+    )
+    assert found.result["pattern"] == CHOSEN and "dense" in found.layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "budget", "message"),
+    [
+        (CHOSEN, Budget(by="heads"), r"topk\(4\) chooses keys by content.*--by layers --rank answers"),
+        (CHOSEN, Budget(by="both", of="pairs"), r"chooses keys by content"),
+        (CHOSEN, Budget(rank="attention"), r"chooses keys by content"),
+        ("topk(4, 'indexer')", Budget(), r"has indexers with new weights.*train_indexer"),
+        ("topk(300)", Budget(), r"topk\(300\) leaves nothing out of 260 tokens"),
+    ],
+)
+def test_choices_that_cannot_be_tuned_are_refused_before_anything_runs(pattern, budget, message, monkeypatch):
+    monkeypatch.setitem(tune.__globals__, "best_choice", None)
+    with pytest.raises(ValueError, match=message):
+        tune(tiny_model(), pattern, TEXT, budget=budget, tokenizer=tokenizer(), settings=QUICK)
+
+
+@pytest.mark.parametrize(("text", "share"), [("0.25", 0.25), ("25%", 0.25), ("12.5%", 0.125)])
+def test_a_budget_is_a_share_or_per_cent(text, share):
+    assert read_budget(text) == share
+
+
+def test_what_is_no_budget_is_named():
+    with pytest.raises(ValueError, match="--budget is 'a quarter'; give a share, like 0.25 or 25%"):
+        read_budget("a quarter")
+
+
+def test_a_folder_of_texts_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; give the files in it, one by one"):
+        tune(tiny_model(), CHOSEN, [tmp_path], tokenizer=tokenizer(), settings=QUICK)

@@ -54,7 +54,17 @@ def test_the_verdict_goes_by_what_is_lost(given, verdict):
 
 @pytest.mark.parametrize(
     ("pattern", "verdict"),
-    [("window(94, 0)", "safe as it is"), ("window(95, 0)", "nothing measured"), ("window(None, 0)", "safe as it is")],
+    [
+        ("window(94, 0)", "safe as it is"),
+        ("window(95, 0)", "nothing measured"),
+        ("window(None, 0)", "safe as it is"),
+        ("topk(95)", "safe as it is"),
+        ("topk(96)", "nothing measured"),
+        ("window(31, 0) | topk(64)", "nothing measured"),
+        ("topk_blocks(11, 8)", "safe as it is"),
+        ("topk_blocks(12, 8)", "nothing measured"),
+        ("threshold(0.5)", "safe as it is"),
+    ],
 )
 def test_what_leaves_nothing_out_is_not_called_safe(pattern, verdict):
     found = judged(figures(name=pattern), pattern)
@@ -63,6 +73,12 @@ def test_what_leaves_nothing_out_is_not_called_safe(pattern, verdict):
         verdict == "nothing measured"
     )
     assert not found["remedies"]
+
+
+def test_of_indexers_with_new_weights_nothing_is_said():
+    found = judged(figures(perplexity=16.0, name="topk(5, 'indexer')"), "topk(5, 'indexer')")
+    assert found["verdict"] == "nothing measured" and not found["remedies"]
+    assert "train them (sparse_hf.train.train_indexer)" in found["reasons"][-1]
 
 
 def test_reasons_name_the_figures():

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import sparse_hf
 from sparse_hf.models.derived import check as checks
+from sparse_hf.models.hf.indexer import Indexer
 from tests.processes import printed
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -108,6 +109,12 @@ def test_the_text_is_sparse_and_an_image_is_global(name):
         torch.testing.assert_close(said, found)
         torch.testing.assert_close(dense(**inputs).logits, wanted)
     assert (dense.config._attn_implementation, dense.config.vision_config._attn_implementation) == of_dense
+
+
+def test_the_indexers_of_a_text_have_the_sizes_that_are_asked_for():
+    dense, _ = made("LlavaForConditionalGeneration")
+    model = sparse_hf.sparsify(dense, "topk(5, 'indexer')", indexer={"heads": 2, "width": 12})
+    assert [(one.heads, one.width) for one in model.modules() if isinstance(one, Indexer)] == [(2, 12)] * 2
 
 
 @pytest.mark.parametrize("name", MODELS)

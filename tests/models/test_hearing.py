@@ -10,10 +10,10 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_hf import build_plan, sparsify
 from sparse_hf.conversion import describe_conversion
-from sparse_hf.models.hf.hearing import hearing, hearing_warnings
+from sparse_hf.models.hf.hearing import hearing, hearing_warnings, is_causal
 from sparse_hf.models.hf.layers import stacks_of
 from sparse_hf.plan.heard import heard
-from tests.models.families import dense_model
+from tests.models.families import dense_model, is_decoder, one_head
 
 LENGTH = 200
 # pattern, layers -> by hand: what a decoder hears to the left, and an encoder to both sides
@@ -121,3 +121,16 @@ def test_a_conversion_says_it_in_its_report(tmp_path):
     assert any("at most 40 tokens away, and texts may have 1,024" in text for text in found)
     assert any("made for 512 tokens and is to read 1,024" in text for text in found)
     assert describe_conversion(tmp_path, "window(300, 300)")["warnings"] == []
+
+
+@pytest.mark.parametrize("head", [head for head in one_head() if is_decoder(head)])
+def test_a_dense_decoder_sees_its_past_only(head):
+    dense = dense_model(head)
+    assert is_causal(dense) and is_causal(sparsify(dense, "window(20, 0) | first(4)"))
+
+
+def test_a_conversion_of_alibi_decoders_counts_pairs_of_the_past(tmp_path):
+    for head in ("BloomForCausalLM", "MptForCausalLM"):
+        dense_model(head).save_pretrained(tmp_path / head)
+        (layers,) = describe_conversion(tmp_path / head, "window(20, 0) | first(4)")["layers"]
+        assert layers["pattern"] == "(window(20, 0) | first(4)) & window(None, 0)"

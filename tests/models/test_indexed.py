@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 import sparse_hf
 from sparse_hf.attention.chosen import IndexerScores, Limits
@@ -477,3 +477,15 @@ def test_models_without_such_an_indexer_have_no_losses_of_it():
     enable_checkpointing(sparse)
     with pytest.raises(ValueError, match="switch it off"), sparse_hf.indexer_losses(sparse):
         pass
+
+
+@pytest.mark.skipif(
+    "deepseek_v4" not in TYPES or not hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING"),
+    reason="this version of Transformers has no DeepSeek V4, or lists no kinds of static layers",
+)
+def test_a_static_cache_that_transformers_does_not_have_is_refused_in_words():
+    model = sparse_hf.sparsify(dense_model("DeepseekV4ForCausalLM"))
+    with pytest.raises(
+        ValueError, match="no static cache for layers of kind compressed_sparse_attention.*a dynamic one"
+    ):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, cache_implementation="static")

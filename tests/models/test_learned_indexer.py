@@ -9,6 +9,7 @@ import torch
 import transformers
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.utils import logging as transformers_logging
 
 import sparse_hf
 from sparse_hf.attention.chosen import IndexerScores
@@ -233,6 +234,26 @@ def test_another_pattern_keeps_or_drops_indexers_and_leaves_the_model_as_it_is()
             assert model(ids()).logits.isfinite().all()
     after = sparse.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_new_weights_are_told(caplog):
+    dense = dense_model("LlamaForCausalLM")
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_propagation()
+    try:
+        # each model is told of once
+        transformers_logging.get_logger("transformers").warning_once.cache_clear()
+        with caplog.at_level("WARNING"):
+            sparse = sparse_hf.sparsify(dense, PATTERN, indexer=SIZES)
+            assert "indexers have new weights, which choose keys at random" in caplog.text
+            caplog.clear()
+            # around the same weights, and with none
+            sparse_hf.sparsify(sparse, "topk(3, 'indexer')")
+            sparse_hf.sparsify(sparse, "window(7, 0) | first(2)")
+            assert "new weights" not in caplog.text
+    finally:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_propagation()
 
 
 def test_some_layers_alone_have_one():

@@ -234,6 +234,8 @@ def test_models_are_taken_as_they_were_asked_for(tmp_path):
         run("run_mlm", tmp_path / "next", *sparse, "--pattern", "window(4, 4)")
     with pytest.raises(ValueError, match="is a bert, which AutoModelForSeq2SeqLM has no model of"):
         run("run_summarization", tmp_path / "next", *dense[:4], "--train_file", _file(tmp_path, "summaries"))
+    with pytest.raises(ValueError, match="is an encoder, whose tokens see those that they would have to foretell"):
+        run("run_clm", tmp_path / "next", *dense[:4], "--pattern", "window(4, 4)", "--train_file", _file(tmp_path))
     # a model half trained is no other model
     (tmp_path / "out" / "checkpoint-1").mkdir()
     with pytest.raises(ValueError, match="give another --output_dir"):

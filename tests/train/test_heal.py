@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -223,3 +224,11 @@ def test_a_run_that_goes_on_says_what_was_before_the_first(tmp_path):
     resumed = heal(again, rows(), made, eval_dataset=rows(), resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.before["before_perplexity"] == whole.before["before_perplexity"] != whole.after["after_perplexity"]
     assert resumed.after["after_perplexity"] == whole.after["after_perplexity"]
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_what_is_healed_decodes_with_a_cache_as_before(with_lora, tmp_path):
+    model = pair("LlamaForCausalLM", NARROW)[1]
+    healed = heal(model, rows(), arguments(tmp_path), lora=lora_config(model, 4) if with_lora else None).model
+    healed.save_pretrained(tmp_path / "healed")
+    assert json.loads((tmp_path / "healed" / "config.json").read_text())["use_cache"] is True

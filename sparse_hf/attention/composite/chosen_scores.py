@@ -125,12 +125,15 @@ class Worth:
 
 
 def slash_worth(call: AttentionCall, rest: Rest, count: int) -> tuple[Worth, Worth]:
-    """What keys, and what distances, are worth to the last `count` queries of each sequence."""
+    """What keys, and what distances, are worth to the last `count` queries of each sequence.
+
+    A sequence whose end is not there yet, in slots of a static cache, ends with the queries of the call.
+    """
     start, end, real = rest.bounds
     offset, (batch, heads, queries, _) = rest.positions.q_offset, call.q.shape
     own = slice(offset, offset + queries)
     x = torch.arange(offset, offset + queries, device=call.q.device)
-    is_last = (real[:, own] & (end[:, own] - x < count)).expand(batch, -1)
+    is_last = (real[:, own] & (end[:, own].clamp(max=offset + queries - 1) - x < count)).expand(batch, -1)
     start, real = start.expand(batch, -1), real.expand(batch, -1)
     wide = torch.promote_types(call.q.dtype, torch.float32)
     columns, diagonals = (torch.zeros(batch, heads, call.k.shape[2], dtype=wide, device=x.device) for _ in range(2))
@@ -159,7 +162,7 @@ def _by_distance(weights: Tensor, x: Tensor, start: Tensor, real: Tensor) -> Ten
     slot = torch.arange(len(start), device=x.device)
     distance = slot - start
     mine = real & (start == start[x][:, None])  # [r, K]
-    total = torch.zeros_like(weights[:, 0])
+    total = weights.new_zeros(len(weights), weights.shape[2])
     for key, there in ((x[:, None] - distance, distance >= 0), (x[:, None] + distance, distance > 0)):
         there = there & mine & (key >= 0) & (key < len(start))
         index = key.clamp(0, len(start) - 1).expand(len(weights), -1, -1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -62,6 +62,19 @@ def check_is_used(cache: Cache | None, generation_config: Any) -> None:
         raise ValueError(
             f"generate was given a {type(cache).__name__}, and use_cache=False, as some models' configurations say: each pass would be "
             "over the whole text, and the cache would take all of it again; give use_cache=True, or no cache"
+        )
+
+
+def check_static(config: Any, implementation: str | None) -> None:
+    """Raise ValueError if a static cache is asked for by name, and Transformers has none for a kind of the model's layers."""
+    known = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", None)
+    if known is None or "static" not in (implementation or ""):
+        return
+    missing = sorted(set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - set(known))
+    if missing:
+        raise ValueError(
+            f"cache_implementation is {implementation!r}, and Transformers has no static cache for layers of kind {', '.join(missing)}, "
+            f"which {config.model_type} has; leave it out, and a dynamic one is taken"
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from ...pattern import Pattern
 from ...pattern.forms import ANY_LENGTH, WindowForm, read_window
 from .config import SparseConfigMixin, past
+from .counterparts import COUNTERPARTS
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class Hearing:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Does a model see its past only? Of an encoder-decoder, the decoder does."""
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+    """Does a model, dense or sparse, see its past only? Of an encoder-decoder, the decoder does.
+
+    Not all dense classes of decoders say so, and their counterparts do.
+    """
+    kinds = (COUNTERPARTS.get(type(module)) for module in model.modules())
+    return any(getattr(one, "is_causal", False) is True for one in (*model.modules(), *kinds))
 
 
 def hearing(config: SparseConfigMixin, is_causal: bool, stack: str = "") -> Hearing | None:

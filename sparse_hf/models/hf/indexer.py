@@ -29,6 +29,7 @@ from .mask_request import MaskRequest
 
 # the module of an attention module, and the argument by which its scores reach the attention function
 NAME, INDEXED = "indexer", "indexed"
+UNTRAINED = "indexers have new weights, which choose keys at random: train them with sparse_hf.train.train_indexer before the model is used"
 
 
 class Indexer(nn.Module):
@@ -155,6 +156,12 @@ def fit_indexers(model: nn.Module, config: Any) -> None:
         module.register_forward_pre_hook(_score, with_kwargs=True)
     if wanted < len(layers):
         raise ValueError(f"{config.model_type} has no attention modules that an indexer could stand before{_INSTEAD}")
+
+
+def has_new_indexers(sparse: nn.Module, model: nn.Module) -> bool:
+    """Has a sparse model indexers that the model does not have around whose weights it was made?"""
+    known = {id(parameter) for parameter in model.parameters()}
+    return any(isinstance(module, Indexer) and id(module.wq.weight) not in known for module in sparse.modules())
 
 
 def _check_kinds(config: Any, layers: list[int]) -> None:

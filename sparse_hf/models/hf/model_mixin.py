@@ -18,6 +18,7 @@ from .cache import (
     begin_streaming,
     check_cache_name,
     check_is_used,
+    check_static,
     decoding_patterns,
     emptied_cache,
     given_cache,
@@ -201,6 +202,7 @@ class SparseGenerationMixin(SparseMixin, _GeneratingModel):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_length, *args):
         parent = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         check_is_used(given_cache(model_kwargs), generation_config)
+        check_static(self.config, generation_config.cache_implementation)
         streaming = named_streaming(self, generation_config, model_kwargs)
         if streaming is not None and generation_config.is_assistant:
             streaming.activate_past_recording()

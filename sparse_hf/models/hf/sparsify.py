@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ...pattern.like import PatternLike
 from .counterparts import COUNTERPARTS, adopt
 from .hearing import hearing_warnings, is_causal
-from .indexer import fit_indexers
+from .indexer import UNTRAINED, fit_indexers, has_new_indexers
 from .layer_spec import LayersLike
 from .layers import stacks_of
 from .register import Family, dense_class, family_of, find_composed, find_family
@@ -69,7 +69,7 @@ def sparsify(
     if family is None or type(model) not in COUNTERPARTS and type(model) not in family.classes:
         composed = find_composed(model.config.model_type)
         if composed is not None:
-            return _around_text(model, composed, (pattern, layers, global_token_ids, decode))
+            return _around_text(model, composed, (pattern, layers, global_token_ids, decode, indexer))
         _refuse_around(model)
     family = family_of(model.config.model_type)
     if type(model) not in COUNTERPARTS and type(model) not in family.classes:
@@ -88,6 +88,8 @@ def sparsify(
     for warning in hearing_warnings(config, is_causal(model), positions.reach_of(config), stacks_of(sparse)):
         # a loop over patterns would say it over and over
         logger.warning_once(f"{type(model).__name__}: {warning}")
+    if has_new_indexers(sparse, model):
+        logger.warning_once(f"{type(model).__name__}: {UNTRAINED}")
     _name_no_folder(sparse)
     return sparse
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
@@ -22,7 +23,7 @@ from sparse_hf.testing import AllocationInterceptor
 from tests import oracle
 from tests.attention import choices
 from tests.attention.exactness import DEVICE, compare, compare_choice, leaves, tensors
-from tests.models.families import dense_model
+from tests.models.families import dense_model, named_cache
 from tests.table import SCENARIOS
 
 BLOCKS = "window(6, 0) | topk_blocks(3, 8)"
@@ -318,3 +319,21 @@ def _attend(text: str, **options):
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         call()
+
+
+@pytest.mark.parametrize("padded", [0, 9])
+def test_the_last_queries_are_those_of_the_call_in_a_static_cache(padded):
+    """Slots that nothing was written to are no end of the text."""
+    model = sparse_hf.sparsify(dense_model("LlamaForCausalLM"), "vertical_slash(4, 3, 8)").eval()
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    found = []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+        passes = [(slice(0, 33), mask[:, :33]), (slice(33, 40), mask)]
+        with torch.no_grad():
+            found.append(
+                [model(ids[:, some], attention_mask=m, **named_cache(model, cache)).logits for some, m in passes]
+            )
+    for dynamic, static in zip(*found, strict=True):
+        torch.testing.assert_close(static[:, padded:], dynamic[:, padded:])
