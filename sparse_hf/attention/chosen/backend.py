@@ -20,11 +20,11 @@ class GatheredKeys(Backend):
         return _way(call).forward(call)
 
     def backward(self, call: AttentionCall, given: Given) -> Gradients:
-        return _way(call, backward=True).backward(call, given)
+        return _way(call).backward(call, given)
 
 
-def _way(call: AttentionCall, *, backward: bool = False) -> ModuleType:
+def _way(call: AttentionCall) -> ModuleType:
     """What computes a call."""
     if gathers.why_not(call):
         return pieces
-    return by_blocks if by_blocks.is_better(call, backward=backward) else gathers
+    return by_blocks if by_blocks.is_better(call) else gathers

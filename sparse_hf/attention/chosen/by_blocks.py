@@ -23,24 +23,16 @@ from .gathers import LEAST_HEADS, MAX_PART_BYTES, Shape, add_up, block_size, lis
 
 # blocks of a query that are joined at a time, and numbers that are copied to float32 at once
 JOINED, MAX_COPIED = 16, 1 << 25
-# blocks that all queries chose from which on these are better where heads fill tiles of one query
-LEAST_CHOSEN = 1 << 20
 
 
-def is_better(call: AttentionCall, *, backward: bool = False) -> bool:
-    """Are there enough queries to fill tiles of a block, and too few heads that share a choice to fill those of a query?
-
-    A forward pass of many queries is better even where heads fill tiles: it reads less.
-    """
-    size = block_size(call)
-    if size == 1:
+def is_better(call: AttentionCall) -> bool:
+    """Are there too few heads that share a choice to fill tiles of one query, and enough queries to fill those of a block?"""
+    if block_size(call) == 1:
         return False
-    batch, choosing, queries, keys = call.plan.shape
     heads = Shape(call).heads["R"]
     # so many rows of queries chose a block in the mean, times its keys
-    if heads * queries * keys < LEAST_HEADS * call.k.shape[2]:
-        return False
-    return heads < LEAST_HEADS or (not backward and batch * choosing * queries * (keys // size) >= LEAST_CHOSEN)
+    rows = heads * call.q.shape[2] * call.plan.shape[3]
+    return heads < LEAST_HEADS and rows >= LEAST_HEADS * call.k.shape[2]
 
 
 def _some_queries(call: AttentionCall, dim: int) -> Iterator[tuple[slice, AttentionCall]]:

@@ -213,11 +213,6 @@ def test_blocks_go_together_where_a_gpu_has_the_memory(monkeypatch):
     assert [size_of(64, 128), size_of(128, 128), size_of(64, 128, 32), size_of(24, 64), size_of(64, 160)] == [
         (64, True), (128, True), (64, False), (1, False), (1, False),
     ]  # fmt: skip
-    # but for a forward pass where queries chose many blocks
-    monkeypatch.setattr(backend.by_blocks, "LEAST_CHOSEN", 2 * 300 * 2)
-    assert size_of(64, 128, 32) == (64, True) and size_of(24, 64, 32) == (1, False)
-    monkeypatch.setattr(backend.by_blocks, "LEAST_CHOSEN", 2 * 300 * 2 + 1)
-    assert size_of(64, 128, 32) == (64, False)
     for bytes_, wanted in ((200 << 10, (64, 1)), (64 << 10, (1, 1))):
         monkeypatch.setattr(backend.gathers, "shared_bytes", lambda device, bytes_=bytes_: bytes_)
         assert (size_of(64, 128)[0], size_of(128, 128)[0]) == wanted

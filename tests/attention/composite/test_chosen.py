@@ -245,8 +245,9 @@ OF_BLOCKS = [
 
 @pytest.mark.usefixtures("interpreted")
 def test_heads_that_fill_several_tiles_of_a_block(monkeypatch):
-    monkeypatch.setattr(by_blocks, "LEAST_CHOSEN", 0)
-    monkeypatch.setattr(tiles, "FORWARD", (tiles.Tile(8, 4, 2),) * 2)
+    monkeypatch.setattr(by_blocks, "LEAST_HEADS", 32)
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(tiles, name, (tiles.Tile(8, 4, 2),) * 2)
     monkeypatch.setattr(selection, "is_able", lambda device: False)
     text, given = (
         "(window(5, 0) | topk_blocks(3, 16, 'mean', 1, 'group')) & window(None, 0)",
