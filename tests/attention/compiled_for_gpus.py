@@ -19,7 +19,7 @@ from sparse_hf import Pattern, mass_left_out, sparse_attention
 from sparse_hf.attention import launch
 from sparse_hf.attention.backend import Given
 from sparse_hf.attention.backends.triton import walk
-from sparse_hf.attention.chosen import IndexerScores, Latents, Limits, attend_latent, choose
+from sparse_hf.attention.chosen import DotScores, IndexerScores, Latents, Limits, attend_latent, choose
 from sparse_hf.attention.composite.global_token_kernels import absorb, add_gradients
 from sparse_hf.attention.composite.global_tokens import find
 from sparse_hf.attention.dispatch import content_plan
@@ -103,6 +103,10 @@ def choose_latents() -> None:
     attend_latent(query.requires_grad_(), Latents(*parts), chosen, scale=0.1).sum().backward()
 
 
+def choose_from_many() -> None:
+    choose(DotScores(torch.randn(1, 2, 40, 64), torch.randn(1, 2, 4096, 64)), 16, Limits(q_offset=0))
+
+
 def add_marked_keys() -> None:
     q = torch.randn(1, 2, 256, 32).to(torch.bfloat16)
     lse, places = torch.zeros(1, 2, 256), find(torch.arange(256)[None] % 50 == 0)
@@ -122,6 +126,7 @@ CALLS: tuple[Callable[[], None], ...] = (
     lambda: attend("(window(70, 0) | topk_blocks(2, 64, 'bounds', 64)) & window(None, 0)"),
     lambda: judge("(window(70, 0) | threshold(0.1)) & window(None, 0)"),
     choose_latents,
+    choose_from_many,
     decode,
     add_marked_keys,
 )

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 import sparse_hf
 from sparse_hf.attention.chosen import IndexerScores, Limits
-from sparse_hf.attention.chosen.backend import ChosenKeys
+from sparse_hf.attention.chosen.choice import ChosenKeys
 from sparse_hf.models.hf.chosen_keys import Choice
 from sparse_hf.models.indexed import dsa, loss
 from sparse_hf.models.indexed.dsa import DsaIndexer

@@ -16,7 +16,8 @@ from ..dropout import Dropout
 from ..merge import with_sink
 from ..operator import has_no_content, register
 from ..scoring import Scoring
-from .backend import ChosenKeys, GatheredKeys
+from .backend import GatheredKeys
+from .choice import ChosenKeys
 
 GATHERED_KEYS = GatheredKeys()
 

@@ -53,14 +53,16 @@ class Limits:
 
     Args:
         start, end: `[B, Q]` or `[1, Q]` integers; None is no limit.
-        q_offset: key index of the first query; where given, no query chooses a key behind its own place.
+        q_offset: place of the first query; where given, no query chooses a key that begins behind its own place.
         allows: of query and key indices; None allows all.
+        size: tokens of a key, which is a block of them where that is more than one: key x begins at place `x * size`.
     """
 
     start: Tensor | None = None
     end: Tensor | None = None
     q_offset: int | None = None
     allows: Allows | None = None
+    size: int = 1
 
     @property
     def beside_causality(self) -> Limits:
@@ -69,15 +71,17 @@ class Limits:
 
     def last_key(self, queries: slice, num_keys: int) -> int:
         """How many of the first keys have any that one of the queries may choose, at most."""
-        return num_keys if self.q_offset is None else max(0, min(num_keys, queries.stop + self.q_offset))
+        if self.q_offset is None:
+            return num_keys
+        return max(0, min(num_keys, (queries.stop - 1 + self.q_offset) // self.size + 1))
 
     def seen(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """Bool that broadcasts to `[B, C, m, n]`; None for all."""
         query = torch.arange(queries.start, queries.stop, queries.step or 1, device=device)[:, None]
         key = torch.arange(keys.start, keys.stop, device=device)
         parts = []
-        if self.q_offset is not None and keys.stop > queries.start + self.q_offset + 1:
-            parts.append(key <= query + self.q_offset)
+        if self.q_offset is not None and (keys.stop - 1) * self.size > queries.start + self.q_offset:
+            parts.append(key * self.size <= query + self.q_offset)
         if self.start is not None:
             parts.append(key >= self.start[:, None, queries, None])
         if self.end is not None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..programs import second_program
-from .kernels import LOG2_E, capped, gather, row_of, slope
+from .kernels import LOG2_E, OF_SEGMENTS, capped, gather, in_band, row_of, slope
 
 
 @triton.jit
@@ -46,23 +46,32 @@ def _block(
 
 
 @triton.jit
-def _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
+def _queries(
+    place_ptr, table_ptr, of_list, block, start, end, Q, K, N, offset, near, far, low,
+    BP: tl.constexpr, BR: tl.constexpr, S: tl.constexpr, HAS_KEYS: tl.constexpr,
+):  # fmt: skip
     """The pairs of a tile with a query, their places in the choice of blocks, their queries, and which keys those chose."""
     pair = start + tl.arange(0, BP * BR) // BR
     real = pair < end
     place = tl.load(place_ptr + of_list * Q * (N // S) + pair, mask=real, other=0).to(tl.int64)
-    chosen = index_ptr + of_list * Q * N + place[:, None] * S + tl.arange(0, S)[None, :]
-    return real, place, place // (N // S), tl.load(chosen, mask=real[:, None], other=-1) >= 0
+    query = place // (N // S)
+    if HAS_KEYS:
+        chosen = table_ptr + of_list * Q * N + place[:, None] * S + tl.arange(0, S)[None, :]
+        there = tl.load(chosen, mask=real[:, None], other=-1) >= 0
+    else:
+        key = (block * S).to(tl.int32) + tl.arange(0, S)[None, :]
+        there = in_band(key, (query + offset).to(tl.int32)[:, None] - key, K, near, far, low)
+    return real, place, query, there
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def forward(
-    q_ptr, k_ptr, v_ptr, index_ptr, part_out, part_lse, place_ptr, offsets, firsts, block_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, part_out, part_lse, place_ptr, offsets, firsts, block_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
-    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr, HAS_KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries of one segment to the keys of its block alone, and its lse in powers of two, by place and head."""
     row, of_list, block, begin, end = _segment(
@@ -73,23 +82,27 @@ def forward(
     own = second_program().to(tl.int64)
     b, g = row_of(P, H, G, row)
     k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
-    for start in range(begin, end, BP):
-        is_pair, place, query, there = _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP, BR, S)
-        for first in range(0, R, BR):
-            r = first + tl.arange(0, BP * BR) % BR
-            real = is_pair & (r < R)
-            q = gather(q_ptr + b * q_b, (row % P * R + r) * q_h + query * q_n, real, 1, D, BD)
-            scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
-            scores = tl.where(there, scores, float("-inf"))
-            top = tl.max(scores, 1)
-            weights = tl.exp2(scores - tl.where(top > float("-inf"), top, 0.0)[:, None])
-            total = tl.sum(weights, 1)
-            safe = tl.where(total > 0, total, 1.0)
-            out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) / safe[:, None]
-            at = (own * Q * (N // S) + place) * R + r
-            e = tl.arange(0, BE)[None, :]
-            tl.store(part_out + at[:, None] * E + e, out.to(part_out.dtype.element_ty), mask=real[:, None] & (e < E))
-            tl.store(part_lse + at, top + tl.log2(safe), mask=real)
+    # one loop, whose loads are on their way before they are needed
+    turns: tl.constexpr = (R + BR - 1) // BR
+    for turn in range(tl.cdiv(end - begin, BP) * turns):
+        start = begin + turn // turns * BP
+        is_pair, place, query, there = _queries(
+            place_ptr, table_ptr, of_list, block, start, end, Q, K, N, offset, near, far, low, BP, BR, S, HAS_KEYS
+        )
+        r = turn % turns * BR + tl.arange(0, BP * BR) % BR
+        real = is_pair & (r < R)
+        q = gather(q_ptr + b * q_b, (row % P * R + r) * q_h + query * q_n, real, 1, D, BD)
+        scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        scores = tl.where(there, scores, float("-inf"))
+        top = tl.max(scores, 1)
+        weights = tl.exp2(scores - tl.where(top > float("-inf"), top, 0.0)[:, None])
+        total = tl.sum(weights, 1)
+        safe = tl.where(total > 0, total, 1.0)
+        out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) / safe[:, None]
+        at = (own * Q * (N // S) + place) * R + r
+        e = tl.arange(0, BE)[None, :]
+        tl.store(part_out + at[:, None] * E + e, out.to(part_out.dtype.element_ty), mask=real[:, None] & (e < E))
+        tl.store(part_lse + at, top + tl.log2(safe), mask=real)
 
 
 @triton.jit(do_not_specialize=["Q", "N", "first_row"])
@@ -143,14 +156,14 @@ def add(
         tl.store(to, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def gradients(
-    do_ptr, q_ptr, k_ptr, v_ptr, index_ptr, lse_ptr, delta_ptr, part_q, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr, delta_ptr, part_q, part_k, part_v, place_ptr, offsets, firsts, block_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
-    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
-    OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, HAS_KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    HAS_CAP: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one segment add to the gradients of the keys and values of its block, in float32.
 
@@ -166,28 +179,31 @@ def gradients(
     k, v = _block(k_ptr, v_ptr, b, g, block, k_b, k_g, k_n, v_b, v_g, v_n, K, S, D, BD, E, BE)
     sum_k = tl.zeros((S, BD), tl.float32)
     sum_v = tl.zeros((S, BE), tl.float32)
-    for start in range(begin, end, BP):
-        is_pair, place, query, there = _queries(place_ptr, index_ptr, of_list, start, end, Q, N, BP, BR, S)
+    turns: tl.constexpr = (R + BR - 1) // BR
+    for turn in range(tl.cdiv(end - begin, BP) * turns):
+        start = begin + turn // turns * BP
+        is_pair, place, query, there = _queries(
+            place_ptr, table_ptr, of_list, block, start, end, Q, K, N, offset, near, far, low, BP, BR, S, HAS_KEYS
+        )
         there = tl.trans(there)
-        for first in range(0, R, BR):
-            r = first + tl.arange(0, BP * BR) % BR
-            h, real = row % P * R + r, is_pair & (r < R)
-            q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD)
-            do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE)
-            at = (b * H + h) * Q + query
-            lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
-            lse = tl.where(lse > float("-inf"), lse, float("inf"))
-            delta = tl.load(delta_ptr + at, mask=real, other=0.0)
-            scores = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, cap, HAS_CAP)
-            weights = tl.exp2(tl.where(there, scores, float("-inf")) - lse[None, :] * LOG2_E)
-            change = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-            change = change * slope(scores, cap, HAS_CAP)
-            sum_v = tl.dot(weights.to(do.dtype), do, sum_v, input_precision=PRECISION)
-            sum_k = tl.dot(change.to(q.dtype), q, sum_k, input_precision=PRECISION)
-            if OF_QUERIES:
-                of_q = tl.dot(tl.trans(change.to(k.dtype)), k, input_precision=PRECISION) * scale
-                to = part_q + ((own * Q * (N // S) + place) * R + r)[:, None] * D + tl.arange(0, BD)[None, :]
-                tl.store(to, of_q.to(part_q.dtype.element_ty), mask=real[:, None] & (tl.arange(0, BD)[None, :] < D))
+        r = turn % turns * BR + tl.arange(0, BP * BR) % BR
+        h, real = row % P * R + r, is_pair & (r < R)
+        q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD)
+        do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE)
+        at = (b * H + h) * Q + query
+        lse = tl.load(lse_ptr + at, mask=real, other=float("inf"))
+        lse = tl.where(lse > float("-inf"), lse, float("inf"))
+        delta = tl.load(delta_ptr + at, mask=real, other=0.0)
+        scores = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, cap, HAS_CAP)
+        weights = tl.exp2(tl.where(there, scores, float("-inf")) - lse[None, :] * LOG2_E)
+        change = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+        change = change * slope(scores, cap, HAS_CAP)
+        sum_v = tl.dot(weights.to(do.dtype), do, sum_v, input_precision=PRECISION)
+        sum_k = tl.dot(change.to(q.dtype), q, sum_k, input_precision=PRECISION)
+        if OF_QUERIES:
+            of_q = tl.dot(tl.trans(change.to(k.dtype)), k, input_precision=PRECISION) * scale
+            to = part_q + ((own * Q * (N // S) + place) * R + r)[:, None] * D + tl.arange(0, BD)[None, :]
+            tl.store(to, of_q.to(part_q.dtype.element_ty), mask=real[:, None] & (tl.arange(0, BD)[None, :] < D))
     at = (own * segments + tl.program_id(0)) * S + tl.arange(0, S)[:, None]
     d, e = tl.arange(0, BD)[None, :], tl.arange(0, BE)[None, :]
     tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)

@@ -19,44 +19,42 @@ from torch import Tensor
 from ..backend import AttentionCall, Given, Gradients, Results
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
-from .gathers import BLOCK_ROWS, LEAST_HEADS, MAX_PARTS, Shape, add_up, block_size, lists_of, options_of_blocks
+from .gathers import LEAST_HEADS, MAX_PART_BYTES, Shape, add_up, block_size, lists_of
 
-# blocks of a query that are joined at a time, rows of queries of a tile, and numbers that are copied to float32 at once
-JOINED, FORWARD_ROWS, MAX_COPIED = 16, 64, 1 << 25
+# blocks of a query that are joined at a time, and numbers that are copied to float32 at once
+JOINED, MAX_COPIED = 16, 1 << 25
 
 
 def is_better(call: AttentionCall) -> bool:
     """Are there too few heads that share a choice to fill tiles of one query, and enough queries to fill those of a block?"""
     if block_size(call) == 1:
         return False
-    index = call.plan.index
-    heads = Shape(call, index).heads["R"]
+    heads = Shape(call).heads["R"]
     # so many rows of queries chose a block in the mean, times its keys
-    rows = heads * index.shape[2] * index.shape[3]
+    rows = heads * call.q.shape[2] * call.plan.shape[3]
     return heads < LEAST_HEADS and rows >= LEAST_HEADS * call.k.shape[2]
 
 
-def _some_queries(call: AttentionCall, numbers: int) -> Iterator[tuple[slice, AttentionCall]]:
-    """The queries in turn, so many that what each of a row of heads has `numbers` of for a block is no more than exists at once."""
-    index = call.plan.index
-    blocks = index.shape[3] // block_size(call) * Shape(call, index).heads["R"]
-    step = max(1, MAX_PARTS // max(1, blocks * numbers))
-    for first in range(0, index.shape[2], step):
+def _some_queries(call: AttentionCall, dim: int) -> Iterator[tuple[slice, AttentionCall]]:
+    """The queries in turn, so many that what each of a row of heads has `dim` numbers of for a block is no more than exists at once."""
+    blocks = call.plan.shape[3] // block_size(call) * Shape(call).heads["R"]
+    step = max(1, MAX_PART_BYTES // max(1, blocks * dim * call.q.element_size()))
+    for first in range(0, call.q.shape[2], step):
         some = slice(first, first + step)
-        yield some, replace(call, q=call.q[:, :, some], chosen_plan=replace(call.plan, index=index[:, :, some]))
+        yield some, replace(call, q=call.q[:, :, some], chosen_plan=call.plan.of_queries(some))
 
 
-def _rows(shape: Shape, numbers: int) -> Iterator[tuple[int, int]]:
-    """So many rows of heads at a time that what each has `numbers` of are no more than exist at once: the first, and how many."""
+def _rows(shape: Shape, bytes_: int) -> Iterator[tuple[int, int]]:
+    """So many rows of heads at a time that what each has `bytes_` of is no more than exists at once: the first, and how many."""
     rows = shape.call.q.shape[0] * shape.rows
-    some = max(1, MAX_PARTS // max(1, numbers))
+    some = max(1, MAX_PART_BYTES // max(1, bytes_))
     for first in range(0, rows, some):
         yield first, min(some, rows - first)
 
 
 def _places(shape: Shape, size: int) -> int:
     """Blocks that the queries of a row of heads chose, each once a head."""
-    return shape.index.shape[2] * (shape.index.shape[3] // size) * shape.heads["R"]
+    return shape.call.q.shape[2] * (shape.call.plan.shape[3] // size) * shape.heads["R"]
 
 
 def forward(call: AttentionCall) -> Results:
@@ -72,18 +70,18 @@ def _forward(call: AttentionCall, out: Tensor) -> Tensor:
     """Lse; out is written."""
     from . import block_kernels
 
-    shape, size = Shape.of(call), block_size(call)
+    shape, size = Shape(call), block_size(call)
     q, k, v = (readable(t) for t in (call.q, call.k, call.v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
-    blocks = shape.index.shape[3] // size
-    for first, count in _rows(shape, places * v.shape[3]):
+    blocks, tile = shape.call.plan.shape[3] // size, shape.tile_of_block(size, backward=False)
+    for first, count in _rows(shape, places * v.shape[3] * q.element_size()):
         parts = q.new_empty(count, places, v.shape[3])
         of_parts = torch.full((count, places), -torch.inf, dtype=torch.float32, device=q.device)
         launch(
-            block_kernels.forward, (lists.key.shape[2], count), (q, k, v, shape.index, parts, of_parts, *lists.tensors),
-            strides_of(q, k, v), (*shape.numbers, first, lists.key.shape[2], lists.limit, shape.batch_step),
-            {**shape.of_blocks(size, FORWARD_ROWS), "PRECISION": "ieee"}, **options_of_blocks(size, k, v),
+            block_kernels.forward, (lists.key.shape[2], count), (q, k, v, shape.table, parts, of_parts, *lists.tensors),
+            strides_of(q, k, v), (*shape.numbers, first, lists.key.shape[2], lists.limit, shape.batch_step, *shape.limits),
+            {**shape.of_blocks(size, tile.side), "PRECISION": "ieee"}, **tile.options,
         )  # fmt: skip
         launch(
             block_kernels.join, (q.shape[2], count), (parts, of_parts, out, lse), strides_of(out),
@@ -108,7 +106,7 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     for some, part in pieces:
         found = _backward(part, *(t[:, :, some] for t in (grad_out, given.lse, delta, grad_q)), adds=len(pieces) > 1)
         sums = [sum_.add_(of_some) for sum_, of_some in zip(sums, found, strict=True)] if sums else found
-    return grad_q, *Shape.of(call).of_key_heads(sums), None
+    return grad_q, *Shape(call).of_key_heads(sums), None
 
 
 def _backward(
@@ -117,24 +115,24 @@ def _backward(
     """Gradients of the keys and values of rows of heads, `adds` of which are added up; that of q is written."""
     from . import block_kernels
 
-    shape, size = Shape.of(call), block_size(call)
+    shape, size = Shape(call), block_size(call)
     q, k, v = (readable(t) for t in (call.q, call.k, call.v))
     lse, delta = lse.contiguous(), delta.contiguous()
     lists, places, heads = lists_of(shape, size), _places(shape, size), shape.heads
     segments, widths = lists.key.shape[2], k.shape[3] + v.shape[3]
-    grads = shape.empty_gradients(k, v, adds=adds)
-    for first, count in _rows(shape, places * q.shape[3] + segments * size * widths):
+    grads, tile = shape.empty_gradients(k, v, adds=adds), shape.tile_of_block(size, backward=True)
+    for first, count in _rows(shape, places * q.shape[3] * q.element_size() + 4 * segments * size * widths):
         of_queries = q.new_zeros(count, places, q.shape[3])
         parts = [torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)]
         launch(
             block_kernels.gradients, (segments, count),
-            (grad_out, q, k, v, shape.index, lse, delta, of_queries, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step),
-            {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": True, "PRECISION": "ieee"}, **options_of_blocks(size, k, v),
+            (grad_out, q, k, v, shape.table, lse, delta, of_queries, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step, *shape.limits),
+            {**shape.of_blocks(size, tile.side), "OF_QUERIES": True, "PRECISION": "ieee"}, **tile.options,
         )  # fmt: skip
         launch(
             block_kernels.add, (q.shape[2], count), (of_queries, grad_q), strides_of(grad_q),
-            (q.shape[2], shape.index.shape[3] // size, first),
+            (q.shape[2], shape.call.plan.shape[3] // size, first),
             {"P": heads["P"], "R": heads["R"], "BN": JOINED, "D": q.shape[3], "BD": power_of_two(q.shape[3])}, num_warps=2,
         )  # fmt: skip
         add_up(shape, size, lists, parts, grads, first)

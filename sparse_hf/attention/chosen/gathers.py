@@ -6,7 +6,8 @@ H / P; Q queries, K keys, N chosen keys of a query, D and E head dims of keys an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,21 +17,20 @@ from ..backends.triton.walk import why_unfit
 from ..devices import HALF_TYPES, shared_bytes
 from ..launch import launch, power_of_two, strides_of
 from ..strides import like, readable
+from . import tiles
 from .pieces import rows_of
+from .tiles import Tile
 
-# chosen keys of a tile, and where two tiles on their way fit any GPU; rows of queries of a tile of a key, and segments that are added
-# at a time
-TILE, LARGE_TILE, CHOOSERS, ADDED = 32, 64, 32, 4
+# rows of queries of a tile of a key, and segments that are added at a time
+CHOOSERS, ADDED = 32, 4
 # heads of a tile: the matrix units take 16 rows at least
 LEAST_HEADS, MOST_HEADS = 16, 64
 # queries of a segment at least
 LEAST_CHOOSERS = 64
-# numbers that segments write at once
-MAX_PARTS = 1 << 27
-# blocks of keys whose gradients are made together: sizes, rows of queries of a tile, and queries of a segment
-BLOCK_SIZES, BLOCK_ROWS, BLOCK_CHOOSERS = (16, 32, 64, 128), 32, 512
-# head dims of them, and numbers of a block that four warps hold
-MAX_BLOCK_DIM, MAX_OF_FOUR_WARPS = 128, 64 * 128
+# bytes of what segments write at once
+MAX_PART_BYTES = 1 << 29
+# blocks of keys whose gradients are made together: sizes, queries of a segment, and head dims
+BLOCK_SIZES, BLOCK_CHOOSERS, MAX_BLOCK_DIM = (16, 32, 64, 128), 512, 128
 # shared memory that such a block takes, and a larger one
 SHARED_BYTES = 99 << 10, 227 << 10
 
@@ -66,6 +66,8 @@ def choosers(index: Tensor, num_keys: int, limit: int | None = None) -> Choosers
     limit = max(LEAST_CHOOSERS, chosen) if limit is None else limit
     key = index.flatten(2)
     key = key.where((key >= 0) & (key < num_keys), num_keys)
+    # sorted sooner
+    key = key.short() if num_keys < torch.iinfo(torch.int16).max else key
     ordered, order = key.sort(dim=-1, stable=True)
     step = torch.arange(num_keys + 1, dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1).contiguous()
     offsets = torch.searchsorted(ordered, step, out_int32=True)
@@ -82,11 +84,11 @@ class Shape:
     """What all kernels are told of a call."""
 
     call: AttentionCall
-    index: Tensor
 
-    @classmethod
-    def of(cls, call: AttentionCall) -> Shape:
-        return cls(call, call.plan.index.int().contiguous())
+    @cached_property
+    def table(self) -> Tensor:
+        """The choice, `[B or 1, C, Q, N / S]`, with S keys of a number."""
+        return self.call.plan.table
 
     @property
     def rows(self) -> int:
@@ -112,14 +114,14 @@ class Shape:
     @property
     def heads(self) -> dict[str, int]:
         q, k, rows = self.call.q, self.call.k, self.rows
-        return {"H": q.shape[1], "G": k.shape[1], "C": self.index.shape[1], "P": rows, "R": q.shape[1] // rows}
+        return {"H": q.shape[1], "G": k.shape[1], "C": self.call.plan.shape[1], "P": rows, "R": q.shape[1] // rows}
 
     @property
     def constants(self) -> dict:
         """Of the kernels that walk the keys of a query."""
         cap = {"HAS_CAP": self.call.scoring.softcap is not None, "PRECISION": "ieee"}
-        tile = LARGE_TILE if self.has_large_tiles else TILE
-        return {**self.heads, "BR": self.heads_of_tile, "BN": tile, **self.dims, **cap}
+        tile = {"BR": self.heads_of_tile, "BN": self.tile.side, "S": self.call.plan.per_entry}
+        return {**self.heads, **tile, **self.dims, **cap}
 
     @property
     def has_large_tiles(self) -> bool:
@@ -127,24 +129,27 @@ class Shape:
         return self.call.q.dtype in HALF_TYPES and max(self.call.q.shape[3], self.call.v.shape[3]) <= MAX_BLOCK_DIM
 
     @property
-    def options(self) -> dict[str, int]:
-        """How these are run: the fastest on an H200."""
-        if not self.has_large_tiles:
-            return {"num_warps": 4}
-        return {"num_warps": 2 if self.heads_of_tile == LEAST_HEADS else 4, "num_stages": 2}
+    def tile(self) -> Tile:
+        """Of these."""
+        return tiles.of_query(self.heads_of_tile, is_wide=not self.has_large_tiles, least_heads=LEAST_HEADS)
+
+    def tile_of_block(self, size: int, *, backward: bool) -> Tile:
+        """Of those that go block by block."""
+        return tiles.of_block(size, max(self.call.q.shape[3], self.call.v.shape[3]), backward=backward)
 
     @property
     def of_keys(self) -> dict:
         """Of the kernel that makes the gradients of a key."""
         heads = min(CHOOSERS // 2, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": CHOOSERS // heads}
-        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+        tile = {"BR": heads, "BP": CHOOSERS // heads}
+        tile["S"] = self.call.plan.per_entry
+        return {**self.heads, **tile, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def of_blocks(self, size: int, rows: int) -> dict:
         """Of those that go block by block."""
         heads = min(rows, power_of_two(self.heads["R"]))
-        tiles = {"BR": heads, "BP": rows // heads, "S": size}
-        return {**self.heads, **tiles, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
+        tile = {"BR": heads, "BP": rows // heads, "S": size, "HAS_KEYS": self.call.plan.per_entry == 1}
+        return {**self.heads, **tile, **self.dims, "HAS_CAP": self.call.scoring.softcap is not None}
 
     def empty_gradients(self, *of: Tensor, adds: bool = False) -> list[Tensor]:
         """`[B, P, K, D]` for each of keys and values; rows of the same key head are added afterwards, as are several with `adds`."""
@@ -162,12 +167,23 @@ class Shape:
     @property
     def numbers(self) -> tuple[float, ...]:
         q, scoring = self.call.q, self.call.scoring
-        return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.index.shape[3]
+        return scoring.scale, float(scoring.softcap or 1), q.shape[2], self.call.k.shape[2], self.call.plan.shape[3]
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Where the first query is, and what of its blocks it sees."""
+        return self.call.plan.offset, *astuple(self.call.plan.band)
+
+    @property
+    def row_step(self) -> int:
+        """How many numbers of the table lie between batch rows; none where they share one."""
+        plan = self.call.plan
+        return self.batch_step * plan.shape[2] * (plan.shape[3] // plan.per_entry)
 
     @property
     def batch_step(self) -> int:
         """How many lists of the choice lie between batch rows; none where they share one."""
-        return self.index.shape[1] if self.index.shape[0] > 1 else 0
+        return self.call.plan.shape[1] if self.call.plan.shape[0] > 1 else 0
 
 
 def block_size(call: AttentionCall) -> int:
@@ -175,30 +191,23 @@ def block_size(call: AttentionCall) -> int:
     size, dim = call.plan.size, max(call.q.shape[3], call.v.shape[3])
     if size not in BLOCK_SIZES or dim > MAX_BLOCK_DIM or call.q.dtype not in HALF_TYPES:
         return 1
-    needed = SHARED_BYTES[size * dim > MAX_OF_FOUR_WARPS]
+    needed = SHARED_BYTES[size * dim > tiles.MAX_OF_FOUR_WARPS]
     return size if shared_bytes(call.q.device) >= needed else 1
 
 
-def _choosers_of_blocks(index: Tensor, size: int, num_keys: int) -> Choosers:
-    """The lists of blocks of a choice, with places in the choice of blocks."""
-    last = index.unflatten(-1, (-1, size)).amax(-1)  # [B or 1, C, Q, N / S]
-    block = last.where(last < 0, last // size)
-    return choosers(block.flatten(2)[..., None], -(-num_keys // size), BLOCK_CHOOSERS)
+def _choosers_of_blocks(blocks: Tensor, num_blocks: int) -> Choosers:
+    """The lists of chosen blocks `[B or 1, C, Q, N / S]`, with places in them."""
+    return choosers(blocks.flatten(2)[..., None], num_blocks, BLOCK_CHOOSERS)
 
 
 def lists_of(shape: Shape, size: int) -> Choosers:
     """The lists of keys, or of blocks of keys."""
-    keys = shape.call.k.shape[2]
-    return choosers(shape.index, keys) if size == 1 else _choosers_of_blocks(shape.index, size, keys)
-
-
-def options_of_blocks(size: int, k: Tensor, v: Tensor) -> dict[str, int]:
-    """How a program is run that has a block of keys and values."""
-    return {"num_warps": 4 if size * max(k.shape[3], v.shape[3]) <= MAX_OF_FOUR_WARPS else 8, "num_stages": 2}
+    plan, keys = shape.call.plan, shape.call.k.shape[2]
+    return choosers(plan.index, keys) if size == 1 else _choosers_of_blocks(plan.blocks, -(-keys // size))
 
 
 def _shape(call: AttentionCall) -> tuple[Shape, Tensor, Tensor, Tensor]:
-    return Shape.of(call), readable(call.q), readable(call.k), readable(call.v)
+    return Shape(call), readable(call.q), readable(call.k), readable(call.v)
 
 
 def forward(call: AttentionCall) -> Results:
@@ -208,10 +217,9 @@ def forward(call: AttentionCall) -> Results:
     shape, q, k, v = _shape(call)
     out, lse = like(q, v.shape[3]), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
-        of_batch = shape.batch_step * q.shape[2] * shape.index.shape[3]
         launch(
-            kernels.forward, shape.grid, (q, k, v, shape.index, out, lse), strides_of(q, k, v, out),
-            (*shape.numbers, of_batch), shape.constants, **shape.options,
+            kernels.forward, shape.grid, (q, k, v, shape.table, out, lse), strides_of(q, k, v, out),
+            (*shape.numbers, shape.row_step, *shape.limits), shape.constants, **shape.tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -233,10 +241,10 @@ def backward(call: AttentionCall, given: Given) -> Gradients:
     # anything will do where it is not read
     given_lse = lse if grad_lse is None else grad_lse.contiguous()
     launch(
-        kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.index, lse, given_lse, delta, grad_q),
+        kernels.gradients_of_queries, shape.grid, (grad_out, q, k, v, out, shape.table, lse, given_lse, delta, grad_q),
         strides_of(grad_out, q, k, v, out, grad_q),
-        (*shape.numbers, shape.batch_step * q.shape[2] * shape.index.shape[3]),
-        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.options,
+        (*shape.numbers, shape.row_step, *shape.limits),
+        {"HAS_GRAD_LSE": grad_lse is not None, **shape.constants}, **shape.tile.options,
     )  # fmt: skip
     return grad_q, *_of_keys(shape, (grad_out, q, k, v, lse, delta)), None
 
@@ -246,24 +254,28 @@ def _of_keys(shape: Shape, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
     from . import block_kernels, kernels
 
     grad_out, q, k, v = tensors[:4]
-    size, grads = block_size(shape.call), shape.empty_gradients(k, v)
+    whole, grads = block_size(shape.call), shape.empty_gradients(k, v)
+    # else a program has one key, of a block or alone
+    size = shape.call.plan.per_entry if whole == 1 else whole
     lists = lists_of(shape, size)
     rows, segments = k.shape[0] * shape.rows, lists.key.shape[2]
-    some = max(1, MAX_PARTS // (segments * size * (k.shape[3] + v.shape[3])))
+    some = max(1, MAX_PART_BYTES // (4 * segments * size * (k.shape[3] + v.shape[3])))
     kernel, given, constants, options = kernels.gradients_of_keys, tensors, shape.of_keys, {"num_warps": 4}
-    if size > 1:
+    programs = segments * size
+    if whole > 1:
         # anything will do where nothing is written
-        kernel, given = block_kernels.gradients, (*tensors[:4], shape.index, *tensors[4:], q)
-        constants = {**shape.of_blocks(size, BLOCK_ROWS), "OF_QUERIES": False, "PRECISION": "ieee"}
-        options = options_of_blocks(size, k, v)
+        kernel, given = block_kernels.gradients, (*tensors[:4], shape.table, *tensors[4:], q)
+        tile, programs = shape.tile_of_block(size, backward=True), segments
+        constants = {**shape.of_blocks(size, tile.side), "OF_QUERIES": False, "PRECISION": "ieee"}
+        options = tile.options
     for first in range(0, rows, some):
         count = min(some, rows - first)
         parts = [
             torch.empty(count, segments, size, t.shape[3], dtype=torch.float32, device=k.device) for t in (k, v)
         ]  # fmt: skip
         launch(
-            kernel, (segments, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
-            (*shape.numbers, first, segments, lists.limit, shape.batch_step), constants, **options,
+            kernel, (programs, count), (*given, *parts, *lists.tensors), strides_of(grad_out, q, k, v),
+            (*shape.numbers, first, segments, lists.limit, shape.batch_step, *shape.limits), constants, **options,
         )  # fmt: skip
         add_up(shape, size, lists, parts, grads, first)
     return shape.of_key_heads(grads)

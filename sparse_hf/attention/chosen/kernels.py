@@ -6,7 +6,8 @@ is added up by one program, and the segments of a key are added in order. Keys t
 
 Legend: B batch, H query heads, G key heads, C heads of the choice, P rows of heads that read other keys than their neighbours, R =
 H / P; Q queries, K keys, N chosen keys of a query, S keys of a block, D and E head dims of keys and values; `BR` heads, `BN` chosen
-keys and `BP` queries of a tile. Scores are powers of two.
+keys and `BP` queries of a tile. Scores are powers of two. The choice is a table of keys, or of blocks, of which a query sees the keys
+that are from `near` to `far` before its place, which is counted from `offset`, and not below `low`.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -20,6 +21,10 @@ import triton.language as tl
 from ..programs import second_program
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# what differs from call to call, of kernels that go over segments
+OF_SEGMENTS = [
+    "scale", "cap", "Q", "K", "N", "first_row", "segments", "limit", "l_b", "offset", "near", "far", "low",
+]  # fmt: skip
 
 
 @triton.jit
@@ -48,12 +53,26 @@ def gather(ptr, token, exists, stride, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _keys(index, start, N, K, BN: tl.constexpr):
-    """The next chosen keys of a query, and which of them there are."""
+def in_band(key, behind, K, near, far, low):
+    """Which keys there are that are so far behind a query, of those that it may see."""
+    return (key >= low) & (key < K) & (behind >= near) & (behind <= far)
+
+
+@triton.jit
+def _keys(table, start, place, N, K, near, far, low, BN: tl.constexpr, S: tl.constexpr):
+    """The next chosen keys of a query at `place`, and which of them there are."""
     n = start + tl.arange(0, BN)
-    key = tl.load(index + n, mask=n < N, other=-1)
-    there = (key >= 0) & (key < K)
-    return tl.where(there, key, 0).to(tl.int64), there
+    if S == 1:
+        key = tl.load(table + n, mask=n < N, other=-1)
+        there = (key >= 0) & (key < K)
+    else:
+        if S % BN == 0:
+            # all of one block, side by side
+            key = tl.load(table + start // S) * S + (start % S + tl.arange(0, BN))
+        else:
+            key = tl.load(table + n // S, mask=n < N, other=-1) * S + n % S
+        there = in_band(key, place - key, K, near, far, low)
+    return key.to(tl.int64), there
 
 
 @triton.jit
@@ -84,23 +103,23 @@ def slope(scores, cap, HAS_CAP: tl.constexpr):
     return tl.full(scores.shape, 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "offset", "near", "far", "low", "scale", "cap"])
 def forward(
-    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n,
-    scale, cap, Q, K, N, i_b,
+    scale, cap, Q, K, N, i_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one query, for `BR` of the heads that read the same keys."""
     query, b, g, c, h, real = _program(H, G, C, P, R, BR)
     q = gather(q_ptr + b * q_b + query * q_n, h, real, q_h, D, BD)
-    index = index_ptr + b * i_b + (c * Q + query) * N
+    table = table_ptr + b * i_b + (c * Q + query) * (N // S)
     out = tl.zeros((BR, BE), tl.float32)
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     for start in range(0, N, BN):
-        key, there = _keys(index, start, N, K, BN)
+        key, there = _keys(table, start, query + offset, N, K, near, far, low, BN, S)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
@@ -115,13 +134,13 @@ def forward(
     tl.store(lse_ptr + (b * H + h) * Q + query, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "scale", "cap"])
+@triton.jit(do_not_specialize=["Q", "K", "N", "i_b", "offset", "near", "far", "low", "scale", "cap"])
 def gradients_of_queries(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, index_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n,
-    scale, cap, Q, K, N, i_b,
+    scale, cap, Q, K, N, i_b, offset, near, far, low,
     HAS_GRAD_LSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
     HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one query, for `BR` of the heads that read the same keys, and delta, which that of keys reads."""
@@ -136,10 +155,10 @@ def gradients_of_queries(
     if HAS_GRAD_LSE:
         delta -= tl.load(dlse_ptr + at, mask=real, other=0.0)
     tl.store(delta_ptr + at, delta, mask=real)
-    index = index_ptr + b * i_b + (c * Q + query) * N
+    table = table_ptr + b * i_b + (c * Q + query) * (N // S)
     total = tl.zeros((BR, BD), tl.float32)
     for start in range(0, N, BN):
-        key, there = _keys(index, start, N, K, BN)
+        key, there = _keys(table, start, query + offset, N, K, near, far, low, BN, S)
         k = gather(k_ptr + b * k_b + g * k_g, key, there, k_n, D, BD)
         v = gather(v_ptr + b * v_b + g * v_g, key, there, v_n, E, BE)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
@@ -152,25 +171,26 @@ def gradients_of_queries(
     tl.store(at, (total * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & (d < D))
 
 
-@triton.jit(do_not_specialize=["Q", "K", "N", "first_row", "segments", "limit", "l_b", "scale", "cap"])
+@triton.jit(do_not_specialize=OF_SEGMENTS)
 def gradients_of_keys(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, part_k, part_v, query_ptr, offsets, firsts, key_ptr,
     do_b, do_h, do_n, q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n,
-    scale, cap, Q, K, N, first_row, segments, limit, l_b,
+    scale, cap, Q, K, N, first_row, segments, limit, l_b, offset, near, far, low,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of one segment add to the gradients of its key and value, in float32."""
-    segment, own = tl.program_id(0).to(tl.int64), second_program().to(tl.int64)
+    """What the queries of one segment add to the gradients of its key and value, or of one of those of its block, in float32."""
+    segment, own = (tl.program_id(0) // S).to(tl.int64), second_program().to(tl.int64)
     row = first_row + own
     b, g = row_of(P, H, G, row)
     _, c = row_of(P, H, C, row)
     of_list = b * l_b + c
-    key = tl.load(key_ptr + of_list * segments + segment).to(tl.int64)
+    block, blocks = tl.load(key_ptr + of_list * segments + segment).to(tl.int64), tl.cdiv(K, S)
+    key = block * S + tl.program_id(0) % S
     if key >= K:
         return
-    offsets += of_list * (K + 1) + key
-    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (K + 1) + key)) * limit
+    offsets += of_list * (blocks + 1) + block
+    begin = tl.load(offsets) + (segment - tl.load(firsts + of_list * (blocks + 1) + block)) * limit
     end = tl.minimum(tl.load(offsets + 1), begin + limit)
     d, e, m = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, BP * BR)
     k = tl.load(k_ptr + b * k_b + g * k_g + key * k_n + d, mask=d < D, other=0.0).to(tl.float32)
@@ -179,10 +199,14 @@ def gradients_of_keys(
     sum_v = tl.zeros((BE,), tl.float32)
     for start in range(begin, end, BP):
         pair = start + m // BR
-        query = tl.load(query_ptr + of_list * Q * N + pair, mask=pair < end, other=0).to(tl.int64)
+        query = tl.load(query_ptr + of_list * Q * (N // S) + pair, mask=pair < end, other=0).to(tl.int64)
+        there = pair < end
+        if S > 1:
+            query = query // (N // S)
+            there = there & in_band(key, query + offset - key, K, near, far, low)
         for first in range(0, R, BR):
             r = first + m % BR
-            h, real = row % P * R + r, (pair < end) & (r < R)
+            h, real = row % P * R + r, there & (r < R)
             q = gather(q_ptr + b * q_b, h * q_h + query * q_n, real, 1, D, BD).to(tl.float32)
             do = gather(do_ptr + b * do_b, h * do_h + query * do_n, real, 1, E, BE).to(tl.float32)
             at = (b * H + h) * Q + query
@@ -194,7 +218,7 @@ def gradients_of_keys(
             change = weights * (tl.sum(do * v[None, :], 1) - delta) * slope(scores, cap, HAS_CAP)
             sum_k += tl.sum(q * change[:, None], 0)
             sum_v += tl.sum(do * weights[:, None], 0)
-    at = own * segments + segment
+    at = own * segments * S + tl.program_id(0)
     tl.store(part_k + at * D + d, sum_k * scale, mask=d < D)
     tl.store(part_v + at * E + e, sum_v, mask=e < E)
 

@@ -42,9 +42,9 @@ class _Piece:
 
     def index(self) -> Tensor:
         """`[p, m, N]`: the keys, -1 for none."""
-        index = self.call.plan.index
-        of_batch = index[self.b if index.shape[0] > 1 else 0, :, self.queries]
-        found = of_batch[self._of_rows(index.shape[1])].long()
+        plan = self.call.plan
+        b = self.b if plan.shape[0] > 1 else 0
+        found = plan.keys(b, self._of_rows(plan.shape[1]), self.queries).long()
         return found.where((found >= 0) & (found < self.call.k.shape[2]), -1)
 
     def _of_rows(self, heads: int) -> Tensor:
@@ -71,12 +71,12 @@ class _Piece:
 
 def rows_of(call: AttentionCall) -> int:
     """P: as many rows as key heads or as the choice has heads, whatever is more."""
-    return max(call.k.shape[1], call.plan.index.shape[1])
+    return max(call.k.shape[1], call.plan.shape[1])
 
 
 def _pieces(call: AttentionCall) -> Iterator[_Piece]:
     batch, _, queries, dim = call.q.shape
-    rows, chosen = rows_of(call), call.plan.index.shape[3]
+    rows, chosen = rows_of(call), call.plan.shape[3]
     most = max(1, MAX_GATHERED // max(1, chosen * (dim + call.v.shape[3])))
     some_rows, some_queries = max(1, most // max(1, queries)), min(most, queries)
     for b in range(batch):

@@ -19,8 +19,9 @@ from ...pattern.base import as_pattern
 from ...pattern.forms import CutContent
 from ...plan import BlockPlan, remembered
 from ..backend import AttentionCall
-from ..chosen.backend import ChosenKeys, GatheredKeys
+from ..chosen.backend import GatheredKeys
 from ..chosen.best_keys import choose
+from ..chosen.choice import Choice, ChosenKeys
 from ..chosen.scores import DotScores
 from .chosen_blocks import block_choice, find_groups
 from .chosen_few import few_weighty, is_few
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 class ChoicePlan(ContentPlan):
     """The pairs that positions say, and the keys that are chosen beside them."""
 
-    chosen: ChosenKeys
+    chosen: Choice
 
     def chosen_mask(self, call: AttentionCall, queries: Tensor) -> Tensor:
-        return _by_heads(ChosenKeys(self.chosen.index[:, :, queries]).as_mask(call.k.shape[2]), call.q.shape[1])
+        return _by_heads(self.chosen.as_mask(call.k.shape[2], queries), call.q.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +107,17 @@ def _make_plan(call: AttentionCall, chosen: tuple[CutContent, ...], positions: B
             if content.most_keys >= call.k.shape[2]:
                 _say_whole(str(content), content.most_keys)
             if isinstance(content, TopK):
-                found.append(_token_choice(call, content, rest))
+                found.append(ChosenKeys(_token_choice(call, content, rest)))
             elif isinstance(content, VerticalSlash):
-                found += _slash_choice(call, content, rest)
+                found += [ChosenKeys(index) for index in _slash_choice(call, content, rest)]
             else:
                 assert isinstance(content, TopKBlocks)
                 found.append(block_choice(call, content, rest))
     if len(found) > 1:
         # a choice that heads share beside one of each
-        found = [_by_heads(index, max(one.shape[1] for one in found)) for index in found]
-        return ChoicePlan(positions, ChosenKeys(_once(torch.cat(found, -1))))
-    content = chosen[0].content
-    # blocks of texts that begin elsewhere do so too
-    size = content.size if isinstance(content, TopKBlocks) and positions.is_bare else 1
-    return ChoicePlan(positions, ChosenKeys(found[0], size))
+        heads = max(one.shape[1] for one in found)
+        return ChoicePlan(positions, ChosenKeys(_once(torch.cat([_by_heads(one.index, heads) for one in found], -1))))
+    return ChoicePlan(positions, found[0])
 
 
 def _by_heads(t: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Triton kernels that say what blocks of neighbouring tokens are, and list the keys of those that were chosen, in one pass each.
+"""A Triton kernel that says what blocks of neighbouring tokens are, in one pass.
 
-Legend: B batch, H heads, C heads of the choice, D head dim; M blocks, of `size` tokens each, of which c are chosen; T groups of queries.
+Legend: H heads, D head dim.
 """
 
 # Triton's types say that a kernel's helper never returns
@@ -50,24 +50,3 @@ def pool(
     tl.store(out_ptr, one, mask=d < D)
     if WHAT != MEAN:
         tl.store(out_ptr + D, two, mask=d < D)
-
-
-@triton.jit(
-    do_not_specialize=["queries", "groups", "count", "size", "per_group", "offset", "length", "near", "far", "first"]
-)
-def list_keys(
-    found, keys, queries, groups, count, size, per_group, offset, length, near, far, first, BN: tl.constexpr
-):  # fmt: skip
-    """The keys of the blocks `[B, C, T, c]` of a query, `[B, C, Q, c * size]`, -1 for those that it may not choose (`Band`)."""
-    query, row = tl.program_id(0), second_program().to(tl.int64)
-    group = (query + offset) // per_group - offset // per_group
-    found += (row * groups + group) * count
-    keys += (row * queries + query) * count * size
-    for start in range(0, count * size, BN):
-        n = start + tl.arange(0, BN)
-        inside = n < count * size
-        block = tl.load(found + n // size, mask=inside, other=-1)
-        key = block * size + n % size
-        behind = query + offset - key
-        may = (block >= 0) & (key < length) & (key >= first) & (behind >= near) & (behind <= far)
-        tl.store(keys + n, tl.where(may, key, -1), mask=inside)

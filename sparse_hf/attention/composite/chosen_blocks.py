@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -23,17 +23,18 @@ from ...plan.cache import kept
 from ..backend import AttentionCall
 from ..backends.triton.walk import why_unfit
 from ..chosen.best_keys import Limits, choose
+from ..chosen.choice import Choice, ChosenBlocks, ChosenKeys
 from ..chosen.scores import DotScores
 from ..chosen.selection import is_able
 from ..launch import launch, power_of_two, strides_of
 from ..strides import readable
-from .chosen_rest import Band, Rest
+from .chosen_rest import Rest
 from .chosen_scores import AntidiagonalScores
 
 # keys of blocks that are looked at at once, on the CPU and elsewhere, and numbers that are pooled at once
 MAX_KEYS, MAX_KEYS_ELSEWHERE, MAX_POOLED = 1 << 20, 1 << 23, 1 << 26
-# tokens that a kernel pools at once, and keys that one lists at once
-MAX_POOLED_TOKENS, MAX_LISTED_KEYS = 64, 1024
+# tokens that a kernel pools at once
+MAX_POOLED_TOKENS = 64
 # pairs of groups and blocks of which it is kept whether they may be chosen, and lengths whose groups are kept
 MAX_ALLOWED, GROUPS_KEPT = 1 << 22, 8
 
@@ -216,13 +217,17 @@ class Groups:
         block = first[..., None] + torch.arange(self.content.own_blocks, device=first.device)
         return block.masked_fill(block > last[..., None], -1)
 
+    @kept
+    def limits(self) -> Limits:
+        """Which blocks each group may choose beside its own."""
+        band, size = self.rest.band, self.content.size
+        if band is None or band.first or self.content.queries > 1:
+            return Limits(allows=self.may_choose)
+        # blocks before a query's own, but those that its window holds: all that begin so far before it
+        return Limits(q_offset=self.rest.positions.q_offset - max(size, band.near), size=size)
+
     def may_choose(self, group: Tensor, block: Tensor) -> Tensor:
         """May groups `[m, 1]` choose blocks `[M]` beside their own? `[B or 1, 1, m, M]`."""
-        band = self.rest.band
-        if band is not None and not band.first and self.content.queries == 1:
-            # the blocks before a query's own, but those that its window holds
-            x, size = group + self.rest.positions.q_offset, self.content.size
-            return ((block < x // size) & (x - block * size >= band.near))[None, None]
         known = self._allowed
         if known is None:
             return self._allows(group, block)
@@ -255,15 +260,15 @@ class Groups:
         return allowed & (held != FULL)
 
     def choose(self, q: Tensor, k: Tensor) -> Tensor:
-        """The blocks of each group, its own last, `[B, C, T, c]`, -1 for none."""
+        """The blocks of each group, its own last, `[B, C, T, c]` int32, -1 for none."""
         heads = (k if self.content.shares_heads else q).shape[1]
-        own = self.own[:, None].expand(q.shape[0], heads, -1, -1)
+        own = self.own[:, None].int().expand(q.shape[0], heads, -1, -1)
         others = self.content.count - own.shape[-1]
         if others < 1:
             return own
         scorer = self._antidiagonals(q, k) if self.content.scores == "antidiagonal" else DotScores(*self._scored(q, k))
-        found = choose(scorer, others, Limits(allows=self.may_choose))
-        return torch.cat([found.long(), own], -1)
+        found = choose(scorer, others, self.limits)
+        return torch.cat([found, own], -1)
 
     def _antidiagonals(self, q: Tensor, k: Tensor) -> AntidiagonalScores:
         side, offset = ANTIDIAGONAL, self.rest.positions.q_offset
@@ -311,29 +316,16 @@ def find_groups(rest: Rest, content: TopKBlocks) -> Groups:
     return Groups(rest, content, rest.positions.q_len)
 
 
-def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Tensor:
-    """The keys of each query, `[B, C, Q, c * S]` int32, -1 for none."""
+def block_choice(call: AttentionCall, content: TopKBlocks, rest: Rest) -> Choice:
+    """The blocks of each query where their keys are known from numbers alone, else its keys, `[B, C, Q, c * S]`."""
     groups = find_groups(rest, content)
-    found = groups.choose(call.q, call.k)
-    if rest.band is not None and is_able(found.device):
-        return _keys_by_kernel(found, groups, rest.band)
-    return torch.cat(list(_keys_of_blocks(found, groups)), 2)
-
-
-def _keys_by_kernel(found: Tensor, groups: Groups, band: Band) -> Tensor:
-    """The keys `[B, C, Q, c * S]` of blocks `[B, C, T, c]` of a single text."""
-    from . import chosen_block_kernels as kernels
-
-    found, content, positions = found.int().contiguous(), groups.content, groups.rest.positions
-    batch, heads, of_text, count = found.shape
-    keys = found.new_empty(batch, heads, groups.queries, count * content.size)
-    if keys.numel():
-        numbers = (
-            groups.queries, of_text, count, content.size, content.queries, positions.q_offset, positions.kv_len, *astuple(band),
-        )  # fmt: skip
-        constants = {"BN": min(MAX_LISTED_KEYS, power_of_two(keys.shape[3]))}
-        launch(kernels.list_keys, (groups.queries, batch * heads), (found, keys), (), numbers, constants)
-    return keys
+    found, positions = groups.choose(call.q, call.k), rest.positions
+    if rest.band is not None and content.size > 1:
+        blocks = found if content.queries == 1 else found[:, :, groups.of_query[0]]
+        return ChosenBlocks(blocks, content.size, rest.band, positions.q_offset, positions.kv_len)
+    # blocks of texts that begin elsewhere do so too
+    size = content.size if positions.is_bare else 1
+    return ChosenKeys(torch.cat(list(_keys_of_blocks(found, groups)), 2), size)
 
 
 def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
@@ -347,7 +339,7 @@ def _keys_of_blocks(found: Tensor, groups: Groups) -> Iterator[Tensor]:
     for q in torch.arange(groups.queries, device=found.device).split(
         max(1, most // (batch * heads * count * blocks.size))
     ):
-        block = found[b[:, None, None], h[:, None], of_query[:, None, q]]  # [B, C, m, c]
+        block = found[b[:, None, None], h[:, None], of_query[:, None, q]].long()  # [B, C, m, c]
         first, last = (t[row, block.clamp(min=0)][..., None] for t in (blocks.first, blocks.last))
         keys = first + inside  # [B, C, m, c, S]
         there = (keys <= last) & (block >= 0)[..., None]

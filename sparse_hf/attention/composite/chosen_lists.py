@@ -250,4 +250,4 @@ def may_list(device: torch.device) -> bool:
 def flags_of(found: Tensor, blocks: int) -> Tensor:
     """Chosen blocks `[B, C, T, c]`, -1 for none, as flags, `[B, C, T, M + 1]` uint8."""
     flags = torch.zeros(*found.shape[:3], blocks + 1, dtype=torch.uint8, device=found.device)
-    return flags.scatter_(-1, found.masked_fill(found < 0, blocks), 1)
+    return flags.scatter_(-1, found.masked_fill(found < 0, blocks).long(), 1)

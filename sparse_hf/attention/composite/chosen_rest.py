@@ -17,18 +17,10 @@ from ...plan import BlockPlan
 from ...plan.cache import kept
 from ...plan.lsh import leaves_out_future, sequence_bounds
 from ..chosen.best_keys import Limits
+from ..chosen.choice import Band
 
 # of so many plans
 RESTS_KEPT = 8
-
-
-@dataclass(frozen=True)
-class Band:
-    """Keys that are at least `near` and at most `far` tokens before a query, and not among the `first`."""
-
-    near: int
-    far: int
-    first: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...attention import with_weights
 from ...attention.backend import AttentionCall
 from ...attention.chosen import Latents, Limits, attend_chosen, attend_latent
-from ...attention.chosen.backend import ChosenKeys
+from ...attention.chosen.choice import ChosenKeys
 from ...attention.dropout import Dropout
 from ...attention.merge import with_sink
 from ...attention.scoring import Scoring

@@ -7,7 +7,7 @@ import torch
 
 from sparse_hf.attention.chosen import attend_chosen, backend, pieces
 from sparse_hf.attention.chosen.api import chosen_call
-from sparse_hf.attention.chosen.backend import ChosenKeys
+from sparse_hf.attention.chosen.choice import ChosenKeys
 from sparse_hf.attention.dropout import NO_DROPOUT
 from sparse_hf.attention.scoring import Scoring
 from sparse_hf.testing import AllocationInterceptor
@@ -80,7 +80,7 @@ def test_scores(how):
 @pytest.mark.parametrize(("shape", "how"), [*((shape, {}) for shape in SHAPES), (SHAPES[1], {"soft_cap": 2.0})])
 def test_kernels_equal_dense_attention(shape, how, monkeypatch):
     monkeypatch.setattr(backend.gathers, "LEAST_CHOOSERS", 4)
-    monkeypatch.setattr(backend.gathers, "MAX_PARTS", 2000)
+    monkeypatch.setattr(backend.gathers, "MAX_PART_BYTES", 8000)
     compare(shape, (8, 10, 4), torch.float32, DEVICE, batch=2 if shape == SHAPES[1] else 1, **how)
 
 

@@ -57,6 +57,9 @@ def test_limits(monkeypatch):
     allowed = allowed & ((query + key) % 3 > 0)
     limits = Limits(start, end, 20, lambda q, k: (q + k) % 3 > 0)
     assert torch.equal(choose(Table(scores), 9, limits), brute_force(scores, allowed, 9))
+    for offset in (-8, -1, 0, 30, 400):
+        allowed = (key * 8 <= query + offset).expand_as(scores)
+        assert torch.equal(choose(Table(scores), 9, Limits(q_offset=offset, size=8)), brute_force(scores, allowed, 9))
 
 
 def test_what_is_never_chosen():
@@ -75,9 +78,11 @@ def test_zeros_of_either_sign_are_equal():
 
 @pytest.mark.cross
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("few", [0, 60])
 @pytest.mark.parametrize("count", [1, 7, 60])
 @pytest.mark.parametrize("kind", ["normal", "ties", "below zero", "two keys"])
-def test_kernels_equal_brute_force(kind, count, monkeypatch):
+def test_kernels_equal_brute_force(kind, count, few, monkeypatch):
+    monkeypatch.setattr(selection, "FEW_KEYS", few)
     monkeypatch.setattr(selection, "BLOCK", 16)
     monkeypatch.setattr(selection, "MAX_SCORES", 600)
     scores = torch.randn(2, 2, 4, 60)
@@ -88,6 +93,8 @@ def test_kernels_equal_brute_force(kind, count, monkeypatch):
     for limits, allowed in (
         (Limits(), torch.ones(4, 60, dtype=torch.bool)),
         (Limits(q_offset=20), key <= query + 20),
+        (Limits(q_offset=30, size=8), key * 8 <= query + 30),
+        (Limits(q_offset=-1, size=2), key * 2 <= query - 1),
         (Limits(q_offset=-1, allows=lambda q, k: (q + k) % 3 > 0), (key < query) & ((query + key) % 3 > 0)),
     ):
         wanted = brute_force(scores, allowed.expand_as(scores) & (scores > -torch.inf), count)
@@ -111,6 +118,42 @@ def test_kernels_of_an_indexer(dtype, monkeypatch):
     ):
         wanted = brute_force(found, allowed.expand_as(found), 5)
         assert torch.equal(choose(scorer, 5, limits).cpu(), wanted)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float16, torch.float32)], ids=str)
+def test_kernels_of_products(dtypes, monkeypatch):
+    for name, value in (
+        ("PRODUCT_QUERIES", 16),
+        ("PRODUCT_KEYS", 16),
+        ("PRODUCT_DIM", 16),
+        ("MAX_SCORES", 2 * 4 * 20 * 37),
+    ):
+        monkeypatch.setattr(selection, name, value)
+    query, key = (torch.randn(2, h, n, 24).to(dtype) for h, n, dtype in ((4, 35, dtypes[0]), (2, 37, dtypes[1])))
+    scorer = DotScores(query.to(DEVICE), key.to(DEVICE))
+    exact = DotScores(query.double(), key.double()).scores(slice(0, 35), slice(0, 37))
+    found = selection.dot_scores(scorer, slice(0, 35), None).cpu()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    q, k = torch.arange(35)[:, None], torch.arange(37)
+    for limits, allowed in (
+        (Limits(), torch.ones(35, 37, dtype=torch.bool)),
+        (Limits(q_offset=2), k <= q + 2),
+        (Limits(q_offset=-20, size=8, allows=lambda q, k: (q + k) % 3 > 0), (8 * k <= q - 20) & ((q + k) % 3 > 0)),
+    ):
+        assert torch.equal(choose(scorer, 5, limits).cpu(), brute_force(found, allowed.expand_as(found), 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2], ids=str
+)
+def test_products_on_a_gpu(dtypes):
+    query, key = (torch.randn(2, h, n, 200).to(dtype) for h, n, dtype in ((8, 300, dtypes[0]), (2, 700, dtypes[1])))
+    exact = DotScores(query.double(), key.double()).scores(slice(0, 300), slice(0, 700))
+    found = selection.dot_scores(DotScores(query.cuda(), key.cuda()), slice(0, 300), None)
+    # as exact as products in float32
+    assert float((found.cpu().double() - exact).norm() / exact.norm()) < 1e-6
 
 
 @pytest.mark.gpu

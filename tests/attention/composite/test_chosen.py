@@ -10,10 +10,11 @@ from transformers import DynamicCache, StaticCache
 
 import sparse_hf
 from sparse_hf import Pattern, sparse_attention
-from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, selection
+from sparse_hf.attention.chosen import best_keys, by_blocks, gathers, pieces, selection, tiles
+from sparse_hf.attention.chosen.choice import Band, ChosenBlocks
 from sparse_hf.attention.composite import chosen as composite
 from sparse_hf.attention.composite import chosen_blocks, chosen_scores
-from sparse_hf.attention.composite.chosen_rest import Band, find_rest
+from sparse_hf.attention.composite.chosen_rest import find_rest
 from sparse_hf.attention.composite.content import ContentPairs, held_by, positions_plan
 from sparse_hf.attention.dispatch import content_plan, route
 from sparse_hf.bench.exactness import plain_call
@@ -114,6 +115,25 @@ def test_no_tensor_has_two_lengths(text, length, monkeypatch):
     assert not seen.quadratic
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("per", "heads"), [("head", (2, 1)), ("group", (4, 2))])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_keys_of_blocks_are_not_written_out(by_kernels, per, heads, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_GATHERED", 1 << 15)
+    for room in (gathers, by_blocks):
+        monkeypatch.setattr(room, "MAX_PART_BYTES", 1 << 16)
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    if not by_kernels:
+        monkeypatch.setattr(gathers, "why_not", lambda call: "asked not to")
+    q, k, v = (t.to(DEVICE).requires_grad_() for t in tensors((*heads, 16), 300, 300, torch.float16))
+    text = f"topk_blocks(4, 64, 'mean', 1, '{per}') & window(None, 0)"
+    with AllocationInterceptor(300) as seen:
+        sparse_attention(q, k, v, text).float().sum().backward()
+    choosing = len(q) * (heads[1] if per == "group" else heads[0])
+    # in bytes, of which the interpreter makes copies
+    assert seen.largest < choosing * 300 * 4 * 64
+
+
 def test_scores_find_large_products():
     torch.manual_seed(0)
     k = torch.randn(1, 2, 1024, 32)
@@ -180,8 +200,7 @@ BANDS = {
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("queries", [60, 23])
 @pytest.mark.parametrize(("text", "band"), BANDS.items())
-def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
-    monkeypatch.setattr(chosen_blocks, "MAX_LISTED_KEYS", 16)
+def test_keys_of_blocks_are_known_from_numbers(text, band, queries):
     q, k, _ = (t.to(DEVICE) for t in tensors((4, 2, 16), queries, 60, torch.float32))
     call = plain_call(q, k, k, Pattern.parse(text))
     call.q_offset = 60 - queries
@@ -192,11 +211,16 @@ def test_keys_of_blocks_by_the_kernel(text, band, queries, monkeypatch):
         groups = chosen_blocks.find_groups(rest, content)
         found = groups.choose(q, k)
         group, block = (torch.arange(n, device=DEVICE) for n in (found.shape[2], groups.keys.first.shape[1]))
-        may = groups.may_choose(group[:, None], block)
-        assert torch.equal(may, groups._allows(group[:, None], block).expand_as(may))
+        seen = groups.limits.seen(slice(0, len(group)), slice(0, len(block)), q.device)
+        wanted = groups._allows(group[:, None], block)
+        assert torch.equal(torch.ones_like(wanted) if seen is None else seen.expand_as(wanted), wanted)
         exact = torch.cat(list(chosen_blocks._keys_of_blocks(found, groups)), 2)
-        assert torch.equal(chosen_blocks._keys_by_kernel(found, groups, rest.band), exact) and (exact >= 0).any()
-        assert torch.equal(chosen_blocks.block_choice(call, content, rest), exact)
+        choice = chosen_blocks.block_choice(call, content, rest)
+        assert isinstance(choice, ChosenBlocks) and (exact >= 0).any()
+        assert torch.equal(choice.index, exact)
+        assert torch.equal(choice.of_queries(slice(5, 20)).index, exact[:, :, 5:20])
+        head, some = torch.tensor([1, 0], device=DEVICE), torch.tensor([7, 2, 2], device=DEVICE)
+        assert torch.equal(choice.keys(1, head, some), exact[1, head][:, some])
 
 
 def test_positions_without_pairs_are_not_attended_to():
@@ -207,10 +231,12 @@ def test_positions_without_pairs_are_not_attended_to():
         assert isinstance(backend, ContentPairs) and len(backend._parts(call)) == count
 
 
-# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query, else some queries at
-# a time in either pass
+# with how often the queries that chose each block are listed: not forward, where heads fill tiles of a query or no tile has such
+# blocks, else some queries at a time in either pass
 OF_BLOCKS = [
     ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (16, 1, 16), 1),
+    ("(window(5, 0) | first(2) | topk_blocks(3, 8)) & window(None, 0)", (2, 1, 16), 1),
+    ("topk_blocks(3, 12, 'bounds', 1, 'group') & window(None, 0)", (4, 2, 16), 1),
     ("topk_blocks(3, 16, 'mean', 1, 'group') & window(None, 0)", (4, 2, 16), 6),
     ("(window(5, 0) | topk_blocks(3, 16, 'bounds')) & window(40, 0)", (2, 1, 24), 4),
     ("topk_blocks(2, 32, 'mean', 1, 'group')", (6, 2, 16), 6),
@@ -218,11 +244,27 @@ OF_BLOCKS = [
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_heads_that_fill_several_tiles_of_a_block(monkeypatch):
+    monkeypatch.setattr(by_blocks, "LEAST_HEADS", 32)
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(tiles, name, (tiles.Tile(8, 4, 2),) * 2)
+    monkeypatch.setattr(selection, "is_able", lambda device: False)
+    text, given = (
+        "(window(5, 0) | topk_blocks(3, 16, 'mean', 1, 'group')) & window(None, 0)",
+        tensors((20, 1, 16), 20, 26, torch.float16),
+    )
+    call = plain_call(*(t.to(DEVICE) for t in given), Pattern.parse(text))
+    call.q_offset = 6
+    mask = held_by(content_plan(call), call, torch.arange(20, device=DEVICE)).cpu()
+    compare_choice(text, given, mask, torch.float16, backend="triton")
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("text", "shape", "times"), OF_BLOCKS)
 def test_blocks_by_the_kernels(text, shape, times, monkeypatch):
     monkeypatch.setattr(gathers, "BLOCK_CHOOSERS", 10)
-    monkeypatch.setattr(gathers, "MAX_PARTS", 8000)
-    monkeypatch.setattr(by_blocks, "MAX_PARTS", 1200)
+    monkeypatch.setattr(gathers, "MAX_PART_BYTES", 32_000)
+    monkeypatch.setattr(by_blocks, "MAX_PART_BYTES", 2400)
     monkeypatch.setattr(by_blocks, "MAX_COPIED", 300)
     made, of_blocks = [], gathers._choosers_of_blocks
     monkeypatch.setattr(gathers, "_choosers_of_blocks", lambda *given: made.append(given) or of_blocks(*given))
