@@ -24,7 +24,7 @@ WIDE, OF_FEW_HEADS, OF_MANY_HEADS = Tile(32, 4, 3), Tile(64, 2, 2), Tile(64, 4, 
 # numbers of a block of keys that four warps hold
 MAX_OF_FOUR_WARPS = 64 * 128
 # rows of queries of a tile of a block that four warps hold, and of a larger one
-FORWARD, BACKWARD = (Tile(64, 4, 3), Tile(64, 8, 3)), (Tile(32, 4, 2), Tile(32, 8, 2))
+FORWARD, BACKWARD = (Tile(64, 4, 2), Tile(64, 8, 2)), (Tile(32, 4, 2), Tile(32, 8, 2))
 
 
 def of_query(heads: int, *, is_wide: bool, least_heads: int) -> Tile:
