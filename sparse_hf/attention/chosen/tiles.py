@@ -1,4 +1,4 @@
-"""The tiles that the kernels of chosen keys take, and how their programs are run: the fastest on an H200."""
+"""The tiles that the kernels of chosen keys take, and how their programs are run."""
 
 from __future__ import annotations
 
