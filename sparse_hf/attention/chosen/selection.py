@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_SCORES = 1 << 27
 # keys that a program compares at once, and sides of a tile of scores: the fastest on an H200
 BLOCK, TILE_QUERIES, TILE_KEYS = 4096, 64, 128
-# the same of products, and dimensions of them at a time
+# sides of a tile of products, and dimensions of them at a time
 PRODUCT_QUERIES, PRODUCT_KEYS, PRODUCT_DIM = 64, 64, 32
 # so many keys are compared at once with others of as many queries
 FEW_KEYS, FEW_QUERIES = 2048, 4
