@@ -134,6 +134,11 @@ def asked(
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict:
     text, count = code_base(args.package, args.length, tokenizer)
     wanted = definitions(text)[:: args.every]
+    if not wanted:
+        raise ValueError(
+            f"no function of the {count} files of {args.package} that {args.length:,} tokens hold has its whole signature on one line; "
+            "give a longer --length, or another --package"
+        )
     sinks = f"window({args.window - 1}, 0) | first(4)"
     ways = {
         "dense": (None, None), "window and sinks": (sinks, None), "every fourth layer dense": (sinks, "0-/4=dense"),

@@ -24,7 +24,7 @@ def test_quickstart_runs():
     assert "SparseLlamaForCausalLM" in said
 
 
-# what examples may import: what users may; and what makes cards, reads GGUF files, and takes an evaluation or a search apart
+# what examples may import: what users may; and what makes cards, reads GGUF files, tells encoders, and takes an evaluation apart
 PUBLIC = {
     "sparse_hf", "sparse_hf.bench", "sparse_hf.evaluation", "sparse_hf.pattern", "sparse_hf.testing", "sparse_hf.train",
     "sparse_hf.units",
@@ -35,7 +35,7 @@ OF_EVALUATION = {
 }
 OTHERS = {
     "make_cards": {"sparse_hf.conversion.card"}, "export": {"sparse_hf.conversion.export"}, "checkpoints": {"sparse_hf.conversion.gguf"},
-    "study_healing_long": OF_EVALUATION, "study_tuning": OF_EVALUATION,
+    "training": {"sparse_hf.models.hf.hearing"}, "study_healing_long": OF_EVALUATION, "study_tuning": OF_EVALUATION,
     "chosen_mass": {
         "sparse_hf.attention", "sparse_hf.evaluation.mass", "sparse_hf.evaluation.observe",
         "sparse_hf.conversion.positions", "sparse_hf.models.hf.register",

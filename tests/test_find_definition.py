@@ -70,14 +70,26 @@ def test_answers_behind_a_cache_are_those_of_one_pass(pattern, monkeypatch):
 
 def test_it_runs_in_small(tmp_path):
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
-    given = ["--tiny", "--length", "3500", "--window", "64", "--layers", "1=dense", "--every", "3"]
+    given = [
+        "--tiny",
+        "--package",
+        "email",
+        "--length",
+        "6000",
+        "--window",
+        "64",
+        "--layers",
+        "1=dense",
+        "--every",
+        "3",
+    ]
     found = find_definition.main([*given, "--out", str(out), "--plot", str(picture)])
     assert json.loads(out.read_text()) == found and picture.stat().st_size > 5_000
     assert list(found["ways"]) == [
         "dense, without the code", "dense", "window and sinks", "every fourth layer dense", "chosen layers dense",
     ]  # fmt: skip
     rows = found["ways"]["dense"]["questions"]
-    assert found["tokens"] <= 3500 and found["files"] > 1
+    assert found["tokens"] <= 6000 and found["files"] > 1
     assert [row["distance"] for row in rows] == sorted((row["distance"] for row in rows), reverse=True)
 
 
@@ -88,3 +100,5 @@ def test_bad_input():
         files("argparse")
     with pytest.raises(ValueError, match="1 tokens do not hold two files of sparse_hf.plan"):
         find_definition.main(["--tiny", "--length", "1"])
+    with pytest.raises(ValueError, match="no function of the 2 files of json that 6,000 tokens hold"):
+        find_definition.main(["--tiny", "--package", "json", "--length", "6000"])
